@@ -1,0 +1,72 @@
+"""The one place that runs programs: argument lists, never a shell, and always with an end."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import signal
+import threading
+
+import sh
+
+from blockdev.deadlines import Deadline
+from blockdev.errors import CommandFailed, CommandMissing, WaitExpired
+
+_PR_SET_PDEATHSIG = 1
+_SEARCH = ["/usr/sbin", "/sbin", "/usr/bin", "/bin", "/usr/local/sbin", "/usr/local/bin"]
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _die_with_parent() -> None:
+    """A mkfs must not go on writing after the process that ordered it was killed."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+@functools.cache
+def _command(program: str) -> sh.Command:
+    try:
+        return sh.Command(program, search_paths=[*_SEARCH, *os.environ.get("PATH", "").split(":")])
+    except sh.CommandNotFound:
+        raise CommandMissing(program) from None
+
+
+def run(program: str, *arguments: str, deadline: Deadline, ok: tuple[int, ...] = (0,)) -> tuple[int, str]:
+    """Run `program`; the exit status and its output, both streams in one text.
+
+    Raises CommandFailed for a status that is not in `ok`, CommandMissing, or WaitExpired after the
+    program was killed.
+    """
+    deadline.check(program)
+    expired = threading.Event()
+    running = _command(program)(
+        *arguments,
+        _bg=True,
+        _bg_exc=False,
+        _ok_code=list(range(256)),
+        _err_to_out=True,
+        _tty_out=False,
+        _env={"PATH": ":".join(_SEARCH), "LC_ALL": "C"},
+        _preexec_fn=_die_with_parent,
+    )
+
+    def stop() -> None:
+        expired.set()
+        running.kill()
+
+    # sh's own _timeout looks only every 100 ms, which each short program would pay.
+    watchdog = threading.Timer(max(0.05, deadline.remaining()), stop)
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        running.wait()
+    except sh.SignalException as error:
+        if expired.is_set():
+            raise WaitExpired(program, deadline.given) from None
+        raise CommandFailed(program, error.exit_code, str(error.stdout, "utf-8", "replace")) from None
+    finally:
+        watchdog.cancel()
+    output = str(running.stdout, "utf-8", "replace")
+    if running.exit_code not in ok:
+        raise CommandFailed(program, running.exit_code, output)
+    return int(running.exit_code), output

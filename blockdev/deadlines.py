@@ -1,0 +1,65 @@
+"""Every wait has an end: the time that a call has left, passed from room to room."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from blockdev.errors import WaitExpired
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """A point of the monotonic clock, in seconds."""
+
+    at: float
+    given: float
+
+    @classmethod
+    def after(cls, seconds: float) -> Deadline:
+        return cls(time.monotonic() + seconds, seconds)
+
+    def remaining(self) -> float:
+        """Seconds left; never negative."""
+        return max(0.0, self.at - time.monotonic())
+
+    def check(self, what: str) -> None:
+        """Raise WaitExpired, naming `what`, once the time is over."""
+        if self.remaining() <= 0:
+            raise WaitExpired(what, self.given)
+
+    def poll(self, what: str, ready: Callable[[], bool], *, every: float = 0.01) -> None:
+        """Ask `ready` until it says yes; WaitExpired, naming `what`, if it never does."""
+        while not ready():
+            self.check(what)
+            time.sleep(min(every, self.remaining()))
+
+
+def bounded(what: str, deadline: Deadline, call: Callable[[], T]) -> T:
+    """Run a system call that may never return (a dead server, a broken disk) without sharing its fate.
+
+    The call runs in a thread of its own. Past the deadline WaitExpired is raised and the thread is left
+    to the kernel; a thread in an uninterruptible sleep cannot be ended by anybody.
+    """
+    outcome: list[T] = []
+    failure: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            outcome.append(call())
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=work, name=what, daemon=True)
+    thread.start()
+    thread.join(deadline.remaining())
+    if thread.is_alive():
+        raise WaitExpired(what, deadline.given)
+    if failure:
+        raise failure[0]
+    return outcome[0]

@@ -1,0 +1,65 @@
+"""Mounts that hang nowhere: no path, no other process sees them, gone with the descriptor.
+
+Made with the mount API of Linux 5.2 (fsopen, fsconfig, fsmount, move_mount). A process that is killed
+leaves nothing, and what is hung at a path by move_mount appears there whole.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+from blockdev import loops, syscalls
+from blockdev.deadlines import Deadline, bounded
+from blockdev.errors import MountFailed
+from blockdev.ioctls import is_block
+
+
+@contextmanager
+def filesystem(
+    fstype: str, options: Mapping[str, str | None], *, attributes: int = 0, deadline: Deadline
+) -> Iterator[int]:
+    """A detached mount as a descriptor of its root; MountFailed with the kernel's own words."""
+    context = syscalls.fsopen(fstype)
+    try:
+        try:
+            for key, value in options.items():
+                syscalls.fsconfig_set(context, key, value)
+            bounded(f"mounting {fstype}", deadline, lambda: syscalls.fsconfig_create(context))
+            root = syscalls.fsmount(context, attributes)
+        except OSError as error:
+            said = syscalls.fs_messages(context)
+            raise MountFailed(options.get("source") or fstype, "nowhere", said or str(error.strerror)) from error
+    finally:
+        os.close(context)
+    try:
+        yield root
+    finally:
+        os.close(root)
+
+
+@contextmanager
+def private_mount(path: str, fstype: str, *, deadline: Deadline) -> Iterator[int]:
+    """The filesystem on a file or block node, writable, as a descriptor; flushed and gone at the end.
+
+    A file gets a loop device that clears itself, also if this process is killed.
+    """
+    with ExitStack() as stack:
+        source = path
+        if not is_block(path):
+            source, keeper = loops.open_private(path, deadline=deadline)
+            stack.callback(os.close, keeper)
+        options: dict[str, str | None] = {"source": source}
+        if fstype == "xfs":
+            options["nouuid"] = None
+        root = stack.enter_context(filesystem(fstype, options, attributes=_SAFE, deadline=deadline))
+        yield root
+        fd = os.open(".", os.O_RDONLY | os.O_CLOEXEC, dir_fd=root)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+_SAFE = syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV | syscalls.MOUNT_ATTR_NOEXEC

@@ -1,0 +1,87 @@
+"""What can go wrong with a device, in the sentences that a person reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class BlockdevError(Exception):
+    """Root of this room's errors. `str()` is the sentence for the user."""
+
+
+class WaitExpired(BlockdevError):
+    """Something did not end in the time that the call had."""
+
+    def __init__(self, what: str, seconds: float) -> None:
+        super().__init__(f"{what} did not end within {seconds:.1f} s")
+
+
+class CommandFailed(BlockdevError):
+    """A program of the system refused; `code` is its exit status."""
+
+    def __init__(self, program: str, code: int, output: str) -> None:
+        self.program, self.code, self.output = program, code, output
+        super().__init__(f"{program} ended with status {code}: {output.strip() or 'no message'}")
+
+
+class CommandMissing(BlockdevError):
+    """A program of the system is not installed."""
+
+    def __init__(self, program: str) -> None:
+        super().__init__(f"the program {program} is not installed on this node; install the package that has it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holder:
+    """A process that has a device or its backing file open."""
+
+    pid: int
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.name} (pid {self.pid})"
+
+
+class DeviceBusy(BlockdevError):
+    """Somebody else uses the device, or may use it."""
+
+    def __init__(self, path: str, why: str, holders: Sequence[Holder] = ()) -> None:
+        self.path, self.holders = path, tuple(holders)
+        by = f"; held by {', '.join(map(str, holders))}" if holders else ""
+        super().__init__(f"{path} is in use: {why}{by}")
+
+
+class NotBlank(BlockdevError):
+    """A device that was to be formatted holds something."""
+
+    def __init__(self, path: str, found: str) -> None:
+        super().__init__(f"{path} is not blank ({found}); it is not formatted over. Wipe it, or use another volume")
+
+
+class WrongFilesystem(BlockdevError):
+    """The filesystem on the device is not the one that was asked for."""
+
+    def __init__(self, path: str, found: str, wanted: str) -> None:
+        super().__init__(f"{path} holds {found}, but {wanted} was asked for; ask for fsType {found}, or another volume")
+
+
+class FilesystemDamaged(BlockdevError):
+    """fsck could not put it right by itself."""
+
+    def __init__(self, path: str, report: str) -> None:
+        super().__init__(f"the filesystem on {path} needs a person: {report.strip()}. Run fsck on it by hand")
+
+
+class MountFailed(BlockdevError):
+    """mount(2), or one of its newer relatives, refused."""
+
+    def __init__(self, source: str, target: str, reason: str) -> None:
+        super().__init__(f"mounting {source} on {target}: {reason}")
+
+
+class CapabilityMissing(BlockdevError):
+    """The kernel wants a capability that this process was not given."""
+
+    def __init__(self, what: str, capability: str) -> None:
+        super().__init__(f"{what} needs {capability}, which the node plugin was started without; add it")

@@ -1,0 +1,105 @@
+"""ext4 and XFS on a device: make, check, grow.
+
+Nothing here mounts at a path. Growing uses a mount that hangs nowhere (`detached`), so that it leaves
+nothing behind when the process is killed.
+"""
+
+from __future__ import annotations
+
+import os
+
+from blockdev import ioctls, superblocks
+from blockdev.blankness import prove_blank, signature
+from blockdev.commands import run
+from blockdev.deadlines import Deadline
+from blockdev.detached import private_mount
+from blockdev.errors import CapabilityMissing, CommandFailed, FilesystemDamaged, WrongFilesystem
+
+DEFAULT = "ext4"
+# Smallest device that mkfs accepts, in bytes: mkfs.xfs refuses less than 300 MB; ext4 needs room for a journal.
+SMALLEST = {"ext4": 8 << 20, "xfs": 300 << 20}
+SUPPORTED = tuple(SMALLEST)
+
+
+def found_on(path: str, deadline: Deadline) -> str | None:
+    """The filesystem, or another signature, on the device; None if libblkid sees nothing."""
+    block = superblocks.read(path)
+    return block.fstype if block is not None else signature(path, deadline)
+
+
+def make(path: str, fstype: str, deadline: Deadline) -> None:
+    """Format a device that is provably blank, durably; NotBlank otherwise."""
+    all_zero = prove_blank(path, deadline)
+    if fstype == "xfs":
+        run("mkfs.xfs", "-q", "-K", path, deadline=deadline)
+    else:
+        extended = "nodiscard,assume_storage_prezeroed=1" if all_zero else "nodiscard,lazy_itable_init=1"
+        run("mkfs.ext4", "-q", "-F", "-m", "0", "-E", extended, path, deadline=deadline)
+    with ioctls.opened(path, os.O_RDWR) as fd:
+        os.fsync(fd)
+
+
+def check(path: str, fstype: str, deadline: Deadline) -> None:
+    """Return once the filesystem is `fstype` and consistent; repairs what needs no decision.
+
+    WrongFilesystem, or FilesystemDamaged with fsck's words. A clean ext4 costs one read; an unclean one
+    e2fsck, which replays the journal. XFS replays its log when it is mounted next, and is checked by that.
+    """
+    block = superblocks.read(path)
+    if block is None or block.fstype != fstype:
+        raise WrongFilesystem(path, found_on(path, deadline) or "no filesystem", fstype)
+    if fstype == "xfs" or block.clean:
+        return
+    try:
+        run("e2fsck", "-p", path, deadline=deadline, ok=(0, 1))
+    except CommandFailed as error:
+        raise FilesystemDamaged(path, error.output) from None
+
+
+def grow(path: str, deadline: Deadline) -> bool:
+    """Let the filesystem take its whole device; whether there was anything to take. Nobody else may use it."""
+    if not lags(path):
+        return False
+    try:
+        with private_mount(path, _fstype(path), deadline=deadline) as root:
+            grow_mounted(root, ioctls.size_bytes(path), path)
+    except CapabilityMissing:
+        # What is mounted nowhere can be resized by e2fsprogs alone, at the price of a whole fsck.
+        run("e2fsck", "-f", "-p", path, deadline=deadline, ok=(0, 1))
+        run("resize2fs", path, deadline=deadline)
+    return True
+
+
+def lags(path: str) -> bool:
+    """Whether the filesystem is smaller than its device by more than a mkfs leaves unused."""
+    block = superblocks.read(path)
+    if block is None:
+        return False
+    return ioctls.size_bytes(path) - block.total_bytes >= max(block.block_bytes, _REST)
+
+
+# ext4 leaves the last group out if it would be too small to hold its own tables.
+_REST = 4 << 20
+
+
+def grow_mounted(root: int | str, device_bytes: int, path: str) -> None:
+    """Grow a mounted filesystem online; `root` is a directory in it, or a descriptor of one."""
+    fd = os.open(".", os.O_RDONLY | os.O_CLOEXEC, dir_fd=root) if isinstance(root, int) else os.open(root, os.O_RDONLY)
+    try:
+        block = os.fstatvfs(fd).f_bsize
+        if _fstype(path) == "xfs":
+            ioctls.xfs_grow(fd, device_bytes // block)
+        else:
+            ioctls.ext4_resize(fd, device_bytes // block)
+        os.fsync(fd)
+    except PermissionError:
+        raise CapabilityMissing(f"growing the ext4 on {path} while it is mounted", "CAP_SYS_RESOURCE") from None
+    finally:
+        os.close(fd)
+
+
+def _fstype(path: str) -> str:
+    block = superblocks.read(path)
+    if block is None:
+        raise WrongFilesystem(path, "no filesystem", " or ".join(SUPPORTED))
+    return block.fstype

@@ -1,0 +1,200 @@
+"""Loop devices by ioctl: attach, find one's own again, grow, detach.
+
+Structures and flags are linux/loop.h's. LOOP_CONFIGURE (Linux 5.8) sets file and flags in one step, so no
+moment exists in which a device is bound without its flags.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import stat
+import time
+from dataclasses import dataclass
+
+from blockdev.deadlines import Deadline
+from blockdev.errors import DeviceBusy
+from blockdev.ioctls import opened
+from blockdev.udev import ensure_node
+
+_LOOP_CLR_FD, _LOOP_SET_CAPACITY, _LOOP_CONFIGURE = 0x4C01, 0x4C07, 0x4C0A
+_LOOP_GET_STATUS64, _LOOP_CTL_GET_FREE = 0x4C05, 0x4C82
+_READ_ONLY, _AUTOCLEAR, _DIRECT_IO = 1, 4, 16
+_LOOP_MAJOR = 7
+
+
+class _Info64(ctypes.Structure):
+    _fields_ = [
+        ("device", ctypes.c_uint64),
+        ("inode", ctypes.c_uint64),
+        ("rdevice", ctypes.c_uint64),
+        ("offset", ctypes.c_uint64),
+        ("sizelimit", ctypes.c_uint64),
+        ("number", ctypes.c_uint32),
+        ("encrypt_type", ctypes.c_uint32),
+        ("encrypt_key_size", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("file_name", ctypes.c_ubyte * 64),
+        ("crypt_name", ctypes.c_ubyte * 64),
+        ("encrypt_key", ctypes.c_ubyte * 32),
+        ("init", ctypes.c_uint64 * 2),
+    ]
+
+
+class _Config(ctypes.Structure):
+    _fields_ = [
+        ("fd", ctypes.c_uint32),
+        ("block_size", ctypes.c_uint32),
+        ("info", _Info64),
+        ("reserved", ctypes.c_uint64 * 8),
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backing:
+    """What a bound loop device stands on."""
+
+    device: int
+    inode: int
+    read_only: bool
+    direct_io: bool
+
+    def is_file(self, facts: os.stat_result) -> bool:
+        """Whether it is this very file, whatever its name is now."""
+        return (self.device, self.inode) == (facts.st_dev, facts.st_ino)
+
+
+def backing(device: str) -> Backing | None:
+    """What `device` stands on; None if nothing is bound to it or it does not exist."""
+    info = _Info64()
+    try:
+        with opened(device) as fd:
+            if os.major(os.fstat(fd).st_rdev) != _LOOP_MAJOR:
+                return None
+            fcntl.ioctl(fd, _LOOP_GET_STATUS64, info)
+    except OSError as error:
+        if error.errno in (errno.ENXIO, errno.ENOENT, errno.ENODEV):
+            return None
+        raise
+    return Backing(
+        device=info.device,
+        inode=info.inode,
+        read_only=bool(info.flags & _READ_ONLY),
+        direct_io=bool(info.flags & _DIRECT_IO),
+    )
+
+
+def bound() -> list[str]:
+    """Every loop device that has a file, as sysfs lists them."""
+    names = (name for name in os.listdir("/sys/block") if name.startswith("loop"))
+    return sorted(f"/dev/{name}" for name in names if os.path.exists(f"/sys/block/{name}/loop"))
+
+
+def find(path: str) -> list[str]:
+    """The loop devices that stand on the file `path`, by inode: a restarted process finds its own.
+
+    Costs a look at every bound device; who remembers a name asks `stands_on` instead.
+    """
+    try:
+        facts = os.stat(path)
+    except FileNotFoundError:
+        return []
+    found = []
+    for device in bound():
+        ensure_node(device)
+        under = backing(device)
+        if under is not None and under.is_file(facts):
+            found.append(device)
+    return found
+
+
+def stands_on(device: str, path: str) -> bool:
+    """Whether `device` stands on the file `path` now."""
+    under = backing(device)
+    try:
+        return under is not None and under.is_file(os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def attach(path: str, *, deadline: Deadline, read_only: bool = False, autoclear: bool = False) -> str:
+    """Bind a free loop device to the file `path`, with direct I/O where its filesystem can; its node.
+
+    Other allocators race for the same number: the kernel answers EBUSY to the slower one, which takes the next.
+    With `autoclear` the device goes by itself when its last user does; keep a descriptor or a mount on it.
+    """
+    with opened(path, os.O_RDONLY if read_only else os.O_RDWR) as file:
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            raise DeviceBusy(path, "a loop device stands on a regular file only")
+        flags = _DIRECT_IO | (_READ_ONLY if read_only else 0) | (_AUTOCLEAR if autoclear else 0)
+        while True:
+            deadline.check(f"finding a free loop device for {path}")
+            device = _free()
+            try:
+                with opened(device, os.O_RDONLY if read_only else os.O_RDWR) as fd:
+                    fcntl.ioctl(fd, _LOOP_CONFIGURE, _config(file, path, flags))
+                    return device
+            except OSError as error:
+                if error.errno not in (errno.EBUSY, errno.ENXIO, errno.ENOENT):
+                    raise
+
+
+def open_private(path: str, *, deadline: Deadline) -> tuple[str, int]:
+    """Like `attach` with autoclear; the node and a descriptor that keeps it alive until it is closed."""
+    with opened(path, os.O_RDWR) as file:
+        while True:
+            deadline.check(f"finding a free loop device for {path}")
+            device = _free()
+            fd = os.open(device, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                fcntl.ioctl(fd, _LOOP_CONFIGURE, _config(file, path, _DIRECT_IO | _AUTOCLEAR))
+                return device, fd
+            except OSError as error:
+                os.close(fd)
+                if error.errno not in (errno.EBUSY, errno.ENXIO):
+                    raise
+
+
+def _config(file: int, path: str, flags: int) -> _Config:
+    config = _Config(fd=file)
+    config.info.flags = flags
+    name = os.fsencode(path)[-63:]
+    ctypes.memmove(config.info.file_name, name, len(name))
+    return config
+
+
+def _free() -> str:
+    with opened("/dev/loop-control", os.O_RDWR) as control:
+        device = f"/dev/loop{fcntl.ioctl(control, _LOOP_CTL_GET_FREE)}"
+    ensure_node(device)
+    return device
+
+
+def resize(device: str) -> None:
+    """Let the device take the size that its file has now."""
+    with opened(device) as fd:
+        fcntl.ioctl(fd, _LOOP_SET_CAPACITY)
+
+
+def detach(device: str, path: str, deadline: Deadline) -> None:
+    """Unbind `device` from the file `path`; nothing happens if it stands on something else by now.
+
+    The kernel accepts this for a device that is open, and lets go when the last user does. That is DeviceBusy
+    here once the deadline is over, since a device in use is not detached.
+    """
+    if not stands_on(device, path):
+        return
+    try:
+        with opened(device) as fd:
+            fcntl.ioctl(fd, _LOOP_CLR_FD)
+    except OSError as error:
+        if error.errno not in (errno.ENXIO, errno.EBUSY):
+            raise
+    limit = min(deadline.remaining(), 2.0)
+    waiting = Deadline.after(limit)
+    while stands_on(device, path):
+        if waiting.remaining() <= 0:
+            raise DeviceBusy(device, "the kernel keeps it bound until its last user lets go")
+        time.sleep(0.005)

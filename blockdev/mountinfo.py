@@ -1,0 +1,90 @@
+"""The kernel's mount table, for those who must name what is mounted; the only parser of it.
+
+Format: proc(5), /proc/[pid]/mountinfo. Who only asks whether one path is a mount point uses
+`syscalls.statx`, whose cost does not grow with the table.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mount:
+    """One line of the table."""
+
+    mount_id: int
+    device: tuple[int, int]
+    root: str
+    target: str
+    options: tuple[str, ...]
+    fstype: str
+    source: str
+    super_options: tuple[str, ...]
+
+    @property
+    def read_only(self) -> bool:
+        """Of the mount or of its filesystem."""
+        return "ro" in self.options or "ro" in self.super_options
+
+
+def parse(line: str) -> Mount:
+    """One line; optional fields end at a lone dash, and octal escapes are undone."""
+    fields = line.rstrip("\n").split(" ")
+    dash = fields.index("-", 6)
+    major, minor = fields[2].split(":")
+    fstype, source, super_options = fields[dash + 1 : dash + 4]
+    return Mount(
+        mount_id=int(fields[0]),
+        device=(int(major), int(minor)),
+        root=_unescape(fields[3]),
+        target=_unescape(fields[4]),
+        options=tuple(fields[5].split(",")),
+        fstype=fstype,
+        source=_unescape(source),
+        super_options=tuple(super_options.split(",")),
+    )
+
+
+def _unescape(text: str) -> str:
+    if "\\" not in text:
+        return text
+    head, *rest = os.fsencode(text).split(b"\\")
+    return os.fsdecode(head + b"".join(bytes([int(part[:3], 8)]) + part[3:] for part in rest))
+
+
+def table(pid: int | str = "self") -> list[Mount]:
+    """What the process sees, in the order of mounting."""
+    with open(f"/proc/{pid}/mountinfo", errors="surrogateescape") as lines:
+        return [parse(line) for line in lines]
+
+
+def other_namespaces() -> Iterator[tuple[int, list[Mount]]]:
+    """One process and its table for every mount namespace that this process may look at, its own left out.
+
+    A filesystem that hangs in a namespace of somebody's own is invisible in ours and keeps the device all the same.
+    """
+    seen = {os.readlink("/proc/self/ns/mnt")}
+    for name in os.listdir("/proc"):
+        if not name.isdigit():
+            continue
+        try:
+            namespace = os.readlink(f"/proc/{name}/ns/mnt")
+            if namespace in seen:
+                continue
+            seen.add(namespace)
+            yield int(name), table(name)
+        except OSError:
+            continue
+
+
+def mounts_of(device: tuple[int, int]) -> list[Mount]:
+    """Where the block device is mounted, in this namespace."""
+    return [mount for mount in table() if mount.device == device]
+
+
+def mounted_elsewhere(device: tuple[int, int]) -> list[tuple[int, Mount]]:
+    """The same in the other namespaces, each with a process that sees it."""
+    return [(pid, mount) for pid, mounts in other_namespaces() for mount in mounts if mount.device == device]

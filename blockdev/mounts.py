@@ -1,0 +1,148 @@
+"""Mounting and unmounting with an end to every wait, in verbs that can be repeated."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import time
+from collections.abc import Sequence
+
+from blockdev import syscalls
+from blockdev.deadlines import Deadline, bounded
+from blockdev.errors import DeviceBusy, Holder, MountFailed
+
+_FLAGS: dict[str, tuple[int, int]] = {
+    # option: (flags that it sets, flags that it clears)
+    "defaults": (0, 0),
+    "ro": (syscalls.MS_RDONLY, 0),
+    "rw": (0, syscalls.MS_RDONLY),
+    "nosuid": (syscalls.MS_NOSUID, 0),
+    "suid": (0, syscalls.MS_NOSUID),
+    "nodev": (syscalls.MS_NODEV, 0),
+    "dev": (0, syscalls.MS_NODEV),
+    "noexec": (syscalls.MS_NOEXEC, 0),
+    "exec": (0, syscalls.MS_NOEXEC),
+    "sync": (syscalls.MS_SYNCHRONOUS, 0),
+    "async": (0, syscalls.MS_SYNCHRONOUS),
+    "dirsync": (syscalls.MS_DIRSYNC, 0),
+    "noatime": (syscalls.MS_NOATIME, 0),
+    "atime": (0, syscalls.MS_NOATIME),
+    "nodiratime": (syscalls.MS_NODIRATIME, 0),
+    "diratime": (0, syscalls.MS_NODIRATIME),
+    "relatime": (syscalls.MS_RELATIME, 0),
+    "norelatime": (0, syscalls.MS_RELATIME),
+    "strictatime": (syscalls.MS_STRICTATIME, 0),
+    "lazytime": (syscalls.MS_LAZYTIME, 0),
+    "nolazytime": (0, syscalls.MS_LAZYTIME),
+}
+# Words of fstab and of mount(8) that no kernel knows.
+_IGNORED = frozenset({"_netdev", "auto", "noauto", "nofail", "user", "nouser", "users", "owner", "group"})
+# Operations that would mount something else than was asked for.
+FORBIDDEN = frozenset({"bind", "rbind", "move", "remount", "loop", "private", "rprivate", "shared", "rshared",
+                       "slave", "rslave", "unbindable", "runbindable"})  # fmt: skip
+
+
+def parse_options(options: Sequence[str]) -> tuple[int, str]:
+    """Flags and data of mount(2) for a list of mount options; later words win."""
+    flags, data = 0, []
+    for option in options:
+        if option in _FLAGS:
+            on, off = _FLAGS[option]
+            flags = (flags & ~off) | on
+        elif option not in _IGNORED:
+            data.append(option)
+    return flags, ",".join(data)
+
+
+def is_mount_point(path: str) -> bool:
+    """Whether something is mounted on `path`; False if there is no such path. Never waits for a dead server."""
+    try:
+        return syscalls.statx(path).is_mount_root
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        if error.errno in (errno.ENOTCONN, errno.ESTALE, errno.EIO, errno.EHOSTDOWN, errno.ENODEV, errno.EACCES):
+            return True  # a corrupted mount is a mount all the same
+        raise
+
+
+def is_read_only(path: str) -> bool:
+    """Whether writes below `path` are refused by its mount or filesystem."""
+    return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+
+
+def mount(source: str, target: str, fstype: str, options: Sequence[str], deadline: Deadline) -> None:
+    """Mount a filesystem; MountFailed with the reason."""
+    flags, data = parse_options(options)
+    try:
+        bounded(f"mounting {source} on {target}", deadline, lambda: syscalls.mount(source, target, fstype, flags, data))
+    except OSError as error:
+        hint = "; see the kernel's log for what the filesystem says" if error.errno == errno.EINVAL else ""
+        raise MountFailed(source, target, f"{error.strerror}{hint}") from error
+
+
+def bind(source: str, target: str, *, read_only: bool) -> None:
+    """Bind `source` to `target`; a read-only one is never writable, not even for a moment."""
+    try:
+        tree = syscalls.open_tree_clone(source)
+        try:
+            if read_only:
+                syscalls.mount_setattr(tree, syscalls.MOUNT_ATTR_RDONLY)
+            syscalls.move_mount(tree, target)
+        finally:
+            os.close(tree)
+    except OSError as error:
+        raise MountFailed(source, target, str(error.strerror)) from error
+
+
+def be_unmounted(target: str, deadline: Deadline) -> None:
+    """Nothing is mounted on `target` when this returns, however often something was; DeviceBusy with holders.
+
+    Something that is busy is asked again until the deadline: a process on its way out lets go in a moment.
+    """
+    while is_mount_point(target):
+        try:
+            bounded(f"unmounting {target}", deadline, lambda: syscalls.umount(target))
+        except OSError as error:
+            if error.errno in (errno.EINVAL, errno.ENOENT):
+                return
+            if error.errno != errno.EBUSY:
+                raise MountFailed("nothing", target, f"unmounting failed: {error.strerror}") from error
+            if deadline.remaining() < _LAST_LOOK:
+                raise DeviceBusy(target, "a process works in it", _users(target)) from error
+            time.sleep(0.05)
+
+
+_LAST_LOOK = 0.3
+
+
+def _users(target: str) -> list[Holder]:
+    found = []
+    for name in os.listdir("/proc"):
+        if not name.isdigit():
+            continue
+        with contextlib.suppress(OSError):
+            places = [os.readlink(f"/proc/{name}/{link}") for link in ("cwd", "root")]
+            places += [os.readlink(entry.path) for entry in os.scandir(f"/proc/{name}/fd")]
+            if any(place == target or place.startswith(f"{target}/") for place in places):
+                with open(f"/proc/{name}/comm") as comm:
+                    found.append(Holder(pid=int(name), name=comm.read().strip()))
+    return found
+
+
+def be_absent(target: str, deadline: Deadline) -> None:
+    """Nothing is mounted on `target` and it is gone. Only an empty directory or an empty file is removed."""
+    be_unmounted(target, deadline)
+    try:
+        os.rmdir(target)
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        if os.path.islink(target) or os.path.getsize(target) > 0:
+            raise MountFailed("nothing", target, "it is a file with content, which is not removed") from None
+        os.unlink(target)
+    except OSError as error:
+        if error.errno == errno.ENOTEMPTY:
+            raise MountFailed("nothing", target, "the directory is not empty and is left as it is") from error
+        raise

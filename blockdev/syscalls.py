@@ -1,0 +1,160 @@
+"""System calls that Python does not wrap, each with its errno raised as OSError.
+
+Numbers are those of every architecture that Linux gained after the unified tables (mount API, 5.2).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+AT_FDCWD = -100
+AT_EMPTY_PATH = 0x1000
+AT_NO_AUTOMOUNT = 0x800
+AT_SYMLINK_NOFOLLOW = 0x100
+
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_SYNCHRONOUS = 1, 2, 4, 8, 16
+MS_REMOUNT, MS_MANDLOCK, MS_DIRSYNC, MS_NOSYMFOLLOW = 32, 64, 128, 256
+MS_NOATIME, MS_NODIRATIME, MS_BIND, MS_MOVE, MS_REC = 1024, 2048, 4096, 8192, 16384
+MS_PRIVATE, MS_RELATIME, MS_STRICTATIME, MS_LAZYTIME = 1 << 18, 1 << 21, 1 << 24, 1 << 25
+
+MNT_FORCE, MNT_DETACH, UMOUNT_NOFOLLOW = 1, 2, 8
+
+_OPEN_TREE, _MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT, _MOUNT_SETATTR = 428, 429, 430, 431, 432, 442
+_OPEN_TREE_CLONE = 1
+_MOVE_MOUNT_F_EMPTY_PATH = 4
+_FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE, _FSCONFIG_CMD_RECONFIGURE = 0, 1, 6, 7
+MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC = 1, 2, 4, 8
+
+_STATX_ATTR_MOUNT_ROOT = 0x2000
+_STATX_MNT_ID = 0x1000
+_STATX_BASIC = 0x7FF
+
+
+def _bytes(text: str | None) -> bytes | None:
+    return None if text is None else os.fsencode(text)
+
+
+def _check(result: int, path: str | None = None) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), path)
+    return result
+
+
+def mount(source: str, target: str, fstype: str | None, flags: int, data: str | None) -> None:
+    """mount(2)."""
+    _check(_libc.mount(_bytes(source), _bytes(target), _bytes(fstype), ctypes.c_ulong(flags), _bytes(data)), target)
+
+
+def umount(target: str, flags: int = UMOUNT_NOFOLLOW) -> None:
+    """umount2(2)."""
+    _check(_libc.umount2(_bytes(target), flags), target)
+
+
+def fsopen(fstype: str) -> int:
+    """A file descriptor for a filesystem that is still to be described."""
+    return _check(_libc.syscall(_FSOPEN, _bytes(fstype), ctypes.c_uint(1)), fstype)
+
+
+def fsconfig_set(fd: int, key: str, value: str | None) -> None:
+    """Set one option; a value of None makes it a flag."""
+    command = _FSCONFIG_SET_FLAG if value is None else _FSCONFIG_SET_STRING
+    _check(_libc.syscall(_FSCONFIG, fd, command, _bytes(key), _bytes(value), 0), key)
+
+
+def fsconfig_create(fd: int) -> None:
+    """Read or make the superblock."""
+    _check(_libc.syscall(_FSCONFIG, fd, _FSCONFIG_CMD_CREATE, None, None, 0))
+
+
+def fsmount(fd: int, attributes: int) -> int:
+    """A mount that hangs nowhere; it is gone when the descriptor is closed."""
+    return _check(_libc.syscall(_FSMOUNT, fd, 1, ctypes.c_uint(attributes)))
+
+
+def fs_messages(fd: int) -> str:
+    """What the kernel said about the filesystem, for a person."""
+    lines = []
+    while True:
+        try:
+            lines.append(os.read(fd, 4096).decode("utf-8", "replace").strip())
+        except OSError:
+            return "; ".join(lines)
+
+
+class _MountAttr(ctypes.Structure):
+    _fields_ = [
+        ("set", ctypes.c_uint64),
+        ("clear", ctypes.c_uint64),
+        ("propagation", ctypes.c_uint64),
+        ("userns_fd", ctypes.c_uint64),
+    ]
+
+
+def mount_setattr(fd: int, attributes: int) -> None:
+    """Set attributes of the mount that `fd` stands for (Linux 5.12)."""
+    wanted = _MountAttr(set=attributes)
+    _check(_libc.syscall(_MOUNT_SETATTR, fd, b"", AT_EMPTY_PATH, ctypes.byref(wanted), ctypes.sizeof(wanted)))
+
+
+def open_tree_clone(path: str) -> int:
+    """A detached bind mount of `path`, as open_tree(2) makes it."""
+    return _check(_libc.syscall(_OPEN_TREE, AT_FDCWD, _bytes(path), _OPEN_TREE_CLONE | 0o2000000), path)
+
+
+def move_mount(fd: int, target: str) -> None:
+    """Hang a detached mount at `target`; it appears there whole."""
+    _check(_libc.syscall(_MOVE_MOUNT, fd, b"", AT_FDCWD, _bytes(target), _MOVE_MOUNT_F_EMPTY_PATH), target)
+
+
+class _Statx(ctypes.Structure):
+    _fields_ = [
+        ("mask", ctypes.c_uint32),
+        ("blksize", ctypes.c_uint32),
+        ("attributes", ctypes.c_uint64),
+        ("_owner", ctypes.c_uint32 * 3),
+        ("mode", ctypes.c_uint16),
+        ("_pad1", ctypes.c_uint16),
+        ("ino", ctypes.c_uint64),
+        ("size", ctypes.c_uint64),
+        ("blocks", ctypes.c_uint64),
+        ("attributes_mask", ctypes.c_uint64),
+        ("_times", ctypes.c_uint64 * 8),
+        ("rdev_major", ctypes.c_uint32),
+        ("rdev_minor", ctypes.c_uint32),
+        ("dev_major", ctypes.c_uint32),
+        ("dev_minor", ctypes.c_uint32),
+        ("mnt_id", ctypes.c_uint64),
+        ("_spare", ctypes.c_uint64 * 13),
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PathFacts:
+    """What one statx(2) tells of a path."""
+
+    is_mount_root: bool
+    mount_id: int
+    device: tuple[int, int]
+    inode: int
+
+
+def statx(path: str) -> PathFacts:
+    """One path, without following a link and without waking an automount (Linux 5.8 tells mount roots).
+
+    Raises OSError. The cost does not grow with the number of mounts, which is why nothing on the way of
+    publish reads the mount table.
+    """
+    buffer = _Statx()
+    flags = AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT
+    _check(_libc.statx(AT_FDCWD, _bytes(path), flags, _STATX_BASIC | _STATX_MNT_ID, ctypes.byref(buffer)), path)
+    return PathFacts(
+        is_mount_root=bool(buffer.attributes & _STATX_ATTR_MOUNT_ROOT),
+        mount_id=buffer.mnt_id,
+        device=(buffer.dev_major, buffer.dev_minor),
+        inode=buffer.ino,
+    )

@@ -1,0 +1,116 @@
+"""One wrapper around every call: decoding, deadline, errors to codes, one line in the log.
+
+Handlers are made from the descriptors in csi.proto, so a method that exists there and not here answers UNIMPLEMENTED.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import grpc
+from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
+
+from blockdev import Deadline
+from csi.errors import CallError, code_of
+from csi.secrets import stripped
+from runvol_proto import csi_pb2
+
+log = logging.getLogger("runvol.csi")
+
+# A caller without a deadline gets this one, in seconds: kubelet's own for CSI is two minutes.
+_DEFAULT = 115.0
+_LONGEST = 3600.0
+# Answer before the caller has gone, so that it reads a sentence instead of "deadline exceeded".
+_MARGIN = 0.2
+_QUIET = frozenset({"Probe", "NodeGetVolumeStats", "NodeGetVolumeHealth"})
+_numbers = itertools.count(1)
+
+Method = Callable[[Any, Deadline], Message]
+
+
+@dataclass(frozen=True)
+class Malformed:
+    """What stands for a request that could not be decoded."""
+
+    reason: str
+
+
+def service_handler(name: str, implementation: object) -> grpc.GenericRpcHandler[Any, Any]:
+    """A handler for the service `csi.v1.<name>`: each RPC is the method of that name."""
+    service = csi_pb2.DESCRIPTOR.services_by_name[name]
+    handlers = {
+        method.name: _handler(method, getattr(implementation, method.name))
+        for method in service.methods
+        if hasattr(implementation, method.name)
+    }
+    return grpc.method_handlers_generic_handler(service.full_name, handlers)
+
+
+def _handler(descriptor: MethodDescriptor, method: Method) -> grpc.RpcMethodHandler[Any, Any]:
+    request_class = GetMessageClass(descriptor.input_type)
+
+    def decode(raw: bytes) -> Message | Malformed:
+        try:
+            return request_class.FromString(raw)
+        except DecodeError as error:
+            return Malformed(str(error))
+
+    def call(request: Message | Malformed, context: grpc.ServicerContext) -> Message:
+        return _run(descriptor.name, method, request, context)
+
+    return grpc.unary_unary_rpc_method_handler(
+        call, request_deserializer=decode, response_serializer=GetMessageClass(descriptor.output_type).SerializeToString
+    )
+
+
+def _run(name: str, method: Method, request: Message | Malformed, context: grpc.ServicerContext) -> Message:
+    number, started = next(_numbers), time.monotonic()
+    deadline = _deadline(context.time_remaining())
+    try:
+        if isinstance(request, Malformed):
+            raise CallError(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                f"the request is no valid {name}Request (is all text UTF-8?): {request.reason}",
+            )
+        response = method(request, deadline)
+    except Exception as error:
+        code = code_of(error)
+        if code is grpc.StatusCode.INTERNAL:
+            log.exception("call failed", extra=_facts(name, number, request, started, code.name))
+            _abort(context, code, f"{type(error).__name__}: {error}; see the driver's log, call {number}")
+        log.warning("call refused", extra={**_facts(name, number, request, started, code.name), "reason": str(error)})
+        _abort(context, code, str(error))
+    level = logging.DEBUG if name in _QUIET or name.endswith(("Capabilities", "Info")) else logging.INFO
+    if log.isEnabledFor(level):
+        log.log(level, "call done", extra=_facts(name, number, request, started, "OK"))
+    return response
+
+
+def _deadline(remaining: float | None) -> Deadline:
+    """gRPC says None, or some 290 million years, where the caller has set none."""
+    if remaining is None or remaining > _LONGEST:
+        return Deadline.after(_DEFAULT)
+    return Deadline.after(max(0.0, remaining - min(_MARGIN, remaining / 4)))
+
+
+def _abort(context: grpc.ServicerContext, code: grpc.StatusCode, message: str) -> NoReturn:
+    context.abort(code, message.encode("utf-8", "replace").decode()[:4000])
+    raise AssertionError("abort returned")
+
+
+def _facts(name: str, number: int, request: Message | Malformed, started: float, code: str) -> dict[str, object]:
+    shown = {} if isinstance(request, Malformed) else stripped(request)
+    return {
+        "rpc": name,
+        "call": number,
+        "code": code,
+        "ms": round((time.monotonic() - started) * 1000, 1),
+        "request": shown,
+    }

@@ -1,0 +1,222 @@
+"""CSI's Controller service for volumes that live on this node."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+
+import grpc
+from google.protobuf.wrappers_pb2 import Int64Value
+
+from blockdev import Deadline
+from csi import checks, health
+from csi.errors import CallError
+from guestmount import BadRequest, Busy, Node, Refused
+from guestmount.requests import check_capability
+from runvol_proto import csi_pb2
+from volumes import Capability, Volume, VolumeNotFound, parameters
+from volumes.sizes import LARGEST
+
+TOPOLOGY_KEY = "topology.csi.runvol.io/node"
+_RPC = csi_pb2.ControllerServiceCapability.RPC
+_CAPABILITIES = (
+    _RPC.CREATE_DELETE_VOLUME,
+    _RPC.LIST_VOLUMES,
+    _RPC.GET_CAPACITY,
+    _RPC.EXPAND_VOLUME,
+    _RPC.VOLUME_CONDITION,
+    _RPC.GET_VOLUME,
+    _RPC.SINGLE_NODE_MULTI_WRITER,
+    _RPC.GET_VOLUME_HEALTH,
+    _RPC.LIST_VOLUME_HEALTH,
+)
+
+
+class Names:
+    """One creation at a time for each name; who comes second is told to come again."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._taken: set[str] = set()
+
+    @contextlib.contextmanager
+    def taken(self, name: str) -> Iterator[None]:
+        with self._lock:
+            if name in self._taken:
+                raise Busy(name)
+            self._taken.add(name)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._taken.discard(name)
+
+
+class Controller:
+    """Creates, deletes, lists and sizes volumes."""
+
+    def __init__(self, node: Node, node_id: str) -> None:
+        self._node, self._node_id = node, node_id
+        self._names = Names()
+
+    def ControllerGetCapabilities(
+        self, _request: csi_pb2.ControllerGetCapabilitiesRequest, _deadline: Deadline
+    ) -> csi_pb2.ControllerGetCapabilitiesResponse:
+        response = csi_pb2.ControllerGetCapabilitiesResponse()
+        for capability in _CAPABILITIES:
+            response.capabilities.add().rpc.type = capability
+        return response
+
+    def CreateVolume(self, request: csi_pb2.CreateVolumeRequest, _deadline: Deadline) -> csi_pb2.CreateVolumeResponse:
+        name = checks.required("name", request.name)
+        if not request.volume_capabilities:
+            raise BadRequest("volume_capabilities", None, "must be given")
+        uses = [checks.capability("volume_capabilities", one) for one in request.volume_capabilities]
+        self._check_uses(uses)
+        chosen = parameters.check(checks.bounded_map("parameters", request.parameters))
+        checks.bounded_map("secrets", request.secrets, secret=True)
+        if request.mutable_parameters:
+            raise BadRequest(
+                "mutable_parameters", sorted(request.mutable_parameters), "no parameter can be changed later"
+            )
+        if request.HasField("volume_content_source"):
+            raise BadRequest(
+                "volume_content_source",
+                request.volume_content_source.WhichOneof("type"),
+                "the backend loop makes empty volumes only",
+            )
+        self._check_topology(request.accessibility_requirements)
+        with self._names.taken(name):
+            backend = self._node.catalog.for_parameters(chosen)
+            volume = backend.create(name, checks.size_range(request.capacity_range), chosen, uses)
+        return csi_pb2.CreateVolumeResponse(volume=self._message(volume))
+
+    def _check_uses(self, uses: Sequence[Capability]) -> None:
+        for use in uses:
+            try:
+                check_capability(use)
+            except Refused as error:
+                raise BadRequest("volume_capabilities", str(use.mode), str(error)) from error
+        if len({use.fstype for use in uses if not use.raw}) > 1:
+            raise BadRequest("volume_capabilities", sorted({use.fstype for use in uses}), "ask for one filesystem only")
+
+    def _check_topology(self, wanted: csi_pb2.TopologyRequirement) -> None:
+        candidates = list(wanted.requisite) or list(wanted.preferred)
+        if candidates and not any(self._is_here(topology) for topology in candidates):
+            raise CallError(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"accessibility_requirements name no topology of this node ({TOPOLOGY_KEY} = {self._node_id}); the "
+                "volume has to be made by the plugin on another node",
+            )
+
+    def _is_here(self, topology: csi_pb2.Topology) -> bool:
+        return all(key == TOPOLOGY_KEY and value == self._node_id for key, value in topology.segments.items())
+
+    def DeleteVolume(self, request: csi_pb2.DeleteVolumeRequest, deadline: Deadline) -> csi_pb2.DeleteVolumeResponse:
+        volume_id = checks.required("volume_id", request.volume_id)
+        checks.bounded_map("secrets", request.secrets, secret=True)
+        with contextlib.suppress(VolumeNotFound):
+            backend = self._node.catalog.of(volume_id)
+            with self._node.unused(volume_id, deadline):
+                backend.delete(volume_id)
+        return csi_pb2.DeleteVolumeResponse()
+
+    def ValidateVolumeCapabilities(
+        self, request: csi_pb2.ValidateVolumeCapabilitiesRequest, _deadline: Deadline
+    ) -> csi_pb2.ValidateVolumeCapabilitiesResponse:
+        volume_id = checks.required("volume_id", request.volume_id)
+        if not request.volume_capabilities:
+            raise BadRequest("volume_capabilities", None, "must be given")
+        uses = [checks.capability("volume_capabilities", one) for one in request.volume_capabilities]
+        self._node.catalog.get(volume_id)
+        response = csi_pb2.ValidateVolumeCapabilitiesResponse()
+        try:
+            parameters.check(checks.bounded_map("parameters", request.parameters))
+            parameters.check_context(checks.bounded_map("volume_context", request.volume_context))
+            for use in uses:
+                check_capability(use)
+        except Exception as error:
+            response.message = str(error)
+            return response
+        response.confirmed.volume_context.update(request.volume_context)
+        response.confirmed.volume_capabilities.extend(request.volume_capabilities)
+        response.confirmed.parameters.update(request.parameters)
+        return response
+
+    def ListVolumes(self, request: csi_pb2.ListVolumesRequest, _deadline: Deadline) -> csi_pb2.ListVolumesResponse:
+        page, token = self._page(request.max_entries, request.starting_token)
+        response = csi_pb2.ListVolumesResponse(next_token=token)
+        for volume in page:
+            entry = response.entries.add(volume=self._message(volume))
+            entry.status.volume_condition.CopyFrom(health.condition(self._node, volume.volume_id))
+        return response
+
+    def _page(self, max_entries: int, starting_token: str) -> tuple[list[Volume], str]:
+        if max_entries < 0:
+            raise BadRequest("max_entries", max_entries, "must not be negative")
+        if starting_token and not (starting_token.isascii() and starting_token.isdigit() and len(starting_token) < 19):
+            raise CallError(
+                grpc.StatusCode.ABORTED, f"starting_token = {starting_token[:80]!r} was not given by this driver"
+            )
+        found = list(
+            self._node.catalog.list(after=int(starting_token or 0), limit=max_entries + 1 if max_entries else -1)
+        )
+        more = bool(max_entries) and len(found) > max_entries
+        page = found[:max_entries] if more else found
+        return [volume for _seq, volume in page], str(page[-1][0]) if more else ""
+
+    def ControllerGetVolume(
+        self, request: csi_pb2.ControllerGetVolumeRequest, _deadline: Deadline
+    ) -> csi_pb2.ControllerGetVolumeResponse:
+        volume = self._node.catalog.get(checks.required("volume_id", request.volume_id))
+        response = csi_pb2.ControllerGetVolumeResponse(volume=self._message(volume))
+        response.status.volume_condition.CopyFrom(health.condition(self._node, volume.volume_id))
+        return response
+
+    def GetCapacity(self, request: csi_pb2.GetCapacityRequest, _deadline: Deadline) -> csi_pb2.GetCapacityResponse:
+        chosen = parameters.check(checks.bounded_map("parameters", request.parameters))
+        uses = [checks.capability("volume_capabilities", one) for one in request.volume_capabilities]
+        usable = all(use.refusal() is None for use in uses)
+        here = not request.HasField("accessible_topology") or self._is_here(request.accessible_topology)
+        free = self._node.catalog.for_parameters(chosen).available_bytes() if usable and here else 0
+        return csi_pb2.GetCapacityResponse(
+            available_capacity=free, maximum_volume_size=Int64Value(value=min(free, LARGEST))
+        )
+
+    def ControllerExpandVolume(
+        self, request: csi_pb2.ControllerExpandVolumeRequest, _deadline: Deadline
+    ) -> csi_pb2.ControllerExpandVolumeResponse:
+        """Validates only; the node that has the volume does the work (resizing has no node-deployment mode)."""
+        volume_id = checks.required("volume_id", request.volume_id)
+        if not request.HasField("capacity_range"):
+            raise BadRequest("capacity_range", None, "must be given")
+        checks.bounded_map("secrets", request.secrets, secret=True)
+        if request.HasField("volume_capability"):
+            check_capability(checks.capability("volume_capability", request.volume_capability))
+        backend = self._node.catalog.of(volume_id)
+        capacity = backend.check_expand(volume_id, checks.size_range(request.capacity_range))
+        return csi_pb2.ControllerExpandVolumeResponse(capacity_bytes=capacity, node_expansion_required=True)
+
+    def ControllerGetVolumeHealth(
+        self, request: csi_pb2.ControllerGetVolumeHealthRequest, _deadline: Deadline
+    ) -> csi_pb2.ControllerGetVolumeHealthResponse:
+        volume_id = checks.required("volume_id", request.volume_id)
+        return csi_pb2.ControllerGetVolumeHealthResponse(volume_health=health.health(self._node, volume_id))
+
+    def ControllerListVolumeHealth(
+        self, request: csi_pb2.ControllerListVolumeHealthRequest, _deadline: Deadline
+    ) -> csi_pb2.ControllerListVolumeHealthResponse:
+        page, token = self._page(request.max_entries, request.starting_token)
+        states = (health.health(self._node, volume.volume_id) for volume in page)
+        return csi_pb2.ControllerListVolumeHealthResponse(
+            entries=[state for state in states if state.health_statuses], next_token=token
+        )
+
+    def _message(self, volume: Volume) -> csi_pb2.Volume:
+        return csi_pb2.Volume(
+            volume_id=volume.volume_id,
+            capacity_bytes=volume.capacity_bytes,
+            volume_context=parameters.context_of(volume.parameters),
+            accessible_topology=[csi_pb2.Topology(segments={TOPOLOGY_KEY: self._node_id})],
+        )

@@ -1,0 +1,44 @@
+"""CSI's Identity service."""
+
+from __future__ import annotations
+
+import grpc
+from google.protobuf.wrappers_pb2 import BoolValue
+
+from blockdev import Deadline
+from csi.errors import CallError
+from runvol_proto import csi_pb2
+from volumes import Catalog, VolumeError
+
+NAME = "csi.runvol.io"
+
+
+class Identity:
+    """Who the plugin is, and whether it is well."""
+
+    def __init__(self, version: str, catalog: Catalog, *, with_controller: bool) -> None:
+        self._version, self._catalog, self._with_controller = version, catalog, with_controller
+
+    def GetPluginInfo(
+        self, _request: csi_pb2.GetPluginInfoRequest, _deadline: Deadline
+    ) -> csi_pb2.GetPluginInfoResponse:
+        return csi_pb2.GetPluginInfoResponse(name=NAME, vendor_version=self._version)
+
+    def GetPluginCapabilities(
+        self, _request: csi_pb2.GetPluginCapabilitiesRequest, _deadline: Deadline
+    ) -> csi_pb2.GetPluginCapabilitiesResponse:
+        services = [csi_pb2.PluginCapability.Service.VOLUME_ACCESSIBILITY_CONSTRAINTS]
+        if self._with_controller:
+            services.insert(0, csi_pb2.PluginCapability.Service.CONTROLLER_SERVICE)
+        response = csi_pb2.GetPluginCapabilitiesResponse()
+        for service in services:
+            response.capabilities.add().service.type = service
+        response.capabilities.add().volume_expansion.type = csi_pb2.PluginCapability.VolumeExpansion.ONLINE
+        return response
+
+    def Probe(self, _request: csi_pb2.ProbeRequest, _deadline: Deadline) -> csi_pb2.ProbeResponse:
+        try:
+            self._catalog.list(limit=1)
+        except VolumeError as error:
+            raise CallError(grpc.StatusCode.FAILED_PRECONDITION, str(error)) from error
+        return csi_pb2.ProbeResponse(ready=BoolValue(value=True))

@@ -1,0 +1,83 @@
+"""The gRPC server: one socket, any subset of the services, a graceful end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Collection
+from concurrent import futures
+
+import grpc
+
+from csi.calls import service_handler
+from csi.controller import Controller
+from csi.identity import Identity
+from csi.node import NodeService
+from guestmount import BadRequest, Node
+
+SERVICES = ("identity", "controller", "node")
+_WORKERS = 32
+_GRACE = 10.0
+_SUFFIX = ".sock"
+
+
+def socket_path(endpoint: str) -> str:
+    """The path in `unix:///run/runvol/csi.sock`; BadRequest for anything else."""
+    path = endpoint.removeprefix("unix://")
+    if not endpoint.startswith("unix:///") or not path.endswith(_SUFFIX):
+        raise BadRequest("--endpoint", endpoint, f"must be unix:///<absolute path>{_SUFFIX}")
+    if len(os.fsencode(path)) > 107:
+        raise BadRequest("--endpoint", endpoint, "a unix socket's path has at most 107 bytes")
+    return path
+
+
+class Server:
+    """Listens from `start` to `stop`."""
+
+    def __init__(self, node: Node, *, node_id: str, endpoint: str, version: str, services: Collection[str]) -> None:
+        unknown = sorted(set(services) - set(SERVICES))
+        if unknown:
+            raise BadRequest("--services", ",".join(unknown), f"takes {', '.join(SERVICES)}")
+        self._path = socket_path(endpoint)
+        self._server = grpc.server(
+            futures.ThreadPoolExecutor(max_workers=_WORKERS, thread_name_prefix="csi"),
+            options=[("grpc.max_receive_message_length", 4 << 20)],
+        )
+        handlers = [
+            service_handler("Identity", Identity(version, node.catalog, with_controller="controller" in services))
+        ]
+        if "controller" in services:
+            handlers.append(service_handler("Controller", Controller(node, node_id)))
+        if "node" in services:
+            handlers.append(service_handler("Node", NodeService(node, node_id)))
+        self._server.add_generic_rpc_handlers(tuple(handlers))
+
+    def start(self) -> None:
+        """BadRequest if another process answers on the socket; a socket that nobody serves is replaced."""
+        os.makedirs(os.path.dirname(self._path), mode=0o750, exist_ok=True)
+        if _answers(self._path):
+            raise BadRequest("--endpoint", f"unix://{self._path}", "another process serves this socket; stop it first")
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path)
+        before = os.umask(0o077)
+        try:
+            self._server.add_insecure_port(f"unix:{self._path}")
+        finally:
+            os.umask(before)
+        self._server.start()
+
+    def stop(self) -> None:
+        """Let the calls under way end (ten seconds at most), then remove the socket."""
+        self._server.stop(_GRACE).wait()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path)
+
+
+def _answers(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except OSError:
+            return False
+        return True

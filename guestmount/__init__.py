@@ -1,0 +1,44 @@
+"""How a volume reaches a pod: runtime detection, claims, hand-off dialects, and the verbs of a node."""
+
+from guestmount.claims import Claim, Claims, Owner, Target
+from guestmount.detect import Detector, Runtime
+from guestmount.detect import Settings as DetectSettings
+from guestmount.errors import (
+    BadRequest,
+    Busy,
+    Conflict,
+    GuestmountError,
+    Refused,
+    RuntimeUnknown,
+    Unsupported,
+)
+from guestmount.handoff import Delivered, Dialect, KataDialect
+from guestmount.kubernetes_api import KubernetesApi
+from guestmount.node import Node
+from guestmount.pods import PodRef
+from guestmount.requests import PublishRequest, StageRequest
+
+__all__ = [
+    "BadRequest",
+    "Busy",
+    "Claim",
+    "Claims",
+    "Conflict",
+    "Delivered",
+    "DetectSettings",
+    "Detector",
+    "Dialect",
+    "GuestmountError",
+    "KataDialect",
+    "KubernetesApi",
+    "Node",
+    "Owner",
+    "PodRef",
+    "PublishRequest",
+    "Refused",
+    "Runtime",
+    "RuntimeUnknown",
+    "StageRequest",
+    "Target",
+    "Unsupported",
+]

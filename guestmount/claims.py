@@ -1,0 +1,210 @@
+"""Who owns a volume on this node: one record a volume, changed under a lock that holds between processes.
+
+CSI, FlexVolume, NRI and `gc` are different processes; this record is their only way to know and to change an
+owner. It lives in /run, so a reboot forgets it together with everything that it speaks of. Hand-off files are
+made from it and never read back as the truth.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+import uuid
+from collections.abc import Iterator
+
+import msgspec
+
+from blockdev import Deadline
+from guestmount.errors import BadRequest, Busy, Refused
+from volumes import VOLUME_ID, AccessMode, Capability
+
+HOST, SANDBOX = "host", "sandbox"
+
+
+class Use(msgspec.Struct, frozen=True, kw_only=True):
+    """The capability that the volume was staged with."""
+
+    mode: str
+    raw: bool = False
+    fstype: str = ""
+    mount_flags: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, capability: Capability, fstype: str) -> Use:
+        return cls(mode=capability.mode.value, raw=capability.raw, fstype=fstype, mount_flags=capability.mount_flags)
+
+    @property
+    def access_mode(self) -> AccessMode:
+        return AccessMode(self.mode)
+
+
+class Owner(msgspec.Struct, frozen=True, kw_only=True):
+    """The kernel that has the volume: the host's, or that of one pod's guest."""
+
+    kind: str
+    pod_uid: str = ""
+    pod_namespace: str = ""
+    pod_name: str = ""
+    handler: str = ""
+    dialect: str = ""
+
+    def __str__(self) -> str:
+        pod = f"pod {self.pod_namespace}/{self.pod_name}" if self.pod_name else f"pod {self.pod_uid}"
+        return f"{pod} (runtime handler {self.handler})" if self.kind == SANDBOX else "the host's kernel (runc pods)"
+
+
+class Target(msgspec.Struct, frozen=True, kw_only=True):
+    """One publish, by the path that kubelet gave."""
+
+    read_only: bool
+    pod_uid: str
+    pod_namespace: str = ""
+    pod_name: str = ""
+    mount_group: str = ""
+
+    @property
+    def pod(self) -> str:
+        return f"{self.pod_namespace}/{self.pod_name}" if self.pod_name else self.pod_uid
+
+
+class Claim(msgspec.Struct, frozen=True, kw_only=True):
+    """The whole record.
+
+    `prepared`: the owner's filesystem was checked, grown and given its group. `proved`: the kernel agreed to the
+    last release. `device`: the loop device that stands between, where the owner needs a node.
+    """
+
+    volume: str
+    source: str
+    staging_path: str
+    use: Use
+    owner: Owner | None = None
+    targets: dict[str, Target] = {}
+    prepared: bool = False
+    proved: bool = False
+    device: str = ""
+    version: int = 1
+
+    def but(self, **changes: object) -> Claim:
+        """A copy with some fields changed."""
+        return msgspec.structs.replace(self, **changes)
+
+    @property
+    def lingers(self) -> bool:
+        """Everything was taken back, but the guest's VMM had not let go yet."""
+        return self.owner is not None and not self.targets
+
+
+class Cell:
+    """One volume's record while its lock is held."""
+
+    def __init__(self, path: str, temporary: str) -> None:
+        self._path, self._temporary = path, temporary
+        self.claim = _read(path)
+
+    def write(self, claim: Claim) -> Claim:
+        """Replace the record, whole or not at all."""
+        fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(fd, msgspec.json.encode(claim))
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename(self._temporary, self._path)
+        self.claim = claim
+        return claim
+
+    def remove(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path)
+        self.claim = None
+
+
+def _read(path: str) -> Claim | None:
+    try:
+        with open(path, "rb") as file:
+            return msgspec.json.decode(file.read(), type=Claim)
+    except FileNotFoundError:
+        return None
+    except msgspec.MsgspecError as error:
+        raise Refused(
+            f"the claim {path} cannot be read ({error}); see `runvol doctor`, then remove the file"
+        ) from error
+
+
+class Claims:
+    """The records of a node, under `<run_dir>/claims`."""
+
+    def __init__(self, run_dir: str) -> None:
+        self._directory = os.path.join(run_dir, "claims")
+        self._locks = os.path.join(run_dir, "locks")
+        self._temporary = os.path.join(run_dir, "tmp")
+        for directory in (self._directory, self._locks, self._temporary):
+            os.makedirs(directory, mode=0o700, exist_ok=True)
+
+    @contextlib.contextmanager
+    def locked(self, volume_id: str, deadline: Deadline, *, patience: float = 0.0) -> Iterator[Cell]:
+        """The volume's record, ours alone until the block ends; Busy if another has it for longer than `patience`.
+
+        The lock is a flock, so that a process that is killed lets go. The lock's file goes with the record.
+        """
+        _check(volume_id)
+        path = os.path.join(self._locks, volume_id)
+        fd = _take(path, volume_id, min(deadline.remaining(), patience))
+        try:
+            record = os.path.join(self._directory, f"{volume_id}.json")
+            cell = Cell(record, os.path.join(self._temporary, uuid.uuid4().hex))
+            yield cell
+            if cell.claim is None:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+        finally:
+            os.close(fd)
+
+    def peek(self, volume_id: str) -> Claim | None:
+        """The record as it is now, without the lock: for showing, never for deciding."""
+        _check(volume_id)
+        return _read(os.path.join(self._directory, f"{volume_id}.json"))
+
+    def all(self) -> list[Claim]:
+        """Every record, by volume."""
+        names = sorted(name for name in os.listdir(self._directory) if name.endswith(".json"))
+        found = (_read(os.path.join(self._directory, name)) for name in names)
+        return [claim for claim in found if claim is not None]
+
+    def sweep(self) -> None:
+        """Remove what a killed process was writing."""
+        for name in os.listdir(self._temporary):
+            path = os.path.join(self._temporary, name)
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - os.stat(path).st_mtime > 60:
+                    os.unlink(path)
+
+
+def _take(path: str, volume_id: str, patience: float) -> int:
+    until = time.monotonic() + patience
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The holder before us may have removed the file: a lock on a name that is gone locks nothing.
+            if os.path.exists(path) and os.path.samestat(os.fstat(fd), os.stat(path)):
+                return fd
+        except FileNotFoundError:
+            pass
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                os.close(fd)
+                raise Busy(volume_id) from None
+            time.sleep(0.005)
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+def _check(volume_id: str) -> None:
+    if not VOLUME_ID.match(volume_id):
+        raise BadRequest("volume_id", volume_id, "must be 1 to 128 of a-z, 0-9, '-' and '.', as CreateVolume gave it")

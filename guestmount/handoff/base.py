@@ -1,0 +1,54 @@
+"""What every hand-off dialect does: deliver, withdraw, list what is delivered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delivery:
+    """A block filesystem on its way to one guest, in no dialect's words."""
+
+    volume_id: str
+    target: str
+    device: str
+    fstype: str
+    options: tuple[str, ...] = ()
+    read_only: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delivered:
+    """One hand-off as it lies on the disk."""
+
+    dialect: str
+    target: str
+    place: str
+    device: str
+    fstype: str
+    options: tuple[str, ...]
+    sandboxes: tuple[str, ...] = ()
+    problem: str = ""
+
+
+class Dialect(Protocol):
+    """One runtime's format. All verbs can be repeated."""
+
+    name: str
+
+    def check(self, delivery: Delivery) -> None:
+        """Raises Unsupported, by name, for what the format cannot carry."""
+
+    def deliver(self, delivery: Delivery) -> None:
+        """The hand-off lies there, whole, when this returns."""
+
+    def withdraw(self, target: str) -> None:
+        """Nothing lies there, whatever dialect is configured now."""
+
+    def delivered(self) -> Sequence[Delivered]:
+        """What lies there now."""
+
+    def sweep(self) -> None:
+        """Remove what a killed process was writing; nothing that another driver could own."""

@@ -1,0 +1,177 @@
+"""Kata Containers' direct volumes, for the Go and the Rust shim (2.4 and later).
+
+`<root>/<base64url(target)>/mountInfo.json`; the shim looks the OCI mount's source up byte for byte. Every other
+name in that directory is taken for a sandbox's id, so the file is built elsewhere and the directory renamed into place.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Sequence
+
+import msgspec
+
+from guestmount.errors import BadRequest, Unsupported
+from guestmount.handoff.base import Delivered, Delivery
+
+DEFAULT_ROOT = "/run/kata-containers/shared/direct-volumes"
+# 189 bytes are 252 characters of base64; 190 are 256, more than NAME_MAX, and runtime-rs then shares in silence.
+LONGEST_TARGET = 189
+_FILE = "mountInfo.json"
+_TEMPORARY = ".runvol-"
+# Go would hand these to its agent, which then binds a device onto a directory, or refuses.
+_NEVER = frozenset({"bind", "rbind", "loop"})
+# What the filesystem's own option parser in the guest does not know.
+_HOST_ONLY = frozenset({"_netdev", "auto", "noauto", "nofail", "user", "nouser", "users", "owner", "group", "defaults"})
+
+
+class MountInfo(msgspec.Struct, frozen=True, kw_only=True, rename={"volume_type": "volume-type"}):
+    """The file. `metadata` is read by the Go shim only, so nothing is left to it; unknown keys are ignored."""
+
+    volume_type: str = "directvol"
+    device: str
+    fstype: str
+    metadata: dict[str, str] = {}
+    options: list[str] = []
+
+
+def key_of(target: str) -> str:
+    """The directory's name for a target path: base64url with padding."""
+    return base64.urlsafe_b64encode(os.fsencode(target)).decode()
+
+
+def target_of(key: str) -> str | None:
+    """The other way; None for a name that is no key."""
+    try:
+        return os.fsdecode(base64.b64decode(key.encode(), altchars=b"-_", validate=True))
+    except (binascii.Error, ValueError):
+        return None
+
+
+class KataDialect:
+    """Direct volumes under one root."""
+
+    name = "kata"
+
+    def __init__(self, root: str = DEFAULT_ROOT) -> None:
+        self._root = root
+
+    def check(self, delivery: Delivery) -> None:
+        length = len(os.fsencode(delivery.target))
+        if length > LONGEST_TARGET:
+            raise BadRequest(
+                "target_path",
+                delivery.target,
+                f"has {length} bytes; Kata finds a direct volume only by a path of at most {LONGEST_TARGET}. "
+                "Use a shorter kubelet root or PersistentVolume name",
+            )
+        for option in delivery.options:
+            if option in _NEVER:
+                raise Unsupported(f"mount option {option!r} cannot be handed to a Kata guest; remove it")
+
+    def deliver(self, delivery: Delivery) -> None:
+        self.check(delivery)
+        content = msgspec.json.encode(_mount_info(delivery))
+        place = os.path.join(self._root, key_of(delivery.target))
+        try:
+            with open(os.path.join(place, _FILE), "rb") as file:
+                if file.read() == content:
+                    return
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        os.makedirs(self._root, mode=0o700, exist_ok=True)
+        new = os.path.join(self._root, _TEMPORARY + uuid.uuid4().hex)
+        os.mkdir(new, 0o700)
+        try:
+            _write(os.path.join(new, _FILE), content)
+            if os.path.isdir(place):
+                # The shim may already have left its sandbox's id there, so only the file is replaced.
+                os.rename(os.path.join(new, _FILE), os.path.join(place, _FILE))
+            else:
+                os.rename(new, place)
+            _sync(self._root)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+
+    def withdraw(self, target: str) -> None:
+        place = os.path.join(self._root, key_of(target))
+        if len(os.path.basename(place)) > 255:
+            return
+        gone = os.path.join(self._root, _TEMPORARY + uuid.uuid4().hex)
+        try:
+            # A directory without its file makes runtime-rs fail, so the directory goes in one step.
+            os.rename(place, gone)
+        except FileNotFoundError:
+            return
+        shutil.rmtree(gone)
+
+    def delivered(self) -> Sequence[Delivered]:
+        try:
+            names = sorted(os.listdir(self._root))
+        except FileNotFoundError:
+            return []
+        found = []
+        for name in names:
+            target = None if name.startswith(".") else target_of(name)
+            if target is not None:
+                found.append(self._look(name, target))
+        return found
+
+    def _look(self, name: str, target: str) -> Delivered:
+        place = os.path.join(self._root, name)
+        info, problem = None, ""
+        try:
+            with open(os.path.join(place, _FILE), "rb") as file:
+                info = msgspec.json.decode(file.read(), type=MountInfo)
+        except FileNotFoundError:
+            problem = "no mountInfo.json: Kata's Rust shim refuses to start a container with it"
+        except (msgspec.MsgspecError, OSError) as error:
+            problem = f"mountInfo.json cannot be read: {error}"
+        others: list[str] = []
+        with contextlib.suppress(OSError):
+            others = sorted(entry for entry in os.listdir(place) if entry != _FILE)
+        return Delivered(
+            dialect=self.name,
+            target=target,
+            place=place,
+            device=info.device if info else "",
+            fstype=info.fstype if info else "",
+            options=tuple(info.options) if info else (),
+            sandboxes=tuple(others),
+            problem=problem,
+        )
+
+    def sweep(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            for name in os.listdir(self._root):
+                if name.startswith(_TEMPORARY):
+                    shutil.rmtree(os.path.join(self._root, name), ignore_errors=True)
+
+
+def _mount_info(delivery: Delivery) -> MountInfo:
+    kept = [option for option in delivery.options if option not in _HOST_ONLY and option not in ("ro", "rw")]
+    return MountInfo(
+        device=delivery.device, fstype=delivery.fstype, options=["ro" if delivery.read_only else "rw", *kept]
+    )
+
+
+def _write(path: str, content: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(fd, content)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _sync(directory: str) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,64 @@
+"""A volume for a runc pod: mounted once at the staging path, bound to each target; or a device node."""
+
+from __future__ import annotations
+
+import os
+
+from blockdev import Deadline, filesystems, ioctls, loops, mounts
+from blockdev.errors import CapabilityMissing, MountFailed
+from guestmount import groups
+from guestmount.claims import Cell, Claim, Target
+
+
+def be_attached(cell: Cell, claim: Claim, deadline: Deadline, *, read_only: bool = False) -> Claim:
+    """A loop device stands on the volume's file, and the claim names it."""
+    if ioctls.is_block(claim.source):
+        return claim if claim.device == claim.source else cell.write(claim.but(device=claim.source))
+    if claim.device and loops.stands_on(claim.device, claim.source):
+        return claim
+    device = loops.attach(claim.source, deadline=deadline, read_only=read_only)
+    return cell.write(claim.but(device=device))
+
+
+def mount_filesystem(cell: Cell, claim: Claim, path: str, target: Target, deadline: Deadline) -> None:
+    """The filesystem hangs at the staging path, and is bound to `path`."""
+    staging, use = claim.staging_path, claim.use
+    if not mounts.is_mount_point(staging):
+        filesystems.check(claim.source, use.fstype, deadline)
+        claim = be_attached(cell, claim, deadline)
+        options = [*use.mount_flags, *(["nouuid"] if use.fstype == "xfs" else [])]
+        os.makedirs(staging, mode=0o750, exist_ok=True)
+        mounts.mount(claim.device, staging, use.fstype, options, deadline)
+    if not claim.prepared:
+        _grow(claim)
+        claim = cell.write(claim.but(prepared=True))
+    if target.mount_group and not target.read_only:
+        root = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            groups.apply(root, int(target.mount_group), deadline)
+        finally:
+            os.close(root)
+    if not mounts.is_mount_point(path):
+        os.makedirs(path, mode=0o750, exist_ok=True)
+        mounts.bind(staging, path, read_only=target.read_only)
+
+
+def _grow(claim: Claim) -> None:
+    if filesystems.lags(claim.device):
+        try:
+            filesystems.grow_mounted(claim.staging_path, ioctls.size_bytes(claim.device), claim.device)
+        except CapabilityMissing:
+            # The volume works at its old size; NodeExpand says what is missing.
+            return
+
+
+def place_node(cell: Cell, claim: Claim, path: str, target: Target, deadline: Deadline) -> None:
+    """The volume's device node is bound to the file `path` (volumeMode: Block), for both kinds of runtime."""
+    claim = be_attached(cell, claim, deadline, read_only=target.read_only)
+    if ioctls.is_read_only(claim.device) != target.read_only:
+        raise MountFailed(claim.device, path, "a device is read-only for all pods or for none; use one readOnly value")
+    if mounts.is_mount_point(path):
+        return
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    os.close(fd)
+    mounts.bind(claim.device, path, read_only=False)

@@ -1,0 +1,347 @@
+"""A volume's life on a node: stage, publish, unpublish, unstage, expand, whatever the façade.
+
+Every verb may be repeated, comes in any order, and knows nothing but the claim, the disk and the kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from blockdev import Deadline, DeviceBusy, filesystems, ioctls, loops, mounts
+from blockdev.detached import private_mount
+from blockdev.errors import BlockdevError
+from guestmount import groups, host_delivery, ownership, paths, placeholder, preflight
+from guestmount.claims import HOST, SANDBOX, Cell, Claim, Claims, Owner, Target, Use
+from guestmount.detect import Detector, Runtime
+from guestmount.errors import Conflict, Refused
+from guestmount.handoff import Delivery, Dialect
+from guestmount.requests import PublishRequest, StageRequest, check_capability, exists
+from volumes import Catalog, SizeRange, VolumeNotFound, parameters
+
+log = logging.getLogger("runvol.node")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """What the verbs work with. `roots`: the directories under which requests may name paths."""
+
+    catalog: Catalog
+    claims: Claims
+    detector: Detector
+    dialects: Sequence[Dialect]
+    roots: Sequence[str]
+
+    # -- stage and unstage
+
+    def stage(self, request: StageRequest, deadline: Deadline) -> None:
+        """The volume is ready to be published: attached, and formatted if it was provably blank. Mounts nothing."""
+        staging = paths.check("staging_target_path", request.staging_path, self.roots)
+        check_capability(request.capability)
+        backend = self.catalog.of(request.volume_id)
+        volume = self.catalog.get(request.volume_id)
+        with self.claims.locked(request.volume_id, deadline) as cell:
+            source = backend.attach(volume.volume_id).path
+            claim = cell.claim
+            fstype = self._fstype(request, source, deadline)
+            use = Use.of(request.capability, fstype)
+            if claim is not None and claim.staging_path != staging and not claim.targets:
+                self._let_go(cell, deadline)
+                claim = cell.claim
+            if claim is not None:
+                _check_same_stage(claim, staging, use)
+                if claim.owner is not None:
+                    return  # kubelet has restarted; nothing is opened for writing
+            if not request.capability.raw:
+                ownership.acquire(claim or _new_claim(request, source, use), deadline)
+                backend.format(volume.volume_id, fstype, deadline)
+            if claim is None:
+                cell.write(_new_claim(request, source, use))
+
+    def _fstype(self, request: StageRequest, source: str, deadline: Deadline) -> str:
+        if request.capability.raw:
+            return ""
+        wanted = request.capability.fstype or request.context.get(parameters.FSTYPE, "")
+        if wanted:
+            return wanted
+        found = filesystems.found_on(source, deadline)
+        return found if found in filesystems.SUPPORTED else filesystems.DEFAULT
+
+    def unstage(self, volume_id: str, staging_path: str, deadline: Deadline) -> None:
+        """Nothing of the volume is left on the node but its bytes. Refused while it is published."""
+        staging = paths.check("staging_target_path", staging_path, self.roots)
+        with self.claims.locked(volume_id, deadline) as cell:
+            if cell.claim is None or cell.claim.staging_path != staging:
+                mounts.be_unmounted(staging, deadline)
+                return
+            self._let_go(cell, deadline)
+            cell.remove()
+
+    def _let_go(self, cell: Cell, deadline: Deadline) -> None:
+        """Release an owner without targets; Refused while there are targets."""
+        ownership.forget_vanished(cell, self._alive)
+        claim = cell.claim
+        if claim is None:
+            return
+        if claim.targets:
+            raise Refused(
+                f"volume {claim.volume} is still published at {', '.join(sorted(claim.targets))}; unpublish first"
+            )
+        with _explaining_guest(claim):
+            ownership.release(cell, deadline)
+        mounts.be_unmounted(claim.staging_path, deadline)
+
+    # -- publish and unpublish
+
+    def publish(self, request: PublishRequest, deadline: Deadline) -> None:
+        """The volume is at the target: mounted there for a runc pod, handed to the guest for a sandboxed one."""
+        path = paths.check("target_path", request.target, self.roots)
+        paths.check("staging_target_path", request.staging_path, self.roots)
+        check_capability(request.capability)
+        volume = self.catalog.get(request.volume_id)
+        if volume.formatting:
+            raise Refused(f"volume {volume.volume_id} was being formatted when the driver ended; stage it again")
+        with self.claims.locked(request.volume_id, deadline) as cell:
+            claim = cell.claim
+            if claim is None or claim.staging_path != request.staging_path:
+                where = f"is staged at {claim.staging_path}" if claim else "is not staged on this node"
+                raise Refused(
+                    f"volume {request.volume_id} {where}; call NodeStageVolume with this staging_target_path first"
+                )
+            target = _target(request)
+            old = claim.targets.get(path)
+            _check_same_publish(claim, request, old, target)
+            if old is not None and claim.owner is not None:
+                self._deliver(cell, claim, path, target, deadline)
+                return
+            self._publish_new(cell, request, path, target, deadline)
+
+    def _publish_new(self, cell: Cell, request: PublishRequest, path: str, target: Target, deadline: Deadline) -> None:
+        runtime = self.detector.detect(request.pod, request.context.get("runtime", ""), deadline)
+        ownership.forget_vanished(cell, self._alive)
+        claim = _present(cell)
+        owner = _owner(request, runtime)
+        if runtime.kind == SANDBOX and not claim.use.raw:
+            preflight.check(runtime, pv_name=claim.volume)
+            self._dialect(owner).check(_delivery(claim, path, target))
+        if claim.lingers and claim.owner != owner:
+            with _explaining_guest(claim):
+                ownership.release(cell, deadline)
+            claim = _present(cell)
+        ownership.admit(claim, owner, path, target)
+        if claim.owner is None:
+            ownership.acquire(claim, deadline)
+            claim = claim.but(owner=owner, prepared=False, proved=False)
+        claim = cell.write(claim.but(targets={**claim.targets, path: target}))
+        try:
+            self._deliver(cell, claim, path, target, deadline)
+        except BaseException:
+            with contextlib.suppress(BlockdevError, OSError):
+                self._take_back(cell, path, Deadline.after(5))
+            raise
+
+    def _deliver(self, cell: Cell, claim: Claim, path: str, target: Target, deadline: Deadline) -> None:
+        """What the claim says is true on the disk and in the kernel."""
+        if claim.owner is None:
+            raise Refused(f"volume {claim.volume} has no owner")
+        if claim.use.raw:
+            host_delivery.place_node(cell, claim, path, target, deadline)
+        elif claim.owner.kind == HOST:
+            host_delivery.mount_filesystem(cell, claim, path, target, deadline)
+        else:
+            self._hand_over(cell, claim, path, target, deadline)
+
+    def _hand_over(self, cell: Cell, claim: Claim, path: str, target: Target, deadline: Deadline) -> None:
+        if claim.owner is None:
+            raise Refused(f"volume {claim.volume} has no owner")
+        if not claim.prepared:
+            # No guest can have it yet: the hand-off is written below, for the first time.
+            filesystems.check(claim.source, claim.use.fstype, deadline)
+            filesystems.grow(claim.source, deadline)
+            if target.mount_group and not target.read_only:
+                with private_mount(claim.source, claim.use.fstype, deadline=deadline) as root:
+                    groups.apply(root, int(target.mount_group), deadline)
+            claim = cell.write(claim.but(prepared=True))
+        if not mounts.is_mount_point(path):
+            os.makedirs(path, mode=0o750, exist_ok=True)
+        placeholder.be_placed(path, deadline)
+        self._dialect(claim.owner).deliver(_delivery(claim, path, target))
+
+    def _dialect(self, owner: Owner | None) -> Dialect:
+        name = owner.dialect if owner is not None else ""
+        for dialect in self.dialects:
+            if dialect.name == name:
+                return dialect
+        known = ", ".join(dialect.name for dialect in self.dialects)
+        raise Refused(
+            f"the runtime handler {owner.handler if owner else ''!r} speaks the hand-off dialect {name!r}, which this "
+            f"release does not write (it writes {known}); run the pod with another RuntimeClass"
+        )
+
+    def unpublish(self, volume_id: str, target_path: str, deadline: Deadline) -> None:
+        """Nothing is at the target. The claim stays until the guest's VMM has let go of the device."""
+        path = paths.check("target_path", target_path, self.roots)
+        with self.claims.locked(volume_id, deadline) as cell:
+            self._take_back(cell, path, deadline)
+            if cell.claim is None:
+                self._drop_unclaimed(volume_id, deadline)
+
+    def _take_back(self, cell: Cell, path: str, deadline: Deadline) -> None:
+        for dialect in self.dialects:
+            dialect.withdraw(path)
+        mounts.be_absent(path, deadline)
+        claim = cell.claim
+        if claim is None:
+            return
+        if path in claim.targets:
+            claim = cell.write(claim.but(targets={at: kept for at, kept in claim.targets.items() if at != path}))
+        if claim.lingers and claim.owner is not None:
+            try:
+                ownership.release(cell, deadline)
+            except DeviceBusy as error:
+                if claim.owner.kind == HOST:
+                    raise
+                log.warning("the guest still has the volume", extra={"volume": claim.volume, "reason": str(error)})
+
+    def _drop_unclaimed(self, volume_id: str, deadline: Deadline) -> None:
+        """After a lost claim: loop devices on the volume's file that nobody uses."""
+        with contextlib.suppress(VolumeNotFound):
+            ownership.drop_leftovers(self.catalog.of(volume_id).attach(volume_id).path, deadline)
+
+    def _alive(self, path: str) -> bool:
+        """Whether anything of a publish is left at its target."""
+        return mounts.is_mount_point(path) or any(one.target == path for d in self.dialects for one in d.delivered())
+
+    # -- expansion and deletion
+
+    def expand(self, volume_id: str, volume_path: str, size: SizeRange, deadline: Deadline) -> int:
+        """The capacity after growing store, device and filesystem; DeviceBusy or Refused while a guest has it open."""
+        backend = self.catalog.of(volume_id)
+        self.catalog.get(volume_id)
+        path = paths.check("volume_path", volume_path, self.roots)
+        with self.claims.locked(volume_id, deadline, patience=0.0) as cell:
+            claim = cell.claim
+            if claim is None or (path not in claim.targets and path != claim.staging_path):
+                raise VolumeNotFound(f"{volume_id} (it is not at {path})")
+            backend.check_expand(volume_id, size)
+            if claim.owner is None or claim.owner.kind == SANDBOX:
+                with _explaining_guest(claim):
+                    ownership.guest_has_let_go(claim)
+            volume = backend.expand(volume_id, size)
+            if claim.device:
+                loops.resize(claim.device)
+            if not claim.use.raw:
+                self._grow_filesystem(claim, deadline)
+            return volume.capacity_bytes
+
+    def _grow_filesystem(self, claim: Claim, deadline: Deadline) -> None:
+        if claim.owner is not None and claim.owner.kind == HOST and mounts.is_mount_point(claim.staging_path):
+            if filesystems.lags(claim.device):
+                filesystems.grow_mounted(claim.staging_path, ioctls.size_bytes(claim.device), claim.device)
+        else:
+            filesystems.grow(claim.source, deadline)
+
+    @contextlib.contextmanager
+    def unused(self, volume_id: str, deadline: Deadline) -> Iterator[None]:
+        """Nobody has the volume, nor gets it before the block ends; its claim is gone after it. Refused otherwise."""
+        with self.claims.locked(volume_id, deadline) as cell:
+            self._let_go(cell, deadline)
+            yield
+            cell.remove()
+
+
+@contextlib.contextmanager
+def _explaining_guest(claim: Claim) -> Iterator[None]:
+    """DeviceBusy, told as what it means for the volume."""
+    try:
+        yield
+    except DeviceBusy as error:
+        by = ", ".join(map(str, error.holders)) or "an unknown process"
+        who = f"the guest of {claim.owner}" if claim.owner is not None and claim.owner.kind == SANDBOX else "a process"
+        raise Refused(
+            f"volume {claim.volume} is in use: {who} still has it open (held by {by}; {error}). It is free again when "
+            "that process ends"
+        ) from error
+
+
+def _present(cell: Cell) -> Claim:
+    if cell.claim is None:
+        raise Refused("the volume's claim has vanished; stage the volume again")
+    return cell.claim
+
+
+def _new_claim(request: StageRequest, source: str, use: Use) -> Claim:
+    return Claim(volume=request.volume_id, source=source, staging_path=request.staging_path, use=use)
+
+
+def _check_same_stage(claim: Claim, staging: str, use: Use) -> None:
+    if claim.staging_path != staging:
+        raise Refused(f"volume {claim.volume} is staged at {claim.staging_path}; unstage it there first")
+    if (claim.use.raw, claim.use.fstype, claim.use.mode, claim.use.mount_flags) != (
+        use.raw,
+        use.fstype,
+        use.mode,
+        use.mount_flags,
+    ):
+        raise Conflict(
+            f"volume {claim.volume} is staged at {staging} with another capability ({_words(claim.use)}, asked for is "
+            f"{_words(use)}); unstage it first"
+        )
+
+
+def _words(use: Use) -> str:
+    kind = "raw block" if use.raw else f"filesystem {use.fstype}, options [{len(use.mount_flags)}]"
+    return f"{use.access_mode}, {kind}"
+
+
+def _check_same_publish(claim: Claim, request: PublishRequest, old: Target | None, new: Target) -> None:
+    capability = request.capability
+    same = capability.raw == claim.use.raw and capability.fstype in ("", claim.use.fstype)
+    if not same or capability.mode.value != claim.use.mode:
+        raise Conflict(
+            f"volume {claim.volume} is staged as {_words(claim.use)}; it cannot be published with another capability"
+        )
+    if old is not None and (old.read_only, old.mount_group) != (new.read_only, new.mount_group):
+        raise Conflict(
+            f"volume {claim.volume} is published at {request.target} with readonly = {old.read_only} and mount group "
+            f"{old.mount_group!r} already; unpublish it first"
+        )
+    if old is None and exists(request.target) and mounts.is_mount_point(request.target):
+        raise Conflict(f"something else is mounted at {request.target}; unmount it first")
+
+
+def _target(request: PublishRequest) -> Target:
+    return Target(
+        read_only=request.wants_read_only,
+        pod_uid=request.pod_uid,
+        pod_namespace=request.pod.namespace,
+        pod_name=request.pod.name,
+        mount_group=request.capability.mount_group,
+    )
+
+
+def _owner(request: PublishRequest, runtime: Runtime) -> Owner:
+    if runtime.kind == HOST:
+        return Owner(kind=HOST, handler=runtime.handler)
+    return Owner(
+        kind=SANDBOX,
+        pod_uid=request.pod_uid,
+        pod_namespace=request.pod.namespace,
+        pod_name=request.pod.name,
+        handler=runtime.handler,
+        dialect=runtime.dialect,
+    )
+
+
+def _delivery(claim: Claim, path: str, target: Target) -> Delivery:
+    return Delivery(
+        volume_id=claim.volume,
+        target=path,
+        device=claim.source,
+        fstype=claim.use.fstype,
+        options=claim.use.mount_flags,
+        read_only=target.read_only,
+    )

@@ -1,0 +1,38 @@
+"""Paths from requests: absolute, plain, and under the directories that this node gave us."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from guestmount.errors import BadRequest
+
+_LONGEST = 4095
+
+
+def check(field: str, path: str, roots: Sequence[str]) -> str:
+    """The path as it came, byte for byte (Kata looks volumes up by it); BadRequest says what is wrong with it."""
+    if not path:
+        raise BadRequest(field, path, "must be given")
+    if len(os.fsencode(path)) > _LONGEST:
+        raise BadRequest(field, path, f"is longer than {_LONGEST} bytes")
+    if "\0" in path or any(ord(character) < 32 for character in path):
+        raise BadRequest(field, path, "holds a control character")
+    if not path.startswith("/"):
+        raise BadRequest(field, path, "must be absolute")
+    if os.path.normpath(path) != path or path.startswith("//"):
+        raise BadRequest(field, path, "must be plain: no '..', no '.', no doubled or trailing slash")
+    if not any(path.startswith(root.rstrip("/") + "/") for root in roots):
+        raise BadRequest(field, path, f"must lie under {' or '.join(roots)} (setting node.roots)")
+    _check_links(field, path, roots)
+    return path
+
+
+def _check_links(field: str, path: str, roots: Sequence[str]) -> None:
+    """A link planted below a root must not lead out of all of them."""
+    parent = os.path.realpath(os.path.dirname(path))
+    if os.path.islink(path):
+        raise BadRequest(field, path, "is a symbolic link; runvol makes and removes the path itself")
+    real_roots = [os.path.realpath(root) for root in roots]
+    if not any(parent == root or parent.startswith(root + "/") for root in real_roots):
+        raise BadRequest(field, path, f"leads through a symbolic link to {parent}, outside of {' and '.join(roots)}")

@@ -1,0 +1,51 @@
+"""What stands at a sandbox pod's target: a read-only tmpfs.
+
+If a runtime ignores the hand-off, it shares this directory into the guest instead, and the pod fails to write
+(EROFS) instead of filling the host's disk in silence.
+"""
+
+from __future__ import annotations
+
+import os
+
+from blockdev import Deadline, mounts, syscalls
+from blockdev.detached import filesystem
+from blockdev.errors import MountFailed
+
+NOTE = "RUNVOL-PLACEHOLDER"
+_TEXT = """This directory stands in for a volume that was handed to the pod's guest as a device.
+If you read this inside a container, the runtime ignored the hand-off: run `runvol doctor` on the node.
+"""
+_ATTRIBUTES = (
+    syscalls.MOUNT_ATTR_RDONLY | syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV | syscalls.MOUNT_ATTR_NOEXEC
+)
+_LABEL = "system_u:object_r:container_file_t:s0"
+_SELINUX = "/sys/fs/selinux/enforce"
+
+
+def be_placed(target: str, deadline: Deadline) -> None:
+    """The placeholder stands at `target`, made whole before it appears there; nothing happens if it does already."""
+    if stands(target):
+        return
+    if mounts.is_mount_point(target):
+        raise MountFailed("the placeholder", target, "something else is mounted there; unpublish the volume first")
+    options: dict[str, str | None] = {"source": "runvol", "size": "64k", "mode": "0755"}
+    if os.path.exists(_SELINUX):
+        # containerd relabels what it binds, which a read-only filesystem refuses unless its label is fixed.
+        options["context"] = _LABEL
+    with filesystem("tmpfs", options, deadline=deadline) as root:
+        fd = os.open(NOTE, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o444, dir_fd=root)
+        try:
+            os.write(fd, _TEXT.encode())
+        finally:
+            os.close(fd)
+        syscalls.mount_setattr(root, _ATTRIBUTES)
+        try:
+            syscalls.move_mount(root, target)
+        except OSError as error:
+            raise MountFailed("the placeholder", target, str(error.strerror)) from error
+
+
+def stands(target: str) -> bool:
+    """Whether the placeholder, read-only, is what is mounted at `target`."""
+    return mounts.is_mount_point(target) and mounts.is_read_only(target) and os.path.exists(os.path.join(target, NOTE))

@@ -1,0 +1,60 @@
+"""What cannot work for a pod, said in words before anything is handed over."""
+
+from __future__ import annotations
+
+import logging
+
+from guestmount.detect import Runtime
+from guestmount.errors import Refused
+from guestmount.kata_config import RUST
+from guestmount.pods import MountFacts, PodFacts
+
+log = logging.getLogger("runvol.preflight")
+
+
+def check(runtime: Runtime, *, pv_name: str) -> None:
+    """Refused, naming the setting or the container, if this sandbox cannot have a filesystem of its own.
+
+    Where only the handler is known, the pod's mounts cannot be looked at; the read-only placeholder then turns a
+    subPath into an error in the pod instead of a silent write to the host's disk.
+    """
+    config = runtime.kata
+    annotations = runtime.pod.annotations if runtime.pod is not None else {}
+    if config is not None and config.blocks_disabled(annotations):
+        raise Refused(
+            f"the runtime handler {runtime.handler!r} ignores block devices: disable_block_device_use is true in "
+            f"{config.path}. Set it to false in [hypervisor.{config.hypervisor or 'qemu'}]; until then its pods would "
+            "write to the host's disk"
+        )
+    if runtime.pod is None:
+        log.warning("pod not known: its mounts were not checked", extra={"handler": runtime.handler, "volume": pv_name})
+        return
+    mounts = _mounts_of_claims(runtime.pod)
+    for mount in mounts:
+        if mount.sub_path:
+            raise Refused(
+                f"container {mount.container!r} mounts volume {mount.volume!r} with subPath {mount.sub_path!r}: the host "
+                "would have to mount the volume for that, but it belongs to the guest. Mount the whole volume"
+            )
+        if mount.propagation not in ("", "None"):
+            raise Refused(
+                f"container {mount.container!r} asks for mountPropagation {mount.propagation} on volume "
+                f"{mount.volume!r}; mounts do not propagate out of a guest. Remove mountPropagation"
+            )
+    if config is not None and config.shim == RUST:
+        _refuse_mixed(mounts)
+
+
+def _mounts_of_claims(pod: PodFacts) -> list[MountFacts]:
+    return [mount for mount in pod.mounts if mount.volume in pod.claims]
+
+
+def _refuse_mixed(mounts: list[MountFacts]) -> None:
+    """The Rust shim mounts the device once a container; read-only after read-write is EBUSY in the guest."""
+    for mount in mounts:
+        other = next((m for m in mounts if m.volume == mount.volume and m.read_only != mount.read_only), None)
+        if other is not None:
+            raise Refused(
+                f"containers {mount.container!r} and {other.container!r} mount volume {mount.volume!r} read-only and "
+                "read-write; Kata's Rust shim cannot mix them. Use one readOnly value for all containers"
+            )

@@ -1,0 +1,116 @@
+"""What is left over on a node, and taking it back: at start, and for `runvol gc`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from blockdev import Deadline, exclusivity, loops, mountinfo, mounts
+from blockdev.errors import BlockdevError
+from guestmount import ownership
+from guestmount.errors import GuestmountError
+from guestmount.node import Node
+from guestmount.placeholder import NOTE
+from volumes import VolumeError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing that nobody needs. `done`: it was taken back."""
+
+    kind: str
+    place: str
+    why: str
+    done: bool = False
+
+
+def collect(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
+    """Everything on the node that belongs to no volume or to no pod; removed unless `dry_run`."""
+    claimed = {claim.volume: claim for claim in node.claims.all()}
+    targets = {path for claim in claimed.values() for path in claim.targets}
+    found = _hand_offs(node, targets, dry_run=dry_run)
+    found += _placeholders(node, targets, deadline, dry_run=dry_run)
+    found += _claims(node, deadline, dry_run=dry_run)
+    found += _loop_devices(node, deadline, dry_run=dry_run)
+    found += [
+        Finding(kind="file", place=path, why="no volume has it; `runvol volumes adopt` takes it, `rm` removes it")
+        for path in node.catalog.loop.unknown_files()
+    ]
+    return found
+
+
+def _hand_offs(node: Node, targets: set[str], *, dry_run: bool) -> list[Finding]:
+    found = []
+    ours = os.path.dirname(_sources(node)[0]) + "/" if _sources(node) else None
+    for dialect in node.dialects:
+        for one in dialect.delivered():
+            if one.target in targets or ours is None or not one.device.startswith(ours):
+                continue  # another driver's, or in use
+            if not dry_run:
+                dialect.withdraw(one.target)
+            found.append(Finding(kind="hand-off", place=one.place, why=f"no claim has {one.target}", done=not dry_run))
+    return found
+
+
+def _sources(node: Node) -> list[str]:
+    return [node.catalog.of(volume.volume_id).attach(volume.volume_id).path for _seq, volume in node.catalog.list()]
+
+
+def _placeholders(node: Node, targets: set[str], deadline: Deadline, *, dry_run: bool) -> list[Finding]:
+    found = []
+    for mount in mountinfo.table():
+        if mount.fstype != "tmpfs" or mount.source != "runvol" or mount.target in targets:
+            continue
+        if not os.path.exists(os.path.join(mount.target, NOTE)):
+            continue
+        if not dry_run:
+            mounts.be_absent(mount.target, deadline)
+        found.append(Finding(kind="placeholder", place=mount.target, why="no claim has it", done=not dry_run))
+    return found
+
+
+def _claims(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
+    found = []
+    for claim in node.claims.all():
+        try:
+            volume = node.catalog.of(claim.volume).get(claim.volume)
+        except VolumeError:
+            volume = None
+        if volume is not None and not claim.lingers:
+            continue
+        why = "its volume is gone" if volume is None else "its pod is gone"
+        done = False
+        if not dry_run:
+            try:
+                with node.claims.locked(claim.volume, deadline) as cell:
+                    ownership.release(cell, deadline)
+                    if volume is None:
+                        cell.remove()
+                done = True
+            except (BlockdevError, GuestmountError) as error:
+                why += f", but {error}"
+        found.append(Finding(kind="claim", place=claim.volume, why=why, done=done))
+    return found
+
+
+def _loop_devices(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
+    found = []
+    owned = {claim.device for claim in node.claims.all() if claim.device}
+    files = {(os.stat(path).st_dev, os.stat(path).st_ino): path for path in _sources(node)}
+    for device in loops.bound():
+        under = loops.backing(device)
+        path = files.get((under.device, under.inode)) if under is not None else None
+        if path is None or device in owned or not exclusivity.is_free(device):
+            continue
+        if not dry_run:
+            loops.detach(device, path, deadline)
+        found.append(Finding(kind="loop device", place=device, why=f"nobody uses it on {path}", done=not dry_run))
+    return found
+
+
+def at_start(node: Node) -> list[str]:
+    """What a killed process left half-made; never anything that a pod could be using."""
+    node.claims.sweep()
+    for dialect in node.dialects:
+        dialect.sweep()
+    return list(node.catalog.recover())

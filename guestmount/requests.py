@@ -1,0 +1,73 @@
+"""What a façade (CSI, FlexVolume) asks of a node, in no protocol's words, and who runs into it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from blockdev import mounts
+from guestmount.errors import BadRequest, Refused
+from guestmount.pods import PodRef
+from volumes import Capability, parameters
+
+_POD_IN_PATH = re.compile(
+    r"/(?:pods/|publish/[^/]+/)([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})(?:/|\Z)"
+)
+_GROUP_LIMIT = 2**32 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageRequest:
+    """`context` is the volume context without Kubernetes' own keys, checked."""
+
+    volume_id: str
+    staging_path: str
+    capability: Capability
+    context: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishRequest:
+    """The same, and one pod's target."""
+
+    volume_id: str
+    staging_path: str
+    target: str
+    capability: Capability
+    read_only: bool = False
+    pod: PodRef = field(default_factory=PodRef)
+    context: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def pod_uid(self) -> str:
+        """The pod's uid as given, else as kubelet's path tells it, else the path: two paths are then two pods."""
+        if self.pod.uid:
+            return self.pod.uid
+        found = _POD_IN_PATH.search(self.target)
+        return found.group(1) if found else self.target
+
+    @property
+    def wants_read_only(self) -> bool:
+        return self.read_only or self.capability.mode.is_read_only
+
+
+def check_capability(capability: Capability) -> None:
+    """BadRequest or Refused for what no block volume can be."""
+    for flag in capability.mount_flags:
+        if flag in mounts.FORBIDDEN or "\0" in flag or "," in flag or not flag.isprintable():
+            raise BadRequest("mount_flags", flag, "is not a mount option that a volume can have")
+    group = capability.mount_group
+    if group and not (group.isascii() and group.isdigit() and len(group) <= 10 and 0 < int(group) <= _GROUP_LIMIT):
+        raise BadRequest("volume_mount_group", group, f"must be a group id from 1 to {_GROUP_LIMIT}")
+    if capability.fstype and capability.fstype not in parameters.SUPPORTED_FSTYPES:
+        raise BadRequest("fs_type", capability.fstype, f"takes {', '.join(parameters.SUPPORTED_FSTYPES)}")
+    reason = capability.refusal()
+    if reason is not None:
+        raise Refused(reason)
+
+
+def exists(path: str) -> bool:
+    """Whether `path` is there, a dead mount included."""
+    return os.path.lexists(path) or mounts.is_mount_point(path)

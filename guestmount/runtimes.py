@@ -1,0 +1,103 @@
+"""What containerd's configuration says of runtime handlers: which are sandboxes, and which shim serves them.
+
+Tables: containerd's docs/cri/config.md; `imports` are followed as containerd does, later files win.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import os
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# runtime_type values whose shims start a virtual machine. gVisor's (runsc) is none.
+_SANDBOX_TYPE = re.compile(r"io\.containerd\.(kata|runv|rund)([-.][a-z0-9.-]+)?\.v\d+\Z")
+_CRI_PLUGINS = ("io.containerd.cri.v1.runtime", "io.containerd.grpc.v1.cri", "cri")
+_MAX_IMPORTS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Handler:
+    """One `runtimes.<name>` table."""
+
+    name: str
+    runtime_type: str = ""
+    runtime_path: str = ""
+    config_path: str = ""
+
+    @property
+    def is_sandbox(self) -> bool:
+        return bool(_SANDBOX_TYPE.match(self.runtime_type)) or "kata" in os.path.basename(self.runtime_path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContainerdConfig:
+    """The part of a containerd's configuration that decides runtimes."""
+
+    handlers: Mapping[str, Handler]
+    default_handler: str = "runc"
+
+    @property
+    def has_sandbox(self) -> bool:
+        return any(handler.is_sandbox for handler in self.handlers.values())
+
+
+def read_containerd(path: str) -> ContainerdConfig | None:
+    """None if the file does not exist or is not TOML: then nothing is known, which is not the same as no sandbox."""
+    try:
+        documents = list(_documents(path, set()))
+    except (OSError, tomllib.TOMLDecodeError):
+        return None
+    handlers: dict[str, Handler] = {}
+    default = "runc"
+    for document in documents:
+        for plugin in _CRI_PLUGINS:
+            table = _table(document, "plugins", plugin, "containerd")
+            default = str(table.get("default_runtime_name") or default)
+            for name, runtime in _table(table, "runtimes").items():
+                if isinstance(runtime, dict):
+                    handlers[name] = _handler(name, runtime)
+            untrusted = _table(table, "untrusted_workload_runtime")
+            if untrusted:
+                handlers["untrusted"] = _handler("untrusted", untrusted)
+    return ContainerdConfig(handlers=handlers, default_handler=default)
+
+
+def _documents(path: str, seen: set[str]) -> Iterator[dict[str, Any]]:
+    real = os.path.realpath(path)
+    if real in seen or len(seen) > _MAX_IMPORTS:
+        return
+    seen.add(real)
+    with open(path, "rb") as file:
+        document = tomllib.load(file)
+    yield document
+    for pattern in document.get("imports", []):
+        for imported in sorted(glob.glob(os.path.join(os.path.dirname(path), str(pattern)))):
+            yield from _documents(imported, seen)
+
+
+def _handler(name: str, runtime: Mapping[str, Any]) -> Handler:
+    options = _table(runtime, "options")
+    return Handler(
+        name=name,
+        runtime_type=str(runtime.get("runtime_type", "")),
+        runtime_path=str(runtime.get("runtime_path", "")),
+        config_path=str(options.get("ConfigPath", "")),
+    )
+
+
+def _table(document: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
+    for name in names:
+        document = document.get(name, {})
+        if not isinstance(document, dict):
+            return {}
+    return document
+
+
+def matches(handler: str, patterns: Sequence[str]) -> bool:
+    """Whether a handler's name is one of an operator's patterns (`kata*`)."""
+    return any(fnmatch.fnmatchcase(handler, pattern) for pattern in patterns)

@@ -1,0 +1,5 @@
+"""`python -m runvol`."""
+
+from runvol.cli import main
+
+main()

@@ -1,0 +1,40 @@
+"""The rooms, put together from the settings."""
+
+from __future__ import annotations
+
+import os
+
+from guestmount import Claims, Detector, DetectSettings, KataDialect, KubernetesApi, Node
+from runvol.config import Config
+from volumes import Catalog
+
+
+def build(config: Config) -> Node:
+    """A node's verbs over its real directories."""
+    run_dir = config.text("paths.run_dir")
+    os.makedirs(run_dir, mode=0o700, exist_ok=True)
+    state_dir = config.text("paths.state_dir")
+    os.makedirs(state_dir, mode=0o700, exist_ok=True)
+    return Node(
+        catalog=Catalog.open(state_dir, capacity_limit=config.number("loop.capacity_bytes")),
+        claims=Claims(run_dir),
+        detector=Detector(
+            DetectSettings(
+                containerd_config=config.text("paths.containerd_config"),
+                sandbox_handlers=config.words("detect.sandbox_handlers"),
+                default_runtime=config.text("detect.default_runtime"),
+                sandbox_handler=config.text("detect.sandbox_handler"),
+                root=config.text("paths.kata_root"),
+            ),
+            _pods(config),
+        ),
+        dialects=(KataDialect(config.text("paths.direct_volumes")),),
+        roots=config.words("node.roots"),
+    )
+
+
+def _pods(config: Config) -> KubernetesApi | None:
+    kubeconfig, server = config.text("detect.kubeconfig"), config.text("detect.api_server")
+    if not kubeconfig and not server:
+        return None
+    return KubernetesApi(kubeconfig="" if kubeconfig == "in-cluster" else kubeconfig, server=server)

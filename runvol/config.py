@@ -1,0 +1,187 @@
+"""Settings: a file, then the environment, then flags; later wins, and each value remembers where it came from.
+
+Every setting is a key of /etc/runvol/runvol.toml, a variable RUNVOL_<SECTION>_<KEY> and, where people type it, a
+flag. Without any of them everything has a working default.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+DEFAULT_FILE = "/etc/runvol/runvol.toml"
+
+
+class ConfigError(Exception):
+    """A setting that cannot be used; names it, its value and its source."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One key: its default gives its type."""
+
+    default: str | int | bool | tuple[str, ...]
+    meaning: str
+
+
+TABLE: Mapping[str, Setting] = {
+    "node.id": Setting(default="", meaning="the node's name; empty for the host's name"),
+    "node.roots": Setting(
+        default=("/var/lib/kubelet",), meaning="directories under which requests may name paths (kubelet's directory)"
+    ),
+    "paths.state_dir": Setting(default="/var/lib/runvol", meaning="volumes and their store; survives reboots"),
+    "paths.run_dir": Setting(default="/run/runvol", meaning="claims and locks; must not survive reboots"),
+    "paths.direct_volumes": Setting(
+        default="/run/kata-containers/shared/direct-volumes", meaning="where Kata's shims look for direct volumes"
+    ),
+    "paths.containerd_config": Setting(default="/etc/containerd/config.toml", meaning="containerd's configuration"),
+    "paths.kata_root": Setting(default="/", meaning="where the search for Kata's configuration starts"),
+    "detect.sandbox_handlers": Setting(
+        default=("kata*", "runv*", "rund*"), meaning="names of runtime handlers that are sandboxes"
+    ),
+    "detect.sandbox_handler": Setting(default="kata", meaning="the handler that `runtime: sandbox` means"),
+    "detect.default_runtime": Setting(
+        default="", meaning="runtime of pods that nobody knows: runc, sandbox, a handler; empty refuses them"
+    ),
+    "detect.kubeconfig": Setting(
+        default="", meaning="how to reach a Kubernetes API: a kubeconfig file, `in-cluster`, or empty for none"
+    ),
+    "detect.api_server": Setting(
+        default="", meaning="the API's address, if not the configured one (a node-local proxy)"
+    ),
+    "loop.capacity_bytes": Setting(default=0, meaning="bytes that all volumes may promise; 0 for what the disk has"),
+    "csi.endpoint": Setting(default="unix:///run/runvol/csi.sock", meaning="the CSI socket"),
+    "csi.services": Setting(default=("identity", "controller", "node"), meaning="the CSI services to serve"),
+    "log.level": Setting(default="info", meaning="debug, info, warning or error"),
+    "log.format": Setting(default="text", meaning="text or json"),
+}
+_LEVELS = ("debug", "info", "warning", "error")
+# A topology label's value (Kubernetes' limit).
+_NODE_ID = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?\Z")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Values by key, and the source of each."""
+
+    values: Mapping[str, Any]
+    sources: Mapping[str, str]
+
+    def text(self, key: str) -> str:
+        return str(self.values[key])
+
+    def number(self, key: str) -> int:
+        return int(self.values[key])
+
+    def words(self, key: str) -> tuple[str, ...]:
+        return tuple(self.values[key])
+
+    @property
+    def node_id(self) -> str:
+        return self.text("node.id") or socket.gethostname()
+
+
+def load(
+    *, file: str | None = None, flags: Mapping[str, Any] | None = None, environment: Mapping[str, str] = os.environ
+) -> Config:
+    """The settings in force. ConfigError for an unknown key, a wrong type, or a named file that is not there."""
+    values: dict[str, Any] = {key: setting.default for key, setting in TABLE.items()}
+    sources = dict.fromkeys(TABLE, "default")
+    for key, value in _from_file(file).items():
+        values[key], sources[key] = _typed(key, value, file or DEFAULT_FILE), file or DEFAULT_FILE
+    for key in TABLE:
+        variable = variable_of(key)
+        if variable in environment:
+            values[key], sources[key] = _typed(key, _from_text(key, environment[variable]), variable), variable
+    for key, value in (flags or {}).items():
+        if value is not None:
+            values[key], sources[key] = _typed(key, _from_text(key, value), "flag"), "flag"
+    config = Config(values=values, sources=sources)
+    _check(config)
+    return config
+
+
+def variable_of(key: str) -> str:
+    """`node.id` is RUNVOL_NODE_ID."""
+    return "RUNVOL_" + key.replace(".", "_").upper()
+
+
+def _from_file(file: str | None) -> dict[str, Any]:
+    path = file or DEFAULT_FILE
+    try:
+        with open(path, "rb") as opened:
+            document = tomllib.load(opened)
+    except FileNotFoundError:
+        if file is None:
+            return {}
+        raise ConfigError(f"the configuration file {file} does not exist") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is no TOML: {error}") from None
+    found = {}
+    for section, table in document.items():
+        if not isinstance(table, dict):
+            raise ConfigError(f"{path}: {section!r} stands outside of a section; known sections are {_sections()}")
+        for name, value in table.items():
+            key = f"{section}.{name}"
+            if key not in TABLE:
+                raise ConfigError(f"{path}: the key {key!r} is not known; `runvol config` lists those that are")
+            found[key] = value
+    return found
+
+
+def _sections() -> str:
+    return ", ".join(sorted({key.split(".")[0] for key in TABLE}))
+
+
+def _from_text(key: str, value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    default = TABLE[key].default
+    if isinstance(default, tuple):
+        return [word.strip() for word in value.split(",") if word.strip()]
+    if isinstance(default, int):
+        try:
+            return int(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _typed(key: str, value: Any, source: str) -> Any:
+    default = TABLE[key].default
+    if isinstance(default, tuple):
+        if isinstance(value, list | tuple) and all(isinstance(word, str) for word in value):
+            return tuple(value)
+    elif isinstance(value, type(default)) and not isinstance(value, bool):
+        return value
+    wanted = {str: "a text", int: "a whole number", tuple: "a list of texts"}[type(default)]
+    raise ConfigError(f"{key} = {value!r} (from {source}): must be {wanted}")
+
+
+def _check(config: Config) -> None:
+    for key in ("paths.state_dir", "paths.run_dir", "paths.direct_volumes", "paths.kata_root"):
+        if not config.text(key).startswith("/"):
+            raise ConfigError(f"{key} = {config.text(key)!r} (from {config.sources[key]}): must be an absolute path")
+    for root in config.words("node.roots"):
+        if not root.startswith("/") or os.path.normpath(root) != root or root == "/":
+            raise ConfigError(
+                f"node.roots = {root!r} (from {config.sources['node.roots']}): must be plain absolute paths"
+            )
+    if not config.words("node.roots"):
+        raise ConfigError("node.roots is empty; name kubelet's directory")
+    if config.text("log.level") not in _LEVELS:
+        raise ConfigError(f"log.level = {config.text('log.level')!r}: takes {', '.join(_LEVELS)}")
+    if config.text("log.format") not in ("text", "json"):
+        raise ConfigError(f"log.format = {config.text('log.format')!r}: takes text, json")
+    if config.number("loop.capacity_bytes") < 0:
+        raise ConfigError(f"loop.capacity_bytes = {config.number('loop.capacity_bytes')}: must not be negative")
+    if not _NODE_ID.match(config.node_id):
+        raise ConfigError(
+            f"node.id = {config.node_id!r} (from {config.sources['node.id']}): must be a label value of at most 63 "
+            "characters, since it is the node's topology"
+        )

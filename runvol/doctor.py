@@ -1,0 +1,118 @@
+"""`runvol doctor`: what this node can do, what it cannot, and what to change."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from blockdev import Deadline
+from guestmount import Node, kata_config, repair, runtimes
+from guestmount.usage import problems
+from runvol.config import Config
+
+OK, WARNING, BROKEN = "ok", "warning", "broken"
+_CAP_SYS_ADMIN, _CAP_SYS_RESOURCE = 21, 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnosis:
+    """One line of the report."""
+
+    state: str
+    subject: str
+    finding: str
+
+
+def examine(config: Config, node: Node) -> Iterator[Diagnosis]:
+    """Every check, one after the other; none of them changes anything."""
+    yield from _programs()
+    yield from _kernel()
+    yield from _directories(config)
+    yield from _runtimes(config)
+    yield from _volumes(node)
+
+
+def _programs() -> Iterator[Diagnosis]:
+    for program, needed in (("mkfs.ext4", True), ("e2fsck", True), ("blkid", True), ("mkfs.xfs", False)):
+        found = shutil.which(program, path="/usr/sbin:/sbin:/usr/bin:/bin")
+        state = OK if found else (BROKEN if needed else WARNING)
+        yield Diagnosis(
+            state=state, subject=program, finding=found or "not installed; install e2fsprogs, util-linux, xfsprogs"
+        )
+
+
+def _kernel() -> Iterator[Diagnosis]:
+    control = os.path.exists("/dev/loop-control")
+    yield Diagnosis(
+        state=OK if control else BROKEN,
+        subject="loop devices",
+        finding="/dev/loop-control is there"
+        if control
+        else "no /dev/loop-control: modprobe loop, or mount the host's /dev",
+    )
+    with open("/proc/self/status") as status:
+        effective = next(int(line.split()[1], 16) for line in status if line.startswith("CapEff"))
+    for number, name, needed, cost in (
+        (_CAP_SYS_ADMIN, "CAP_SYS_ADMIN", True, "nothing can be mounted"),
+        (
+            _CAP_SYS_RESOURCE,
+            "CAP_SYS_RESOURCE",
+            False,
+            "a mounted ext4 cannot grow (XFS can, and both can while unmounted)",
+        ),
+    ):
+        has = bool(effective >> number & 1)
+        state = OK if has else (BROKEN if needed else WARNING)
+        yield Diagnosis(state=state, subject=name, finding="granted" if has else f"missing: {cost}")
+
+
+def _directories(config: Config) -> Iterator[Diagnosis]:
+    for root in config.words("node.roots"):
+        there = os.path.isdir(root)
+        yield Diagnosis(
+            state=OK if there else WARNING, subject=root, finding="kubelet's directory" if there else "does not exist"
+        )
+
+
+def _runtimes(config: Config) -> Iterator[Diagnosis]:
+    path = config.text("paths.containerd_config")
+    containerd = runtimes.read_containerd(path)
+    if containerd is None:
+        yield Diagnosis(state=WARNING, subject=path, finding="cannot be read: runtimes are known by name only")
+        return
+    for handler in containerd.handlers.values():
+        if not handler.is_sandbox:
+            yield Diagnosis(state=OK, subject=f"handler {handler.name}", finding="runs pods on the host's kernel")
+            continue
+        kata = kata_config.read(handler, root=config.text("paths.kata_root"))
+        if kata is None:
+            yield Diagnosis(
+                state=WARNING, subject=f"handler {handler.name}", finding="a sandbox whose configuration was not found"
+            )
+        elif kata.blocks_disabled({}):
+            yield Diagnosis(
+                state=BROKEN,
+                subject=f"handler {handler.name}",
+                finding=f"ignores block volumes: set disable_block_device_use = false in {kata.path}",
+            )
+        else:
+            yield Diagnosis(
+                state=OK,
+                subject=f"handler {handler.name}",
+                finding=f"takes block volumes ({kata.shim} shim, {kata.path})",
+            )
+
+
+def _volumes(node: Node) -> Iterator[Diagnosis]:
+    listed = node.catalog.list()
+    yield Diagnosis(state=OK, subject="volumes", finding=f"{len(listed)} on this node")
+    for _seq, volume in listed:
+        for problem in problems(node, volume.volume_id):
+            state = BROKEN if problem.lost else WARNING
+            yield Diagnosis(state=state, subject=volume.volume_id, finding=problem.message)
+    for finding in repair.collect(node, Deadline.after(20), dry_run=True):
+        yield Diagnosis(
+            state=WARNING, subject=f"left over: {finding.kind}", finding=f"{finding.place}: {finding.why}; `runvol gc`"
+        )

@@ -1,0 +1,42 @@
+"""`runvol csi`: serve until a signal says stop."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+
+from guestmount import repair
+from runvol import __version__, assembly
+from runvol.config import Config
+
+log = logging.getLogger("runvol")
+
+
+def csi_plugin(config: Config) -> None:
+    """Repair what the last process left, listen, and end gracefully on SIGTERM or SIGINT."""
+    # mkfs and fsck are forked; gRPC's own fork handlers would stop every call for that.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    from csi import Server
+
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    node = assembly.build(config)
+    server = Server(
+        node,
+        node_id=config.node_id,
+        endpoint=config.text("csi.endpoint"),
+        version=__version__,
+        services=config.words("csi.services"),
+    )
+    for done in repair.at_start(node):
+        log.warning("repaired", extra={"what": done})
+    server.start()
+    log.info("serving", extra={"endpoint": config.text("csi.endpoint"), "node": config.node_id,
+                               "services": list(config.words("csi.services")), "version": __version__})  # fmt: skip
+    stop.wait()
+    log.info("stopping")
+    server.stop()
+    node.catalog.close()

@@ -1,0 +1,36 @@
+"""What a volume is and where its bytes live: one module a backend. Knows blockdev, and nothing of pods."""
+
+from volumes import parameters
+from volumes.catalog import Catalog
+from volumes.errors import (
+    InvalidParameter,
+    NoSpace,
+    NotSupported,
+    SizeNotAllowed,
+    StoreFailed,
+    VolumeConflict,
+    VolumeError,
+    VolumeNotFound,
+    VolumeUnfinished,
+)
+from volumes.model import VOLUME_ID, AccessMode, BlockSource, Capability, SizeRange, Volume
+
+__all__ = [
+    "VOLUME_ID",
+    "AccessMode",
+    "BlockSource",
+    "Capability",
+    "Catalog",
+    "InvalidParameter",
+    "NoSpace",
+    "NotSupported",
+    "SizeNotAllowed",
+    "SizeRange",
+    "StoreFailed",
+    "Volume",
+    "VolumeConflict",
+    "VolumeError",
+    "VolumeNotFound",
+    "VolumeUnfinished",
+    "parameters",
+]

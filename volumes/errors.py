@@ -1,0 +1,47 @@
+"""What can go wrong with a volume. Each class is one answer of a protocol; `str()` is the sentence for the user."""
+
+from __future__ import annotations
+
+
+class VolumeError(Exception):
+    """Root of this room's errors."""
+
+
+class VolumeNotFound(VolumeError):
+    def __init__(self, volume_id: str) -> None:
+        super().__init__(f"volume {volume_id!r} does not exist on this node")
+
+
+class VolumeConflict(VolumeError):
+    """The name is taken by a volume that differs."""
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(f"a volume named {name!r} exists already and {why}; choose another name or the same arguments")
+
+
+class InvalidParameter(VolumeError):
+    """A parameter that is unknown, or a value that it cannot have."""
+
+    def __init__(self, key: str, value: str | None, rule: str) -> None:
+        shown = "" if value is None else f" = {value[:80]!r}"
+        super().__init__(f"parameter {key[:80]!r}{shown}: {rule}")
+
+
+class SizeNotAllowed(VolumeError):
+    """A size that no volume of this backend can have."""
+
+
+class NoSpace(VolumeError):
+    """The backend cannot promise that many bytes."""
+
+
+class NotSupported(VolumeError):
+    """The backend cannot do this at all."""
+
+
+class VolumeUnfinished(VolumeError):
+    """The volume is in the middle of being made, formatted or deleted."""
+
+
+class StoreFailed(VolumeError):
+    """The store of volumes cannot be read or written."""

@@ -1,0 +1,328 @@
+"""The backend `loop`: one file a volume, in a directory of the node.
+
+It needs no configuration and no kernel module that any Linux lacks. The file's path is the volume's one name:
+a sandbox gets the file itself, a runc pod a loop device on it, which exists only while the pod does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NoReturn
+
+from blockdev import Deadline, blankness, exclusivity, filesystems
+from blockdev.errors import WrongFilesystem
+from volumes import parameters as classes
+from volumes import sizes
+from volumes.errors import (
+    InvalidParameter,
+    NoSpace,
+    SizeNotAllowed,
+    VolumeConflict,
+    VolumeNotFound,
+    VolumeUnfinished,
+)
+from volumes.model import VOLUME_ID, BlockSource, Capability, SizeRange, Volume
+from volumes.store import Row, State, Store
+
+PREFIX = "loop-"
+_SUFFIX, _NEW = ".img", ".new"
+
+
+class LoopBackend:
+    """Files under `<state_dir>/volumes`, rows in `<state_dir>/volumes.db`."""
+
+    name = "loop"
+
+    def __init__(self, state_dir: str, *, capacity_limit: int = 0) -> None:
+        """`capacity_limit` (bytes, 0 for none) bounds what all volumes together may promise."""
+        self._directory = os.path.join(os.path.realpath(state_dir), "volumes")
+        os.makedirs(self._directory, mode=0o700, exist_ok=True)
+        self._limit = capacity_limit
+        self._store = Store(os.path.join(state_dir, "volumes.db"))
+        self._lock_path = os.path.join(state_dir, "volumes.lock")
+
+    def close(self) -> None:
+        self._store.close()
+
+    # -- the controller's verbs
+
+    def create(self, name: str, size: SizeRange, parameters: Mapping[str, str], uses: Sequence[Capability]) -> Volume:
+        smallest = max((_smallest(use, parameters) for use in uses), default=filesystems.SMALLEST["ext4"])
+        capacity = sizes.choose(size, smallest=smallest)
+        with self._busy():
+            old = self._store.by_name(name)
+            if old is not None and old.state is State.READY:
+                return _same(old, size, parameters, self._volume(old))
+            if old is not None:
+                self._settle(old)
+            volume_id = PREFIX + uuid.uuid4().hex
+            with self._store.transaction():
+                self._reserve(capacity)
+                self._store.insert(
+                    volume_id=volume_id,
+                    name=name,
+                    backend=self.name,
+                    capacity=capacity,
+                    parameters=parameters,
+                    state=State.CREATING,
+                )
+            try:
+                self._make_file(volume_id, capacity, preallocate=parameters.get("preallocate") == "true")
+            except OSError as error:
+                self._drop(volume_id)
+                _raise_no_space(error, capacity)
+            self._store.set_state(volume_id, State.READY)
+        return self._known(volume_id)
+
+    def delete(self, volume_id: str) -> None:
+        row = self._store.get(volume_id)
+        if row is None:
+            return
+        with self._busy():
+            path = self._path(volume_id)
+            if row.state is State.READY and os.path.exists(path):
+                exclusivity.prove_free(path, past_known=False)
+            self._store.set_state(volume_id, State.DELETING)
+            self._drop(volume_id)
+
+    def get(self, volume_id: str) -> Volume | None:
+        row = self._store.get(volume_id) if VOLUME_ID.match(volume_id) else None
+        return self._volume(row) if row is not None and row.state is State.READY else None
+
+    def list(self, *, after: int = 0, limit: int = -1) -> Sequence[tuple[int, Volume]]:
+        rows = self._store.rows(after=after, limit=limit, state=State.READY)
+        return [(row.seq, self._volume(row)) for row in rows]
+
+    def available_bytes(self) -> int:
+        """Free bytes of the directory's filesystem, less what sparse volumes were promised and have not used yet."""
+        facts = os.statvfs(self._directory)
+        free = facts.f_bavail * facts.f_frsize
+        promised = owed = 0
+        for row in self._store.rows():
+            promised += row.capacity
+            owed += max(0, row.capacity - self._allocated(row.volume_id))
+        available = free - owed
+        if self._limit:
+            available = min(available, self._limit - promised)
+        return max(0, available)
+
+    def check_expand(self, volume_id: str, size: SizeRange) -> int:
+        volume = self._known(volume_id)
+        sizes.check(size)
+        if size.limit and volume.capacity_bytes > size.limit:
+            raise SizeNotAllowed(
+                f"limit_bytes = {size.limit}: volume {volume_id} has {volume.capacity_bytes} bytes and never shrinks"
+            )
+        if size.required <= volume.capacity_bytes:
+            return volume.capacity_bytes
+        capacity = sizes.choose(size, smallest=volume.capacity_bytes)
+        self._reserve(capacity - volume.capacity_bytes)
+        return capacity
+
+    def expand(self, volume_id: str, size: SizeRange) -> Volume:
+        with self._busy(), self._store.transaction():
+            capacity = self.check_expand(volume_id, size)
+            # The row first: a file that is smaller than its row is grown at the next start or attempt.
+            self._store.set_capacity(volume_id, capacity)
+        self._resize_file(self._known(volume_id))
+        return self._known(volume_id)
+
+    # -- the node's verbs
+
+    def attach(self, volume_id: str) -> BlockSource:
+        self._known(volume_id)
+        path = self._path(volume_id)
+        if not os.path.exists(path):
+            raise VolumeNotFound(f"{volume_id} (its file {path} is gone)")
+        return BlockSource(path=path)
+
+    def format(self, volume_id: str, fstype: str, deadline: Deadline) -> None:
+        volume, path = self._known(volume_id), self._path(volume_id)
+        if volume.formatting:
+            # A process was killed in the middle of mkfs. No pod has had the volume yet, so nothing can be lost.
+            blankness.wipe(path, deadline)
+        else:
+            found = filesystems.found_on(path, deadline)
+            if found == fstype:
+                return
+            if found is not None:
+                raise WrongFilesystem(path, found, fstype)
+            blankness.prove_blank(path, deadline)
+            self._store.set_formatting(volume_id, True)
+        filesystems.make(path, fstype, deadline)
+        self._store.set_formatting(volume_id, False)
+
+    # -- static volumes and repair
+
+    def adopt(self, path: str, name: str) -> Volume:
+        """Take over an existing image file, by rename into the directory, with its data and its filesystem."""
+        facts = os.stat(path)
+        if facts.st_dev != os.stat(self._directory).st_dev:
+            raise InvalidParameter("path", path, f"must lie on the same filesystem as {self._directory}; move it there")
+        if facts.st_size == 0 or facts.st_size % 512:
+            raise SizeNotAllowed(f"{path} has {facts.st_size} bytes, which is no whole number of 512-byte sectors")
+        exclusivity.prove_free(path, past_known=False)
+        with self._busy():
+            volume_id = PREFIX + uuid.uuid4().hex
+            with self._store.transaction():
+                if self._store.by_name(name) is not None:
+                    raise VolumeConflict(name, "belongs to another volume")
+                self._store.insert(volume_id=volume_id, name=name, backend=self.name, capacity=facts.st_size,
+                                   parameters={}, state=State.ADOPTING)  # fmt: skip
+            try:
+                os.rename(path, self._path(volume_id))
+            except OSError:
+                self._store.remove(volume_id)
+                raise
+            self._sync_directory()
+            self._store.set_state(volume_id, State.READY)
+        return self._known(volume_id)
+
+    def recover(self) -> Sequence[str]:
+        try:
+            with self._busy(exclusive=True):
+                done = [said for row in self._store.rows() if (said := self._settle(row))]
+                rows = {row.volume_id for row in self._store.rows()}
+                for name in os.listdir(self._directory):
+                    if name.endswith(_NEW) and name.removesuffix(_NEW) not in rows:
+                        os.unlink(os.path.join(self._directory, name))
+                        done.append(f"removed {name}, which never became a volume")
+                return done
+        except BlockingIOError:
+            return []  # another process is at work and repairs what it leaves itself
+
+    def unknown_files(self) -> Sequence[str]:
+        """Files in the directory that no row speaks of; never removed by runvol."""
+        rows = {row.volume_id + _SUFFIX for row in self._store.rows()}
+        names = sorted(set(os.listdir(self._directory)) - rows)
+        return [os.path.join(self._directory, name) for name in names if not name.endswith(_NEW)]
+
+    # -- inside
+
+    def _settle(self, row: Row) -> str | None:
+        path = self._path(row.volume_id)
+        if row.state is State.ADOPTING:
+            if os.path.exists(path):
+                self._store.set_state(row.volume_id, State.READY)
+                return f"finished adopting volume {row.volume_id}"
+            self._store.remove(row.volume_id)
+            return f"forgot volume {row.volume_id}, whose file was never moved here"
+        if row.state in (State.CREATING, State.DELETING):
+            self._drop(row.volume_id)
+            return f"removed volume {row.volume_id}, which was {row.state.value} when the process ended"
+        if os.path.exists(path) and os.stat(path).st_size < row.capacity:
+            self._resize_file(self._volume(row))
+            return f"finished growing volume {row.volume_id}"
+        return None
+
+    @contextlib.contextmanager
+    def _busy(self, *, exclusive: bool = False) -> Iterator[None]:
+        """Recovery never meets a creation or deletion that is under way, also not one of another process."""
+        fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB if exclusive else fcntl.LOCK_SH)
+            yield
+        finally:
+            os.close(fd)
+
+    def _known(self, volume_id: str) -> Volume:
+        row = self._store.get(volume_id) if VOLUME_ID.match(volume_id) else None
+        if row is None:
+            raise VolumeNotFound(volume_id)
+        if row.state is not State.READY:
+            raise VolumeUnfinished(f"volume {volume_id} is {row.state.value}")
+        return self._volume(row)
+
+    def _volume(self, row: Row) -> Volume:
+        return Volume(
+            volume_id=row.volume_id,
+            name=row.name,
+            backend=row.backend,
+            capacity_bytes=row.capacity,
+            parameters=row.parameters,
+            formatting=row.formatting,
+            allocated_bytes=self._allocated(row.volume_id),
+        )
+
+    def _path(self, volume_id: str) -> str:
+        return os.path.join(self._directory, volume_id + _SUFFIX)
+
+    def _allocated(self, volume_id: str) -> int:
+        try:
+            return os.stat(self._path(volume_id)).st_blocks * 512
+        except FileNotFoundError:
+            return 0
+
+    def _reserve(self, more: int) -> None:
+        available = self.available_bytes()
+        if more > available:
+            raise NoSpace(
+                f"{more} bytes are asked for and {available} can still be promised in {self._directory}; "
+                "delete volumes, or give the directory a larger disk"
+            )
+
+    def _make_file(self, volume_id: str, capacity: int, *, preallocate: bool) -> None:
+        new = os.path.join(self._directory, volume_id + _NEW)
+        fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            if preallocate:
+                os.posix_fallocate(fd, 0, capacity)
+            os.ftruncate(fd, capacity)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename(new, self._path(volume_id))
+        self._sync_directory()
+
+    def _resize_file(self, volume: Volume) -> None:
+        path = self._path(volume.volume_id)
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            if os.fstat(fd).st_size < volume.capacity_bytes:
+                if volume.parameters.get("preallocate") == "true":
+                    os.posix_fallocate(fd, 0, volume.capacity_bytes)
+                os.ftruncate(fd, volume.capacity_bytes)
+            os.fsync(fd)
+        except OSError as error:
+            _raise_no_space(error, volume.capacity_bytes)
+        finally:
+            os.close(fd)
+
+    def _drop(self, volume_id: str) -> None:
+        for suffix in (_NEW, _SUFFIX):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(self._directory, volume_id + suffix))
+        self._sync_directory()
+        self._store.remove(volume_id)
+
+    def _sync_directory(self) -> None:
+        fd = os.open(self._directory, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def _smallest(use: Capability, parameters: Mapping[str, str]) -> int:
+    if use.raw:
+        return 4096
+    return filesystems.SMALLEST[use.fstype or parameters.get(classes.FSTYPE) or filesystems.DEFAULT]
+
+
+def _same(old: Row, size: SizeRange, parameters: Mapping[str, str], volume: Volume) -> Volume:
+    if old.capacity < size.required or (size.limit and old.capacity > size.limit):
+        raise VolumeConflict(old.name, f"has {old.capacity} bytes, outside of {size.required} to {size.limit or '∞'}")
+    if dict(old.parameters) != dict(parameters):
+        raise VolumeConflict(old.name, f"was made with the parameters {dict(old.parameters)}, not {dict(parameters)}")
+    return volume
+
+
+def _raise_no_space(error: OSError, capacity: int) -> NoReturn:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        raise NoSpace(f"the disk cannot take a volume of {capacity} bytes: {error.strerror}") from error
+    raise error

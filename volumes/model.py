@@ -1,0 +1,87 @@
+"""What a volume is, what may be asked of it, and how a node gets at its bytes."""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+MEBIBYTE = 1 << 20
+GIBIBYTE = 1 << 30
+
+# Opaque, at most the CSI's 128 bytes, and never a path.
+VOLUME_ID = re.compile(r"(?=.{1,128}\Z)[a-z0-9](?:[a-z0-9-]|\.(?!\.))*\Z")
+
+
+class AccessMode(enum.StrEnum):
+    """CSI's access modes, by their own names."""
+
+    SINGLE_NODE_WRITER = enum.auto()
+    SINGLE_NODE_READER_ONLY = enum.auto()
+    MULTI_NODE_READER_ONLY = enum.auto()
+    MULTI_NODE_SINGLE_WRITER = enum.auto()
+    MULTI_NODE_MULTI_WRITER = enum.auto()
+    SINGLE_NODE_SINGLE_WRITER = enum.auto()
+    SINGLE_NODE_MULTI_WRITER = enum.auto()
+
+    @property
+    def is_multi_node(self) -> bool:
+        return self.value.startswith("multi_node")
+
+    @property
+    def is_read_only(self) -> bool:
+        return self in (AccessMode.SINGLE_NODE_READER_ONLY, AccessMode.MULTI_NODE_READER_ONLY)
+
+    def __str__(self) -> str:
+        return self.value.upper()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capability:
+    """How a volume is to be used. `raw` is volumeMode Block; the rest of the fields is for filesystems."""
+
+    mode: AccessMode
+    raw: bool = False
+    fstype: str = ""
+    mount_flags: tuple[str, ...] = ()
+    mount_group: str = ""
+
+    def refusal(self) -> str | None:
+        """Why no block volume can be used like this; None if one can.
+
+        A filesystem on a block device belongs to one kernel, so no mode of several nodes can be true for it.
+        """
+        if not self.raw and self.mode.is_multi_node:
+            return f"access mode {self.mode} needs a filesystem that several nodes can share; use SINGLE_NODE_WRITER"
+        if self.raw and self.mode.is_multi_node:
+            return f"access mode {self.mode}: the volume lives on one node only; use SINGLE_NODE_WRITER"
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizeRange:
+    """Bytes that a volume must and may have; 0 means no wish. Raises nothing: `choose` judges."""
+
+    required: int = 0
+    limit: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Volume:
+    """A volume as its store knows it."""
+
+    volume_id: str
+    name: str
+    backend: str
+    capacity_bytes: int
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    formatting: bool = False
+    allocated_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSource:
+    """A regular file or a block node; `path` is the one name that the volume's bytes have for its whole life."""
+
+    path: str
