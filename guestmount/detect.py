@@ -101,12 +101,12 @@ class Detector:
         """The attribute may fill a gap, but never overrule what is known."""
         if attribute:
             said = self._runtime(attribute, containerd, "attribute")
-            if said.kind != answer.kind or (
-                attribute not in (_GENERIC_SANDBOX, *_RUNC) and said.handler != answer.handler
-            ):
+            named = attribute not in (_GENERIC_SANDBOX, *_RUNC)
+            if said.kind != answer.kind or (named and said.handler != answer.handler):
                 raise Refused(
-                    f"the volume's attribute runtime = {attribute!r} contradicts {ref}, which will run with the handler "
-                    f"{answer.handler!r} ({answer.source}); correct the StorageClass or the pod's runtimeClassName"
+                    f"the volume's attribute runtime = {attribute!r} contradicts {ref}, which will run with the "
+                    f"handler {answer.handler!r} ({answer.source}); correct the StorageClass or the "
+                    "pod's runtimeClassName"
                 )
         return answer
 

@@ -87,7 +87,7 @@ def forget_vanished(cell: Cell, alive: Callable[[str], bool]) -> None:
 
 
 def release(cell: Cell, deadline: Deadline) -> None:
-    """Forget an owner that has no targets any more; DeviceBusy, with the claim as it was, while the kernel disagrees."""
+    """Forget an owner without targets; DeviceBusy, with the claim as it was, while the kernel disagrees."""
     claim = cell.claim
     if claim is None or claim.owner is None or claim.targets:
         return

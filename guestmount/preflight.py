@@ -33,8 +33,8 @@ def check(runtime: Runtime, *, pv_name: str) -> None:
     for mount in mounts:
         if mount.sub_path:
             raise Refused(
-                f"container {mount.container!r} mounts volume {mount.volume!r} with subPath {mount.sub_path!r}: the host "
-                "would have to mount the volume for that, but it belongs to the guest. Mount the whole volume"
+                f"container {mount.container!r} mounts volume {mount.volume!r} with subPath {mount.sub_path!r}: the "
+                "host would have to mount the volume for that, but it belongs to the guest. Mount the whole volume"
             )
         if mount.propagation not in ("", "None"):
             raise Refused(
