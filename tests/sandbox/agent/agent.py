@@ -211,6 +211,7 @@ class Container:
         self.rootfs = f"/run/kata-containers/{self.id}/rootfs"
         self.namespace = f"/run/kata-containers/{self.id}/mntns"
         self.mounted_storages = []
+        self.devices = []
 
     def make_namespace(self):
         """rustjail's order: the root, then every mount of the bundle, all invisible to the rest of the guest."""
@@ -224,6 +225,12 @@ class Container:
                 mount(self.request.OCI.Root.Path or "/", self.rootfs, "bind", 4096, "")
                 for one in self.request.OCI.Mounts:
                     self._mount_in(one)
+                for path, number in self.devices:
+                    node = self.rootfs + path
+                    os.makedirs(os.path.dirname(node), exist_ok=True)
+                    if os.path.lexists(node):
+                        os.unlink(node)
+                    os.mknod(node, stat.S_IFBLK | 0o660, number)
                 with open(f"/run/kata-containers/{self.id}/ready", "w") as ready:
                     ready.write("ok")
                 signal.pause()
@@ -294,7 +301,7 @@ class Agent:
                 self.storages.add(storage)
                 container.mounted_storages.append(storage.mount_point)
             for device in request.devices:
-                self._add_device(device)
+                container.devices.append((device.container_path, os.stat(self._find_device(device)).st_rdev))
             container.make_namespace()
         except BaseException:
             for mount_point in reversed(container.mounted_storages):
@@ -303,12 +310,8 @@ class Agent:
         self.containers[request.container_id] = container
         return Empty()
 
-    def _add_device(self, device):
-        node = scsi_device(device.id) if device.type == "scsi" else pci_device(device.id)
-        facts = os.stat(node)
-        if not os.path.exists(device.container_path):
-            os.makedirs(os.path.dirname(device.container_path), exist_ok=True)
-            os.mknod(device.container_path, stat.S_IFBLK | 0o660, facts.st_rdev)
+    def _find_device(self, device):
+        return scsi_device(device.id) if device.type == "scsi" else pci_device(device.id)
 
     def _container(self, container_id):
         return self.containers.get(container_id) or fail("invalid container id", ttrpc.INVALID_ARGUMENT)

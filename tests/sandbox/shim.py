@@ -1,0 +1,352 @@
+"""A double of Kata's shims: it reads an OCI bundle, finds direct volumes, hot-plugs them and talks to the agent.
+
+It follows the Go or the Rust shim where they differ, traps included, and is nowhere more forgiving than they are. The
+commands to QEMU and to the agent are those that a running Kata 4.1.0 sent.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import secrets
+import stat
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from google.protobuf.empty_pb2 import Empty
+
+from guestmount import ttrpc
+from runvol_proto import kata_agent_pb2, kata_csi_pb2, kata_health_pb2, kata_oci_pb2
+from tests.sandbox.vm import VM
+
+GO, RUST = "go", "rust"
+_AGENT = "grpc.AgentService"
+_GUEST_SHARED = "/run/kata-containers/shared/containers"
+_GUEST_STORAGE = "/run/kata-containers/sandbox/storage"
+
+
+class ContainerFailed(Exception):
+    """The container was not created."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The part of Kata's configuration that matters for volumes."""
+
+    shim: str = GO
+    block_device_driver: str = "virtio-scsi"
+    disable_block_device_use: bool = False
+    direct_volumes: Path
+    shared: Path | None = None
+
+
+@dataclass
+class Drive:
+    """A hot-plugged device; counted, since containers of one pod share it."""
+
+    node: str
+    device: str
+    driver: str
+    source: str
+    storage: kata_agent_pb2.Storage
+    users: int = 1
+
+
+@dataclass
+class Sandbox:
+    """One pod's guest, as a shim sees it."""
+
+    vm: VM
+    settings: Settings
+    sandbox_id: str = field(default_factory=lambda: secrets.token_hex(32))
+    drives: dict[str, Drive] = field(default_factory=dict)
+    storages: list[kata_agent_pb2.Storage] = field(default_factory=list)
+    _containers: dict[str, list[str]] = field(default_factory=dict)
+    _binds: list[Path] = field(default_factory=list)
+    log: list[str] = field(default_factory=list)
+
+    # -- the agent
+
+    def call(self, method: str, request: Any, response: Any = Empty, timeout: float = 60.0) -> Any:
+        assert self.vm.agent is not None
+        return self.vm.agent.call(_AGENT, method, request, response, timeout)
+
+    def start(self) -> Sandbox:
+        """Health, then CreateSandbox with the shared directory, as both shims do."""
+        assert self.vm.agent is not None
+        self.vm.agent.call(
+            "grpc.Health", "Check", kata_health_pb2.CheckRequest(), kata_health_pb2.HealthCheckResponse, 60.0
+        )
+        request = kata_agent_pb2.CreateSandboxRequest(sandbox_id=self.sandbox_id, hostname="sandbox")
+        if self.settings.shared is not None:
+            request.storages.add(
+                driver="virtio-fs", source="kataShared", fstype="virtiofs", mount_point=_GUEST_SHARED, options=["nodev"]
+            )
+        self.call("CreateSandbox", request)
+        return self
+
+    # -- containers
+
+    def create_container(self, bundle: Path, container_id: str) -> None:
+        """From `<bundle>/config.json`. ContainerFailed where the shim or the agent refuses."""
+        spec = json.loads((bundle / "config.json").read_text())
+        request = kata_agent_pb2.CreateContainerRequest(container_id=container_id, exec_id=container_id)
+        plugged: list[str] = []
+        try:
+            for mount in spec.get("mounts", []):
+                self._mount(mount, request, container_id, plugged)
+            for device in spec.get("linux", {}).get("devices", []):
+                self._raw_device(device, request, plugged)
+            _fill_oci(request.OCI, spec)
+            self.storages = list(request.storages)
+            self.call("CreateContainer", request)
+            self.call("StartContainer", kata_agent_pb2.StartContainerRequest(container_id=container_id))
+        except (ttrpc.RpcError, OSError, ValueError) as error:
+            for key in plugged:
+                self._unplug(key)
+            raise ContainerFailed(str(error)) from error
+        self._containers[container_id] = plugged
+
+    def run(self, container_id: str, *arguments: str, timeout: float = 120.0) -> tuple[int, str]:
+        """A process in the container; its exit status and its output."""
+        exec_id = secrets.token_hex(8)
+        process = kata_oci_pb2.Process(Args=list(arguments), Cwd="/")
+        self.call("ExecProcess", kata_agent_pb2.ExecProcessRequest(container_id=container_id, exec_id=exec_id, process=process))
+        output = b""
+        read = kata_agent_pb2.ReadStreamRequest(container_id=container_id, exec_id=exec_id, len=1 << 16)
+        while data := self.call("ReadStdout", read, kata_agent_pb2.ReadStreamResponse, timeout).data:
+            output += data
+        while data := self.call("ReadStderr", read, kata_agent_pb2.ReadStreamResponse, timeout).data:
+            output += data
+        wait = kata_agent_pb2.WaitProcessRequest(container_id=container_id, exec_id=exec_id)
+        return self.call("WaitProcess", wait, kata_agent_pb2.WaitProcessResponse, timeout).status, output.decode("utf-8", "replace")
+
+    def spawn(self, container_id: str, *arguments: str) -> str:
+        """A process that goes on; its exec id."""
+        exec_id = secrets.token_hex(8)
+        process = kata_oci_pb2.Process(Args=list(arguments), Cwd="/")
+        self.call("ExecProcess", kata_agent_pb2.ExecProcessRequest(container_id=container_id, exec_id=exec_id, process=process))
+        return exec_id
+
+    def remove_container(self, container_id: str) -> None:
+        """The guest unmounts, then the devices that nobody else uses are unplugged. The hand-off stays, as Kata leaves it."""
+        self.call("RemoveContainer", kata_agent_pb2.RemoveContainerRequest(container_id=container_id, timeout=10))
+        for key in self._containers.pop(container_id):
+            self._unplug(key)
+
+    def destroy(self) -> None:
+        for bind in self._binds:
+            subprocess.run(["umount", str(bind)], check=False)
+        self._binds.clear()
+
+    def volume_stats(self, guest_path: str) -> kata_csi_pb2.VolumeStatsResponse:
+        request = kata_agent_pb2.VolumeStatsRequest(volume_guest_path=guest_path)
+        answer: kata_csi_pb2.VolumeStatsResponse = self.call("GetVolumeStats", request, kata_csi_pb2.VolumeStatsResponse)
+        return answer
+
+    # -- mounts
+
+    def _mount(self, mount: dict[str, Any], request: Any, container_id: str, plugged: list[str]) -> None:
+        options = list(mount.get("options", []))
+        is_bind = mount.get("type") == "bind" or (self.settings.shim == GO and {"bind", "rbind"} & set(options))
+        oci = request.OCI.Mounts.add(
+            destination=mount["destination"], source=mount["source"], type=mount.get("type", ""), options=options
+        )
+        if not is_bind:
+            return  # any other type is the agent's to mount
+        info = self._direct_volume(mount["source"])
+        if info is None:
+            self._share(mount["source"], oci, container_id)
+            return
+        read_only = "ro" in (info["options"] if self.settings.shim == GO else options)
+        storage = self._plug(info, read_only, options, mount["destination"], plugged)
+        request.storages.append(storage)
+        oci.source = storage.mount_point
+        oci.type = "bind"
+        if self.settings.shim == RUST:
+            oci.options.extend(info["options"])
+        elif not {"bind", "rbind"} & set(oci.options):
+            oci.options.append("bind")
+
+    def _direct_volume(self, source: str) -> dict[str, Any] | None:
+        """mountInfo for the mount's source, byte for byte; None where the shim falls back to sharing."""
+        place = self.settings.direct_volumes / base64.urlsafe_b64encode(os.fsencode(source)).decode()
+        if self.settings.shim == GO:
+            if self.settings.disable_block_device_use:
+                self.log.append("Block device not supported")
+                return None
+            try:
+                info = json.loads((place / "mountInfo.json").read_text())
+            except (OSError, ValueError) as error:
+                if place.exists():
+                    self.log.append(f"could not read mountInfo: {error}")
+                return None
+            (place / self.sandbox_id).touch()
+        else:
+            if len(place.name) > 255 or not place.exists():
+                return None
+            if self.settings.disable_block_device_use:
+                raise ContainerFailed("block device driver is empty")
+            info = self._strict(place)
+        info.setdefault("options", [])
+        info.setdefault("metadata", {})
+        return dict(info)
+
+    @staticmethod
+    def _strict(place: Path) -> dict[str, Any]:
+        """runtime-rs reads with serde and checks the type: whatever is wrong fails the container."""
+        try:
+            info = json.loads((place / "mountInfo.json").read_text())
+        except (OSError, ValueError) as error:
+            raise ContainerFailed(f"get volume mount info: {error}") from error
+        for key in ("volume-type", "device", "fstype"):
+            if not isinstance(info.get(key), str):
+                raise ContainerFailed(f"missing field `{key}`")
+        if not isinstance(info.get("metadata", {}), dict) or not isinstance(info.get("options", []), list):
+            raise ContainerFailed("invalid type in mountInfo.json")
+        if info["volume-type"] != "directvol":
+            raise ContainerFailed(f"unsupported direct volume type {info['volume-type']}")
+        if not os.path.exists(info["device"]):
+            raise ContainerFailed(f"stat {info['device']}: No such file or directory")
+        return dict(info)
+
+    def _share(self, source: str, oci: Any, container_id: str) -> None:
+        """Both shims bind the host's path into the directory that virtiofsd exports."""
+        if self.settings.shared is None:
+            raise ContainerFailed(f"{source} cannot be shared: no shared filesystem")
+        name = f"{container_id}-{secrets.token_hex(4)}-{os.path.basename(oci.destination)}"
+        place = self.settings.shared / name
+        if os.path.isdir(source):
+            place.mkdir()
+        else:
+            place.touch()
+        subprocess.run(["mount", "--bind", source, str(place)], check=True)
+        self._binds.append(place)
+        oci.source = f"{_GUEST_SHARED}/{name}"
+
+    # -- devices
+
+    def _plug(
+        self, info: dict[str, Any], read_only: bool, oci_options: list[str], destination: str, plugged: list[str]
+    ) -> kata_agent_pb2.Storage:
+        key = info["device"]
+        drive = self.drives.get(key)
+        if drive is not None:
+            drive.users += 1
+        else:
+            drive = self._add_drive(key, read_only)
+        plugged.append(key)
+        storage = kata_agent_pb2.Storage(driver=drive.driver, source=drive.source, fstype=info["fstype"])
+        if self.settings.shim == GO:
+            storage.options.extend(info["options"])
+            storage.mount_point = f"{_GUEST_STORAGE}/{base64.urlsafe_b64encode(drive.source.encode()).decode()}"
+            if "fsGroup" in info["metadata"]:
+                storage.fs_group.group_id = int(info["metadata"]["fsGroup"])
+                policy = info["metadata"].get("fsGroupChangePolicy", "Always")
+                storage.fs_group.group_change_policy = 1 if policy == "OnRootMismatch" else 0
+        else:
+            kept = [option for option in info["options"] if option not in ("bind", "rbind")]
+            storage.options.extend([*kept, "ro"] if read_only and "ro" not in kept else kept)
+            unique = f"{drive.device[:10]}-{secrets.token_hex(4)}-{os.path.basename(destination)}"
+            storage.mount_point = f"{_GUEST_SHARED}/passthrough/{unique}"
+            if self.settings.shared is not None:
+                (self.settings.shared / "passthrough" / unique).mkdir(parents=True, exist_ok=True)
+        return storage
+
+    def _add_drive(self, key: str, read_only: bool) -> Drive:
+        if not os.path.exists(key):
+            raise FileNotFoundError(2, "No such file or directory", key)
+        node = f"drive-{secrets.token_hex(8)}"
+        block = stat.S_ISBLK(os.stat(key).st_mode)
+        self.vm.qmp(
+            "blockdev-add",
+            driver="raw",
+            file={"aio": "threads", "driver": "host_device" if block else "file", "filename": key},
+            **{"node-name": node, "read-only": read_only},
+        )
+        device = f"virtio-{node}"
+        number = self._free_number()
+        if self.settings.block_device_driver == "virtio-scsi":
+            self.vm.qmp("device_add", driver="scsi-hd", bus="scsi0.0", drive=node, id=device,
+                        **{"scsi-id": number // 256, "lun": number % 256, "share-rw": True})  # fmt: skip
+            driver, source = "scsi", f"{number // 256}:{number % 256}"
+        else:
+            slot = f"{number + 1:02x}"
+            self.vm.qmp("device_add", driver="virtio-blk-pci", bus="pci-bridge-0", addr=slot, drive=node, id=device,
+                        romfile="", **{"num-queues": 1, "share-rw": True})  # fmt: skip
+            driver, source = "blk", f"02/{slot}"
+        drive = Drive(node=node, device=device, driver=driver, source=source, storage=kata_agent_pb2.Storage())
+        self.drives[key] = drive
+        return drive
+
+    def _free_number(self) -> int:
+        taken = {int(drive.source.rsplit(":", 1)[-1] if ":" in drive.source else drive.source[3:], 16 if "/" in drive.source else 10)
+                 - (1 if "/" in drive.source else 0) for drive in self.drives.values()}  # fmt: skip
+        return next(number for number in range(250) if number not in taken)
+
+    def _unplug(self, key: str) -> None:
+        drive = self.drives[key]
+        drive.users -= 1
+        if drive.users:
+            return
+        del self.drives[key]
+        self.vm.qmp("device_del", id=drive.device)
+        self.vm.wait_unplugged(drive.device)
+        self.vm.remove_node(drive.node)
+
+    def _raw_device(self, device: dict[str, Any], request: Any, plugged: list[str]) -> None:
+        """volumeMode Block: known by major:minor only, whatever node names it has on the host."""
+        path = f"/dev/block/{device['major']}:{device['minor']}"
+        real = os.path.realpath(path)
+        drive = self.drives.get(real)
+        if drive is None:
+            drive = self._add_drive(real, read_only=False)
+        else:
+            drive.users += 1
+        plugged.append(real)
+        request.devices.add(id=drive.source, type=drive.driver, container_path=device["path"])
+        request.OCI.Linux.Devices.add(Path=device["path"], Type="b", Major=device["major"], Minor=device["minor"])
+
+
+def _fill_oci(oci: Any, spec: dict[str, Any]) -> None:
+    process = spec["process"]
+    oci.Version = spec.get("ociVersion", "1.2.0")
+    oci.Process.Args.extend(process["args"])
+    oci.Process.Env.extend(process.get("env", []))
+    oci.Process.Cwd = process.get("cwd", "/")
+    oci.Root.Path = ""  # the test guest's own root is every container's
+    oci.Root.Readonly = False
+
+
+_ALWAYS = (
+    {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"]},
+    {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", "noexec", "nodev", "ro"]},
+    {"destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid"]},
+)
+
+
+def write_bundle(directory: Path, mounts: list[dict[str, Any]], devices: list[dict[str, Any]] | None = None) -> Path:
+    """An OCI bundle as containerd writes it, reduced to what a shim reads of volumes."""
+    directory.mkdir(parents=True, exist_ok=True)
+    spec = {
+        "ociVersion": "1.2.0",
+        "process": {"args": ["sleep", "100000"], "cwd": "/", "env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"]},
+        "root": {"path": "rootfs", "readonly": False},
+        "mounts": [*_ALWAYS, *mounts],
+        "linux": {"devices": devices or []},
+    }
+    (directory / "config.json").write_text(json.dumps(spec))
+    return directory
+
+
+def volume_mount(target: str, destination: str = "/mnt/data", *, read_only: bool = False) -> dict[str, Any]:
+    """What CRI makes of a kubelet volume: always a bind mount of the target."""
+    return {
+        "destination": destination,
+        "type": "bind",
+        "source": target,
+        "options": ["rbind", "rprivate", "ro" if read_only else "rw"],
+    }
