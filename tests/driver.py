@@ -1,0 +1,244 @@
+"""The real driver as a process of its own, and a client on its socket, for tests, the demo and the benchmarks."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import grpc
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
+
+from blockdev import loops, mountinfo
+from runvol_proto import csi_pb2
+
+MODE = csi_pb2.VolumeCapability.AccessMode.Mode
+POD = "6dad7281-57ff-49e4-b844-c588ceabec1{}"
+
+
+class Client:
+    """CSI calls by name: `client.CreateVolume(name=…)`."""
+
+    def __init__(self, path: str) -> None:
+        self.channel = grpc.insecure_channel(f"unix:{path}", options=[("grpc.default_authority", "localhost")])
+        self._calls: dict[str, Any] = {}
+        for service in csi_pb2.DESCRIPTOR.services_by_name.values():
+            for method in service.methods:
+                self._calls[method.name] = (
+                    self.channel.unary_unary(
+                        f"/{service.full_name}/{method.name}",
+                        request_serializer=lambda message: message if isinstance(message, bytes) else message.SerializeToString(),
+                        response_deserializer=GetMessageClass(method.output_type).FromString,
+                    ),
+                    GetMessageClass(method.input_type),
+                )
+
+    def call(self, method: str, request: Message | bytes, timeout: float = 60.0) -> Any:
+        return self._calls[method][0](request, timeout=timeout, wait_for_ready=False)
+
+    def request(self, method: str, **fields: Any) -> Any:
+        return self._calls[method][1](**fields)
+
+    def __getattr__(self, method: str) -> Any:
+        if method not in self._calls:
+            raise AttributeError(method)
+        return lambda timeout=60.0, **fields: self.call(method, self.request(method, **fields), timeout)
+
+    def close(self) -> None:
+        self.channel.close()
+
+
+def mount_capability(mode: str = "SINGLE_NODE_MULTI_WRITER", fstype: str = "", group: str = "", flags: tuple[str, ...] = ()) -> Any:
+    mount = csi_pb2.VolumeCapability.MountVolume(fs_type=fstype, volume_mount_group=group, mount_flags=flags)
+    return csi_pb2.VolumeCapability(mount=mount, access_mode={"mode": MODE.Value(mode)})
+
+
+def block_capability(mode: str = "SINGLE_NODE_WRITER") -> Any:
+    return csi_pb2.VolumeCapability(block={}, access_mode={"mode": MODE.Value(mode)})
+
+
+class Driver:
+    """`runvol csi` with directories of its own; a context manager that leaves nothing behind."""
+
+    def __init__(self, directory: Path | None = None, environment: dict[str, str] | None = None) -> None:
+        # Short, since Kata finds a volume only by a path of at most 189 bytes.
+        self.directory = directory or Path(tempfile.mkdtemp(prefix="rv-", dir=os.environ.get("RUNVOL_TEST_DIR", "/var/tmp")))
+        self.kubelet = self.directory / "kubelet"
+        self.kubelet.mkdir(parents=True, exist_ok=True)
+        self.direct_volumes = self.directory / "direct-volumes"
+        self.state, self.run = self.directory / "state", self.directory / "run"
+        self.socket = self.directory / "csi.sock"
+        self.log = self.directory / "driver.log"
+        self.environment = {
+            "RUNVOL_NODE_ROOTS": str(self.kubelet),
+            "RUNVOL_PATHS_STATE_DIR": str(self.state),
+            "RUNVOL_PATHS_RUN_DIR": str(self.run),
+            "RUNVOL_PATHS_DIRECT_VOLUMES": str(self.direct_volumes),
+            "RUNVOL_PATHS_CONTAINERD_CONFIG": str(self.directory / "containerd.toml"),
+            "RUNVOL_PATHS_KATA_ROOT": str(self.directory / "kata"),
+            "RUNVOL_NODE_ID": "node-1",
+            **(environment or {}),
+        }
+        self.process: subprocess.Popen[bytes] | None = None
+        self.client: Any = None
+
+    def __enter__(self) -> Driver:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        self.remove()
+
+    def start(self) -> None:
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "runvol", "csi", "--endpoint", f"unix://{self.socket}"],
+                env={**os.environ, **self.environment}, stdout=log, stderr=log, cwd=Path(__file__).resolve().parents[1],
+            )  # fmt: skip
+        until = time.monotonic() + 20
+        while True:
+            if self.process.poll() is not None or time.monotonic() > until:
+                raise RuntimeError(f"the driver did not start: {self.log.read_text()[-3000:]}")
+            client = Client(str(self.socket))
+            try:
+                client.Probe(timeout=1.0)
+                self.client = client
+                return
+            except grpc.RpcError:
+                client.close()
+                time.sleep(0.03)
+
+    def stop(self) -> None:
+        self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """As the kernel's OOM killer would."""
+        self._end(signal.SIGKILL)
+
+    def _end(self, number: int) -> None:
+        if self.client is not None:
+            self.client.close()
+            self.client = None
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(number)
+            self.process.wait(20)
+        self.process = None
+
+    def remove(self) -> None:
+        """Whatever a failed test left: mounts, then loop devices, then files."""
+        for mount in reversed(self.mounts()):
+            subprocess.run(["umount", "-l", mount], check=False)
+        for device in self.loop_devices():
+            subprocess.run(["losetup", "-d", device], check=False)
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def cli(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """`runvol …` with this driver's directories, as an operator on the node would type it."""
+        return subprocess.run(
+            [sys.executable, "-m", "runvol", *arguments], env={**os.environ, **self.environment}, check=check,
+            capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1],
+        )  # fmt: skip
+
+    # -- what is left on the node
+
+    def mounts(self) -> list[str]:
+        return [mount.target for mount in mountinfo.table() if mount.target.startswith(f"{self.directory}/")]
+
+    def loop_devices(self) -> list[str]:
+        inodes = {path.stat().st_ino for path in (self.state / "volumes").glob("*")} if self.state.exists() else set()
+        found = []
+        for device in loops.bound():
+            name = Path(f"/sys/block/{Path(device).name}/loop/backing_file").read_text().strip()
+            under = loops.backing(device)
+            if name.startswith(str(self.directory)) or (under and under.inode in inodes):
+                found.append(device)
+        return found
+
+    def left_over(self) -> dict[str, list[str]]:
+        """Everything of this driver on the node: empty lists when all is taken back."""
+        handed = sorted(os.listdir(self.direct_volumes)) if self.direct_volumes.exists() else []
+        claims = [name for folder in ("claims", "locks", "tmp") for name in os.listdir(self.run / folder)]
+        files = os.listdir(self.state / "volumes")
+        rows = [volume.volume.volume_id for volume in self.client.ListVolumes().entries] if self.client else []
+        return {
+            "mounts": self.mounts(),
+            "loop devices": self.loop_devices(),
+            "hand-off files": handed,
+            "claims and locks": claims,
+            "files": files,
+            "rows": rows,
+        }
+
+    # -- a volume's paths, as kubelet makes them
+
+    def staging(self, name: str) -> str:
+        path = self.kubelet / "staging" / name / "globalmount"
+        path.mkdir(parents=True, exist_ok=True)
+        return str(path)
+
+    def target(self, name: str, pod: str) -> str:
+        parent = self.kubelet / "pods" / pod / "volumes" / "kubernetes.io~csi" / name
+        parent.mkdir(parents=True, exist_ok=True)
+        return str(parent / "mount")
+
+    def create(self, name: str, size: int = 64 << 20, capability: Any = None, **parameters: str) -> Any:
+        return self.client.CreateVolume(
+            name=name,
+            capacity_range={"required_bytes": size},
+            volume_capabilities=[capability or mount_capability()],
+            parameters={key.replace("__", "/"): value for key, value in parameters.items()},
+        ).volume
+
+    def stage(self, volume: Any, capability: Any = None, timeout: float = 60.0) -> None:
+        self.client.NodeStageVolume(
+            timeout=timeout,
+            volume_id=volume.volume_id,
+            staging_target_path=self.staging(volume.volume_id),
+            volume_capability=capability or mount_capability(),
+            volume_context=volume.volume_context,
+        )
+
+    def publish(
+        self, volume: Any, pod: str, *, runtime: str = "", capability: Any = None, read_only: bool = False, name: str = "pod",
+        timeout: float = 60.0,
+    ) -> str:  # fmt: skip
+        target = self.target(volume.volume_id, pod)
+        context = dict(volume.volume_context)
+        if runtime:
+            context["runtime"] = runtime
+        context |= {
+            "csi.storage.k8s.io/pod.name": name,
+            "csi.storage.k8s.io/pod.namespace": "default",
+            "csi.storage.k8s.io/pod.uid": pod,
+        }
+        self.client.NodePublishVolume(
+            timeout=timeout,
+            volume_id=volume.volume_id,
+            staging_target_path=self.staging(volume.volume_id),
+            target_path=target,
+            volume_capability=capability or mount_capability(),
+            readonly=read_only,
+            volume_context=context,
+        )
+        return target
+
+    def unpublish(self, volume: Any, pod: str, timeout: float = 60.0) -> None:
+        self.client.NodeUnpublishVolume(
+            timeout=timeout, volume_id=volume.volume_id, target_path=self.target(volume.volume_id, pod)
+        )
+
+    def unstage(self, volume: Any, timeout: float = 60.0) -> None:
+        self.client.NodeUnstageVolume(
+            timeout=timeout, volume_id=volume.volume_id, staging_target_path=self.staging(volume.volume_id)
+        )
+
+    def delete(self, volume: Any, timeout: float = 60.0) -> None:
+        self.client.DeleteVolume(timeout=timeout, volume_id=volume.volume_id)
