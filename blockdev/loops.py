@@ -14,6 +14,7 @@ import stat
 import time
 from dataclasses import dataclass
 
+from blockdev import holders
 from blockdev.deadlines import Deadline
 from blockdev.errors import DeviceBusy
 from blockdev.ioctls import opened
@@ -181,20 +182,19 @@ def resize(device: str) -> None:
 def detach(device: str, path: str, deadline: Deadline) -> None:
     """Unbind `device` from the file `path`; nothing happens if it stands on something else by now.
 
-    The kernel accepts this for a device that is open, and lets go when the last user does. That is DeviceBusy
-    here once the deadline is over, since a device in use is not detached.
+    The kernel would accept this for a device that is in use, and let go later. It is asked with an exclusive
+    descriptor instead, so a mounted device is DeviceBusy, with the places; a probe of udev's passes in a moment.
     """
-    if not stands_on(device, path):
-        return
-    try:
-        with opened(device) as fd:
-            fcntl.ioctl(fd, _LOOP_CLR_FD)
-    except OSError as error:
-        if error.errno not in (errno.ENXIO, errno.EBUSY):
-            raise
-    limit = min(deadline.remaining(), 2.0)
-    waiting = Deadline.after(limit)
+    waiting = Deadline.after(min(deadline.remaining(), 2.0))
     while stands_on(device, path):
+        try:
+            with opened(device, os.O_RDONLY | os.O_EXCL) as fd:
+                fcntl.ioctl(fd, _LOOP_CLR_FD)
+        except OSError as error:
+            if error.errno not in (errno.ENXIO, errno.EBUSY):
+                raise
         if waiting.remaining() <= 0:
-            raise DeviceBusy(device, "the kernel keeps it bound until its last user lets go")
-        time.sleep(0.005)
+            places = holders.mount_points(device)
+            why = f"mounted on {', '.join(places)}" if places else "its last user has not let go"
+            raise DeviceBusy(device, why, holders.processes(device))
+        time.sleep(0.002)

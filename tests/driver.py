@@ -34,7 +34,9 @@ class Client:
                 self._calls[method.name] = (
                     self.channel.unary_unary(
                         f"/{service.full_name}/{method.name}",
-                        request_serializer=lambda message: message if isinstance(message, bytes) else message.SerializeToString(),
+                        request_serializer=lambda message: (
+                            message if isinstance(message, bytes) else message.SerializeToString()
+                        ),
                         response_deserializer=GetMessageClass(method.output_type).FromString,
                     ),
                     GetMessageClass(method.input_type),
@@ -55,7 +57,9 @@ class Client:
         self.channel.close()
 
 
-def mount_capability(mode: str = "SINGLE_NODE_MULTI_WRITER", fstype: str = "", group: str = "", flags: tuple[str, ...] = ()) -> Any:
+def mount_capability(
+    mode: str = "SINGLE_NODE_MULTI_WRITER", fstype: str = "", group: str = "", flags: tuple[str, ...] = ()
+) -> Any:
     mount = csi_pb2.VolumeCapability.MountVolume(fs_type=fstype, volume_mount_group=group, mount_flags=flags)
     return csi_pb2.VolumeCapability(mount=mount, access_mode={"mode": MODE.Value(mode)})
 
@@ -69,7 +73,9 @@ class Driver:
 
     def __init__(self, directory: Path | None = None, environment: dict[str, str] | None = None) -> None:
         # Short, since Kata finds a volume only by a path of at most 189 bytes.
-        self.directory = directory or Path(tempfile.mkdtemp(prefix="rv-", dir=os.environ.get("RUNVOL_TEST_DIR", "/var/tmp")))
+        self.directory = directory or Path(
+            tempfile.mkdtemp(prefix="rv-", dir=os.environ.get("RUNVOL_TEST_DIR", "/var/tmp"))
+        )
         self.kubelet = self.directory / "kubelet"
         self.kubelet.mkdir(parents=True, exist_ok=True)
         self.direct_volumes = self.directory / "direct-volumes"

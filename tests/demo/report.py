@@ -16,22 +16,25 @@ from rich.table import Table
 from tests.demo.measure import Figure
 
 NAMES = {
-    "9p": "9p share of the host's mount",
-    "virtio-fs": "virtio-fs share of the host's mount",
-    "runvol": "runvol: the device, hot-plugged",
-    "bare QEMU": "same file, cold-plugged, bare QEMU",
-    "host": "the host itself, loop device",
+    "9p": "9p share (*)",
+    "virtio-fs": "virtio-fs share (*)",
+    "runvol": "runvol, hot-plugged device",
+    "bare QEMU": "bare QEMU, cold-plugged",
+    "host": "the host, loop device",
 }
 
 
 def table(figures: list[Figure], console: Console) -> None:
     """One row a path, one group of columns a job, with the ratio to 9p."""
     by = {(one.path, one.job): one for one in figures}
-    shown = Table(title="4 KiB random I/O, queue depth 32, direct I/O, host caches dropped before each run", title_justify="left")
-    shown.add_column("path")
+    shown = Table(
+        title="4 KiB random I/O, queue depth 32 (16 a submission), direct I/O, host caches dropped before each run",
+        title_justify="left",
+    )
+    shown.add_column("path", no_wrap=True)
     for job in ("randread", "randwrite"):
         for column in ("IOPS", "MiB/s", "p99 ms", "x 9p"):
-            shown.add_column(f"{job}\n{column}" if column == "IOPS" else f"\n{column}", justify="right")
+            shown.add_column(f"{job}\n{column}" if column == "IOPS" else f"\n{column}", justify="right", no_wrap=True)
     for path, name in NAMES.items():
         if (path, "randread") not in by:
             continue
@@ -43,6 +46,9 @@ def table(figures: list[Figure], console: Console) -> None:
             cells += [f"{one.iops:,.0f}", f"{one.mib_s:,.1f}", f"{one.lat_p99_ms:,.1f}", ratio]
         shown.add_row(name, *cells, style="bold" if path == "runvol" else "")
     console.print(shown)
+    console.print(
+        "(*) cached by the host during the run: their servers do not pass O_DIRECT on. The others bypass its cache."
+    )
 
 
 def ratios(figures: list[Figure]) -> dict[str, float]:
@@ -58,7 +64,9 @@ def ratios(figures: list[Figure]) -> dict[str, float]:
 
 def machine() -> dict[str, Any]:
     """Where the figures come from."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
     return {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "commit": commit or "unknown",
@@ -86,7 +94,13 @@ def _plot(path: Path, figures: list[Figure]) -> None:
     by = {(one.path, one.job): one.iops for one in figures}
     figure, axes = pyplot.subplots(figsize=(9, 4.5))
     for offset, (job, colour) in enumerate((("randread", "#4477aa"), ("randwrite", "#ee7733"))):
-        bars = axes.barh([i + 0.4 * offset for i in range(len(paths))], [by[one, job] for one in paths], 0.38, label=job, color=colour)
+        bars = axes.barh(
+            [i + 0.4 * offset for i in range(len(paths))],
+            [by[one, job] for one in paths],
+            0.38,
+            label=job,
+            color=colour,
+        )
         axes.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize=8)
     axes.set_yticks([i + 0.2 for i in range(len(paths))], [NAMES[one] for one in paths])
     axes.invert_yaxis()

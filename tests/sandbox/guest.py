@@ -26,7 +26,17 @@ MODULES = (
     "crc32c_generic", "9pnet_virtio", "9p", "virtiofs", "overlay", "loop",
 )  # fmt: skip
 # Parts of Python's library that no agent needs.
-_PYTHON_WITHOUT = ("test", "idlelib", "tkinter", "lib2to3", "ensurepip", "distutils", "pydoc_data", "turtledemo", "__pycache__")
+_PYTHON_WITHOUT = (
+    "test",
+    "idlelib",
+    "tkinter",
+    "lib2to3",
+    "ensurepip",
+    "distutils",
+    "pydoc_data",
+    "turtledemo",
+    "__pycache__",
+)
 _LIBRARY = re.compile(r"(?:=> )?(/\S+) \(0x")
 
 
@@ -147,11 +157,16 @@ def _copy(path: str, root: Path) -> None:
 
 def _copy_python(root: Path) -> None:
     version = subprocess.run(
-        [_program("python3"), "-c", "import sys; print('%d.%d' % sys.version_info[:2])"], check=True, capture_output=True, text=True
+        [_program("python3"), "-c", "import sys; print('%d.%d' % sys.version_info[:2])"],
+        check=True,
+        capture_output=True,
+        text=True,
     ).stdout.strip()
     library = Path("/usr/lib") / f"python{version}"
     target = root / str(library).lstrip("/")
-    shutil.copytree(library, target, ignore=shutil.ignore_patterns(*_PYTHON_WITHOUT, "dist-packages", "config-*"), symlinks=False)
+    shutil.copytree(
+        library, target, ignore=shutil.ignore_patterns(*_PYTHON_WITHOUT, "dist-packages", "config-*"), symlinks=False
+    )
     # Without bytecode the agent spends seconds of an emulated machine on compiling; mtimes do not survive everywhere.
     compileall = [_program("python3"), "-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash", str(target)]
     subprocess.run(compileall, check=False, stdout=subprocess.DEVNULL)
@@ -166,13 +181,17 @@ def _copy_agent(root: Path) -> None:
     agent = root / "agent"
     shutil.copy2(ROOT / "tests/sandbox/agent/agent.py", agent)
     shutil.copy2(ROOT / "guestmount/ttrpc.py", agent)
-    shutil.copytree(ROOT / "runvol_proto", agent / "runvol_proto", ignore=shutil.ignore_patterns("__pycache__", "*.pyi", "csi_pb2*"))
+    shutil.copytree(
+        ROOT / "runvol_proto", agent / "runvol_proto", ignore=shutil.ignore_patterns("__pycache__", "*.pyi", "csi_pb2*")
+    )
     packages = Path(sysconfig.get_paths()["platlib"])
     for package in ("google/protobuf", "google/_upb"):
         shutil.copytree(packages / package, agent / package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy2(ROOT / "tests/sandbox/agent/init", root / "init")
     (root / "init").chmod(0o755)
-    subprocess.run([_program("python3"), "-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash", str(agent)], check=True)
+    subprocess.run(
+        [_program("python3"), "-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash", str(agent)], check=True
+    )
 
 
 def _copy_modules(root: Path, tree: Path) -> None:

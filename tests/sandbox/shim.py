@@ -39,6 +39,9 @@ class Settings:
     shim: str = GO
     block_device_driver: str = "virtio-scsi"
     disable_block_device_use: bool = False
+    aio: str = "threads"
+    cache_direct: bool | None = None
+    indep_iothreads: bool = False
     direct_volumes: Path
     shared: Path | None = None
 
@@ -114,7 +117,10 @@ class Sandbox:
         """A process in the container; its exit status and its output."""
         exec_id = secrets.token_hex(8)
         process = kata_oci_pb2.Process(Args=list(arguments), Cwd="/")
-        self.call("ExecProcess", kata_agent_pb2.ExecProcessRequest(container_id=container_id, exec_id=exec_id, process=process))
+        self.call(
+            "ExecProcess",
+            kata_agent_pb2.ExecProcessRequest(container_id=container_id, exec_id=exec_id, process=process),
+        )
         output = b""
         read = kata_agent_pb2.ReadStreamRequest(container_id=container_id, exec_id=exec_id, len=1 << 16)
         while data := self.call("ReadStdout", read, kata_agent_pb2.ReadStreamResponse, timeout).data:
@@ -122,13 +128,18 @@ class Sandbox:
         while data := self.call("ReadStderr", read, kata_agent_pb2.ReadStreamResponse, timeout).data:
             output += data
         wait = kata_agent_pb2.WaitProcessRequest(container_id=container_id, exec_id=exec_id)
-        return self.call("WaitProcess", wait, kata_agent_pb2.WaitProcessResponse, timeout).status, output.decode("utf-8", "replace")
+        return self.call("WaitProcess", wait, kata_agent_pb2.WaitProcessResponse, timeout).status, output.decode(
+            "utf-8", "replace"
+        )
 
     def spawn(self, container_id: str, *arguments: str) -> str:
         """A process that goes on; its exec id."""
         exec_id = secrets.token_hex(8)
         process = kata_oci_pb2.Process(Args=list(arguments), Cwd="/")
-        self.call("ExecProcess", kata_agent_pb2.ExecProcessRequest(container_id=container_id, exec_id=exec_id, process=process))
+        self.call(
+            "ExecProcess",
+            kata_agent_pb2.ExecProcessRequest(container_id=container_id, exec_id=exec_id, process=process),
+        )
         return exec_id
 
     def remove_container(self, container_id: str) -> None:
@@ -144,7 +155,9 @@ class Sandbox:
 
     def volume_stats(self, guest_path: str) -> kata_csi_pb2.VolumeStatsResponse:
         request = kata_agent_pb2.VolumeStatsRequest(volume_guest_path=guest_path)
-        answer: kata_csi_pb2.VolumeStatsResponse = self.call("GetVolumeStats", request, kata_csi_pb2.VolumeStatsResponse)
+        answer: kata_csi_pb2.VolumeStatsResponse = self.call(
+            "GetVolumeStats", request, kata_csi_pb2.VolumeStatsResponse
+        )
         return answer
 
     # -- mounts
@@ -261,11 +274,14 @@ class Sandbox:
             raise FileNotFoundError(2, "No such file or directory", key)
         node = f"drive-{secrets.token_hex(8)}"
         block = stat.S_ISBLK(os.stat(key).st_mode)
+        settings = self.settings
+        cache = {} if settings.cache_direct is None else {"cache": {"direct": settings.cache_direct, "no-flush": False}}
         self.vm.qmp(
             "blockdev-add",
             driver="raw",
-            file={"aio": "threads", "driver": "host_device" if block else "file", "filename": key},
+            file={"aio": settings.aio, "driver": "host_device" if block else "file", "filename": key, **cache},
             **{"node-name": node, "read-only": read_only},
+            **cache,
         )
         device = f"virtio-{node}"
         number = self._free_number()
@@ -275,12 +291,19 @@ class Sandbox:
             driver, source = "scsi", f"{number // 256}:{number % 256}"
         else:
             slot = f"{number + 1:02x}"
+            thread = {"iothread": self._iothread()} if settings.indep_iothreads else {}
             self.vm.qmp("device_add", driver="virtio-blk-pci", bus="pci-bridge-0", addr=slot, drive=node, id=device,
-                        romfile="", **{"num-queues": 1, "share-rw": True})  # fmt: skip
+                        romfile="", **{"num-queues": 1, "share-rw": True}, **thread)  # fmt: skip
             driver, source = "blk", f"02/{slot}"
         drive = Drive(node=node, device=device, driver=driver, source=source, storage=kata_agent_pb2.Storage())
         self.drives[key] = drive
         return drive
+
+    def _iothread(self) -> str:
+        name = "indep_iothreadsPrefix_0"
+        if name not in (one["id"] for one in self.vm.qmp("query-iothreads")):
+            self.vm.qmp("object-add", **{"qom-type": "iothread", "id": name})
+        return name
 
     def _free_number(self) -> int:
         taken = {int(drive.source.rsplit(":", 1)[-1] if ":" in drive.source else drive.source[3:], 16 if "/" in drive.source else 10)

@@ -374,9 +374,7 @@ class Agent:
         answer = kata_csi_pb2.VolumeStatsResponse(volume_condition=kata_csi_pb2.VolumeCondition(message="OK"))
         total, free = facts.f_blocks * facts.f_bsize, facts.f_bfree * facts.f_bsize
         answer.usage.add(available=free, total=total, used=total - free, unit=1)
-        answer.usage.add(
-            available=facts.f_ffree, total=facts.f_files, used=facts.f_files - facts.f_ffree, unit=2
-        )
+        answer.usage.add(available=facts.f_ffree, total=facts.f_files, used=facts.f_files - facts.f_ffree, unit=2)
         return answer
 
     def ResizeVolume(self, request):

@@ -1,0 +1,35 @@
+# Every target installs what it needs and says so; a second run is quick.
+.PHONY: help demo test lint bench venv prepare clean
+
+help:
+	@echo "make demo   a volume goes into a guest, is measured and survives the guest (about 3 minutes)"
+	@echo "make test   every test that fits into 15 minutes"
+	@echo "make lint   ruff, mypy, import-linter"
+	@echo "make bench  publish latency, memory, create and stage times; figures go to bench-results/"
+
+venv:
+	@tests/prepare/debian.sh run
+	@tests/prepare/python.sh
+
+prepare: venv
+	@tests/prepare/debian.sh test
+	@tests/prepare/go.sh
+
+demo: venv
+	@tests/prepare/debian.sh test
+	@.venv/bin/python -m tests.demo $(ARGS)
+
+test: prepare
+	@.venv/bin/python -m pytest $(ARGS)
+
+lint: venv
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+bench: venv
+	@.venv/bin/python -m tests.bench $(ARGS)
+
+clean:
+	rm -rf .venv runvol_proto build dist *.egg-info demo-results bench-results

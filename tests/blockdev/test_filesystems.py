@@ -1,0 +1,160 @@
+"""mkfs, fsck, growth and the blank check on real filesystems."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+import pytest
+
+from blockdev import Deadline, FilesystemDamaged, NotBlank, WaitExpired, WrongFilesystem, blankness, filesystems, loops, mounts, superblocks
+from blockdev.detached import private_mount
+
+pytestmark = pytest.mark.kernel
+
+SIZES = {"ext4": 64, "xfs": 320}
+
+
+@pytest.fixture(params=["ext4", "xfs"])
+def fstype(request):
+    return request.param
+
+
+def test_a_blank_file_is_formatted_and_mountable(image, fstype, soon):
+    path = image(SIZES[fstype])
+    filesystems.make(path, fstype, soon)
+    block = superblocks.read(path)
+    assert block is not None and block.fstype == fstype and block.clean
+    with private_mount(path, fstype, deadline=soon) as root:
+        fd = os.open("file", os.O_CREAT | os.O_WRONLY, dir_fd=root)
+        os.write(fd, b"x" * 4096)
+        os.close(fd)
+    filesystems.check(path, fstype, soon)
+
+
+def test_the_superblock_reader_agrees_with_blkid_and_statvfs(image, fstype, soon):
+    path = image(SIZES[fstype])
+    filesystems.make(path, fstype, soon)
+    block = superblocks.read(path)
+    told = subprocess.run(["blkid", "-p", "-s", "UUID", "-o", "value", path], capture_output=True, text=True, check=True)
+    assert block.uuid == told.stdout.strip()
+    with private_mount(path, fstype, deadline=soon) as root:
+        facts = os.fstatvfs(root)
+    assert block.block_bytes == facts.f_bsize
+    if fstype == "ext4":
+        assert (block.inodes, block.free_inodes) == (facts.f_files, facts.f_ffree)
+        assert block.free_bytes == facts.f_bfree * facts.f_frsize
+
+
+@pytest.mark.parametrize("other", ["ext4", "xfs", "swap", "luks", "lvm", "gpt"])
+def test_nothing_is_ever_formatted_over_a_signature(image, other, soon):
+    path = image(320)
+    if other in SIZES:
+        filesystems.make(path, other, soon)
+    elif other == "swap":
+        subprocess.run(["mkswap", "-q", path], check=True)
+    elif other == "luks":
+        with open(path, "r+b") as file:
+            file.write(b"LUKS\xba\xbe\x00\x01" + bytes(32) + b"aes")
+    elif other == "lvm":
+        with open(path, "r+b") as file:
+            file.seek(512)
+            file.write(b"LABELONE" + (1).to_bytes(8, "little") + bytes(8) + b"LVM2 001")
+    else:
+        subprocess.run(["sfdisk", "-q", path], input="label: gpt\n,,\n", text=True, check=True)
+    before = os.stat(path).st_blocks
+    with pytest.raises(NotBlank):
+        filesystems.make(path, "ext4", soon)
+    assert os.stat(path).st_blocks == before
+
+
+@pytest.mark.parametrize("where", [0, 4097, 10 << 20, (64 << 20) - 512])
+def test_a_single_byte_anywhere_in_a_file_makes_it_not_blank(image, where, soon):
+    path = image(64)
+    with open(path, "r+b") as file:
+        file.seek(where)
+        file.write(b"\x01")
+    with pytest.raises(NotBlank, match="data near byte"):
+        blankness.prove_blank(path, soon)
+
+
+def test_written_zeros_are_blank(image, soon):
+    path = image(8)
+    with open(path, "r+b") as file:
+        file.write(bytes(8 << 20))
+    assert blankness.prove_blank(path, soon)
+
+
+def test_an_ext4_whose_head_was_wiped_is_still_not_blank_on_a_block_node(image, soon):
+    path = image(256)
+    subprocess.run(["mkfs.ext4", "-q", "-F", "-b", "4096", path], check=True)
+    with open(path, "r+b") as file:
+        file.write(bytes(8 << 20))
+    device = loops.attach(path, deadline=soon)
+    with pytest.raises(NotBlank):
+        blankness.prove_blank(device, soon)
+
+
+def test_wiping_takes_back_an_interrupted_mkfs(image, soon):
+    path = image(64)
+    filesystems.make(path, "ext4", soon)
+    blankness.wipe(path, soon)
+    assert blankness.prove_blank(path, soon)
+    assert os.stat(path).st_blocks == 0
+
+
+def test_a_filesystem_takes_the_rest_of_its_device(image, fstype, soon):
+    path = image(SIZES[fstype])
+    filesystems.make(path, fstype, soon)
+    assert not filesystems.lags(path)
+    os.truncate(path, 2 * SIZES[fstype] << 20)
+    assert filesystems.grow(path, soon)
+    assert not filesystems.lags(path)
+    assert superblocks.read(path).total_bytes == 2 * SIZES[fstype] << 20
+    assert not filesystems.grow(path, soon)
+    filesystems.check(path, fstype, soon)
+
+
+def test_a_mounted_xfs_grows_online(image, mount_point, soon):
+    path = image(320)
+    filesystems.make(path, "xfs", soon)
+    device = loops.attach(path, deadline=soon)
+    mounts.mount(device, mount_point, "xfs", [], soon)
+    os.truncate(path, 640 << 20)
+    loops.resize(device)
+    filesystems.grow_mounted(mount_point, 640 << 20, device)
+    assert os.statvfs(mount_point).f_blocks * 4096 > 500 << 20
+
+
+def test_another_filesystem_than_asked_for_is_refused_by_name(image, soon):
+    path = image(320)
+    filesystems.make(path, "xfs", soon)
+    with pytest.raises(WrongFilesystem, match="holds xfs, but ext4"):
+        filesystems.check(path, "ext4", soon)
+
+
+def test_a_journal_that_waits_is_replayed(image, soon):
+    path = image(64)
+    filesystems.make(path, "ext4", soon)
+    # What a killed guest leaves: the flag that the journal must be replayed.
+    subprocess.run(["debugfs", "-w", "-R", "feature needs_recovery", path], check=True, capture_output=True)
+    assert not superblocks.read(path).clean
+    filesystems.check(path, "ext4", soon)
+    assert superblocks.read(path).clean
+
+
+def test_damage_that_needs_a_person_is_reported_and_not_mounted(image, soon):
+    path = image(64)
+    filesystems.make(path, "ext4", soon)
+    with open(path, "r+b") as file:
+        file.seek(1024 + 0x3A)
+        file.write((2).to_bytes(2, "little"))  # errors recorded
+        file.seek(8192)
+        file.write(b"\xff" * 300_000)  # group descriptors, bitmaps and inodes
+    with pytest.raises(FilesystemDamaged, match="needs a person"):
+        filesystems.check(path, "ext4", soon)
+
+
+def test_mkfs_ends_with_the_calls_deadline(image):
+    with pytest.raises(WaitExpired):
+        filesystems.make(image(64), "ext4", Deadline.after(0))

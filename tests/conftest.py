@@ -1,0 +1,78 @@
+"""Fixtures that many rooms share, and two guards: no silent skip, and no test that quietly disappears."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from blockdev import Deadline
+from tests.allowed_skips import ALLOWED
+from tests.driver import Driver
+
+RECORD = Path(__file__).with_name("recorded.txt")
+
+
+@pytest.fixture
+def soon() -> Deadline:
+    """A deadline that no healthy call reaches."""
+    return Deadline.after(20)
+
+
+@pytest.fixture
+def driver() -> Iterator[Driver]:
+    """The real driver on a socket of its own; whatever a test leaves is an error of that test."""
+    with Driver() as running:
+        yield running
+        left = [*running.mounts(), *running.loop_devices()]
+        assert not left, f"left on the node: {left}"
+
+
+@pytest.fixture(scope="session")
+def shared_driver() -> Iterator[Driver]:
+    """One driver for tests that only ask questions."""
+    with Driver() as running:
+        yield running
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if os.geteuid() != 0:
+        for item in items:
+            item.add_marker(pytest.mark.skip(reason="needs root: loop devices and mounts"))
+
+
+def _functions(items: list[pytest.Item]) -> set[str]:
+    return {re.sub(r"\[.*", "", item.nodeid, flags=re.DOTALL) for item in items}
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """A whole run has every test that is on record; `RUNVOL_RECORD=1` writes the record anew."""
+    if session.config.option.keyword or session.config.option.markexpr or session.config.args != ["tests"]:
+        return
+    found = _functions(session.items)
+    if os.environ.get("RUNVOL_RECORD"):
+        RECORD.write_text("".join(f"{name}\n" for name in sorted(found)))
+    missing = sorted(set(RECORD.read_text().split("\n")) - {""} - found)
+    if missing:
+        raise pytest.UsageError(f"{len(missing)} recorded tests are gone: {missing[:10]}; if meant, RUNVOL_RECORD=1")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        if not any(fnmatch.fnmatch(report.nodeid, pattern) and words in reason for pattern, words in ALLOWED):
+            terminalreporter.write_line(f"a skip that is not allowed: {report.nodeid}: {reason}", red=True)
+            terminalreporter._session.exitstatus = 1  # type: ignore[union-attr]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    for report in reporter.stats.get("skipped", []) if reporter else []:
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        if not any(fnmatch.fnmatch(report.nodeid, pattern) and words in reason for pattern, words in ALLOWED):
+            session.exitstatus = 1

@@ -1,0 +1,39 @@
+#!/bin/sh
+# Installs the Debian packages that are missing, and says which. Usage: debian.sh SET...
+# Sets: run (what runvol itself needs), test (what the tests and the demo need).
+set -eu
+
+run="e2fsprogs xfsprogs util-linux python3-venv"
+test="qemu-system-x86 fio busybox-static cpio kmod python3-minimal libpython3-stdlib make git ca-certificates"
+grep -q '^VERSION_ID="12"' /etc/os-release || test="$test virtiofsd"
+
+wanted=""
+for set in "$@"; do
+    case "$set" in
+        run) wanted="$wanted $run" ;;
+        test) wanted="$wanted $test" ;;
+        *) echo "debian.sh: no set called '$set'; there are run and test" >&2; exit 2 ;;
+    esac
+done
+
+missing=""
+for package in $wanted; do
+    dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q ' installed$' || missing="$missing $package"
+done
+have_kernel=$(ls -d "${RUNVOL_CACHE:-$HOME/.cache/runvol}"/kernels/linux-image-* 2>/dev/null || true)
+case " $* " in *" test "*) need_kernel=yes ;; *) need_kernel= ;; esac
+if [ -z "$missing" ] && { [ -z "$need_kernel" ] || [ -n "$have_kernel" ] || apt-cache depends linux-image-amd64 >/dev/null 2>&1; }; then
+    exit 0
+fi
+
+as_root=""
+if [ "$(id -u)" != 0 ]; then
+    command -v sudo >/dev/null || { echo "debian.sh: needs root or sudo to install:$missing" >&2; exit 1; }
+    as_root=sudo
+fi
+echo "==> Debian packages:${missing:- (refreshing the package lists)}"
+$as_root apt-get update -q >/dev/null
+if [ -n "$missing" ]; then
+    # shellcheck disable=SC2086
+    $as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends $missing >/dev/null
+fi

@@ -1,0 +1,316 @@
+"""The backend `loop`: its store, its files, and what a killed process leaves."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+
+from blockdev import DeviceBusy, NotBlank, WrongFilesystem, loops, superblocks
+from volumes import AccessMode, Capability, InvalidParameter, NoSpace, SizeNotAllowed, SizeRange, StoreFailed, VolumeConflict, VolumeNotFound, VolumeUnfinished
+from volumes.loop import LoopBackend
+from volumes.store import State
+
+pytestmark = pytest.mark.kernel
+
+MIB = 1 << 20
+USES = [Capability(mode=AccessMode.SINGLE_NODE_WRITER)]
+
+
+@pytest.fixture
+def backend(tmp_path):
+    made = LoopBackend(str(tmp_path))
+    yield made
+    made.close()
+
+
+def create(backend, name="pvc-1", required=64 * MIB, limit=0, parameters=None, uses=None):
+    return backend.create(name, SizeRange(required=required, limit=limit), parameters or {}, USES if uses is None else uses)
+
+
+def path_of(backend, volume):
+    return Path(backend.attach(volume.volume_id).path)
+
+
+def test_a_new_volume_is_a_sparse_file_of_its_size(backend):
+    volume = create(backend)
+    facts = path_of(backend, volume).stat()
+    assert (facts.st_size, facts.st_blocks, facts.st_mode & 0o777) == (64 * MIB, 0, 0o600)
+    assert backend.get(volume.volume_id) == volume
+
+
+def test_a_preallocated_volume_has_its_blocks(backend):
+    volume = create(backend, parameters={"preallocate": "true"})
+    assert path_of(backend, volume).stat().st_blocks * 512 >= 64 * MIB
+
+
+def test_the_same_name_with_the_same_arguments_is_the_same_volume(backend):
+    first = create(backend, required=64 * MIB, limit=128 * MIB)
+    assert create(backend, required=64 * MIB, limit=128 * MIB) == first
+    assert create(backend, required=0, limit=64 * MIB) == first
+    assert create(backend, required=1, limit=0) == first
+    assert len(backend.list()) == 1
+
+
+@pytest.mark.parametrize(("required", "limit", "parameters"), [(65 * MIB, 0, {}), (1, 63 * MIB, {}), (64 * MIB, 0, {"preallocate": "true"})])
+def test_the_same_name_with_other_arguments_is_a_conflict(backend, required, limit, parameters):
+    create(backend)
+    with pytest.raises(VolumeConflict, match="pvc-1"):
+        create(backend, required=required, limit=limit, parameters=parameters)
+
+
+@pytest.mark.parametrize(
+    ("required", "limit", "got"),
+    [(0, 0, 1 << 30), (0, 100 * MIB, 100 * MIB), (1, 0, 8 * MIB), (64 * MIB + 1, 0, 65 * MIB), (64 * MIB + 1, 64 * MIB + 4096, 64 * MIB + 4096)],
+)
+def test_sizes_are_chosen_inside_the_range(backend, required, limit, got):
+    assert create(backend, required=required, limit=limit).capacity_bytes == got
+
+
+@pytest.mark.parametrize(("required", "limit"), [(-1, 0), (0, -5), (2, 1), (0, 4096), (64 * MIB + 1, 64 * MIB + 2), (2**63 - 1, 0)])
+def test_a_range_that_no_size_satisfies_is_refused_with_the_field(backend, required, limit):
+    with pytest.raises(SizeNotAllowed, match="_bytes"):
+        create(backend, required=required, limit=limit)
+    assert not backend.list()
+
+
+def test_an_xfs_volume_is_at_least_as_large_as_mkfs_wants(backend):
+    uses = [Capability(mode=AccessMode.SINGLE_NODE_WRITER, fstype="xfs")]
+    assert create(backend, required=1, uses=uses).capacity_bytes == 300 * MIB
+    with pytest.raises(SizeNotAllowed):
+        create(backend, "small", required=1, limit=200 * MIB, uses=uses)
+
+
+def test_what_is_promised_counts_as_well_as_what_is_used(tmp_path):
+    backend = LoopBackend(str(tmp_path), capacity_limit=100 * MIB)
+    assert backend.available_bytes() == 100 * MIB
+    create(backend, "a", 60 * MIB)
+    assert backend.available_bytes() == 40 * MIB
+    with pytest.raises(NoSpace, match="can still be promised"):
+        create(backend, "b", 41 * MIB)
+    create(backend, "c", 40 * MIB)
+    assert [volume.name for _, volume in backend.list()] == ["a", "c"]
+    backend.close()
+
+
+def test_the_disk_itself_is_the_limit_otherwise(backend):
+    with pytest.raises(NoSpace):
+        create(backend, required=1 << 50)
+    assert not backend.list() and not os.listdir(path_of(backend, create(backend)).parent) == []
+
+
+def test_a_disk_that_fills_during_preallocation_leaves_nothing(tmp_path, soon):
+    from blockdev import mounts
+
+    small = tmp_path / "small"
+    small.mkdir()
+    mounts.mount("none", str(small), "tmpfs", ["size=40m"], soon)
+    backend = LoopBackend(str(small))
+    try:
+        backend.available_bytes = lambda: 1 << 40  # somebody else took the space after the check
+        with pytest.raises(NoSpace, match="disk cannot take"):
+            create(backend, required=64 * MIB, parameters={"preallocate": "true"})
+        assert not backend.list() and not os.listdir(small / "volumes")
+    finally:
+        backend.close()
+        mounts.be_unmounted(str(small), soon)
+
+
+def test_delete_can_be_repeated_and_refuses_a_volume_in_use(backend, soon):
+    volume = create(backend)
+    path = str(path_of(backend, volume))
+    device = loops.attach(path, deadline=soon)
+    with pytest.raises(DeviceBusy):
+        backend.delete(volume.volume_id)
+    assert os.path.exists(path)
+    loops.detach(device, path, soon)
+    backend.delete(volume.volume_id)
+    backend.delete(volume.volume_id)
+    backend.delete("loop-unknown")
+    assert not os.path.exists(path) and not backend.list()
+
+
+def test_growth_changes_row_and_file_and_never_shrinks(backend):
+    volume = create(backend)
+    assert backend.check_expand(volume.volume_id, SizeRange(required=100 * MIB)) == 100 * MIB
+    assert path_of(backend, volume).stat().st_size == 64 * MIB
+    assert backend.expand(volume.volume_id, SizeRange(required=100 * MIB)).capacity_bytes == 100 * MIB
+    assert backend.expand(volume.volume_id, SizeRange(required=10 * MIB)).capacity_bytes == 100 * MIB
+    assert path_of(backend, volume).stat().st_size == 100 * MIB
+    with pytest.raises(SizeNotAllowed, match="never shrinks"):
+        backend.expand(volume.volume_id, SizeRange(limit=64 * MIB))
+    with pytest.raises(VolumeNotFound):
+        backend.expand("loop-unknown", SizeRange(required=1))
+
+
+def test_pages_are_stable_while_volumes_come_and_go(backend):
+    volumes = [create(backend, f"v{n}", 8 * MIB) for n in range(6)]
+    seq, first = backend.list(limit=2)[-1]
+    assert first.name == "v1"
+    backend.delete(volumes[0].volume_id)
+    backend.delete(volumes[2].volume_id)
+    create(backend, "v9", 8 * MIB)
+    assert [volume.name for _, volume in backend.list(after=seq)] == ["v3", "v4", "v5", "v9"]
+
+
+def test_formatting_happens_once_and_leaves_data_alone(backend, soon):
+    volume = create(backend)
+    backend.format(volume.volume_id, "ext4", soon)
+    uuid = superblocks.read(str(path_of(backend, volume))).uuid
+    backend.format(volume.volume_id, "ext4", soon)
+    assert superblocks.read(str(path_of(backend, volume))).uuid == uuid
+    with pytest.raises(WrongFilesystem, match="holds ext4, but xfs"):
+        backend.format(volume.volume_id, "xfs", soon)
+
+
+def test_data_without_a_filesystem_is_never_formatted_over(backend, soon):
+    volume = create(backend)
+    path_of(backend, volume).write_bytes(b"my precious database" + bytes(64 * MIB - 20))
+    with pytest.raises(NotBlank):
+        backend.format(volume.volume_id, "ext4", soon)
+    assert path_of(backend, volume).read_bytes()[:20] == b"my precious database"
+    assert not backend.get(volume.volume_id).formatting
+
+
+def test_an_interrupted_mkfs_is_finished_by_the_next_attempt(backend, soon):
+    volume = create(backend)
+    backend._store.set_formatting(volume.volume_id, True)
+    with open(path_of(backend, volume), "r+b") as file:
+        file.write(b"half a filesystem" * 1000)
+    backend.format(volume.volume_id, "ext4", soon)
+    assert superblocks.read(str(path_of(backend, volume))).clean
+    assert not backend.get(volume.volume_id).formatting
+
+
+@pytest.mark.parametrize("state", [State.CREATING, State.DELETING])
+@pytest.mark.parametrize("file", ["none", "new", "whole"])
+def test_recovery_undoes_what_was_half_made_and_finishes_what_was_half_deleted(backend, state, file):
+    volume = create(backend)
+    path = path_of(backend, volume)
+    backend._store.set_state(volume.volume_id, state)
+    if file != "whole":
+        path.unlink()
+    if file == "new":
+        path.with_suffix(".new").touch()
+    assert backend.get(volume.volume_id) is None
+    assert not backend.list()
+    assert backend.recover()
+    assert not os.listdir(path.parent) and not backend.recover()
+    assert create(backend).volume_id != volume.volume_id
+
+
+def test_a_volume_that_is_not_whole_yet_cannot_be_used(backend):
+    volume = create(backend)
+    backend._store.set_state(volume.volume_id, State.DELETING)
+    with pytest.raises(VolumeUnfinished):
+        backend.attach(volume.volume_id)
+
+
+def test_a_creation_that_was_killed_is_settled_by_the_same_name(backend):
+    volume = create(backend)
+    backend._store.set_state(volume.volume_id, State.CREATING)
+    again = create(backend, required=128 * MIB)
+    assert again.capacity_bytes == 128 * MIB and len(os.listdir(path_of(backend, again).parent)) == 1
+
+
+def test_recovery_finishes_a_growth(backend):
+    volume = create(backend)
+    backend._store.set_capacity(volume.volume_id, 128 * MIB)
+    assert any("growing" in said for said in backend.recover())
+    assert path_of(backend, volume).stat().st_size == 128 * MIB
+
+
+def test_an_adopted_image_keeps_its_data_also_if_adoption_was_interrupted(backend, tmp_path, soon):
+    image = tmp_path / "old.img"
+    image.write_bytes(b"old data" + bytes(16 * MIB - 8))
+    volume = backend.adopt(str(image), "static")
+    assert not image.exists() and path_of(backend, volume).read_bytes()[:8] == b"old data"
+    backend._store.set_state(volume.volume_id, State.ADOPTING)
+    backend.recover()
+    assert path_of(backend, volume).read_bytes()[:8] == b"old data"
+    with pytest.raises(VolumeConflict):
+        image.write_bytes(bytes(MIB))
+        backend.adopt(str(image), "static")
+    assert image.exists()
+
+
+def test_an_image_that_is_in_use_or_odd_is_not_adopted(backend, tmp_path):
+    odd = tmp_path / "odd.img"
+    odd.write_bytes(b"x" * 513)
+    with pytest.raises(SizeNotAllowed, match="512"):
+        backend.adopt(str(odd), "odd")
+    used = tmp_path / "used.img"
+    used.write_bytes(bytes(MIB))
+    with open(used, "rb"), pytest.raises(DeviceBusy):
+        backend.adopt(str(used), "used")
+    if os.path.isdir("/dev/shm"):
+        far = Path("/dev/shm/runvol-test-far.img")
+        far.write_bytes(bytes(MIB))
+        with pytest.raises(InvalidParameter, match="same filesystem"):
+            backend.adopt(str(far), "far")
+        far.unlink()
+
+
+def test_files_that_nobody_knows_are_reported_and_never_removed(backend):
+    create(backend)
+    stranger = path_of(backend, create(backend)).parent / "loop-stranger.img"
+    stranger.write_bytes(b"data")
+    backend.recover()
+    assert backend.unknown_files() == [str(stranger)] and stranger.read_bytes() == b"data"
+
+
+def test_recovery_meets_no_creation_of_another_process(tmp_path):
+    backend = LoopBackend(str(tmp_path))
+    volume = create(backend)
+    backend._store.set_state(volume.volume_id, State.CREATING)
+    with backend._busy():
+        other = LoopBackend(str(tmp_path))
+        assert other.recover() == []
+        other.close()
+    assert backend.recover()
+    backend.close()
+
+
+def test_a_store_of_a_newer_release_is_refused(tmp_path):
+    LoopBackend(str(tmp_path)).close()
+    subprocess.run([  # as a newer release would leave it
+        "python3", "-c", f"import sqlite3; d=sqlite3.connect('{tmp_path}/volumes.db'); d.execute('PRAGMA user_version=99'); d.commit()"
+    ], check=True)
+    with pytest.raises(StoreFailed, match="newer runvol"):
+        LoopBackend(str(tmp_path))
+
+
+def test_a_damaged_store_is_an_error_that_names_it(tmp_path):
+    (tmp_path / "volumes.db").write_bytes(b"this is no database" * 1000)
+    with pytest.raises(StoreFailed, match=r"volumes\.db"):
+        LoopBackend(str(tmp_path))
+
+
+def test_creations_run_beside_each_other(tmp_path):
+    backend = LoopBackend(str(tmp_path), capacity_limit=20 * 8 * MIB)
+    results = []
+
+    def work(number):
+        try:
+            results.append(create(backend, f"v{number}", 8 * MIB).volume_id)
+        except NoSpace:
+            results.append(None)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(30)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    made = [one for one in results if one]
+    assert len(results) == 30 and len(made) == len(set(made)) == 20 == len(backend.list())
+    backend.close()
+
+
+@pytest.mark.parametrize("volume_id", ["../../etc/passwd", "loop-../x", "LOOP-A", "", "loop-" + "a" * 200, "loop-a\n", "loop-a/b"])
+def test_an_id_is_never_a_path(backend, volume_id):
+    assert backend.get(volume_id) is None
+    with pytest.raises(VolumeNotFound):
+        backend.attach(volume_id)

@@ -1,0 +1,39 @@
+"""StorageClass parameters: known by name, checked by value."""
+
+from __future__ import annotations
+
+import pytest
+
+from volumes import InvalidParameter, parameters
+
+
+@pytest.mark.parametrize("given", [{}, {"backend": "loop"}, {"runtime": "kata-qemu", "preallocate": "true"}, {"csi.storage.k8s.io/fstype": "xfs"}])
+def test_known_parameters_pass(given):
+    assert parameters.check(given) == given
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("fstype", "ext4"), ("Backend", "loop"), ("backend", "nfs"), ("runtime", ""), ("runtime", "Kata"), ("runtime", "a b"),
+     ("runtime", "x" * 64), ("runtime", "../x"), ("preallocate", "yes"), ("csi.storage.k8s.io/fstype", "ntfs"), ("", "")],
+)  # fmt: skip
+def test_others_are_refused_by_name(key, value):
+    with pytest.raises(InvalidParameter, match=repr(key)[1:-1] or "''"):
+        parameters.check({"backend": "loop", key: value})
+
+
+def test_kubernetes_own_keys_are_passed_over():
+    assert parameters.check({"csi.storage.k8s.io/pvc/name": "x"}) == {}
+    context = {"csi.storage.k8s.io/pod.name": "p", "storage.kubernetes.io/csiProvisionerIdentity": "1", "runtime": "runc"}
+    assert parameters.check_context(context) == {"runtime": "runc"}
+    with pytest.raises(InvalidParameter, match="colour"):
+        parameters.check_context({"colour": "red"})
+
+
+def test_the_context_holds_only_what_the_node_needs():
+    assert parameters.context_of({"backend": "loop", "preallocate": "true", "runtime": "runc"}) == {"runtime": "runc"}
+
+
+def test_every_parameter_is_documented():
+    for parameter in parameters.TABLE:
+        assert parameter.meaning.endswith(".") and parameter.values and parameter.default
