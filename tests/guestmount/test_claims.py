@@ -1,0 +1,120 @@
+"""Claims: one record a volume, under a lock that holds between processes and dies with its holder."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from blockdev import Deadline
+from guestmount import BadRequest, Busy, Claim, Claims, Owner, Refused, Target
+from guestmount.claims import HOST, SANDBOX, Use
+
+
+def a_claim(volume="loop-1"):
+    return Claim(volume=volume, source="/x", staging_path="/s", use=Use(mode="single_node_writer", fstype="ext4"),
+                 owner=Owner(kind=SANDBOX, pod_uid="u", handler="kata"), targets={"/t": Target(read_only=False, pod_uid="u")})  # fmt: skip
+
+
+@pytest.fixture
+def claims(tmp_path):
+    return Claims(str(tmp_path))
+
+
+def test_a_record_is_read_back_as_it_was_written(claims, soon):
+    with claims.locked("loop-1", soon) as cell:
+        assert cell.claim is None
+        cell.write(a_claim())
+    assert claims.peek("loop-1") == a_claim()
+    assert claims.all() == [a_claim()]
+
+
+def test_a_removed_record_leaves_nothing_on_the_disk(claims, soon, tmp_path):
+    with claims.locked("loop-1", soon) as cell:
+        cell.write(a_claim())
+    with claims.locked("loop-1", soon) as cell:
+        cell.remove()
+    assert [files for _, _, files in os.walk(tmp_path)] == [[], [], [], []]
+
+
+def test_a_second_taker_is_told_that_the_volume_is_busy(claims, soon):
+    with claims.locked("loop-1", soon), pytest.raises(Busy, match="loop-1"), claims.locked("loop-1", soon):
+        pass
+    with claims.locked("loop-1", soon), claims.locked("loop-2", soon):
+        pass
+
+
+_CHILD = """
+import sys, time
+from blockdev import Deadline
+from guestmount import Claims
+with Claims(sys.argv[1]).locked("loop-1", Deadline.after(5)):
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_the_lock_holds_between_processes_and_ends_with_a_kill(claims, soon, tmp_path):
+    child = subprocess.Popen([sys.executable, "-c", _CHILD, str(tmp_path)], stdout=subprocess.PIPE)
+    child.stdout.readline()
+    with pytest.raises(Busy), claims.locked("loop-1", soon):
+        pass
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    with claims.locked("loop-1", soon, patience=2.0) as cell:
+        assert cell.claim is None
+
+
+def test_the_lock_excludes_although_its_file_comes_and_goes(claims):
+    inside, most, errors = [], [], []
+
+    def work():
+        for _ in range(60):
+            try:
+                with claims.locked("loop-1", Deadline.after(20), patience=20.0) as cell:
+                    inside.append(1)
+                    most.append(len(inside))
+                    cell.write(a_claim())
+                    cell.remove()
+                    inside.pop()
+            except Exception as error:
+                errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors and max(most) == 1
+
+
+def test_a_damaged_record_is_an_error_and_never_a_free_volume(claims, soon, tmp_path):
+    (tmp_path / "claims" / "loop-1.json").write_text('{"volume": "loop-1"')
+    with pytest.raises(Refused, match=r"loop-1\.json cannot be read"), claims.locked("loop-1", soon):
+        pass
+
+
+@pytest.mark.parametrize("volume_id", ["", "..", "../x", "a/b", "A", "x\0y", "x" * 129])
+def test_an_id_is_never_a_path(claims, soon, volume_id):
+    with pytest.raises(BadRequest, match="volume_id"), claims.locked(volume_id, soon):
+        pass
+
+
+def test_what_a_killed_process_was_writing_is_swept_once_it_is_old(claims, tmp_path):
+    for name, age in (("old", 120), ("new", 0)):
+        path = tmp_path / "tmp" / name
+        path.touch()
+        os.utime(path, (time.time() - age,) * 2)
+    claims.sweep()
+    assert os.listdir(tmp_path / "tmp") == ["new"]
+
+
+def test_an_owner_is_named_as_a_person_would():
+    assert str(Owner(kind=HOST)) == "the host's kernel (runc pods)"
+    owner = Owner(kind=SANDBOX, pod_uid="u", pod_namespace="prod", pod_name="db-0", handler="kata-qemu")
+    assert str(owner) == "pod prod/db-0 (runtime handler kata-qemu)"

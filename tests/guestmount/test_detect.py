@@ -1,0 +1,229 @@
+"""Which runtime runs the pod: every rung of the ladder, and failing closed."""
+
+from __future__ import annotations
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from blockdev import Deadline
+from guestmount import Detector, DetectSettings, KubernetesApi, PodRef, Refused, RuntimeUnknown
+from guestmount.pods import PodUnknown, facts_from
+
+REF = PodRef(namespace="default", name="web", uid="uid-1")
+
+CONTAINERD = """
+version = 3
+[plugins."io.containerd.cri.v1.runtime".containerd]
+default_runtime_name = "{default}"
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc]
+runtime_type = "io.containerd.runc.v2"
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.gvisor]
+runtime_type = "io.containerd.runsc.v1"
+{more}
+"""
+KATA = """
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.secure]
+runtime_type = "io.containerd.kata-qemu.v2"
+"""
+
+
+class Pods:
+    def __init__(self, pod=None, handlers=None):
+        self.facts, self.handlers, self.asked = pod, handlers or {}, 0
+
+    def pod(self, ref, deadline):
+        self.asked += 1
+        if self.facts is None:
+            raise PodUnknown("the API server does not answer")
+        return facts_from(self.facts)
+
+    def handler(self, runtime_class, deadline):
+        if runtime_class not in self.handlers:
+            raise PodUnknown(f"no RuntimeClass {runtime_class}")
+        return self.handlers[runtime_class]
+
+
+def a_pod(runtime_class=None, annotations=None):
+    return {"metadata": {"uid": "uid-1", "annotations": annotations or {}}, "spec": {"runtimeClassName": runtime_class}}
+
+
+@pytest.fixture
+def detect(tmp_path):
+    def detect(attribute="", *, pods=None, more=KATA, default="runc", containerd=True, **settings):
+        path = tmp_path / "config.toml"
+        path.unlink(missing_ok=True)
+        if containerd:
+            path.write_text(CONTAINERD.format(more=more, default=default))
+        settings = DetectSettings(containerd_config=str(path), root=str(tmp_path), **settings)
+        return Detector(settings, pods).detect(REF, attribute, Deadline.after(5))
+
+    return detect
+
+
+def test_without_any_sandbox_handler_the_answer_is_host_and_nobody_is_asked(detect):
+    pods = Pods(a_pod())
+    answer = detect(pods=pods, more="")
+    assert (answer.kind, pods.asked) == ("host", 0)
+    assert "no sandbox handler" in answer.source
+
+
+def test_an_attribute_that_contradicts_containerd_is_refused(detect):
+    with pytest.raises(Refused, match="contradicts"):
+        detect("sandbox", more="")
+
+
+def test_an_unreadable_configuration_proves_nothing(detect):
+    with pytest.raises(RuntimeUnknown):
+        detect(containerd=False)
+
+
+@pytest.mark.parametrize(("runtime_class", "kind", "handler"), [("isolated", "sandbox", "secure"), ("plain", "host", "runc"), ("gv", "host", "gvisor")])
+def test_the_class_is_resolved_to_its_handler_whatever_it_is_called(detect, runtime_class, kind, handler):
+    pods = Pods(a_pod(runtime_class), {"isolated": "secure", "plain": "runc", "gv": "gvisor"})
+    answer = detect(pods=pods)
+    assert (answer.kind, answer.handler) == (kind, handler)
+
+
+def test_a_class_named_kata_whose_handler_is_runc_is_runc(detect):
+    assert detect(pods=Pods(a_pod("kata"), {"kata": "runc"})).kind == "host"
+
+
+def test_a_pod_without_a_class_has_the_default_runtime_which_may_be_a_sandbox(detect):
+    assert detect(pods=Pods(a_pod())).kind == "host"
+    answer = detect(pods=Pods(a_pod()), default="secure")
+    assert (answer.kind, answer.handler) == ("sandbox", "secure")
+
+
+def test_the_untrusted_annotation_counts_without_a_class(detect):
+    pods = Pods(a_pod(annotations={"io.kubernetes.cri.untrusted-workload": "true"}))
+    assert detect(pods=pods).kind == "sandbox"
+    pods = Pods(a_pod(annotations={"io.kubernetes.cri.untrusted-workload": "yes"}))
+    assert detect(pods=pods).kind == "host"
+
+
+def test_an_api_that_does_not_answer_is_never_runc(detect):
+    with pytest.raises(RuntimeUnknown, match="does not answer"):
+        detect(pods=Pods(None))
+    with pytest.raises(RuntimeUnknown, match="no RuntimeClass gone"):
+        detect(pods=Pods(a_pod("gone")))
+
+
+def test_the_attribute_fills_the_gap_and_no_more(detect):
+    assert detect("secure", pods=Pods(None)).kind == "sandbox"
+    assert detect("runc", pods=Pods(None)).kind == "host"
+    with pytest.raises(Refused, match="contradicts default/web"):
+        detect("runc", pods=Pods(a_pod("isolated"), {"isolated": "secure"}))
+    with pytest.raises(Refused, match="contradicts"):
+        detect("sandbox", pods=Pods(a_pod("plain"), {"plain": "runc"}))
+
+
+def test_sandbox_means_the_only_sandbox_handler_or_the_configured_one(detect):
+    assert detect("sandbox").handler == "secure"
+    assert detect("sandbox", containerd=False).handler == "kata"
+    assert detect("sandbox", containerd=False, sandbox_handler="kata-clh").handler == "kata-clh"
+
+
+def test_the_configured_default_comes_last(detect):
+    assert detect(default_runtime="kata").kind == "sandbox"
+    assert detect("runc", default_runtime="kata").kind == "host"
+    with pytest.raises(RuntimeUnknown, match="default_runtime is not set"):
+        detect()
+
+
+def test_a_handler_that_nobody_knows_is_no_runc(detect):
+    with pytest.raises(RuntimeUnknown, match="'exotic'"):
+        detect("exotic")
+    assert detect("exotic", sandbox_handlers=("exot*",)).kind == "sandbox"
+
+
+@pytest.mark.parametrize(("handler", "dialect"), [("kata-qemu", "kata"), ("runv", "runv"), ("rund", "rund"), ("untrusted", "kata")])
+def test_the_handler_selects_the_dialect(detect, handler, dialect):
+    if handler == "untrusted":
+        pods = Pods(a_pod(annotations={"io.kubernetes.cri.untrusted-workload": "true"}))
+        assert detect(pods=pods).dialect == dialect
+    else:
+        assert detect(handler).dialect == dialect
+
+
+def test_imports_and_older_tables_of_containerd_are_read(tmp_path):
+    from guestmount import runtimes
+
+    (tmp_path / "conf.d").mkdir()
+    (tmp_path / "conf.d" / "kata.toml").write_text(
+        '[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.kata]\nruntime_type = "io.containerd.kata.v2"\n'
+        'runtime_path = "/opt/kata/runtime-rs/bin/containerd-shim-kata-v2"\n'
+        '[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.kata.options]\nConfigPath = "/opt/kata/x.toml"\n'
+    )
+    main = tmp_path / "config.toml"
+    main.write_text('version = 2\nimports = ["conf.d/*.toml", "config.toml"]\n[plugins.cri.containerd]\ndefault_runtime_name = "crun"\n')
+    found = runtimes.read_containerd(str(main))
+    assert found is not None and found.default_handler == "crun" and found.has_sandbox
+    assert found.handlers["kata"].config_path == "/opt/kata/x.toml"
+
+
+# -- a real HTTP server that speaks as an API server does
+
+
+@pytest.fixture
+def api():
+    pods = {"web": a_pod("isolated")}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            name = self.path.split("?")[0].rsplit("/", 1)[1]
+            if "/pods/" in self.path and name in pods:
+                body, code = pods[name], 200
+            elif self.path.startswith("/apis/node.k8s.io/v1/runtimeclasses/isolated"):
+                body, code = {"metadata": {"name": "isolated"}, "handler": "secure"}, 200
+            elif name == "slow":
+                import time
+
+                time.sleep(3)
+                return
+            else:
+                body, code = {"kind": "Status", "code": 404, "reason": "NotFound"}, 404
+            data = json.dumps(body).encode()
+            self.send_response(code)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield KubernetesApi(server=f"http://127.0.0.1:{server.server_port}")
+    server.shutdown()
+
+
+def test_the_pod_and_its_class_come_from_a_kubernetes_api(api, detect):
+    answer = detect(pods=api)
+    assert (answer.kind, answer.handler, answer.source) == ("sandbox", "secure", "the pod's RuntimeClass isolated")
+
+
+def test_a_pod_of_the_same_name_and_another_uid_is_another_pod(api, soon):
+    with pytest.raises(PodUnknown, match="uid-1 now, not uid-0"):
+        api.pod(PodRef(namespace="default", name="web", uid="uid-0"), soon)
+
+
+def test_an_unknown_pod_an_unnamed_pod_and_a_dead_server_are_unknown(api, soon):
+    with pytest.raises(PodUnknown, match="Not Found"):
+        api.pod(PodRef(namespace="default", name="gone"), soon)
+    with pytest.raises(PodUnknown, match="podInfoOnMount"):
+        api.pod(PodRef(uid="uid-1"), soon)
+    with pytest.raises(PodUnknown):
+        KubernetesApi(server="http://127.0.0.1:1").pod(REF, soon)
+
+
+def test_a_slow_server_costs_a_second_at_most(api, soon):
+    import time
+
+    started = time.monotonic()
+    with pytest.raises(PodUnknown):
+        api.pod(PodRef(namespace="default", name="slow"), soon)
+    assert time.monotonic() - started < 2

@@ -1,0 +1,134 @@
+"""What a Kata shim makes of block devices, from the configuration that it will really read."""
+
+from __future__ import annotations
+
+import pytest
+
+from guestmount import Refused, Runtime, kata_config, preflight
+from guestmount.kata_config import GO, RUST
+from guestmount.pods import facts_from
+from guestmount.runtimes import Handler
+
+OFF = "[hypervisor.qemu]\ndisable_block_device_use = true\nenable_annotations = ['disable_block_device_use', 'enable_.*']\n"
+ON = "[hypervisor.qemu]\ndisable_block_device_use = false\nshared_fs = 'none'\n"
+GO_PATH, RUST_PATH = "/opt/kata/bin/containerd-shim-kata-v2", "/opt/kata/runtime-rs/bin/containerd-shim-kata-v2"
+
+
+@pytest.fixture
+def node(tmp_path):
+    def write(path, text):
+        file = tmp_path / path.lstrip("/")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+
+    def read(**handler):
+        return kata_config.read(Handler(name="kata", runtime_type="io.containerd.kata.v2", **handler), root=str(tmp_path))
+
+    write.read = read
+    return write
+
+
+def test_nothing_found_is_nothing_known(node):
+    assert node.read() is None
+    node("/etc/kata-containers/configuration.toml", "this is = not [ toml")
+    assert node.read() is None
+
+
+def test_each_shim_reads_its_own_file(node):
+    node("/etc/kata-containers/configuration.toml", OFF)
+    node("/opt/kata/share/defaults/kata-containers/runtime-rs/configuration.toml", ON)
+    assert node.read(runtime_path=GO_PATH).disable_block_device_use
+    found = node.read(runtime_path=RUST_PATH)
+    assert (found.shim, found.disable_block_device_use, found.shared_fs) == (RUST, False, "none")
+
+
+def test_containerds_config_path_comes_first(node):
+    node("/etc/kata-containers/configuration.toml", ON)
+    node("/opt/kata/special.toml", OFF)
+    assert node.read(runtime_path=GO_PATH, config_path="/opt/kata/special.toml").disable_block_device_use
+
+
+def test_drop_ins_win_in_alphabetical_order(node):
+    node("/etc/kata-containers/configuration.toml", OFF)
+    node("/etc/kata-containers/config.d/20-b.toml", "[hypervisor.qemu]\ndisable_block_device_use = false\n")
+    node("/etc/kata-containers/config.d/10-a.toml", "[hypervisor.qemu]\ndisable_block_device_use = true\n")
+    found = node.read(runtime_path=GO_PATH)
+    assert not found.disable_block_device_use and found.enable_annotations
+
+
+def test_a_rust_configuration_is_known_by_its_runtime_name(node):
+    node("/etc/kata-containers/configuration.toml", ON + "[runtime]\nname = 'virt_container'\n")
+    assert node.read().shim == RUST
+    node("/etc/kata-containers/configuration.toml", ON)
+    assert node.read().shim == GO
+
+
+def test_go_with_firecracker_always_uses_block_devices(node):
+    node("/etc/kata-containers/configuration.toml", "[hypervisor.firecracker]\ndisable_block_device_use = true\n")
+    assert not node.read(runtime_path=GO_PATH).blocks_disabled({})
+
+
+KEY = "io.katacontainers.config.hypervisor.disable_block_device_use"
+
+
+def test_a_pods_annotation_counts_only_if_it_is_enabled(node):
+    node("/etc/kata-containers/configuration.toml", OFF)
+    found = node.read(runtime_path=GO_PATH)
+    assert found.blocks_disabled({}) and not found.blocks_disabled({KEY: "false"})
+    node("/etc/kata-containers/configuration.toml", ON)
+    assert not node.read(runtime_path=GO_PATH).blocks_disabled({KEY: "true"})
+
+
+# -- preflight
+
+
+def a_runtime(config, pod=None):
+    return Runtime(kind="sandbox", handler="kata", source="test", dialect="kata", kata=config, pod=pod)
+
+
+def a_pod(*mounts, annotations=None):
+    return facts_from({
+        "metadata": {"uid": "u", "annotations": annotations or {}},
+        "spec": {
+            "containers": [{"name": f"c{n}", "volumeMounts": [one]} for n, one in enumerate(mounts)],
+            "volumes": [{"name": "data", "persistentVolumeClaim": {"claimName": "pvc"}}, {"name": "tmp", "emptyDir": {}}],
+        },
+    })  # fmt: skip
+
+
+def test_a_shim_that_ignores_block_devices_is_refused_with_file_and_setting(node):
+    node("/etc/kata-containers/configuration.toml", OFF)
+    with pytest.raises(Refused, match=r"disable_block_device_use is true in .*/etc/kata-containers/configuration\.toml.*hypervisor\.qemu"):
+        preflight.check(a_runtime(node.read(runtime_path=GO_PATH)), pv_name="v")
+
+
+def test_a_pod_that_switches_block_devices_off_for_itself_is_refused(node):
+    node("/etc/kata-containers/configuration.toml", "[hypervisor.qemu]\nenable_annotations = ['disable_.*']\n")
+    config = node.read(runtime_path=GO_PATH)
+    preflight.check(a_runtime(config, a_pod()), pv_name="v")
+    with pytest.raises(Refused, match="ignores block devices"):
+        preflight.check(a_runtime(config, a_pod(annotations={KEY: "true"})), pv_name="v")
+
+
+@pytest.mark.parametrize(
+    ("mount", "words"),
+    [({"name": "data", "subPath": "x"}, "'c0'.*subPath 'x'"), ({"name": "data", "subPathExpr": "$(A)"}, "subPath"),
+     ({"name": "data", "mountPropagation": "Bidirectional"}, "mountPropagation Bidirectional")],
+)  # fmt: skip
+def test_what_cannot_work_in_a_guest_is_refused_with_the_container(mount, words):
+    with pytest.raises(Refused, match=words):
+        preflight.check(a_runtime(None, a_pod(mount)), pv_name="v")
+
+
+def test_other_kinds_of_volumes_are_no_concern():
+    preflight.check(a_runtime(None, a_pod({"name": "tmp", "subPath": "x", "mountPropagation": "Bidirectional"})), pv_name="v")
+
+
+def test_mixed_read_only_and_read_write_is_refused_for_the_rust_shim_alone(node):
+    mixed = a_pod({"name": "data"}, {"name": "data", "readOnly": True})
+    node("/etc/kata-containers/configuration.toml", ON)
+    preflight.check(a_runtime(node.read(runtime_path=GO_PATH), mixed), pv_name="v")
+    node("/etc/kata-containers/runtime-rs/configuration.toml", ON)
+    with pytest.raises(Refused, match="'c0' and 'c1'"):
+        preflight.check(a_runtime(node.read(runtime_path=RUST_PATH), mixed), pv_name="v")
+    preflight.check(a_runtime(node.read(runtime_path=RUST_PATH), a_pod({"name": "data"}, {"name": "data"})), pv_name="v")
