@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import time
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from blockdev import syscalls
 from blockdev.deadlines import Deadline, bounded
 from blockdev.errors import DeviceBusy, Holder, MountFailed
+from blockdev.ioctls import is_block
 
 _FLAGS: dict[str, tuple[int, int]] = {
     # option: (flags that it sets, flags that it clears)
@@ -99,11 +101,14 @@ def bind(source: str, target: str, *, read_only: bool) -> None:
 def be_unmounted(target: str, deadline: Deadline) -> None:
     """Nothing is mounted on `target` when this returns, however often something was; DeviceBusy with holders.
 
-    Something that is busy is asked again until the deadline: a process on its way out lets go in a moment.
+    Something that is busy is asked again for ten seconds: a process on its way out lets go in a moment. The bind of
+    a device node is only a name, and goes although the device is open; who has the device is asked elsewhere.
     """
+    deadline = Deadline.after(min(deadline.remaining(), _PATIENCE))
     while is_mount_point(target):
+        flags = syscalls.UMOUNT_NOFOLLOW | (syscalls.MNT_DETACH if is_block(target) else 0)
         try:
-            bounded(f"unmounting {target}", deadline, lambda: syscalls.umount(target))
+            bounded(f"unmounting {target}", deadline, functools.partial(syscalls.umount, target, flags))
         except OSError as error:
             if error.errno in (errno.EINVAL, errno.ENOENT):
                 return
@@ -115,6 +120,7 @@ def be_unmounted(target: str, deadline: Deadline) -> None:
 
 
 _LAST_LOOK = 0.3
+_PATIENCE = 10.0
 
 
 def _users(target: str) -> list[Holder]:
