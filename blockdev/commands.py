@@ -18,9 +18,11 @@ _SEARCH = ["/usr/sbin", "/sbin", "/usr/bin", "/bin", "/usr/local/sbin", "/usr/lo
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _die_with_parent() -> None:
-    """A mkfs must not go on writing after the process that ordered it was killed."""
+def _die_with(parent: int) -> None:
+    """A mkfs must not go on writing after the process that ordered it was killed, nor start after that."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 @functools.cache
@@ -31,10 +33,14 @@ def _command(program: str) -> sh.Command:
         raise CommandMissing(program) from None
 
 
-def run(program: str, *arguments: str, deadline: Deadline, ok: tuple[int, ...] = (0,)) -> tuple[int, str]:
+def run(
+    program: str, *arguments: str, deadline: Deadline, ok: tuple[int, ...] = (0,), outlive: int | None = None
+) -> tuple[int, str]:
     """Run `program`; the exit status and its output, both streams in one text.
 
-    Raises CommandFailed for a status that is not in `ok`, CommandMissing, or WaitExpired after the
+    It dies with this process, except with `outlive`, for what must not be interrupted in the middle: an open
+    descriptor of the device, which the program inherits, so that it is seen to hold the device from its fork to its
+    end, whatever becomes of this process. Raises CommandFailed for a status that is not in `ok`, CommandMissing, or WaitExpired after the
     program was killed.
     """
     deadline.check(program)
@@ -47,7 +53,9 @@ def run(program: str, *arguments: str, deadline: Deadline, ok: tuple[int, ...] =
         _err_to_out=True,
         _tty_out=False,
         _env={"PATH": ":".join(_SEARCH), "LC_ALL": "C"},
-        _preexec_fn=_die_with_parent,
+        _preexec_fn=functools.partial(_die_with, os.getpid()) if outlive is None else None,
+        _pass_fds=set() if outlive is None else {outlive},
+        _new_session=True,
     )
 
     def stop() -> None:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
-from blockdev import loops, syscalls
+from blockdev import exclusivity, loops, syscalls
 from blockdev.deadlines import Deadline, bounded
 from blockdev.errors import MountFailed
 from blockdev.ioctls import is_block
@@ -43,9 +43,11 @@ def filesystem(
 def private_mount(path: str, fstype: str, *, deadline: Deadline) -> Iterator[int]:
     """The filesystem on a file or block node, writable, as a descriptor; flushed and gone at the end.
 
-    A file gets a loop device that clears itself, also if this process is killed.
+    A file gets a loop device that clears itself, also if this process is killed. Closing the descriptors ends the mount
+    only once no child that another call has just forked holds copies of them, so the end is waited for.
     """
     with ExitStack() as stack:
+        stack.callback(_wait_until_gone, path, deadline)
         source = path
         if not is_block(path):
             source, keeper = loops.open_private(path, deadline=deadline)
@@ -60,6 +62,10 @@ def private_mount(path: str, fstype: str, *, deadline: Deadline) -> Iterator[int
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def _wait_until_gone(path: str, deadline: Deadline) -> None:
+    deadline.poll(f"unmounting {path}", lambda: exclusivity.is_free(path, past_known=True), every=0.002)
 
 
 _SAFE = syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV | syscalls.MOUNT_ATTR_NOEXEC

@@ -21,6 +21,9 @@ from blockdev.ioctls import opened
 
 # A descriptor of ours lives on for a moment in a child between fork and exec.
 _PATIENCE = 0.25
+# Programs that outlive a killed driver end by themselves; their volume is worth waiting for, this many seconds.
+_HELPERS = frozenset({"resize2fs", "e2fsck"})
+_HELPER_PATIENCE = 30.0
 
 
 def prove_free(path: str, *, past_known: bool) -> None:
@@ -46,10 +49,14 @@ def is_free(path: str, *, past_known: bool = False) -> bool:
 
 
 def _prove_file(path: str, until: float) -> None:
+    helpers_until = until + _HELPER_PATIENCE
     while not _lease_granted(path):
         if time.monotonic() >= until:
             devices = loops.find(path)
             found = [holder for name in (path, *devices) for holder in holders.processes(name)]
+            if found and all(one.name in _HELPERS for one in found) and time.monotonic() < helpers_until:
+                time.sleep(0.05)
+                continue
             under = [place for device in devices for place in holders.mount_points(device)]
             why = "the file is open elsewhere"
             if devices:

@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import os
 import time
-import uuid
 from collections.abc import Iterator
 
 import msgspec
@@ -117,8 +116,9 @@ class Cell:
         return claim
 
     def remove(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._path)
+        for path in (self._temporary, self._path):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
         self.claim = None
 
 
@@ -155,7 +155,7 @@ class Claims:
         fd = _take(path, volume_id, min(deadline.remaining(), patience))
         try:
             record = os.path.join(self._directory, f"{volume_id}.json")
-            cell = Cell(record, os.path.join(self._temporary, uuid.uuid4().hex))
+            cell = Cell(record, os.path.join(self._temporary, volume_id))
             yield cell
             if cell.claim is None:
                 with contextlib.suppress(FileNotFoundError):

@@ -6,6 +6,7 @@ If a runtime ignores the hand-off, it shares this directory into the guest inste
 
 from __future__ import annotations
 
+import errno
 import os
 
 from blockdev import Deadline, mounts, syscalls
@@ -39,11 +40,25 @@ def be_placed(target: str, deadline: Deadline) -> None:
             os.write(fd, _TEXT.encode())
         finally:
             os.close(fd)
-        syscalls.mount_setattr(root, _ATTRIBUTES)
+        deadline.poll(f"making the placeholder for {target} read-only", lambda: _be_read_only(root), every=0.002)
         try:
             syscalls.move_mount(root, target)
         except OSError as error:
             raise MountFailed("the placeholder", target, str(error.strerror)) from error
+
+
+def _be_read_only(root: int) -> bool:
+    """False while the note still counts as open for writing.
+
+    A program that another call starts in this moment holds a copy of our descriptor between its fork and its exec.
+    """
+    try:
+        syscalls.mount_setattr(root, _ATTRIBUTES)
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        return False
+    return True
 
 
 def stands(target: str) -> bool:
