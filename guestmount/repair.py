@@ -29,7 +29,7 @@ def collect(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
     claimed = {claim.volume: claim for claim in node.claims.all()}
     targets = {path for claim in claimed.values() for path in claim.targets}
     found = _hand_offs(node, targets, dry_run=dry_run)
-    found += _placeholders(targets, deadline, dry_run=dry_run)
+    found += _placeholders(node, targets, deadline, dry_run=dry_run)
     found += _claims(node, deadline, dry_run=dry_run)
     found += _loop_devices(node, deadline, dry_run=dry_run)
     found += [
@@ -56,11 +56,13 @@ def _sources(node: Node) -> list[str]:
     return [node.catalog.of(volume.volume_id).attach(volume.volume_id).path for _seq, volume in node.catalog.list()]
 
 
-def _placeholders(targets: set[str], deadline: Deadline, *, dry_run: bool) -> list[Finding]:
+def _placeholders(node: Node, targets: set[str], deadline: Deadline, *, dry_run: bool) -> list[Finding]:
     found = []
     for mount in mountinfo.table():
         if mount.fstype != "tmpfs" or mount.source != "runvol" or mount.target in targets:
             continue
+        if not any(mount.target.startswith(f"{root}/") for root in node.roots):
+            continue  # of another kubelet on this machine
         if not os.path.exists(os.path.join(mount.target, NOTE)):
             continue
         if not dry_run:

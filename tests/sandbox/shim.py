@@ -322,8 +322,7 @@ class Sandbox:
 
     def _raw_device(self, device: dict[str, Any], request: Any, plugged: list[str]) -> None:
         """volumeMode Block: known by major:minor only, whatever node names it has on the host."""
-        path = f"/dev/block/{device['major']}:{device['minor']}"
-        real = os.path.realpath(path)
+        real = "/dev/" + os.path.basename(os.path.realpath(f"/sys/dev/block/{device['major']}:{device['minor']}"))
         drive = self.drives.get(real)
         if drive is None:
             drive = self._add_drive(real, read_only=False)

@@ -240,6 +240,7 @@ class VM:
             except QmpError as error:
                 if "in use" not in str(error) or time.monotonic() > until:
                     raise
+                self.commands.pop()
                 time.sleep(0.05)
 
     def wait_unplugged(self, device: str, seconds: float = 20.0) -> None:

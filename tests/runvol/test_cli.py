@@ -1,0 +1,148 @@
+"""The command line as a person types it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.csi.helpers import PODS
+from tests.driver import Driver
+
+pytestmark = pytest.mark.kernel
+A = PODS[0]
+
+
+def rows(done):
+    return json.loads(done.stdout)
+
+
+def test_volumes_are_a_table_and_json(driver):
+    assert "no volumes" in driver.cli("volumes").stdout
+    volume = driver.create("pvc-1")
+    driver.stage(volume)
+    driver.publish(volume, A, runtime="kata", name="web-0")
+    table = driver.cli("volumes").stdout
+    assert volume.volume_id[:20] in table and "pvc-1" in table and "64.0 MiB" in table
+    (row,) = rows(driver.cli("volumes", "--json"))
+    assert row["capacity_bytes"] == 64 << 20 and "default/web-0" in row["owner"] and row["targets"] == 1
+    driver.unpublish(volume, A)
+
+
+def test_static_volumes_are_made_adopted_and_deleted(driver):
+    (made,) = rows(driver.cli("volumes", "create", "static", "--size", str(64 << 20), "-p", "runtime=runc", "--json"))
+    assert made["parameters"] == {"runtime": "runc"}
+    image = driver.directory / "old.img"
+    image.write_bytes(b"old" + bytes((8 << 20) - 3))
+    (adopted,) = rows(driver.cli("volumes", "adopt", str(image), "--name", "old", "--json"))
+    assert not image.exists() and adopted["capacity_bytes"] == 8 << 20
+    for row in (made, adopted):
+        assert "deleted" in driver.cli("volumes", "delete", row["volume"], "--yes").stdout
+    refused = driver.cli("volumes", "delete", made["volume"], "--yes", check=False)
+    assert refused.returncode == 1 and "does not exist" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_a_volume_in_use_is_not_deleted(driver):
+    volume = driver.create("pvc-1")
+    driver.stage(volume)
+    target = driver.publish(volume, A, runtime="kata")
+    refused = driver.cli("volumes", "delete", volume.volume_id, "--yes", check=False)
+    assert refused.returncode == 1 and target in refused.stderr
+    driver.unpublish(volume, A)
+
+
+def test_hand_offs_and_where_tell_what_a_pod_has(driver):
+    assert "no hand-offs" in driver.cli("handoffs").stdout
+    volume = driver.create("pvc-1")
+    driver.stage(volume)
+    target = driver.publish(volume, A, runtime="kata", name="web-0")
+    (row,) = rows(driver.cli("handoffs", "--json"))
+    assert (row["volume"], row["pod"], row["dialect"], row["target"], row["problem"]) == (volume.volume_id, "default/web-0", "kata", target, "")
+    for name in ("default/web-0", A):
+        (row,) = rows(driver.cli("where", name, "--json"))
+        assert (row["kernel"], row["handler"], row["volume"]) == ("sandbox", "kata", volume.volume_id)
+    assert driver.cli("where", "default/other", check=False).returncode == 1
+    driver.unpublish(volume, A)
+
+
+def test_gc_says_first_and_takes_back_what_nobody_needs(driver):
+    volume = driver.create("pvc-1")
+    driver.stage(volume)
+    driver.publish(volume, A, runtime="kata")
+    for name in os.listdir(driver.run / "claims"):
+        os.unlink(driver.run / "claims" / name)
+    planned = rows(driver.cli("gc", "--dry-run", "--json"))
+    assert {row["kind"] for row in planned} == {"hand-off", "placeholder"} and not any(row["done"] for row in planned)
+    assert len(driver.mounts()) == 1
+    done = rows(driver.cli("gc", "--json"))
+    assert len(done) == 2 and all(row["done"] for row in done)
+    assert driver.mounts() == [] and "nothing is left over" in driver.cli("gc").stdout
+
+
+def test_gc_leaves_alone_what_is_in_use_and_what_is_somebody_elses(driver):
+    volume = driver.create("pvc-1")
+    driver.stage(volume)
+    driver.publish(volume, A, runtime="kata")
+    foreign = driver.direct_volumes / "L290aGVy"
+    foreign.mkdir()
+    (foreign / "mountInfo.json").write_text('{"volume-type":"blk","device":"/other/disk.img","fstype":"ext4"}')
+    before = driver.left_over()
+    assert rows(driver.cli("gc", "--json")) == []
+    assert driver.left_over() == before
+    driver.unpublish(volume, A)
+
+
+def test_doctor_names_what_is_broken_and_what_to_change(driver):
+    driver.kubelet.mkdir(exist_ok=True)
+    well = driver.cli("doctor", "--json", check=False)
+    subjects = {row["subject"]: row for row in rows(well)}
+    assert subjects["loop devices"]["state"] == "ok" and well.returncode == 0
+    (driver.directory / "containerd.toml").write_text(
+        '[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.kata]\nruntime_type = "io.containerd.kata.v2"\n'
+    )
+    config = driver.directory / "kata" / "etc/kata-containers/configuration.toml"
+    config.parent.mkdir(parents=True)
+    config.write_text("[hypervisor.qemu]\ndisable_block_device_use = true\n")
+    ill = driver.cli("doctor", "--json", check=False)
+    finding = next(row for row in rows(ill) if row["subject"] == "handler kata")
+    assert ill.returncode == 1 and finding["state"] == "broken" and "disable_block_device_use" in finding["finding"]
+
+
+def test_config_shows_every_setting_and_its_source(driver, tmp_path):
+    file = tmp_path / "runvol.toml"
+    file.write_text('[log]\nlevel = "debug"\n')
+    shown = {row["key"]: row for row in rows(driver.cli("--config", str(file), "config", "--json"))}
+    assert shown["log.level"]["source"] == str(file)
+    assert shown["node.id"]["source"] == "RUNVOL_NODE_ID" and shown["csi.endpoint"]["source"] == "default"
+    shown = {row["key"]: row for row in rows(driver.cli("--config", str(file), "--log-level", "error", "config", "--json"))}
+    assert (shown["log.level"]["value"], shown["log.level"]["source"]) == ('"error"', "flag")
+
+
+def test_a_wrong_setting_is_a_sentence_and_a_status(driver, tmp_path):
+    file = tmp_path / "runvol.toml"
+    for text, words in (("[log]\ncolour = 1\n", "'log.colour' is not known"), ("[log]\nlevel = 3\n", "must be a text"), ("x = 1\n", "outside of a section"),
+                        ("[log]\nformat = 'xml'\n", "log.format"), ("[[", "no TOML"), ("[loop]\ncapacity_bytes = -1\n", "negative")):  # fmt: skip
+        file.write_text(text)
+        refused = driver.cli("--config", str(file), "config", check=False)
+        assert refused.returncode == 1 and words in refused.stderr and "Traceback" not in refused.stderr, refused.stderr
+    assert "does not exist" in driver.cli("--config", "/nowhere.toml", "config", check=False).stderr
+
+
+def test_the_servers_flags_are_checked(tmp_path):
+    environment = {**os.environ, "RUNVOL_PATHS_STATE_DIR": str(tmp_path / "s"), "RUNVOL_PATHS_RUN_DIR": str(tmp_path / "r")}
+    for flags, words in ((["--endpoint", "tcp://x"], "must be unix"), (["--endpoint", f"unix://{tmp_path}/x"], ".sock"),
+                         (["--services", "node,banana", "--endpoint", f"unix://{tmp_path}/a.sock"], "banana"), (["--node-id", "-x-"], "node.id")):  # fmt: skip
+        done = subprocess.run([sys.executable, "-m", "runvol", "csi", *flags], env=environment, capture_output=True, text=True, timeout=30,
+                              check=False, cwd=Path(__file__).resolve().parents[2])  # fmt: skip
+        assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_parameters_and_help_are_there():
+    with Driver() as driver:
+        assert "preallocate" in driver.cli("parameters").stdout
+        assert "Storage for pods" in driver.cli("--help").stdout
+        assert driver.cli("detect", "default/web", "--attribute", "kata").stdout.startswith("sandbox (handler kata)")
