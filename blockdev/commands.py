@@ -40,7 +40,9 @@ def run(
 
     It dies with this process, except with `outlive`, for what must not be interrupted in the middle: an open
     descriptor of the device, which the program inherits, so that it is seen to hold the device from its fork to its
-    end, whatever becomes of this process. Raises CommandFailed for a status that is not in `ok`, CommandMissing, or WaitExpired after the
+    end, whatever becomes of this process.
+
+    Raises CommandFailed for a status that is not in `ok`, CommandMissing, or WaitExpired after the
     program was killed.
     """
     deadline.check(program)

@@ -78,8 +78,10 @@ class Driver:
         )
         self.kubelet = self.directory / "kubelet"
         self.kubelet.mkdir(parents=True, exist_ok=True)
-        self.direct_volumes = self.directory / "direct-volumes"
-        self.state, self.run = self.directory / "state", self.directory / "run"
+        # On a node these two are under /run, a tmpfs, where fsync costs nothing.
+        self.volatile = Path(tempfile.mkdtemp(prefix="rv-", dir="/dev/shm"))
+        self.direct_volumes = self.volatile / "direct-volumes"
+        self.state, self.run = self.directory / "state", self.volatile / "run"
         self.socket = self.directory / "csi.sock"
         self.log = self.directory / "driver.log"
         self.environment = {
@@ -145,6 +147,7 @@ class Driver:
         for device in self.loop_devices():
             subprocess.run(["losetup", "-d", device], check=False)
         shutil.rmtree(self.directory, ignore_errors=True)
+        shutil.rmtree(self.volatile, ignore_errors=True)
 
     def cli(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """`runvol …` with this driver's directories, as an operator on the node would type it."""

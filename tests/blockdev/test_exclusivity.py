@@ -69,7 +69,8 @@ def test_a_mount_in_a_namespace_of_somebodys_own_is_found(image, mount_point, so
     filesystems.make(path, "ext4", soon)
     device = loops.attach(path, deadline=soon)
     process = subprocess.Popen(
-        ["unshare", "--mount", "sh", "-c", f"mount {device} {mount_point} && echo mounted && exec sleep 60"], stdout=subprocess.PIPE
+        ["unshare", "--mount", "sh", "-c", f"mount {device} {mount_point} && echo mounted && exec sleep 60"],
+        stdout=subprocess.PIPE,
     )
     process.stdout.readline()
     try:

@@ -7,7 +7,18 @@ import subprocess
 
 import pytest
 
-from blockdev import Deadline, FilesystemDamaged, NotBlank, WaitExpired, WrongFilesystem, blankness, filesystems, loops, mounts, superblocks
+from blockdev import (
+    Deadline,
+    FilesystemDamaged,
+    NotBlank,
+    WaitExpired,
+    WrongFilesystem,
+    blankness,
+    filesystems,
+    loops,
+    mounts,
+    superblocks,
+)
 from blockdev.detached import private_mount
 
 pytestmark = pytest.mark.kernel
@@ -36,7 +47,9 @@ def test_the_superblock_reader_agrees_with_blkid_and_statvfs(image, fstype, soon
     path = image(SIZES[fstype])
     filesystems.make(path, fstype, soon)
     block = superblocks.read(path)
-    told = subprocess.run(["blkid", "-p", "-s", "UUID", "-o", "value", path], capture_output=True, text=True, check=True)
+    told = subprocess.run(
+        ["blkid", "-p", "-s", "UUID", "-o", "value", path], capture_output=True, text=True, check=True
+    )
     assert block.uuid == told.stdout.strip()
     with private_mount(path, fstype, deadline=soon) as root:
         facts = os.fstatvfs(root)

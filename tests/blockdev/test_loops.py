@@ -84,7 +84,9 @@ def test_many_allocators_race_and_each_gets_a_device_of_its_own(image):
     threads = [threading.Thread(target=attach, args=(path,)) for path in paths]
     # Another program races for the same numbers.
     other = image(1)
-    rival = subprocess.Popen(["sh", "-c", f"for i in 1 2 3 4 5 6 7 8; do d=$(losetup --show -f {other}) && losetup -d $d; done"])
+    rival = subprocess.Popen(
+        ["sh", "-c", f"for i in 1 2 3 4 5 6 7 8; do d=$(losetup --show -f {other}) && losetup -d $d; done"]
+    )
     for thread in threads:
         thread.start()
     for thread in threads:

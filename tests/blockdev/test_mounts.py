@@ -140,7 +140,11 @@ def test_the_table_of_this_machine_parses():
 _text = st.text(st.characters(min_codepoint=1, exclude_categories=["Cs"]), min_size=1, max_size=30)
 
 
-@given(target=_text, source=_text, optional=st.lists(st.sampled_from(["shared:1", "master:2", "propagate_from:3"]), max_size=3))
+@given(
+    target=_text,
+    source=_text,
+    optional=st.lists(st.sampled_from(["shared:1", "master:2", "propagate_from:3"]), max_size=3),
+)
 def test_every_path_survives_the_kernels_escapes(target, source, optional):
     def escape(text):
         return "".join(f"\\{ord(c):03o}" if c in " \t\n\\" else c for c in text)

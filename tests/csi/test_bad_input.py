@@ -106,11 +106,20 @@ def test_any_request_gets_a_considered_answer_and_leaves_nothing(shared_driver, 
     assert shared_driver.process.poll() is None and "Traceback" not in shared_driver.log.read_text()
 
 
-@pytest.mark.parametrize("method", [method for method in SERVED if method.input_type.fields], ids=lambda method: method.name)
+@pytest.mark.parametrize(
+    "method", [method for method in SERVED if method.input_type.fields], ids=lambda method: method.name
+)
 def test_bytes_that_are_no_request_are_an_invalid_argument(shared_driver, method):
     with refused("INVALID_ARGUMENT", "no valid", method.name):
         shared_driver.client.call(method.name, b"\x0a\xff\xff\xff\xff\x0f\x01")
-    string = next((field for field in method.input_type.fields if field.cpp_type == FieldDescriptor.CPPTYPE_STRING and not field.is_repeated), None)
+    string = next(
+        (
+            field
+            for field in method.input_type.fields
+            if field.cpp_type == FieldDescriptor.CPPTYPE_STRING and not field.is_repeated
+        ),
+        None,
+    )
     if string is not None:
         with refused("INVALID_ARGUMENT", "UTF-8"):
             shared_driver.client.call(method.name, bytes([string.number << 3 | 2, 2]) + b"\xff\xfe")
@@ -139,10 +148,16 @@ def whole(driver, method):
         "name": "x", "volume_id": "loop-" + "0" * 32, "staging_target_path": f"{root}/s", "target_path": f"{root}/t", "volume_path": f"{root}/t",
         "volume_capability": mount_capability(), "volume_capabilities": [mount_capability()], "capacity_range": {"required_bytes": 8 << 20},
     }  # fmt: skip
-    return {field: value for field, value in every.items() if field in csi_pb2.DESCRIPTOR.message_types_by_name[f"{method}Request"].fields_by_name}
+    return {
+        field: value
+        for field, value in every.items()
+        if field in csi_pb2.DESCRIPTOR.message_types_by_name[f"{method}Request"].fields_by_name
+    }
 
 
-@pytest.mark.parametrize(("method", "field"), [(method, field) for method, fields in REQUIRED.items() for field in fields])
+@pytest.mark.parametrize(
+    ("method", "field"), [(method, field) for method, fields in REQUIRED.items() for field in fields]
+)
 def test_a_missing_field_is_named(shared_driver, method, field):
     fields = whole(shared_driver, method)
     del fields[field]
@@ -151,7 +166,10 @@ def test_a_missing_field_is_named(shared_driver, method, field):
 
 
 @pytest.mark.parametrize("field", ["name", "volume_id"])
-@pytest.mark.parametrize(("value", "rule"), [("x" * 129, "longer than 128 bytes"), ("ü" * 65, "longer than 128 bytes"), ("a\x07b", "control character")])
+@pytest.mark.parametrize(
+    ("value", "rule"),
+    [("x" * 129, "longer than 128 bytes"), ("ü" * 65, "longer than 128 bytes"), ("a\x07b", "control character")],
+)
 def test_a_string_beyond_the_specifications_limits_is_named(shared_driver, field, value, rule):
     for method in [method for method, fields in REQUIRED.items() if field in fields]:
         with refused("INVALID_ARGUMENT", field, rule):
@@ -159,7 +177,19 @@ def test_a_string_beyond_the_specifications_limits_is_named(shared_driver, field
 
 
 @pytest.mark.parametrize("field", ["staging_target_path", "target_path"])
-@pytest.mark.parametrize("value", ["relative/path", "/etc/x", "{root}/../../etc/x", "{root}/a/", "{root}//a", "{root}", "{root}/a\nb", "/" + "x" * 5000])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "relative/path",
+        "/etc/x",
+        "{root}/../../etc/x",
+        "{root}/a/",
+        "{root}//a",
+        "{root}",
+        "{root}/a\nb",
+        "/" + "x" * 5000,
+    ],
+)
 def test_a_path_that_is_not_plain_and_ours_is_named(shared_driver, field, value):
     value = value.replace("{root}", str(shared_driver.kubelet))
     volume = shared_driver.create("paths", 8 << 20)
@@ -182,7 +212,9 @@ def test_a_link_that_leads_out_of_the_root_is_refused(shared_driver, tmp_path):
             target_path=str(shared_driver.kubelet / "link" / "mount"), volume_capability=mount_capability(), volume_context={"runtime": "runc"},
         )  # fmt: skip
     with refused("INVALID_ARGUMENT", "symbolic link"):
-        shared_driver.client.NodeUnpublishVolume(volume_id=volume.volume_id, target_path=str(shared_driver.kubelet / "link" / "mount"))
+        shared_driver.client.NodeUnpublishVolume(
+            volume_id=volume.volume_id, target_path=str(shared_driver.kubelet / "link" / "mount")
+        )
     shared_driver.unstage(volume)
     shared_driver.delete(volume)
 
@@ -206,7 +238,9 @@ def test_a_parameter_that_is_unknown_or_wrong_is_named_with_what_it_takes(shared
 def test_a_capacity_that_cannot_be_is_out_of_range(shared_driver, required, limit, words):
     with refused("OUT_OF_RANGE", *words):
         shared_driver.client.CreateVolume(
-            name="c", volume_capabilities=[mount_capability()], capacity_range={"required_bytes": required, "limit_bytes": limit}
+            name="c",
+            volume_capabilities=[mount_capability()],
+            capacity_range={"required_bytes": required, "limit_bytes": limit},
         )
 
 
@@ -236,7 +270,9 @@ def test_no_secret_reaches_the_log_or_an_answer(shared_driver):
     """Every field with the option csi_secret, in every request, and mount options, which may hold passwords."""
     tried = 0
     for method in SERVED:
-        secret_fields = [field.name for field in method.input_type.fields if field.GetOptions().Extensions[csi_pb2.csi_secret]]
+        secret_fields = [
+            field.name for field in method.input_type.fields if field.GetOptions().Extensions[csi_pb2.csi_secret]
+        ]
         request = GetMessageClass(method.input_type)(**whole(shared_driver, method.name))
         for field in secret_fields:
             getattr(request, field)["password"] = SECRET
@@ -257,16 +293,24 @@ def test_no_secret_reaches_the_log_or_an_answer(shared_driver):
 
 def test_an_oversized_secret_does_not_show_in_the_refusal(shared_driver):
     with refused("INVALID_ARGUMENT", "secrets", "larger than 4096") as _:
-        shared_driver.client.CreateVolume(name="s", volume_capabilities=[mount_capability()], secrets={"k": SECRET * 500})
+        shared_driver.client.CreateVolume(
+            name="s", volume_capabilities=[mount_capability()], secrets={"k": SECRET * 500}
+        )
     assert SECRET not in shared_driver.log.read_text()
 
 
 def test_contexts_of_kubernetes_pass_and_unknown_keys_do_not(shared_driver):
     volume = shared_driver.create("ctx", 64 << 20)
-    base = {"volume_id": volume.volume_id, "staging_target_path": shared_driver.staging(volume.volume_id), "volume_capability": mount_capability()}
+    base = {
+        "volume_id": volume.volume_id,
+        "staging_target_path": shared_driver.staging(volume.volume_id),
+        "volume_capability": mount_capability(),
+    }
     with refused("INVALID_ARGUMENT", "'flavour'"):
         shared_driver.client.NodeStageVolume(**base, volume_context={"flavour": "x"})
-    shared_driver.client.NodeStageVolume(**base, volume_context={"storage.kubernetes.io/csiProvisionerIdentity": "1-2-csi.runvol.io"})
+    shared_driver.client.NodeStageVolume(
+        **base, volume_context={"storage.kubernetes.io/csiProvisionerIdentity": "1-2-csi.runvol.io"}
+    )
     shared_driver.unstage(volume)
     shared_driver.delete(volume)
 

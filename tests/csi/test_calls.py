@@ -23,7 +23,9 @@ MIB = 1 << 20
 def test_the_plugin_says_who_it_is_and_what_it_can(driver):
     info = driver.client.GetPluginInfo()
     assert info.name == "csi.runvol.io" and info.vendor_version
-    services = [one.service.type for one in driver.client.GetPluginCapabilities().capabilities if one.HasField("service")]
+    services = [
+        one.service.type for one in driver.client.GetPluginCapabilities().capabilities if one.HasField("service")
+    ]
     assert services == [1, 2]
     assert driver.client.Probe().ready.value
 
@@ -55,7 +57,10 @@ def test_a_volume_lives_on_this_node_only(driver):
     here = {"segments": {"topology.csi.runvol.io/node": "node-1"}}
     there = {"segments": {"topology.csi.runvol.io/node": "node-2"}}
     make = lambda name, **topology: driver.client.CreateVolume(  # noqa: E731
-        name=name, volume_capabilities=[mount_capability()], capacity_range={"required_bytes": 8 * MIB}, accessibility_requirements=topology
+        name=name,
+        volume_capabilities=[mount_capability()],
+        capacity_range={"required_bytes": 8 * MIB},
+        accessibility_requirements=topology,
     )
     assert make("a", requisite=[there, here]).volume.accessible_topology[0].segments == here["segments"]
     make("b", preferred=[here])
@@ -90,10 +95,14 @@ def test_modes_of_several_nodes_are_refused_wherever_they_come(driver, mode, mak
         driver.stage(volume, make(mode))
 
 
-@pytest.mark.parametrize("mode", ["SINGLE_NODE_WRITER", "SINGLE_NODE_READER_ONLY", "SINGLE_NODE_SINGLE_WRITER", "SINGLE_NODE_MULTI_WRITER"])
+@pytest.mark.parametrize(
+    "mode", ["SINGLE_NODE_WRITER", "SINGLE_NODE_READER_ONLY", "SINGLE_NODE_SINGLE_WRITER", "SINGLE_NODE_MULTI_WRITER"]
+)
 def test_modes_of_one_node_are_confirmed(driver, mode):
     volume = driver.create("a", 8 * MIB, mount_capability(mode))
-    assert driver.client.ValidateVolumeCapabilities(volume_id=volume.volume_id, volume_capabilities=[mount_capability(mode)]).HasField("confirmed")
+    assert driver.client.ValidateVolumeCapabilities(
+        volume_id=volume.volume_id, volume_capabilities=[mount_capability(mode)]
+    ).HasField("confirmed")
 
 
 def test_a_reader_only_mode_is_read_only_at_the_target(driver):
@@ -111,9 +120,15 @@ def test_statistics_are_the_filesystems_own(driver, runtime):
     volume = driver.create("a", 64 * MIB)
     driver.stage(volume)
     target = driver.publish(volume, A, runtime=runtime)
-    by_unit = {one.unit: one for one in driver.client.NodeGetVolumeStats(volume_id=volume.volume_id, volume_path=target).usage}
+    by_unit = {
+        one.unit: one for one in driver.client.NodeGetVolumeStats(volume_id=volume.volume_id, volume_path=target).usage
+    }
     space, inodes = by_unit[csi_pb2.VolumeUsage.BYTES], by_unit[csi_pb2.VolumeUsage.INODES]
-    assert 50 * MIB < space.total <= 64 * MIB and space.available + space.used <= space.total and space.available > 40 * MIB
+    assert (
+        50 * MIB < space.total <= 64 * MIB
+        and space.available + space.used <= space.total
+        and space.available > 40 * MIB
+    )
     assert inodes.total == 16384 and inodes.used == 11
     with refused("NOT_FOUND"):
         driver.client.NodeGetVolumeStats(volume_id=volume.volume_id, volume_path=str(driver.kubelet))
@@ -124,7 +139,9 @@ def test_health_tells_what_is_wrong_in_new_words_and_old_ones(driver):
     volume = driver.create("a", 64 * MIB)
     driver.stage(volume)
     target = driver.publish(volume, A, runtime="kata")
-    state = lambda: driver.client.NodeGetVolumeHealth(volume_id=volume.volume_id, volume_publish_path=target).volume_health  # noqa: E731
+    state = lambda: (
+        driver.client.NodeGetVolumeHealth(volume_id=volume.volume_id, volume_publish_path=target).volume_health
+    )  # noqa: E731
     assert state().volume_id == volume.volume_id and not state().health_statuses
     stats = driver.client.NodeGetVolumeStats(volume_id=volume.volume_id, volume_path=target)
     assert not stats.volume_condition.abnormal
@@ -132,13 +149,19 @@ def test_health_tells_what_is_wrong_in_new_words_and_old_ones(driver):
     (place,) = driver.direct_volumes.iterdir()
     (place / "mountInfo.json").unlink()
     assert [(one.status, one.reason) for one in state().health_statuses] == [(csi_pb2.INACCESSIBLE, "HandOffDamaged")]
-    assert "mountInfo" in driver.client.NodeGetVolumeStats(volume_id=volume.volume_id, volume_path=target).volume_condition.message
+    assert (
+        "mountInfo"
+        in driver.client.NodeGetVolumeStats(volume_id=volume.volume_id, volume_path=target).volume_condition.message
+    )
     driver.unpublish(volume, A)
 
     with open(image(driver, volume), "r+b") as file:
         file.seek(1024 + 0x3A)
         file.write(b"\x02\x00")
-    assert driver.client.ControllerGetVolumeHealth(volume_id=volume.volume_id).volume_health.health_statuses[0].status == csi_pb2.DEGRADED
+    assert (
+        driver.client.ControllerGetVolumeHealth(volume_id=volume.volume_id).volume_health.health_statuses[0].status
+        == csi_pb2.DEGRADED
+    )
     image(driver, volume).unlink()
     (listed,) = driver.client.ControllerListVolumeHealth().entries
     assert listed.health_statuses[0].status == csi_pb2.DATA_LOSS and "gone" in listed.health_statuses[0].message

@@ -16,7 +16,9 @@ MIB = 1 << 20
 
 
 def expand(driver, volume, path, size):
-    return driver.client.NodeExpandVolume(volume_id=volume.volume_id, volume_path=path, capacity_range={"required_bytes": size}).capacity_bytes
+    return driver.client.NodeExpandVolume(
+        volume_id=volume.volume_id, volume_path=path, capacity_range={"required_bytes": size}
+    ).capacity_bytes
 
 
 def has_resource():
@@ -34,7 +36,9 @@ def a_volume(driver, fstype, runtime):
 
 def test_the_controller_validates_and_leaves_the_work_to_the_node(driver):
     volume = driver.create("pvc")
-    answer = driver.client.ControllerExpandVolume(volume_id=volume.volume_id, capacity_range={"required_bytes": 100 * MIB})
+    answer = driver.client.ControllerExpandVolume(
+        volume_id=volume.volume_id, capacity_range={"required_bytes": 100 * MIB}
+    )
     assert (answer.capacity_bytes, answer.node_expansion_required) == (100 * MIB, True)
     assert image(driver, volume).stat().st_size == 64 * MIB
     with refused("RESOURCE_EXHAUSTED", "can still be promised"):

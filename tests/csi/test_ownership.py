@@ -110,7 +110,12 @@ def test_the_same_pod_may_have_two_targets_in_a_sandbox(driver, volume):
     driver.publish(volume, A, runtime="kata")
     other = driver.kubelet / "pods" / A / "volumes" / "other" / "mount"
     other.parent.mkdir(parents=True)
-    context = {"runtime": "kata", "csi.storage.k8s.io/pod.uid": A, "csi.storage.k8s.io/pod.name": "pod", "csi.storage.k8s.io/pod.namespace": "default"}
+    context = {
+        "runtime": "kata",
+        "csi.storage.k8s.io/pod.uid": A,
+        "csi.storage.k8s.io/pod.name": "pod",
+        "csi.storage.k8s.io/pod.namespace": "default",
+    }
     driver.client.NodePublishVolume(
         volume_id=volume.volume_id, staging_target_path=driver.staging(volume.volume_id), target_path=str(other),
         volume_capability=mount_capability(), volume_context=context,
@@ -159,7 +164,9 @@ def test_the_claim_stays_until_the_vmm_has_let_go(driver, volume):
             driver.delete(volume)
         with refused("FAILED_PRECONDITION", *named):
             driver.client.NodeExpandVolume(
-                volume_id=volume.volume_id, volume_path=driver.staging(volume.volume_id), capacity_range={"required_bytes": 128 << 20}
+                volume_id=volume.volume_id,
+                volume_path=driver.staging(volume.volume_id),
+                capacity_range={"required_bytes": 128 << 20},
             )
         assert image(driver, volume).stat().st_size == 64 << 20
     driver.publish(volume, B, runtime="runc")
@@ -246,7 +253,12 @@ def test_unpublish_and_unstage_know_nothing_but_the_disk_and_the_kernel(driver, 
             driver.unpublish(volume, A)
         driver.unstage(volume)
         driver.stage(volume)
-        assert driver.left_over()["loop devices"] == driver.left_over()["mounts"] == driver.left_over()["hand-off files"] == []
+        assert (
+            driver.left_over()["loop devices"]
+            == driver.left_over()["mounts"]
+            == driver.left_over()["hand-off files"]
+            == []
+        )
 
 
 def test_a_hand_off_that_the_shim_left_its_id_in_is_withdrawn_whole(driver, volume):

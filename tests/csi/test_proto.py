@@ -53,7 +53,9 @@ def test_secrets_are_marked_and_nothing_else_is():
 
 @pytest.mark.parametrize(("message", "names"), FIELDS.items())
 def test_fields_have_the_specifications_numbers(message, names):
-    assert [MESSAGES[message].fields_by_number[number + 1].name for number in range(len(names.split()))] == names.split()
+    assert [
+        MESSAGES[message].fields_by_number[number + 1].name for number in range(len(names.split()))
+    ] == names.split()
 
 
 @pytest.mark.parametrize(
@@ -67,14 +69,28 @@ def test_numbers_have_the_specifications_width(message, number, kind):
 
 def test_what_1_13_removed_is_kept_for_older_callers_under_its_old_numbers():
     assert MESSAGES["NodeGetVolumeStatsResponse"].fields_by_number[2].name == "volume_condition"
-    assert MESSAGES["ListVolumesResponse"].nested_types_by_name["VolumeStatus"].fields_by_number[2].name == "volume_condition"
-    assert MESSAGES["ControllerGetVolumeResponse"].nested_types_by_name["VolumeStatus"].fields_by_number[2].name == "volume_condition"
-    assert csi_pb2.ControllerServiceCapability.RPC.VOLUME_CONDITION == 11 and csi_pb2.NodeServiceCapability.RPC.VOLUME_CONDITION == 4
+    assert (
+        MESSAGES["ListVolumesResponse"].nested_types_by_name["VolumeStatus"].fields_by_number[2].name
+        == "volume_condition"
+    )
+    assert (
+        MESSAGES["ControllerGetVolumeResponse"].nested_types_by_name["VolumeStatus"].fields_by_number[2].name
+        == "volume_condition"
+    )
+    assert (
+        csi_pb2.ControllerServiceCapability.RPC.VOLUME_CONDITION == 11
+        and csi_pb2.NodeServiceCapability.RPC.VOLUME_CONDITION == 4
+    )
 
 
 def test_capabilities_have_their_numbers():
     controller, node = csi_pb2.ControllerServiceCapability.RPC, csi_pb2.NodeServiceCapability.RPC
-    assert (controller.EXPAND_VOLUME, controller.SINGLE_NODE_MULTI_WRITER, controller.GET_VOLUME_HEALTH, controller.LIST_VOLUME_HEALTH) == (9, 13, 16, 17)
+    assert (
+        controller.EXPAND_VOLUME,
+        controller.SINGLE_NODE_MULTI_WRITER,
+        controller.GET_VOLUME_HEALTH,
+        controller.LIST_VOLUME_HEALTH,
+    ) == (9, 13, 16, 17)
     assert (node.VOLUME_MOUNT_GROUP, node.GET_VOLUME_HEALTH, node.GET_STORAGE_HEALTH) == (6, 7, 8)
     assert csi_pb2.PluginCapability.Service.SNAPSHOT_ACCESSIBILITY_CONSTRAINTS == 5
     modes = csi_pb2.VolumeCapability.AccessMode.Mode

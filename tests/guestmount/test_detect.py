@@ -80,7 +80,10 @@ def test_an_unreadable_configuration_proves_nothing(detect):
         detect(containerd=False)
 
 
-@pytest.mark.parametrize(("runtime_class", "kind", "handler"), [("isolated", "sandbox", "secure"), ("plain", "host", "runc"), ("gv", "host", "gvisor")])
+@pytest.mark.parametrize(
+    ("runtime_class", "kind", "handler"),
+    [("isolated", "sandbox", "secure"), ("plain", "host", "runc"), ("gv", "host", "gvisor")],
+)
 def test_the_class_is_resolved_to_its_handler_whatever_it_is_called(detect, runtime_class, kind, handler):
     pods = Pods(a_pod(runtime_class), {"isolated": "secure", "plain": "runc", "gv": "gvisor"})
     answer = detect(pods=pods)
@@ -139,7 +142,9 @@ def test_a_handler_that_nobody_knows_is_no_runc(detect):
     assert detect("exotic", sandbox_handlers=("exot*",)).kind == "sandbox"
 
 
-@pytest.mark.parametrize(("handler", "dialect"), [("kata-qemu", "kata"), ("runv", "runv"), ("rund", "rund"), ("untrusted", "kata")])
+@pytest.mark.parametrize(
+    ("handler", "dialect"), [("kata-qemu", "kata"), ("runv", "runv"), ("rund", "rund"), ("untrusted", "kata")]
+)
 def test_the_handler_selects_the_dialect(detect, handler, dialect):
     if handler == "untrusted":
         pods = Pods(a_pod(annotations={"io.kubernetes.cri.untrusted-workload": "true"}))
@@ -158,7 +163,9 @@ def test_imports_and_older_tables_of_containerd_are_read(tmp_path):
         '[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.kata.options]\nConfigPath = "/opt/kata/x.toml"\n'
     )
     main = tmp_path / "config.toml"
-    main.write_text('version = 2\nimports = ["conf.d/*.toml", "config.toml"]\n[plugins.cri.containerd]\ndefault_runtime_name = "crun"\n')
+    main.write_text(
+        'version = 2\nimports = ["conf.d/*.toml", "config.toml"]\n[plugins.cri.containerd]\ndefault_runtime_name = "crun"\n'
+    )
     found = runtimes.read_containerd(str(main))
     assert found is not None and found.default_handler == "crun" and found.has_sandbox
     assert found.handlers["kata"].config_path == "/opt/kata/x.toml"

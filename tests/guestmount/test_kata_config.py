@@ -22,7 +22,9 @@ def node(tmp_path):
         file.write_text(text)
 
     def read(**handler):
-        return kata_config.read(Handler(name="kata", runtime_type="io.containerd.kata.v2", **handler), root=str(tmp_path))
+        return kata_config.read(
+            Handler(name="kata", runtime_type="io.containerd.kata.v2", **handler), root=str(tmp_path)
+        )
 
     write.read = read
     return write
@@ -98,7 +100,10 @@ def a_pod(*mounts, annotations=None):
 
 def test_a_shim_that_ignores_block_devices_is_refused_with_file_and_setting(node):
     node("/etc/kata-containers/configuration.toml", OFF)
-    with pytest.raises(Refused, match=r"disable_block_device_use is true in .*/etc/kata-containers/configuration\.toml.*hypervisor\.qemu"):
+    with pytest.raises(
+        Refused,
+        match=r"disable_block_device_use is true in .*/etc/kata-containers/configuration\.toml.*hypervisor\.qemu",
+    ):
         preflight.check(a_runtime(node.read(runtime_path=GO_PATH)), pv_name="v")
 
 
@@ -121,7 +126,9 @@ def test_what_cannot_work_in_a_guest_is_refused_with_the_container(mount, words)
 
 
 def test_other_kinds_of_volumes_are_no_concern():
-    preflight.check(a_runtime(None, a_pod({"name": "tmp", "subPath": "x", "mountPropagation": "Bidirectional"})), pv_name="v")
+    preflight.check(
+        a_runtime(None, a_pod({"name": "tmp", "subPath": "x", "mountPropagation": "Bidirectional"})), pv_name="v"
+    )
 
 
 def test_mixed_read_only_and_read_write_is_refused_for_the_rust_shim_alone(node):
@@ -131,4 +138,6 @@ def test_mixed_read_only_and_read_write_is_refused_for_the_rust_shim_alone(node)
     node("/etc/kata-containers/runtime-rs/configuration.toml", ON)
     with pytest.raises(Refused, match="'c0' and 'c1'"):
         preflight.check(a_runtime(node.read(runtime_path=RUST_PATH), mixed), pv_name="v")
-    preflight.check(a_runtime(node.read(runtime_path=RUST_PATH), a_pod({"name": "data"}, {"name": "data"})), pv_name="v")
+    preflight.check(
+        a_runtime(node.read(runtime_path=RUST_PATH), a_pod({"name": "data"}, {"name": "data"})), pv_name="v"
+    )

@@ -55,7 +55,13 @@ def test_every_path_comes_back_from_its_key(path):
 def test_the_file_has_katas_keys_and_modes(dialect):
     dialect.deliver(a_delivery(options=("noatime",)))
     place = os.path.join(dialect._root, key_of("/kubelet/t"))
-    assert written(dialect) == {"volume-type": "directvol", "device": "/dev/loop7", "fstype": "ext4", "metadata": {}, "options": ["rw", "noatime"]}
+    assert written(dialect) == {
+        "volume-type": "directvol",
+        "device": "/dev/loop7",
+        "fstype": "ext4",
+        "metadata": {},
+        "options": ["rw", "noatime"],
+    }
     assert os.listdir(place) == ["mountInfo.json"]
     assert stat.S_IMODE(os.stat(place).st_mode) == 0o700
     assert stat.S_IMODE(os.stat(os.path.join(place, "mountInfo.json")).st_mode) == 0o600

@@ -71,7 +71,9 @@ def client(wire):
 
 
 def check(client, service="", timeout=5.0):
-    return client.call(HEALTH, "Check", kata_health_pb2.CheckRequest(service=service), kata_health_pb2.HealthCheckResponse, timeout)
+    return client.call(
+        HEALTH, "Check", kata_health_pb2.CheckRequest(service=service), kata_health_pb2.HealthCheckResponse, timeout
+    )
 
 
 def receive(wire, count):
@@ -82,7 +84,9 @@ def receive(wire, count):
 
 
 def test_the_envelope_is_the_references():
-    request = ttrpc_pb2.Request(service="grpc.TestServices", method="Test", payload=bytes(range(1, 10)), timeout_nano=20_000_000)
+    request = ttrpc_pb2.Request(
+        service="grpc.TestServices", method="Test", payload=bytes(range(1, 10)), timeout_nano=20_000_000
+    )
     request.metadata.add(key="test_key1", value="test_value1")
     assert request.SerializeToString().hex() == (
         "0a11677270632e5465737453657276696365731204546573741a090102030405060708092080dac4092a180a09746573745f6b657931120b746573745f76616c756531"
@@ -157,7 +161,9 @@ def test_a_caller_that_gives_up_is_not_confused_by_the_late_answer(client):
     check(client)
 
 
-@pytest.mark.parametrize(("ids", "words"), [([2], "must be odd"), ([3, 3], "must increment"), ([5, 1], "must increment")])
+@pytest.mark.parametrize(
+    ("ids", "words"), [([2], "must be odd"), ([3, 3], "must increment"), ([5, 1], "must increment")]
+)
 def test_stream_ids_are_odd_and_increase(wire, ids, words):
     body = ttrpc_pb2.Request(service=HEALTH, method="Check").SerializeToString()
     answers = []
@@ -179,10 +185,18 @@ def test_a_frame_that_is_too_large_is_refused_and_the_stream_goes_on(wire):
 
 def test_a_large_answer_comes_whole(client):
     text = "x" * (3 << 20)
-    answer = client.call(HEALTH, "Version", kata_health_pb2.CheckRequest(service=text), kata_health_pb2.VersionCheckResponse, 20)
+    answer = client.call(
+        HEALTH, "Version", kata_health_pb2.CheckRequest(service=text), kata_health_pb2.VersionCheckResponse, 20
+    )
     assert answer.grpc_version == text
     with pytest.raises(ttrpc.RpcError, match="larger"):
-        client.call(HEALTH, "Version", kata_health_pb2.CheckRequest(service="x" * (5 << 20)), kata_health_pb2.VersionCheckResponse, 5)
+        client.call(
+            HEALTH,
+            "Version",
+            kata_health_pb2.CheckRequest(service="x" * (5 << 20)),
+            kata_health_pb2.VersionCheckResponse,
+            5,
+        )
 
 
 def test_a_closed_stream_fails_what_waits_and_what_comes():
@@ -196,7 +210,12 @@ def test_a_closed_stream_fails_what_waits_and_what_comes():
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.one_of(st.binary(max_size=60), st.tuples(st.integers(0, 9), st.integers(0, 5), st.binary(max_size=40))), max_size=6))
+@given(
+    st.lists(
+        st.one_of(st.binary(max_size=60), st.tuples(st.integers(0, 9), st.integers(0, 5), st.binary(max_size=40))),
+        max_size=6,
+    )
+)
 def test_no_bytes_bring_the_server_down(parts):
     here, there = socket.socketpair()
     service = ttrpc.Service(kata_health_pb2.DESCRIPTOR.services_by_name["Health"], Health())

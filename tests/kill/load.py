@@ -17,8 +17,25 @@ import grpc
 from tests.driver import Driver, mount_capability
 
 # The life of a volume; a step that was interrupted is taken again, as kubelet and the sidecars would.
-LIFE = ("create", "stage", "publish-runc", "unpublish", "publish-kata", "unpublish", "expand", "publish-runc", "unpublish", "unstage", "delete")
-_TRANSIENT = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.ABORTED, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED}
+LIFE = (
+    "create",
+    "stage",
+    "publish-runc",
+    "unpublish",
+    "publish-kata",
+    "unpublish",
+    "expand",
+    "publish-runc",
+    "unpublish",
+    "unstage",
+    "delete",
+)
+_TRANSIENT = {
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.ABORTED,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+}
 
 
 class Lost(AssertionError):
@@ -76,7 +93,9 @@ class Worker:
                 self.one_step()
             except grpc.RpcError as error:
                 if error.code() not in _TRANSIENT or time.monotonic() > until:
-                    raise AssertionError(f"{self.name} {LIFE[self.step]}: {error.code().name}: {error.details()}") from error
+                    raise AssertionError(
+                        f"{self.name} {LIFE[self.step]}: {error.code().name}: {error.details()}"
+                    ) from error
                 time.sleep(0.02)
 
     def one_step(self) -> None:
@@ -148,7 +167,9 @@ def rounds(driver: Driver, count: int, seed: int, workers: int = 4) -> Result:
         for worker in crew:
             if worker.failure is not None:
                 log = driver.log.read_text()
-                raise AssertionError(f"{worker.name} {LIFE[worker.step]}: {worker.failure}\n{log[-6000:]}") from worker.failure
+                raise AssertionError(
+                    f"{worker.name} {LIFE[worker.step]}: {worker.failure}\n{log[-6000:]}"
+                ) from worker.failure
         driver.kill()
         driver.start()
     for worker in crew:

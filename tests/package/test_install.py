@@ -50,7 +50,12 @@ def test_a_built_wheel_has_the_stubs_and_their_types_and_works(clone, tmp_path):
     run(sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path, clone)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"runvol_proto/csi_pb2.py", "runvol_proto/csi_pb2.pyi", "runvol_proto/py.typed", "runvol_proto/kata_agent_pb2.py"} <= set(names)
+    assert {
+        "runvol_proto/csi_pb2.py",
+        "runvol_proto/csi_pb2.pyi",
+        "runvol_proto/py.typed",
+        "runvol_proto/kata_agent_pb2.py",
+    } <= set(names)
     assert not [name for name in names if name.startswith("tests/")]
     venv.create(tmp_path / "venv", with_pip=True)
     run(tmp_path / "venv/bin/pip", "install", "-q", "--disable-pip-version-check", wheel)

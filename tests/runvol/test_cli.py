@@ -61,7 +61,13 @@ def test_hand_offs_and_where_tell_what_a_pod_has(driver):
     driver.stage(volume)
     target = driver.publish(volume, A, runtime="kata", name="web-0")
     (row,) = rows(driver.cli("handoffs", "--json"))
-    assert (row["volume"], row["pod"], row["dialect"], row["target"], row["problem"]) == (volume.volume_id, "default/web-0", "kata", target, "")
+    assert (row["volume"], row["pod"], row["dialect"], row["target"], row["problem"]) == (
+        volume.volume_id,
+        "default/web-0",
+        "kata",
+        target,
+        "",
+    )
     for name in ("default/web-0", A):
         (row,) = rows(driver.cli("where", name, "--json"))
         assert (row["kernel"], row["handler"], row["volume"]) == ("sandbox", "kata", volume.volume_id)
@@ -118,7 +124,9 @@ def test_config_shows_every_setting_and_its_source(driver, tmp_path):
     shown = {row["key"]: row for row in rows(driver.cli("--config", str(file), "config", "--json"))}
     assert shown["log.level"]["source"] == str(file)
     assert shown["node.id"]["source"] == "RUNVOL_NODE_ID" and shown["csi.endpoint"]["source"] == "default"
-    shown = {row["key"]: row for row in rows(driver.cli("--config", str(file), "--log-level", "error", "config", "--json"))}
+    shown = {
+        row["key"]: row for row in rows(driver.cli("--config", str(file), "--log-level", "error", "config", "--json"))
+    }
     assert (shown["log.level"]["value"], shown["log.level"]["source"]) == ('"error"', "flag")
 
 
@@ -133,7 +141,11 @@ def test_a_wrong_setting_is_a_sentence_and_a_status(driver, tmp_path):
 
 
 def test_the_servers_flags_are_checked(tmp_path):
-    environment = {**os.environ, "RUNVOL_PATHS_STATE_DIR": str(tmp_path / "s"), "RUNVOL_PATHS_RUN_DIR": str(tmp_path / "r")}
+    environment = {
+        **os.environ,
+        "RUNVOL_PATHS_STATE_DIR": str(tmp_path / "s"),
+        "RUNVOL_PATHS_RUN_DIR": str(tmp_path / "r"),
+    }
     for flags, words in ((["--endpoint", "tcp://x"], "must be unix"), (["--endpoint", f"unix://{tmp_path}/x"], ".sock"),
                          (["--services", "node,banana", "--endpoint", f"unix://{tmp_path}/a.sock"], "banana"), (["--node-id", "-x-"], "node.id")):  # fmt: skip
         done = subprocess.run([sys.executable, "-m", "runvol", "csi", *flags], env=environment, capture_output=True, text=True, timeout=30,

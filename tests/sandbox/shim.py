@@ -150,7 +150,7 @@ class Sandbox:
 
     def destroy(self) -> None:
         for bind in self._binds:
-            subprocess.run(["umount", str(bind)], check=False)
+            subprocess.run(["umount", "-l", str(bind)], check=False)  # virtiofsd keeps what a guest has looked at
         self._binds.clear()
 
     def volume_stats(self, guest_path: str) -> kata_csi_pb2.VolumeStatsResponse:

@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from blockdev import Deadline, loops
-from tests.sandbox.shim import RUST, ContainerFailed, volume_mount
+from tests.sandbox.shim import RUST, ContainerFailed
 
 pytestmark = [pytest.mark.guest, pytest.mark.kernel]
 
@@ -19,8 +19,21 @@ STORAGE = "/run/kata-containers/sandbox/storage"
 
 def normal(commands):
     """QMP commands with the 16 random hexadecimal digits taken out."""
-    kept = [(name, arguments) for name, arguments in commands if name in ("blockdev-add", "device_add", "device_del", "blockdev-del")]
-    return [(name, {key: re.sub(r"[0-9a-f]{16}", "<…>", value) if isinstance(value, str) else value for key, value in arguments.items()}) for name, arguments in kept]
+    kept = [
+        (name, arguments)
+        for name, arguments in commands
+        if name in ("blockdev-add", "device_add", "device_del", "blockdev-del")
+    ]
+    return [
+        (
+            name,
+            {
+                key: re.sub(r"[0-9a-f]{16}", "<…>", value) if isinstance(value, str) else value
+                for key, value in arguments.items()
+            },
+        )
+        for name, arguments in kept
+    ]
 
 
 def storage_of(bench):
@@ -84,7 +97,9 @@ def test_metadata_fs_group_reaches_the_agent(bench):
     target = bench.hand_over(bench.image())
     (place,) = (bench.place / "direct-volumes").iterdir()
     text = (place / "mountInfo.json").read_text()
-    (place / "mountInfo.json").write_text(text.replace('"metadata":{}', '"metadata":{"fsGroup":"2000","fsGroupChangePolicy":"Always"}'))
+    (place / "mountInfo.json").write_text(
+        text.replace('"metadata":{}', '"metadata":{"fsGroup":"2000","fsGroupChangePolicy":"Always"}')
+    )
     name = bench.with_volume(target)
     assert storage_of(bench)[5] == (2000, 0)
     assert run(bench, name, "stat -c '%g %a' /mnt/data").split()[0] == "2000"
@@ -125,7 +140,9 @@ def test_a_source_that_is_not_the_key_byte_for_byte_falls_back_to_sharing(bench,
     target = bench.hand_over(bench.image())
     (bench.target() / "sub").mkdir()
     (bench.place / "link").symlink_to(target)
-    source = {"trailing slash": f"{target}/", "subdirectory": f"{target}/sub", "link": str(bench.place / "link")}[change]
+    source = {"trailing slash": f"{target}/", "subdirectory": f"{target}/sub", "link": str(bench.place / "link")}[
+        change
+    ]
     bench.with_volume(source)
     assert bench.sandbox.storages == []
 
@@ -271,7 +288,9 @@ def test_a_raw_volume_is_a_device_in_the_container(bench):
     device = loops.attach(str(image), deadline=Deadline.after(10))
     try:
         number = os.stat(device).st_rdev
-        name = bench.container(devices=[{"path": "/dev/xvda", "type": "b", "major": os.major(number), "minor": os.minor(number)}])
+        name = bench.container(
+            devices=[{"path": "/dev/xvda", "type": "b", "major": os.major(number), "minor": os.minor(number)}]
+        )
         run(bench, name, "echo raw-data | dd of=/dev/xvda bs=512 count=1 conv=sync,fsync 2>/dev/null")
         bench.sandbox.remove_container(name)
         assert image.read_bytes()[:8] == b"raw-data"
@@ -302,4 +321,9 @@ def test_the_agents_own_rules(bench):
     with pytest.raises(ttrpc.RpcError, match="storage handler nfs"):
         create(OCI=oci, storages=[{"driver": "nfs", "mount_point": "/x"}])
     with pytest.raises(ttrpc.RpcError, match="loop option"):
-        create(OCI=oci, storages=[{"driver": "virtio-fs", "source": "x", "fstype": "ext4", "options": ["loop"], "mount_point": "/x"}])
+        create(
+            OCI=oci,
+            storages=[
+                {"driver": "virtio-fs", "source": "x", "fstype": "ext4", "options": ["loop"], "mount_point": "/x"}
+            ],
+        )

@@ -35,7 +35,9 @@ def test_restarts_while_a_guest_writes_and_then_the_guest_is_killed(driver):
         sandbox.create_container(write_bundle(driver.directory / "b1", [volume_mount(target)]), "c1")
         code, output = sandbox.run("c1", *VERIFY, "--do_verify=0", "--end_fsync=1")
         assert code == 0, output
-        churn = sandbox.spawn("c1", "sh", "-c", "i=0; while true; do i=$((i+1)); echo $i > /mnt/data/churn.$((i%50)); done")
+        churn = sandbox.spawn(
+            "c1", "sh", "-c", "i=0; while true; do i=$((i+1)); echo $i > /mnt/data/churn.$((i%50)); done"
+        )
         assert churn
         until, restarts = time.monotonic() + 6, 0
         while time.monotonic() < until:
@@ -55,7 +57,9 @@ def test_restarts_while_a_guest_writes_and_then_the_guest_is_killed(driver):
     driver.unpublish(volume, A)
     # What a killed guest leaves needs its journal, and nothing else: the next publish replays it.
     driver.publish(volume, B, runtime="kata")
-    checked = subprocess.run(["e2fsck", "-f", "-n", str(image(driver, volume))], capture_output=True, text=True, check=False)
+    checked = subprocess.run(
+        ["e2fsck", "-f", "-n", str(image(driver, volume))], capture_output=True, text=True, check=False
+    )
     assert checked.returncode == 0, checked.stdout
     with VM() as vm:
         sandbox = a_sandbox(vm, driver)
@@ -83,12 +87,16 @@ def test_what_the_driver_hands_over_both_shims_take(driver, shim, vm):
     volume = driver.create("pvc", 320 << 20, capability)
     driver.stage(volume, capability)
     target = driver.publish(volume, A, runtime="kata", capability=capability)
-    driver.client.NodeExpandVolume(volume_id=volume.volume_id, volume_path=target, capacity_range={"required_bytes": 512 << 20})
+    driver.client.NodeExpandVolume(
+        volume_id=volume.volume_id, volume_path=target, capacity_range={"required_bytes": 512 << 20}
+    )
     sandbox = Sandbox(vm=vm, settings=Settings(shim=shim, direct_volumes=driver.direct_volumes))
     name = f"both-{shim}"
     sandbox.create_container(write_bundle(driver.directory / "b", [volume_mount(target)]), name)
     try:
-        _, text = sandbox.run(name, "sh", "-c", "stat -c '%g' /mnt/data; df -m /mnt/data | tail -1; grep /mnt/data /proc/self/mountinfo")
+        _, text = sandbox.run(
+            name, "sh", "-c", "stat -c '%g' /mnt/data; df -m /mnt/data | tail -1; grep /mnt/data /proc/self/mountinfo"
+        )
         lines = text.splitlines()
         assert lines[0] == "2000"
         assert int(lines[1].split()[1]) > 400

@@ -14,8 +14,14 @@ ALLOWED: tuple[tuple[str, str], ...] = (
     ("Controller Service [[]Controller Server] / Controller*PublishVolume / *", _NO_ATTACH),
     ("Controller Service [[]Controller Server] / ControllerUnpublishVolume / *", _NO_ATTACH),
     ("Controller Service [[]Controller Server] / volume lifecycle / *", _NO_ATTACH),
-    ("Controller Service [[]Controller Server] / CreateVolume / should create volume from an existing source*", _NO_SNAPSHOTS),
-    ("Controller Service [[]Controller Server] / CreateVolume / should fail when the volume source * is not found", _NO_SNAPSHOTS),
+    (
+        "Controller Service [[]Controller Server] / CreateVolume / should create volume from an existing source*",
+        _NO_SNAPSHOTS,
+    ),
+    (
+        "Controller Service [[]Controller Server] / CreateVolume / should fail when the volume source * is not found",
+        _NO_SNAPSHOTS,
+    ),
     ("Controller Service [[]Controller Server] / CreateVolume / should * volume attribute class", _NO_MODIFY),
     ("CreateSnapshot [[]Controller Server] / *", _NO_SNAPSHOTS),
     ("DeleteSnapshot [[]Controller Server] / *", _NO_SNAPSHOTS),

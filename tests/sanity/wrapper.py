@@ -34,7 +34,9 @@ class Configuration:
         return f"{self.runtime}-{self.access}"
 
 
-CONFIGURATIONS = tuple(Configuration(runtime, access) for runtime in ("runc", "sandbox") for access in ("mount", "block"))
+CONFIGURATIONS = tuple(
+    Configuration(runtime, access) for runtime in ("runc", "sandbox") for access in ("mount", "block")
+)
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,9 @@ def run(configuration: Configuration) -> Report:
         )  # fmt: skip
         log = driver.log.read_text()
         if not report.exists():
-            raise RuntimeError(f"csi-sanity made no report: {ended.stdout[-3000:]}{ended.stderr[-3000:]}\n{log[-3000:]}")
+            raise RuntimeError(
+                f"csi-sanity made no report: {ended.stdout[-3000:]}{ended.stderr[-3000:]}\n{log[-3000:]}"
+            )
         return Report(_outcomes(report), driver.left_over(), log)
 
 

@@ -7,7 +7,10 @@ import pytest
 from volumes import InvalidParameter, parameters
 
 
-@pytest.mark.parametrize("given", [{}, {"backend": "loop"}, {"runtime": "kata-qemu", "preallocate": "true"}, {"csi.storage.k8s.io/fstype": "xfs"}])
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"backend": "loop"}, {"runtime": "kata-qemu", "preallocate": "true"}, {"csi.storage.k8s.io/fstype": "xfs"}],
+)
 def test_known_parameters_pass(given):
     assert parameters.check(given) == given
 
@@ -24,7 +27,11 @@ def test_others_are_refused_by_name(key, value):
 
 def test_kubernetes_own_keys_are_passed_over():
     assert parameters.check({"csi.storage.k8s.io/pvc/name": "x"}) == {}
-    context = {"csi.storage.k8s.io/pod.name": "p", "storage.kubernetes.io/csiProvisionerIdentity": "1", "runtime": "runc"}
+    context = {
+        "csi.storage.k8s.io/pod.name": "p",
+        "storage.kubernetes.io/csiProvisionerIdentity": "1",
+        "runtime": "runc",
+    }
     assert parameters.check_context(context) == {"runtime": "runc"}
     with pytest.raises(InvalidParameter, match="colour"):
         parameters.check_context({"colour": "red"})

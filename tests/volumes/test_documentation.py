@@ -1,0 +1,34 @@
+"""The documentation's tables are the code's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from runvol.config import TABLE as SETTINGS
+from volumes.parameters import TABLE
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_storage_class_reference_is_made_from_the_table():
+    text = (ROOT / "docs/storageclass.md").read_text()
+    for one in TABLE:
+        assert f"| `{one.key}` | {one.values} | {one.default} | {one.meaning} |" in text
+
+
+def test_settings_that_the_documentation_names_exist():
+    for page in (ROOT / "docs").glob("*.md"):
+        for word in page.read_text().split("`"):
+            if (
+                word.split(".")[0] in {"detect", "paths", "loop", "node", "log"}
+                and word.count(".") == 1
+                and " " not in word
+            ):
+                assert word in SETTINGS, f"{page.name}: {word}"
+
+
+def test_every_link_in_the_readme_leads_somewhere():
+    import re
+
+    for target in re.findall(r"\]\(([^)]+)\)", (ROOT / "README.md").read_text()):
+        assert (ROOT / target).exists(), target
