@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import threading
+import socket
 
 from guestmount import repair
 from runvol import __version__, assembly
@@ -14,15 +14,27 @@ from runvol.config import Config
 log = logging.getLogger("runvol")
 
 
+def _signals() -> socket.socket:
+    """Readable once SIGTERM or SIGINT has come.
+
+    The kernel may hand a signal to any thread; Python's handlers run in the main one, which a wait on a lock would
+    never wake for them. The wake-up descriptor is written by the C handler, in whichever thread it runs.
+    """
+    told, tell = socket.socketpair()
+    tell.setblocking(False)
+    signal.set_wakeup_fd(tell.detach())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    return told
+
+
 def csi_plugin(config: Config) -> None:
     """Repair what the last process left, listen, and end gracefully on SIGTERM or SIGINT."""
     # mkfs and fsck are forked; gRPC's own fork handlers would stop every call for that.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     from csi import Server
 
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    told = _signals()
     node = assembly.build(config)
     server = Server(
         node,
@@ -36,7 +48,7 @@ def csi_plugin(config: Config) -> None:
     server.start()
     log.info("serving", extra={"endpoint": config.text("csi.endpoint"), "node": config.node_id,
                                "services": list(config.words("csi.services")), "version": __version__})  # fmt: skip
-    stop.wait()
+    told.recv(1)
     log.info("stopping")
     server.stop()
     node.catalog.close()

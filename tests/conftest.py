@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import fnmatch
 import os
+
+# Tests fork (mkfs) in a process that has gRPC channels; its fork handlers would abort the child.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
 import re
 from collections.abc import Iterator
 from pathlib import Path
