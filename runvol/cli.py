@@ -240,6 +240,29 @@ def gc(load: Loader, dry_run: bool, as_json: bool) -> None:
     tables.show(rows, ("kind", "place", "why", "done"), as_json=as_json, empty="nothing is left over")
 
 
+@main.command()
+@click.argument("name", type=click.Choice(["publish"]))
+@click.option("--endpoint", metavar="URL", help="The running driver's socket.")
+@click.option("--samples", type=click.IntRange(1, 100_000), default=200, show_default=True)
+@_json
+@click.pass_obj
+def bench(load: Loader, name: str, endpoint: str | None, samples: int, as_json: bool) -> None:
+    """Measure the running driver on this node with a small volume of its own."""
+    import grpc
+
+    from csi.server import socket_path
+    from runvol import bench as benchmarks
+
+    loaded = load(**{"csi.endpoint": endpoint})
+    root = loaded.words("node.roots")[0]
+    try:
+        figures = benchmarks.publish(socket_path(loaded.text("csi.endpoint")), root, samples)
+    except grpc.RpcError as error:
+        raise click.ClickException(f"{name}: {error.code().name}: {error.details()}") from error
+    rows = [{"call": one.call, "p50_ms": one.p50, "p99_ms": one.p99, "samples": one.samples} for one in figures]
+    tables.show(rows, ("call", "p50_ms", "p99_ms", "samples"), as_json=as_json, empty="")
+
+
 @main.command("config")
 @_json
 @click.pass_obj

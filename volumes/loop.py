@@ -125,11 +125,16 @@ class LoopBackend:
         return capacity
 
     def expand(self, volume_id: str, size: SizeRange) -> Volume:
+        before = self._known(volume_id)
         with self._busy(), self._store.transaction():
             capacity = self.check_expand(volume_id, size)
             # The row first: a file that is smaller than its row is grown at the next start or attempt.
             self._store.set_capacity(volume_id, capacity)
-        self._resize_file(self._known(volume_id))
+        try:
+            self._resize_file(self._known(volume_id))
+        except NoSpace:
+            self._store.set_capacity(volume_id, before.capacity_bytes)
+            raise
         return self._known(volume_id)
 
     # -- the node's verbs

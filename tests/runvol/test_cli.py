@@ -153,6 +153,19 @@ def test_the_servers_flags_are_checked(tmp_path):
         assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
+def test_bench_measures_the_running_driver_and_leaves_nothing(driver):
+    figures = {
+        row["call"]: row
+        for row in rows(
+            driver.cli("bench", "publish", "--endpoint", f"unix://{driver.socket}", "--samples", "5", "--json")
+        )
+    }
+    assert figures["NodePublishVolume"]["p50_ms"] > 0 and figures["NodePublishVolume"]["samples"] == 5
+    assert not any(driver.left_over().values()) and not list(driver.kubelet.glob("runvol-bench-*"))
+    refused = driver.cli("bench", "publish", "--endpoint", "unix:///nowhere/x.sock", check=False)
+    assert refused.returncode == 1 and "UNAVAILABLE" in refused.stderr and "Traceback" not in refused.stderr
+
+
 def test_parameters_and_help_are_there():
     with Driver() as driver:
         assert "preallocate" in driver.cli("parameters").stdout

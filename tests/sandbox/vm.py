@@ -108,6 +108,10 @@ class VM:
         self.agent: ttrpc.Client | None = None
         self.commands: list[tuple[str, dict[str, Any]]] = []
 
+    @property
+    def has_virtiofs(self) -> bool:
+        return self._virtiofs is not None
+
     def __enter__(self) -> VM:
         try:
             self._start()
@@ -158,7 +162,8 @@ class VM:
             command += ["-object", f"iothread,id=io{number}",
                         "-blockdev", json.dumps({"driver": "raw", "node-name": f"cold{number}", "file": {
                             "driver": "file", "filename": str(file), "aio": "native", "cache": {"direct": True}}}),
-                        "-device", f"virtio-blk-pci,drive=cold{number},iothread=io{number},num-queues=2,id=vd{number}"]  # fmt: skip
+                        "-device", f"pcie-root-port,id=port{number},chassis={number + 10}",
+                        "-device", f"virtio-blk-pci,bus=port{number},drive=cold{number},iothread=io{number},num-queues=2,id=vd{number}"]  # fmt: skip
         return command
 
     def _connect_qmp(self) -> None:
