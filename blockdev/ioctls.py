@@ -12,8 +12,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_BLKROSET, _BLKROGET, _BLKFLSBUF = 0x125D, 0x125E, 0x1261
-_BLKGETSIZE64, _BLKSSZGET = 0x80081272, 0x1268
+_BLKROGET, _BLKGETSIZE64 = 0x125E, 0x80081272
 _EXT4_IOC_RESIZE_FS = 0x40086610
 _XFS_IOC_FSGROWFSDATA, _XFS_IOC_FSGEOMETRY_V1 = 0x4010586E, 0x80705864
 
@@ -49,19 +48,6 @@ def is_read_only(path: str) -> bool:
     """Whether the kernel refuses writes to a block node (BLKROGET); both Kata shims ask this."""
     with opened(path) as fd:
         return bool(struct.unpack("i", fcntl.ioctl(fd, _BLKROGET, bytes(4)))[0])
-
-
-def set_read_only(path: str, read_only: bool) -> None:
-    """BLKROSET."""
-    with opened(path) as fd:
-        fcntl.ioctl(fd, _BLKROSET, struct.pack("i", int(read_only)))
-
-
-def flush_buffers(path: str) -> None:
-    """Write back and forget what the kernel caches of a block node."""
-    with opened(path) as fd:
-        os.fsync(fd)
-        fcntl.ioctl(fd, _BLKFLSBUF, 0)
 
 
 def ext4_resize(fd: int, blocks: int) -> None:

@@ -22,7 +22,6 @@ _CODES: tuple[tuple[type[BaseException], grpc.StatusCode], ...] = (
     (volumes.SizeNotAllowed, grpc.StatusCode.OUT_OF_RANGE),
     (volumes.NoSpace, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (volumes.VolumeUnfinished, grpc.StatusCode.ABORTED),
-    (volumes.NotSupported, grpc.StatusCode.INVALID_ARGUMENT),
     (volumes.StoreFailed, grpc.StatusCode.UNAVAILABLE),
     (blockdev.WaitExpired, grpc.StatusCode.DEADLINE_EXCEEDED),
     (blockdev.BlockdevError, grpc.StatusCode.FAILED_PRECONDITION),

@@ -104,6 +104,7 @@ class Node:
         volume = self.catalog.get(request.volume_id)
         if volume.formatting:
             raise Refused(f"volume {volume.volume_id} was being formatted when the driver ended; stage it again")
+        self.catalog.of(volume.volume_id).attach(volume.volume_id)  # its bytes are still there
         with self.claims.locked(request.volume_id, deadline) as cell:
             claim = cell.claim
             if claim is None or claim.staging_path != request.staging_path:
@@ -222,7 +223,7 @@ class Node:
         backend = self.catalog.of(volume_id)
         self.catalog.get(volume_id)
         path = paths.check("volume_path", volume_path, self.roots)
-        with self.claims.locked(volume_id, deadline, patience=0.0) as cell:
+        with self.claims.locked(volume_id, deadline) as cell:
             claim = cell.claim
             if claim is None or (path not in claim.targets and path != claim.staging_path):
                 raise VolumeNotFound(f"{volume_id} (it is not at {path})")

@@ -24,7 +24,7 @@ def admit(claim: Claim, owner: Owner, path: str, target: Target) -> None:
     if current is None or path in claim.targets:
         return
     mode = claim.use.access_mode
-    if claim.use.raw and mode is AccessMode.SINGLE_NODE_MULTI_WRITER and current.kind == owner.kind:
+    if claim.use.raw and mode.is_shared and current.kind == owner.kind:
         return
     if mode is AccessMode.SINGLE_NODE_SINGLE_WRITER and claim.targets:
         raise Refused(

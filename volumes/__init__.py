@@ -5,7 +5,6 @@ from volumes.catalog import Catalog
 from volumes.errors import (
     InvalidParameter,
     NoSpace,
-    NotSupported,
     SizeNotAllowed,
     StoreFailed,
     VolumeConflict,
@@ -23,7 +22,6 @@ __all__ = [
     "Catalog",
     "InvalidParameter",
     "NoSpace",
-    "NotSupported",
     "SizeNotAllowed",
     "SizeRange",
     "StoreFailed",

@@ -35,10 +35,6 @@ class NoSpace(VolumeError):
     """The backend cannot promise that many bytes."""
 
 
-class NotSupported(VolumeError):
-    """The backend cannot do this at all."""
-
-
 class VolumeUnfinished(VolumeError):
     """The volume is in the middle of being made, formatted or deleted."""
 

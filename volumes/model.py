@@ -30,6 +30,11 @@ class AccessMode(enum.StrEnum):
         return self.value.startswith("multi_node")
 
     @property
+    def is_shared(self) -> bool:
+        """Whether several pods may have a raw device at once."""
+        return self.is_multi_node or self is AccessMode.SINGLE_NODE_MULTI_WRITER
+
+    @property
     def is_read_only(self) -> bool:
         return self in (AccessMode.SINGLE_NODE_READER_ONLY, AccessMode.MULTI_NODE_READER_ONLY)
 
@@ -54,8 +59,6 @@ class Capability:
         """
         if not self.raw and self.mode.is_multi_node:
             return f"access mode {self.mode} needs a filesystem that several nodes can share; use SINGLE_NODE_WRITER"
-        if self.raw and self.mode.is_multi_node:
-            return f"access mode {self.mode}: the volume lives on one node only; use SINGLE_NODE_WRITER"
         return None
 
 

@@ -84,8 +84,8 @@ def test_capacity_counts_promises():
 
 
 @pytest.mark.parametrize("mode", ["MULTI_NODE_READER_ONLY", "MULTI_NODE_SINGLE_WRITER", "MULTI_NODE_MULTI_WRITER"])
-@pytest.mark.parametrize("make", [mount_capability, block_capability])
-def test_modes_of_several_nodes_are_refused_wherever_they_come(driver, mode, make):
+def test_a_filesystem_for_several_nodes_is_refused_wherever_it_is_asked_for(driver, mode):
+    make = mount_capability
     with refused("INVALID_ARGUMENT", mode):
         driver.create("a", capability=make(mode))
     volume = driver.create("b", 8 * MIB)

@@ -302,6 +302,31 @@ def test_a_raw_volume_that_a_guest_still_has_is_not_given_away(driver):
     assert driver.loop_devices() == []
 
 
+@pytest.mark.parametrize("runtime", ["runc", "kata"])
+@pytest.mark.parametrize("mode", ["SINGLE_NODE_MULTI_WRITER", "MULTI_NODE_MULTI_WRITER"])
+def test_a_raw_volume_of_several_writers_goes_to_several_pods(driver, runtime, mode):
+    capability = block_capability(mode)
+    volume = driver.create("raw", capability=capability)
+    driver.stage(volume, capability)
+    first, second = (driver.publish(volume, pod, runtime=runtime, capability=capability) for pod in (A, B))
+    assert os.stat(first).st_rdev == os.stat(second).st_rdev and len(driver.loop_devices()) == 1
+    driver.unpublish(volume, A)
+    with open(second, "r+b", buffering=0) as node:
+        node.write(bytes(512))
+    driver.unpublish(volume, B)
+    assert driver.loop_devices() == []
+
+
+def test_a_raw_volume_of_one_writer_goes_to_one_guest(driver):
+    capability = block_capability("SINGLE_NODE_WRITER")
+    volume = driver.create("raw", capability=capability)
+    driver.stage(volume, capability)
+    driver.publish(volume, A, runtime="kata", capability=capability)
+    with refused("FAILED_PRECONDITION", "one kernel at a time"):
+        driver.publish(volume, B, runtime="kata", capability=capability)
+    driver.unpublish(volume, A)
+
+
 def test_a_read_only_raw_volume_refuses_writes(driver):
     capability = block_capability()
     volume = driver.create("raw", capability=capability)
@@ -378,6 +403,19 @@ def test_a_damaged_filesystem_is_not_published(driver, runtime):
         driver.publish(volume, A, runtime=runtime)
     assert driver.mounts() == [] and driver.loop_devices() == []
     driver.unstage(volume)
+
+
+@pytest.mark.parametrize("runtime", ["kata", "runc"])
+def test_a_volume_whose_file_is_gone_is_not_found_and_can_still_be_taken_back(driver, runtime):
+    volume = driver.create("gone")
+    driver.stage(volume)
+    image(driver, volume).unlink()
+    with refused("NOT_FOUND", "is gone"):
+        driver.publish(volume, A, runtime=runtime)
+    driver.unpublish(volume, A)
+    driver.unstage(volume)
+    driver.delete(volume)
+    assert not any(driver.left_over().values())
 
 
 def test_publish_to_a_sandbox_stays_quick(driver, volume):

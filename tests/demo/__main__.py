@@ -97,8 +97,6 @@ class Demo:
             self.driver.stage(self.other)
             target = self.driver.publish(self.other, POD_C, runtime="runc")
             lay_out(on_host, target, self.size)
-            for job in JOBS:
-                self.add(measure(on_host, "host", job, target, seconds=self.seconds, size=self.size))
         return target
 
     def publish(self, volume: Any) -> str:
@@ -244,6 +242,8 @@ class Demo:
             text = (Path(target) / "file").read_text()
             expect(text == "still here\n", "the runc pod sees the guest's file")
             say(f"on the host: {target.split('/')[-1]} is a mount, the file says {text.strip()!r}")
+            for job in JOBS:
+                self.add(measure(on_host, "host", job, target, seconds=self.seconds, size=self.size))
             self.driver.unpublish(volume, POD_B)
 
     def remove_all(self, volume: Any) -> None:
