@@ -24,6 +24,7 @@ _LOOP_CLR_FD, _LOOP_SET_CAPACITY, _LOOP_CONFIGURE = 0x4C01, 0x4C07, 0x4C0A
 _LOOP_GET_STATUS64, _LOOP_CTL_GET_FREE = 0x4C05, 0x4C82
 _READ_ONLY, _AUTOCLEAR, _DIRECT_IO = 1, 4, 16
 _LOOP_MAJOR = 7
+_SECTOR = 512
 
 
 class _Info64(ctypes.Structure):
@@ -159,7 +160,9 @@ def open_private(path: str, *, deadline: Deadline) -> tuple[str, int]:
 
 
 def _config(file: int, path: str, flags: int) -> _Config:
-    config = _Config(fd=file)
+    # Without a size of ours the kernel takes the alignment that direct I/O needs, which grows to 4096 once a file is
+    # reflinked on XFS; an ext4 with smaller blocks could then not be mounted any more.
+    config = _Config(fd=file, block_size=_SECTOR)
     config.info.flags = flags
     name = os.fsencode(path)[-63:]
     ctypes.memmove(config.info.file_name, name, len(name))

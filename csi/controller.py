@@ -10,20 +10,25 @@ import grpc
 from google.protobuf.wrappers_pb2 import Int64Value
 
 from blockdev import Deadline
-from csi import checks, health
+from csi import checks, health, topology
 from csi.errors import CallError
+from csi.pages import page
+from csi.snapshots import SnapshotCalls
 from guestmount import BadRequest, Busy, Node, Refused
 from guestmount.requests import check_capability
 from runvol_proto import csi_pb2
-from volumes import Capability, Volume, VolumeNotFound, parameters
+from volumes import Capability, ContentSource, Volume, VolumeNotFound, parameters
 from volumes.sizes import LARGEST
 
-TOPOLOGY_KEY = "topology.csi.runvol.io/node"
 _RPC = csi_pb2.ControllerServiceCapability.RPC
 _CAPABILITIES = (
     _RPC.CREATE_DELETE_VOLUME,
     _RPC.LIST_VOLUMES,
     _RPC.GET_CAPACITY,
+    _RPC.CREATE_DELETE_SNAPSHOT,
+    _RPC.LIST_SNAPSHOTS,
+    _RPC.GET_SNAPSHOT,
+    _RPC.CLONE_VOLUME,
     _RPC.EXPAND_VOLUME,
     _RPC.VOLUME_CONDITION,
     _RPC.GET_VOLUME,
@@ -53,11 +58,11 @@ class Names:
                 self._taken.discard(name)
 
 
-class Controller:
+class Controller(SnapshotCalls):
     """Creates, deletes, lists and sizes volumes."""
 
     def __init__(self, node: Node, node_id: str) -> None:
-        self._node, self._node_id = node, node_id
+        super().__init__(node, node_id)
         self._names = Names()
 
     def ControllerGetCapabilities(
@@ -68,7 +73,7 @@ class Controller:
             response.capabilities.add().rpc.type = capability
         return response
 
-    def CreateVolume(self, request: csi_pb2.CreateVolumeRequest, _deadline: Deadline) -> csi_pb2.CreateVolumeResponse:
+    def CreateVolume(self, request: csi_pb2.CreateVolumeRequest, deadline: Deadline) -> csi_pb2.CreateVolumeResponse:
         name = checks.required("name", request.name)
         if not request.volume_capabilities:
             raise BadRequest("volume_capabilities", None, "must be given")
@@ -80,17 +85,16 @@ class Controller:
             raise BadRequest(
                 "mutable_parameters", sorted(request.mutable_parameters), "no parameter can be changed later"
             )
-        if request.HasField("volume_content_source"):
-            raise BadRequest(
-                "volume_content_source",
-                request.volume_content_source.WhichOneof("type"),
-                "the backend loop makes empty volumes only",
-            )
         self._check_topology(request.accessibility_requirements)
         with self._names.taken(name):
             backend = self._node.catalog.for_parameters(chosen)
-            volume = backend.create(name, checks.size_range(request.capacity_range), chosen, uses)
-        return csi_pb2.CreateVolumeResponse(volume=self._message(volume))
+            source = _content_source(request)
+            with self._node.still([source.source_id] if source and source.kind == "volume" else [], deadline):
+                volume = backend.create(name, checks.size_range(request.capacity_range), chosen, uses, source)
+        message = self._message(volume)
+        if request.HasField("volume_content_source"):
+            message.content_source.CopyFrom(request.volume_content_source)
+        return csi_pb2.CreateVolumeResponse(volume=message)
 
     def _check_uses(self, uses: Sequence[Capability]) -> None:
         for use in uses:
@@ -102,16 +106,12 @@ class Controller:
             raise BadRequest("volume_capabilities", sorted({use.fstype for use in uses}), "ask for one filesystem only")
 
     def _check_topology(self, wanted: csi_pb2.TopologyRequirement) -> None:
-        candidates = list(wanted.requisite) or list(wanted.preferred)
-        if candidates and not any(self._is_here(topology) for topology in candidates):
+        if not topology.here(wanted, self._node_id):
             raise CallError(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"accessibility_requirements name no topology of this node ({TOPOLOGY_KEY} = {self._node_id}); the "
+                f"accessibility_requirements name no topology of this node ({topology.KEY} = {self._node_id}); the "
                 "volume has to be made by the plugin on another node",
             )
-
-    def _is_here(self, topology: csi_pb2.Topology) -> bool:
-        return all(key == TOPOLOGY_KEY and value == self._node_id for key, value in topology.segments.items())
 
     def DeleteVolume(self, request: csi_pb2.DeleteVolumeRequest, deadline: Deadline) -> csi_pb2.DeleteVolumeResponse:
         volume_id = checks.required("volume_id", request.volume_id)
@@ -153,18 +153,10 @@ class Controller:
         return response
 
     def _page(self, max_entries: int, starting_token: str) -> tuple[list[Volume], str]:
-        if max_entries < 0:
-            raise BadRequest("max_entries", max_entries, "must not be negative")
-        if starting_token and not (starting_token.isascii() and starting_token.isdigit() and len(starting_token) < 19):
-            raise CallError(
-                grpc.StatusCode.ABORTED, f"starting_token = {starting_token[:80]!r} was not given by this driver"
-            )
-        found = list(
-            self._node.catalog.list(after=int(starting_token or 0), limit=max_entries + 1 if max_entries else -1)
-        )
-        more = bool(max_entries) and len(found) > max_entries
-        page = found[:max_entries] if more else found
-        return [volume for _seq, volume in page], str(page[-1][0]) if more else ""
+        def some(after: int, limit: int) -> Sequence[tuple[int, Volume]]:
+            return self._node.catalog.list(after=after, limit=limit)
+
+        return page(max_entries, starting_token, some)
 
     def ControllerGetVolume(
         self, request: csi_pb2.ControllerGetVolumeRequest, _deadline: Deadline
@@ -178,7 +170,9 @@ class Controller:
         chosen = parameters.check(checks.bounded_map("parameters", request.parameters))
         uses = [checks.capability("volume_capabilities", one) for one in request.volume_capabilities]
         usable = all(use.refusal() is None for use in uses)
-        here = not request.HasField("accessible_topology") or self._is_here(request.accessible_topology)
+        here = not request.HasField("accessible_topology") or topology.is_here(
+            request.accessible_topology, self._node_id
+        )
         free = self._node.catalog.for_parameters(chosen).available_bytes() if usable and here else 0
         return csi_pb2.GetCapacityResponse(
             available_capacity=free, maximum_volume_size=Int64Value(value=min(free, LARGEST))
@@ -218,5 +212,18 @@ class Controller:
             volume_id=volume.volume_id,
             capacity_bytes=volume.capacity_bytes,
             volume_context=parameters.context_of(volume.parameters),
-            accessible_topology=[csi_pb2.Topology(segments={TOPOLOGY_KEY: self._node_id})],
+            accessible_topology=[csi_pb2.Topology(segments=topology.segments(self._node_id))],
         )
+
+
+def _content_source(request: csi_pb2.CreateVolumeRequest) -> ContentSource | None:
+    if not request.HasField("volume_content_source"):
+        return None
+    content = request.volume_content_source
+    if content.HasField("snapshot"):
+        snapshot_id = checks.required("volume_content_source.snapshot.snapshot_id", content.snapshot.snapshot_id)
+        return ContentSource(kind="snapshot", source_id=snapshot_id)
+    if content.HasField("volume"):
+        volume_id = checks.required("volume_content_source.volume.volume_id", content.volume.volume_id)
+        return ContentSource(kind="volume", source_id=volume_id)
+    raise BadRequest("volume_content_source", None, "must name a snapshot or a volume")

@@ -29,7 +29,8 @@ class Identity:
     ) -> csi_pb2.GetPluginCapabilitiesResponse:
         services = [csi_pb2.PluginCapability.Service.VOLUME_ACCESSIBILITY_CONSTRAINTS]
         if self._with_controller:
-            services.insert(0, csi_pb2.PluginCapability.Service.CONTROLLER_SERVICE)
+            kinds = csi_pb2.PluginCapability.Service
+            services += [kinds.CONTROLLER_SERVICE, kinds.GROUP_CONTROLLER_SERVICE]
         response = csi_pb2.GetPluginCapabilitiesResponse()
         for service in services:
             response.capabilities.add().service.type = service

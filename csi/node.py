@@ -6,7 +6,7 @@ import os
 
 from blockdev import Deadline
 from csi import checks, health
-from csi.controller import TOPOLOGY_KEY
+from csi.topology import segments
 from guestmount import BadRequest, Node, PublishRequest, StageRequest, usage
 from guestmount.requests import check_capability
 from runvol_proto import csi_pb2
@@ -40,7 +40,7 @@ class NodeService:
         return response
 
     def NodeGetInfo(self, _request: csi_pb2.NodeGetInfoRequest, _deadline: Deadline) -> csi_pb2.NodeGetInfoResponse:
-        topology = csi_pb2.Topology(segments={TOPOLOGY_KEY: self._node_id})
+        topology = csi_pb2.Topology(segments=segments(self._node_id))
         return csi_pb2.NodeGetInfoResponse(node_id=self._node_id, accessible_topology=topology)
 
     def NodeStageVolume(

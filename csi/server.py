@@ -14,6 +14,7 @@ from csi.calls import service_handler
 from csi.controller import Controller
 from csi.identity import Identity
 from csi.node import NodeService
+from csi.snapshots import GroupController
 from guestmount import BadRequest, Node
 
 SERVICES = ("identity", "controller", "node")
@@ -49,6 +50,7 @@ class Server:
         ]
         if "controller" in services:
             handlers.append(service_handler("Controller", Controller(node, node_id)))
+            handlers.append(service_handler("GroupController", GroupController(node, node_id)))
         if "node" in services:
             handlers.append(service_handler("Node", NodeService(node, node_id)))
         self._server.add_generic_rpc_handlers(tuple(handlers))

@@ -153,14 +153,14 @@ class Claims:
         _check(volume_id)
         path = os.path.join(self._locks, volume_id)
         fd = _take(path, volume_id, min(deadline.remaining(), patience))
+        cell = None
         try:
-            record = os.path.join(self._directory, f"{volume_id}.json")
-            cell = Cell(record, os.path.join(self._temporary, volume_id))
+            cell = Cell(os.path.join(self._directory, f"{volume_id}.json"), os.path.join(self._temporary, volume_id))
             yield cell
-            if cell.claim is None:
+        finally:
+            if cell is not None and cell.claim is None:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(path)
-        finally:
             os.close(fd)
 
     def peek(self, volume_id: str) -> Claim | None:

@@ -25,6 +25,8 @@ def mount_filesystem(cell: Cell, claim: Claim, path: str, target: Target, deadli
     staging, use = claim.staging_path, claim.use
     if not mounts.is_mount_point(staging):
         filesystems.check(claim.source, use.fstype, deadline)
+        if not claim.device:
+            filesystems.grow(claim.source, deadline)  # unmounted, it needs no capability
         claim = be_attached(cell, claim, deadline)
         options = [*use.mount_flags, *(["nouuid"] if use.fstype == "xfs" else [])]
         os.makedirs(staging, mode=0o750, exist_ok=True)

@@ -245,6 +245,20 @@ class Node:
         else:
             filesystems.grow(claim.source, deadline)
 
+    def check_unowned(self, volume_id: str) -> None:
+        """Refused while a pod has the volume. For callers that keep it `still`."""
+        claim = self.claims.peek(volume_id)
+        if claim is not None and claim.owner is not None:
+            raise Refused(f"volume {volume_id} is in use by {claim.owner}; unpublish it first")
+
+    @contextlib.contextmanager
+    def still(self, volume_ids: Sequence[str], deadline: Deadline) -> Iterator[None]:
+        """Nobody gets, gives back or deletes these volumes before the block ends. Busy if somebody is doing it."""
+        with contextlib.ExitStack() as stack:
+            for volume_id in sorted(set(volume_ids)):
+                stack.enter_context(self.claims.locked(volume_id, deadline))
+            yield
+
     @contextlib.contextmanager
     def unused(self, volume_id: str, deadline: Deadline) -> Iterator[None]:
         """Nobody has the volume, nor gets it before the block ends; its claim is gone after it. Refused otherwise."""

@@ -12,7 +12,17 @@ from volumes.errors import (
     VolumeNotFound,
     VolumeUnfinished,
 )
-from volumes.model import VOLUME_ID, AccessMode, BlockSource, Capability, SizeRange, Volume
+from volumes.model import (
+    VOLUME_ID,
+    AccessMode,
+    BlockSource,
+    Capability,
+    ContentSource,
+    SizeRange,
+    Snapshot,
+    SnapshotGroup,
+    Volume,
+)
 
 __all__ = [
     "VOLUME_ID",
@@ -20,10 +30,13 @@ __all__ = [
     "BlockSource",
     "Capability",
     "Catalog",
+    "ContentSource",
     "InvalidParameter",
     "NoSpace",
     "SizeNotAllowed",
     "SizeRange",
+    "Snapshot",
+    "SnapshotGroup",
     "StoreFailed",
     "Volume",
     "VolumeConflict",

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from blockdev import Deadline
-from volumes.model import BlockSource, Capability, SizeRange, Volume
+from volumes.model import BlockSource, Capability, ContentSource, SizeRange, Volume
 
 
 class Backend(Protocol):
@@ -18,8 +18,18 @@ class Backend(Protocol):
 
     name: str
 
-    def create(self, name: str, size: SizeRange, parameters: Mapping[str, str], uses: Sequence[Capability]) -> Volume:
-        """The volume called `name`, made now or before. Raises VolumeConflict, NoSpace, SizeNotAllowed."""
+    def create(
+        self,
+        name: str,
+        size: SizeRange,
+        parameters: Mapping[str, str],
+        uses: Sequence[Capability],
+        source: ContentSource | None = None,
+    ) -> Volume:
+        """The volume called `name`, made now or before, with the content of `source`.
+
+        Raises VolumeConflict, NoSpace, SizeNotAllowed, VolumeNotFound (of the source), DeviceBusy (it is in use).
+        """
 
     def delete(self, volume_id: str) -> None:
         """No such volume afterwards. Raises DeviceBusy while somebody has it open."""

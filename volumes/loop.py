@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NoReturn
 
 from blockdev import Deadline, blankness, exclusivity, filesystems
-from blockdev.errors import WrongFilesystem
+from blockdev.errors import BlockdevError, WrongFilesystem
+from volumes import copies, sizes
 from volumes import parameters as classes
-from volumes import sizes
 from volumes.errors import (
     InvalidParameter,
     NoSpace,
@@ -26,11 +26,13 @@ from volumes.errors import (
     VolumeNotFound,
     VolumeUnfinished,
 )
-from volumes.model import VOLUME_ID, BlockSource, Capability, SizeRange, Volume
+from volumes.model import VOLUME_ID, BlockSource, Capability, ContentSource, SizeRange, Volume
+from volumes.snapshots import Snapshots
 from volumes.store import Row, State, Store
 
 PREFIX = "loop-"
 _SUFFIX, _NEW = ".img", ".new"
+_COPY_LIMIT = 3600.0
 
 
 class LoopBackend:
@@ -45,19 +47,30 @@ class LoopBackend:
         self._limit = capacity_limit
         self._store = Store(os.path.join(state_dir, "volumes.db"))
         self._lock_path = os.path.join(state_dir, "volumes.lock")
+        self.snapshots = Snapshots(self._store, self._directory, busy=self._busy, room=self.available_bytes)
 
     def close(self) -> None:
         self._store.close()
 
     # -- the controller's verbs
 
-    def create(self, name: str, size: SizeRange, parameters: Mapping[str, str], uses: Sequence[Capability]) -> Volume:
+    def create(
+        self,
+        name: str,
+        size: SizeRange,
+        parameters: Mapping[str, str],
+        uses: Sequence[Capability],
+        source: ContentSource | None = None,
+    ) -> Volume:
         smallest = max((_smallest(use, parameters) for use in uses), default=filesystems.SMALLEST["ext4"])
-        capacity = sizes.choose(size, smallest=smallest)
         with self._busy():
             old = self._store.by_name(name)
             if old is not None and old.state is State.READY:
-                return _same(old, size, parameters, self._volume(old))
+                return _same(old, size, parameters, source, self._volume(old))
+            content = self._content(source)
+            if content:
+                smallest = max(smallest, os.stat(content).st_size)
+            capacity = sizes.choose(size, smallest=smallest)
             if old is not None:
                 self._settle(old)
             volume_id = PREFIX + uuid.uuid4().hex
@@ -70,14 +83,26 @@ class LoopBackend:
                     capacity=capacity,
                     parameters=parameters,
                     state=State.CREATING,
+                    source=str(source or ""),
                 )
             try:
-                self._make_file(volume_id, capacity, preallocate=parameters.get("preallocate") == "true")
+                self._make_file(volume_id, capacity, content, preallocate=parameters.get("preallocate") == "true")
             except OSError as error:
                 self._drop(volume_id)
                 _raise_no_space(error, capacity)
+            except BlockdevError:
+                self._drop(volume_id)
+                raise
             self._store.set_state(volume_id, State.READY)
         return self._known(volume_id)
+
+    def _content(self, source: ContentSource | None) -> str:
+        """The file that a new volume starts with; empty for none."""
+        if source is None:
+            return ""
+        if source.kind == "snapshot":
+            return self.snapshots.path(self.snapshots.get(source.source_id).snapshot_id)
+        return self.attach(source.source_id).path
 
     def delete(self, volume_id: str) -> None:
         row = self._store.get(volume_id)
@@ -192,6 +217,7 @@ class LoopBackend:
         try:
             with self._busy(exclusive=True):
                 done = [said for row in self._store.rows() if (said := self._settle(row))]
+                done += self.snapshots.recover()
                 rows = {row.volume_id for row in self._store.rows()}
                 for name in os.listdir(self._directory):
                     if name.endswith(_NEW) and name.removesuffix(_NEW) not in rows:
@@ -203,7 +229,7 @@ class LoopBackend:
 
     def unknown_files(self) -> Sequence[str]:
         """Files in the directory that no row speaks of; never removed by runvol."""
-        rows = {row.volume_id + _SUFFIX for row in self._store.rows()}
+        rows = {row.volume_id + _SUFFIX for row in self._store.rows()} | self.snapshots.known_files()
         names = sorted(set(os.listdir(self._directory)) - rows)
         return [os.path.join(self._directory, name) for name in names if not name.endswith(_NEW)]
 
@@ -251,6 +277,7 @@ class LoopBackend:
             capacity_bytes=row.capacity,
             parameters=row.parameters,
             formatting=row.formatting,
+            source=row.source,
             allocated_bytes=self._allocated(row.volume_id),
         )
 
@@ -271,9 +298,11 @@ class LoopBackend:
                 "delete volumes, or give the directory a larger disk"
             )
 
-    def _make_file(self, volume_id: str, capacity: int, *, preallocate: bool) -> None:
+    def _make_file(self, volume_id: str, capacity: int, content: str, *, preallocate: bool) -> None:
         new = os.path.join(self._directory, volume_id + _NEW)
-        fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        if content:
+            copies.copy(content, new, Deadline.after(_COPY_LIMIT))
+        fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             if preallocate:
                 os.posix_fallocate(fd, 0, capacity)
@@ -319,7 +348,11 @@ def _smallest(use: Capability, parameters: Mapping[str, str]) -> int:
     return filesystems.SMALLEST[use.fstype or parameters.get(classes.FSTYPE) or filesystems.DEFAULT]
 
 
-def _same(old: Row, size: SizeRange, parameters: Mapping[str, str], volume: Volume) -> Volume:
+def _same(
+    old: Row, size: SizeRange, parameters: Mapping[str, str], source: ContentSource | None, volume: Volume
+) -> Volume:
+    if old.source != str(source or ""):
+        raise VolumeConflict(old.name, f"was made from {old.source or 'nothing'}, not from {source or 'nothing'}")
     if old.capacity < size.required or (size.limit and old.capacity > size.limit):
         raise VolumeConflict(old.name, f"has {old.capacity} bytes, outside of {size.required} to {size.limit or '∞'}")
     if dict(old.parameters) != dict(parameters):

@@ -81,6 +81,37 @@ class Volume:
     parameters: Mapping[str, str] = field(default_factory=dict)
     formatting: bool = False
     allocated_bytes: int = 0
+    source: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """A volume as it was; `created` in seconds since 1970, `group` empty for one that was taken alone."""
+
+    snapshot_id: str
+    source: str
+    size_bytes: int
+    created: float
+    group: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotGroup:
+    """Snapshots that were taken together."""
+
+    group_id: str
+    snapshots: tuple[Snapshot, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContentSource:
+    """What a new volume starts with: `kind` is `snapshot` or `volume`."""
+
+    kind: str
+    source_id: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.source_id}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from volumes.errors import StoreFailed
 
-_SCHEMA = 1
+_SCHEMA = 1  # nothing was released with another one
 _TABLES = """
 CREATE TABLE IF NOT EXISTS volumes (
     seq        INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -27,10 +27,22 @@ CREATE TABLE IF NOT EXISTS volumes (
     capacity   INTEGER NOT NULL,
     parameters TEXT NOT NULL,
     state      TEXT NOT NULL,
-    formatting INTEGER NOT NULL DEFAULT 0
+    formatting INTEGER NOT NULL DEFAULT 0,
+    source     TEXT NOT NULL DEFAULT ''
+) STRICT;
+CREATE TABLE IF NOT EXISTS snapshots (
+    seq      INTEGER PRIMARY KEY AUTOINCREMENT,
+    id       TEXT NOT NULL UNIQUE,
+    name     TEXT NOT NULL UNIQUE,
+    source   TEXT NOT NULL,
+    size     INTEGER NOT NULL,
+    created  REAL NOT NULL,
+    state    TEXT NOT NULL,
+    in_group TEXT NOT NULL
 ) STRICT;
 """
-_COLUMNS = "seq, id, name, backend, capacity, parameters, state, formatting"
+_COLUMNS = "seq, id, name, backend, capacity, parameters, state, formatting, source"
+_SNAPSHOT_COLUMNS = "seq, id, name, source, size, created, state, in_group"
 
 
 class State(enum.StrEnum):
@@ -50,6 +62,19 @@ class Row:
     parameters: Mapping[str, str]
     state: State
     formatting: bool
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotRow:
+    seq: int
+    snapshot_id: str
+    name: str
+    source: str
+    size: int
+    created: float
+    state: State
+    group: str
 
 
 class Store:
@@ -97,12 +122,20 @@ class Store:
             self._db.execute("COMMIT")
 
     def insert(
-        self, *, volume_id: str, name: str, backend: str, capacity: int, parameters: Mapping[str, str], state: State
+        self,
+        *,
+        volume_id: str,
+        name: str,
+        backend: str,
+        capacity: int,
+        parameters: Mapping[str, str],
+        state: State,
+        source: str = "",
     ) -> None:
         """A new row; the caller has looked, in the same transaction, that the name is free."""
         self._execute(
-            "INSERT INTO volumes (id, name, backend, capacity, parameters, state) VALUES (?, ?, ?, ?, ?, ?)",
-            (volume_id, name, backend, capacity, json.dumps(dict(parameters), sort_keys=True), state.value),
+            "INSERT INTO volumes (id, name, backend, capacity, parameters, state, source) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (volume_id, name, backend, capacity, json.dumps(dict(parameters), sort_keys=True), state.value, source),
         )
 
     def set_state(self, volume_id: str, state: State) -> None:
@@ -128,6 +161,42 @@ class Store:
         wanted = "seq > ? AND (? IS NULL OR state = ?)"
         return self._select(f"{wanted} ORDER BY seq LIMIT ?", after, state, state, limit)
 
+    def insert_snapshot(
+        self, *, snapshot_id: str, name: str, source: str, size: int, created: float, group: str
+    ) -> None:
+        self._execute(
+            "INSERT INTO snapshots (id, name, source, size, created, state, in_group) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (snapshot_id, name, source, size, created, State.CREATING.value, group),
+        )
+
+    def set_snapshot_state(self, snapshot_id: str, state: State) -> None:
+        self._execute("UPDATE snapshots SET state = ? WHERE id = ?", (state.value, snapshot_id))
+
+    def remove_snapshot(self, snapshot_id: str) -> None:
+        self._execute("DELETE FROM snapshots WHERE id = ?", (snapshot_id,))
+
+    def snapshot(self, snapshot_id: str) -> SnapshotRow | None:
+        found = self._select_snapshots("id = ?", snapshot_id)
+        return found[0] if found else None
+
+    def snapshot_by_name(self, name: str) -> SnapshotRow | None:
+        found = self._select_snapshots("name = ?", name)
+        return found[0] if found else None
+
+    def snapshots(
+        self, *, after: int = 0, limit: int = -1, source: str = "", group: str = "", state: State | None = None
+    ) -> list[SnapshotRow]:
+        """In the order of creation; empty filters match everything."""
+        wanted = "seq > ? AND ? IN ('', source) AND ? IN ('', in_group) AND (? IS NULL OR state = ?)"
+        return self._select_snapshots(f"{wanted} ORDER BY seq LIMIT ?", after, source, group, state, state, limit)
+
+    def _select_snapshots(self, where: str, *values: object) -> list[SnapshotRow]:
+        with self._lock, _explained(self._path):
+            rows = self._db.execute(f"SELECT {_SNAPSHOT_COLUMNS} FROM snapshots WHERE {where}", values)  # noqa: S608
+            names = ("seq", "snapshot_id", "name", "source", "size", "created", "state", "group")
+            facts = [dict(zip(names, row, strict=True)) for row in rows]
+        return [SnapshotRow(**(one | {"state": State(one["state"])})) for one in facts]
+
     def _one(self, where: str, *values: object) -> Row | None:
         found = self._select(where, *values)
         return found[0] if found else None
@@ -142,8 +211,8 @@ class Store:
             self._db.execute(statement, values)
 
 
-def _row(row: tuple[int, str, str, str, int, str, str, int]) -> Row:
-    seq, volume_id, name, backend, capacity, parameters, state, formatting = row
+def _row(row: tuple[int, str, str, str, int, str, str, int, str]) -> Row:
+    seq, volume_id, name, backend, capacity, parameters, state, formatting, source = row
     return Row(
         seq=seq,
         volume_id=volume_id,
@@ -153,6 +222,7 @@ def _row(row: tuple[int, str, str, str, int, str, str, int]) -> Row:
         parameters=json.loads(parameters),
         state=State(state),
         formatting=bool(formatting),
+        source=source,
     )
 
 

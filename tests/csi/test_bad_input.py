@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from csi.controller import Controller
 from csi.node import NodeService
+from csi.snapshots import GroupController
 from runvol_proto import csi_pb2
 from tests.csi.helpers import refused
 from tests.driver import mount_capability
@@ -23,9 +24,9 @@ CODES = {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "ALREADY_EXISTS", "FAILED_PRECON
          "RESOURCE_EXHAUSTED", "UNAVAILABLE", "UNIMPLEMENTED"}  # fmt: skip
 SERVED = [
     method
-    for name in ("Controller", "Node")
+    for name in ("Controller", "GroupController", "Node")
     for method in csi_pb2.DESCRIPTOR.services_by_name[name].methods
-    if hasattr(Controller, method.name) or hasattr(NodeService, method.name)
+    if any(hasattr(served, method.name) for served in (Controller, GroupController, NodeService))
 ]
 SECRET = "s3cr3t-p4ssw0rd"
 
@@ -128,6 +129,12 @@ def test_bytes_that_are_no_request_are_an_invalid_argument(shared_driver, method
 REQUIRED = {
     "CreateVolume": ["name", "volume_capabilities"],
     "DeleteVolume": ["volume_id"],
+    "CreateSnapshot": ["name", "source_volume_id"],
+    "DeleteSnapshot": ["snapshot_id"],
+    "GetSnapshot": ["snapshot_id"],
+    "CreateVolumeGroupSnapshot": ["name", "source_volume_ids"],
+    "DeleteVolumeGroupSnapshot": ["group_snapshot_id"],
+    "GetVolumeGroupSnapshot": ["group_snapshot_id"],
     "ValidateVolumeCapabilities": ["volume_id", "volume_capabilities"],
     "ControllerExpandVolume": ["volume_id", "capacity_range"],
     "ControllerGetVolume": ["volume_id"],
@@ -145,7 +152,7 @@ REQUIRED = {
 def whole(driver, method):
     root = str(driver.kubelet)
     every = {
-        "name": "x", "volume_id": "loop-" + "0" * 32, "staging_target_path": f"{root}/s", "target_path": f"{root}/t", "volume_path": f"{root}/t",
+        "name": "x", "source_volume_id": "loop-1", "source_volume_ids": ["loop-1"], "snapshot_id": "snap-1", "group_snapshot_id": "group-1", "volume_id": "loop-" + "0" * 32, "staging_target_path": f"{root}/s", "target_path": f"{root}/t", "volume_path": f"{root}/t",
         "volume_capability": mount_capability(), "volume_capabilities": [mount_capability()], "capacity_range": {"required_bytes": 8 << 20},
     }  # fmt: skip
     return {
@@ -261,7 +268,7 @@ def test_a_capability_that_cannot_be_is_named(shared_driver, capability, words):
 def test_what_the_driver_cannot_make_is_named(shared_driver):
     common = {"name": "s", "volume_capabilities": [mount_capability()]}
     with refused("INVALID_ARGUMENT", "volume_content_source"):
-        shared_driver.client.CreateVolume(**common, volume_content_source={"snapshot": {"snapshot_id": "x"}})
+        shared_driver.client.CreateVolume(**common, volume_content_source={})
     with refused("INVALID_ARGUMENT", "mutable_parameters"):
         shared_driver.client.CreateVolume(**common, mutable_parameters={"iops": "1"})
 

@@ -1,0 +1,175 @@
+"""CSI's snapshot calls, one volume at a time and in groups."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from blockdev import Deadline
+from csi import checks
+from csi.errors import CallError
+from csi.pages import page
+from csi.topology import here, segments
+from guestmount import BadRequest, Node
+from runvol_proto import csi_pb2
+from volumes import InvalidParameter, Snapshot, SnapshotGroup, VolumeNotFound, parameters
+
+
+class SnapshotCalls:
+    """The part of the Controller service that is about snapshots."""
+
+    def __init__(self, node: Node, node_id: str) -> None:
+        self._node, self._node_id = node, node_id
+        self._snapshots = node.catalog.loop.snapshots
+
+    def CreateSnapshot(
+        self, request: csi_pb2.CreateSnapshotRequest, deadline: Deadline
+    ) -> csi_pb2.CreateSnapshotResponse:
+        name = checks.required("name", request.name)
+        volume_id = checks.required("source_volume_id", request.source_volume_id)
+        _check_parameters(request)
+        if not here(request.accessibility_requirements, self._node_id):
+            raise CallError(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"accessibility_requirements leave out node {self._node_id}, where a snapshot of {volume_id} has to be",
+            )
+        with self._still(volume_id, deadline) as path:
+            made = self._snapshots.create(name, volume_id, path, deadline)
+        return csi_pb2.CreateSnapshotResponse(snapshot=_message(made, self._node_id))
+
+    @contextlib.contextmanager
+    def _still(self, volume_id: str, deadline: Deadline) -> Iterator[str]:
+        self._node.catalog.get(volume_id)
+        with self._node.still([volume_id], deadline):
+            yield self._node.catalog.of(volume_id).attach(volume_id).path
+
+    def DeleteSnapshot(
+        self, request: csi_pb2.DeleteSnapshotRequest, _deadline: Deadline
+    ) -> csi_pb2.DeleteSnapshotResponse:
+        snapshot_id = checks.required("snapshot_id", request.snapshot_id)
+        checks.bounded_map("secrets", request.secrets, secret=True)
+        with contextlib.suppress(VolumeNotFound):
+            group = self._snapshots.get(snapshot_id).group
+            if group:
+                raise BadRequest("snapshot_id", snapshot_id, f"belongs to the group {group}; delete the group")
+        self._snapshots.delete(snapshot_id)
+        return csi_pb2.DeleteSnapshotResponse()
+
+    def GetSnapshot(self, request: csi_pb2.GetSnapshotRequest, _deadline: Deadline) -> csi_pb2.GetSnapshotResponse:
+        snapshot_id = checks.required("snapshot_id", request.snapshot_id)
+        checks.bounded_map("secrets", request.secrets, secret=True)
+        return csi_pb2.GetSnapshotResponse(snapshot=_message(self._snapshots.get(snapshot_id), self._node_id))
+
+    def ListSnapshots(
+        self, request: csi_pb2.ListSnapshotsRequest, _deadline: Deadline
+    ) -> csi_pb2.ListSnapshotsResponse:
+        checks.bounded_map("secrets", request.secrets, secret=True)
+        if request.snapshot_id:
+            response = csi_pb2.ListSnapshotsResponse()
+            with contextlib.suppress(VolumeNotFound):
+                found = self._snapshots.get(request.snapshot_id)
+                if request.source_volume_id in ("", found.source):
+                    response.entries.add(snapshot=_message(found, self._node_id))
+            return response
+
+        def some(after: int, limit: int) -> Any:
+            return self._snapshots.list(after=after, limit=limit, source=request.source_volume_id)
+
+        found_page, token = page(request.max_entries, request.starting_token, some)
+        response = csi_pb2.ListSnapshotsResponse(next_token=token)
+        for snapshot in found_page:
+            response.entries.add(snapshot=_message(snapshot, self._node_id))
+        return response
+
+
+class GroupController:
+    """CSI's GroupController service: snapshots of several volumes at one moment in which none of them is in use."""
+
+    def __init__(self, node: Node, node_id: str) -> None:
+        self._node, self._node_id = node, node_id
+        self._snapshots = node.catalog.loop.snapshots
+
+    def GroupControllerGetCapabilities(
+        self, _request: csi_pb2.GroupControllerGetCapabilitiesRequest, _deadline: Deadline
+    ) -> csi_pb2.GroupControllerGetCapabilitiesResponse:
+        response = csi_pb2.GroupControllerGetCapabilitiesResponse()
+        kinds = csi_pb2.GroupControllerServiceCapability.RPC
+        response.capabilities.add().rpc.type = kinds.CREATE_DELETE_GET_VOLUME_GROUP_SNAPSHOT
+        return response
+
+    def CreateVolumeGroupSnapshot(
+        self, request: csi_pb2.CreateVolumeGroupSnapshotRequest, deadline: Deadline
+    ) -> csi_pb2.CreateVolumeGroupSnapshotResponse:
+        name = checks.required("name", request.name)
+        volume_ids = sorted({checks.required("source_volume_ids", one) for one in request.source_volume_ids})
+        if not volume_ids:
+            raise BadRequest("source_volume_ids", None, "must be given")
+        _check_parameters(request)
+        for volume_id in volume_ids:
+            self._node.catalog.get(volume_id)
+        with self._node.still(volume_ids, deadline):
+            sources = [(one, self._node.catalog.of(one).attach(one).path) for one in volume_ids]
+            for volume_id in volume_ids:
+                self._node.check_unowned(volume_id)
+            made = self._snapshots.create_group(name, sources, deadline)
+        return csi_pb2.CreateVolumeGroupSnapshotResponse(group_snapshot=self._group(made))
+
+    def DeleteVolumeGroupSnapshot(
+        self, request: csi_pb2.DeleteVolumeGroupSnapshotRequest, _deadline: Deadline
+    ) -> csi_pb2.DeleteVolumeGroupSnapshotResponse:
+        group_id = checks.required("group_snapshot_id", request.group_snapshot_id)
+        checks.bounded_map("secrets", request.secrets, secret=True)
+        with contextlib.suppress(VolumeNotFound):
+            _check_members(self._snapshots.group(group_id), request.snapshot_ids)
+        self._snapshots.delete_group(group_id)
+        return csi_pb2.DeleteVolumeGroupSnapshotResponse()
+
+    def GetVolumeGroupSnapshot(
+        self, request: csi_pb2.GetVolumeGroupSnapshotRequest, _deadline: Deadline
+    ) -> csi_pb2.GetVolumeGroupSnapshotResponse:
+        group_id = checks.required("group_snapshot_id", request.group_snapshot_id)
+        checks.bounded_map("secrets", request.secrets, secret=True)
+        found = self._snapshots.group(group_id)
+        _check_members(found, request.snapshot_ids)
+        return csi_pb2.GetVolumeGroupSnapshotResponse(group_snapshot=self._group(found))
+
+    def _group(self, group: SnapshotGroup) -> csi_pb2.VolumeGroupSnapshot:
+        return csi_pb2.VolumeGroupSnapshot(
+            group_snapshot_id=group.group_id,
+            snapshots=[_message(one, self._node_id) for one in group.snapshots],
+            creation_time=_time(max(one.created for one in group.snapshots)),
+            ready_to_use=True,
+        )
+
+
+def _check_parameters(request: Any) -> None:
+    checks.bounded_map("secrets", request.secrets, secret=True)
+    for key, value in checks.bounded_map("parameters", request.parameters).items():
+        if not key.startswith(parameters.RESERVED):
+            raise InvalidParameter(key, value, "is not known; snapshots take no parameters")
+
+
+def _check_members(group: SnapshotGroup, wanted: Any) -> None:
+    members = {one.snapshot_id for one in group.snapshots}
+    if wanted and set(wanted) != members:
+        raise BadRequest("snapshot_ids", sorted(wanted), f"are not the snapshots of {group.group_id}")
+
+
+def _message(snapshot: Snapshot, node_id: str) -> csi_pb2.Snapshot:
+    return csi_pb2.Snapshot(
+        snapshot_id=snapshot.snapshot_id,
+        source_volume_id=snapshot.source,
+        size_bytes=snapshot.size_bytes,
+        creation_time=_time(snapshot.created),
+        ready_to_use=True,
+        group_snapshot_id=snapshot.group,
+        accessible_topology=[csi_pb2.Topology(segments=segments(node_id))],
+    )
+
+
+def _time(seconds: float) -> Timestamp:
+    return Timestamp(seconds=int(seconds), nanos=int(seconds % 1 * 1e9))

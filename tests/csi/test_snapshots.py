@@ -1,0 +1,193 @@
+"""Snapshots, clones and groups of file-backed volumes: contents, not only codes."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+
+from blockdev import mounts
+from tests.csi.helpers import PODS, image, refused, vmm
+from tests.driver import Driver, mount_capability
+
+pytestmark = pytest.mark.kernel
+A = PODS[0]
+MIB = 1 << 20
+
+
+def write(driver, volume, text):
+    driver.stage(volume)
+    target = driver.publish(volume, A, runtime="runc")
+    with open(f"{target}/file", "w") as file:
+        file.write(text)
+    driver.unpublish(volume, A)
+
+
+def read(driver, volume, runtime="runc"):
+    driver.stage(volume)
+    target = driver.publish(volume, A, runtime=runtime)
+    with open(f"{target}/file") as file:
+        text = file.read()
+    driver.unpublish(volume, A)
+    driver.unstage(volume)
+    return text
+
+
+def restore(driver, name, size=64 * MIB, **source):
+    content = {"volume_content_source": source} if source else {}
+    return driver.client.CreateVolume(
+        name=name, capacity_range={"required_bytes": size}, volume_capabilities=[mount_capability()], **content
+    ).volume
+
+
+def test_a_snapshot_keeps_what_was_and_can_be_restored_larger(driver):
+    volume = driver.create("pvc")
+    write(driver, volume, "before")
+    snapshot = driver.client.CreateSnapshot(source_volume_id=volume.volume_id, name="snap").snapshot
+    assert snapshot.ready_to_use and snapshot.size_bytes == 64 * MIB and snapshot.creation_time.seconds
+    write(driver, volume, "after")
+    driver.unstage(volume)
+    driver.delete(volume)
+    restored = restore(driver, "restored", 128 * MIB, snapshot={"snapshot_id": snapshot.snapshot_id})
+    assert restored.content_source.snapshot.snapshot_id == snapshot.snapshot_id
+    assert read(driver, restored) == "before"
+    from blockdev import superblocks
+
+    assert superblocks.read(str(image(driver, restored))).total_bytes == 128 * MIB
+    driver.client.DeleteSnapshot(snapshot_id=snapshot.snapshot_id)
+    driver.client.DeleteSnapshot(snapshot_id=snapshot.snapshot_id)
+    driver.delete(restored)
+    assert not any(driver.left_over().values())
+
+
+def test_a_clone_is_independent_of_its_volume(driver):
+    volume = driver.create("pvc")
+    write(driver, volume, "one")
+    driver.unstage(volume)
+    clone = restore(driver, "clone", volume={"volume_id": volume.volume_id})
+    assert restore(driver, "clone", volume={"volume_id": volume.volume_id}).volume_id == clone.volume_id
+    with refused("ALREADY_EXISTS", "was made from"):
+        restore(driver, "clone")
+    write(driver, clone, "two")
+    driver.unstage(clone)
+    assert (read(driver, volume), read(driver, clone)) == ("one", "two")
+
+
+def test_both_the_volume_and_its_copy_can_be_mounted_at_once_also_xfs(driver):
+    capability = mount_capability(fstype="xfs")
+    volume = driver.create("pvc", 320 * MIB, capability)
+    driver.stage(volume, capability)
+    clone = driver.client.CreateVolume(
+        name="clone", capacity_range={"required_bytes": 320 * MIB}, volume_capabilities=[capability],
+        volume_content_source={"volume": {"volume_id": volume.volume_id}},
+    ).volume  # fmt: skip
+    driver.stage(clone, capability)
+    for one in (volume, clone):
+        driver.publish(one, A, runtime="runc", capability=capability)
+    for one in (volume, clone):
+        driver.unpublish(one, A)
+
+
+def test_what_cannot_be_copied_is_refused_and_leaves_nothing(driver):
+    volume = driver.create("pvc")
+    driver.stage(volume)
+    driver.publish(volume, A, runtime="kata", name="db-0")
+    with vmm(image(driver, volume)) as guest:
+        with refused("FAILED_PRECONDITION", f"pid {guest.pid}"):
+            driver.client.CreateSnapshot(source_volume_id=volume.volume_id, name="snap")
+        with refused("FAILED_PRECONDITION", f"pid {guest.pid}"):
+            restore(driver, "clone", volume={"volume_id": volume.volume_id})
+        with refused("FAILED_PRECONDITION", "default/db-0"):
+            driver.client.CreateVolumeGroupSnapshot(name="g", source_volume_ids=[volume.volume_id])
+    assert len(driver.left_over()["files"]) == 1 and not driver.client.ListSnapshots().entries
+    with refused("NOT_FOUND", "snap-none"):
+        restore(driver, "x", snapshot={"snapshot_id": "snap-none"})
+    with refused("NOT_FOUND", "loop-none"):
+        driver.client.CreateSnapshot(source_volume_id="loop-none", name="snap")
+    with refused("OUT_OF_RANGE"):
+        driver.client.CreateVolume(name="y", volume_capabilities=[mount_capability()], capacity_range={"limit_bytes": 32 * MIB},
+                                   volume_content_source={"volume": {"volume_id": volume.volume_id}})  # fmt: skip
+    driver.unpublish(volume, A)
+
+
+def test_on_a_filesystem_with_reflinks_a_volume_in_use_is_snapshot_in_one_step(soon):
+    """XFS under the state directory: the copy is what a power cut would have left."""
+    with Driver() as driver:
+        driver.stop()
+        disk = driver.directory / "disk.img"
+        subprocess.run(["truncate", "-s", "1G", disk], check=True)
+        subprocess.run(["mkfs.xfs", "-q", "-m", "reflink=1", disk], check=True)
+        place = driver.directory / "fast"
+        place.mkdir()
+        subprocess.run(["mount", "-o", "loop", disk, place], check=True)
+        try:
+            driver.environment["RUNVOL_PATHS_STATE_DIR"] = str(place / "state")
+            driver.state = place / "state"
+            driver.start()
+            volume = driver.create("pvc")
+            write(driver, volume, "live")
+            driver.publish(volume, A, runtime="kata")
+            with vmm(image(driver, volume)):
+                snapshot = driver.client.CreateSnapshot(source_volume_id=volume.volume_id, name="snap").snapshot
+            driver.unpublish(volume, A)
+            assert read(driver, restore(driver, "r", snapshot={"snapshot_id": snapshot.snapshot_id})) == "live"
+            driver.unstage(volume)
+        finally:
+            driver.stop()
+            mounts.be_unmounted(str(place), soon)
+
+
+def test_names_lists_and_pages(driver):
+    volumes = [driver.create(f"v{n}", 8 * MIB) for n in range(2)]
+    taken = [
+        driver.client.CreateSnapshot(source_volume_id=volumes[n % 2].volume_id, name=f"s{n}").snapshot for n in range(4)
+    ]
+    assert driver.client.CreateSnapshot(source_volume_id=volumes[0].volume_id, name="s0").snapshot == taken[0]
+    with refused("ALREADY_EXISTS", "s0"):
+        driver.client.CreateSnapshot(source_volume_id=volumes[1].volume_id, name="s0")
+    first = driver.client.ListSnapshots(max_entries=3)
+    second = driver.client.ListSnapshots(max_entries=3, starting_token=first.next_token)
+    assert [entry.snapshot for page in (first, second) for entry in page.entries] == taken and not second.next_token
+    only = driver.client.ListSnapshots(source_volume_id=volumes[1].volume_id)
+    assert [entry.snapshot.snapshot_id for entry in only.entries] == [taken[1].snapshot_id, taken[3].snapshot_id]
+    assert driver.client.GetSnapshot(snapshot_id=taken[2].snapshot_id).snapshot == taken[2]
+    with refused("INVALID_ARGUMENT", "'speed'"):
+        driver.client.CreateSnapshot(source_volume_id=volumes[0].volume_id, name="p", parameters={"speed": "fast"})
+
+
+def test_a_group_is_taken_whole_read_back_and_deleted_whole(driver):
+    volumes = [driver.create(f"v{n}", 64 * MIB) for n in range(2)]
+    for number, volume in enumerate(volumes):
+        write(driver, volume, f"text {number}")
+    ids = [volume.volume_id for volume in volumes]
+    group = driver.client.CreateVolumeGroupSnapshot(name="g", source_volume_ids=ids).group_snapshot
+    assert driver.client.CreateVolumeGroupSnapshot(name="g", source_volume_ids=reversed(ids)).group_snapshot == group
+    assert {one.source_volume_id for one in group.snapshots} == set(ids) and group.ready_to_use
+    with refused("ALREADY_EXISTS", "group of the volumes"):
+        driver.client.CreateVolumeGroupSnapshot(name="g", source_volume_ids=ids[:1])
+    with refused("INVALID_ARGUMENT", "snapshot_ids"):
+        driver.client.GetVolumeGroupSnapshot(group_snapshot_id=group.group_snapshot_id, snapshot_ids=["snap-x"])
+    with refused("INVALID_ARGUMENT", "belongs to the group"):
+        driver.client.DeleteSnapshot(snapshot_id=group.snapshots[0].snapshot_id)
+    restored = restore(driver, "r", snapshot={"snapshot_id": group.snapshots[0].snapshot_id})
+    assert read(driver, restored).startswith("text ")
+    members = [one.snapshot_id for one in group.snapshots]
+    driver.client.DeleteVolumeGroupSnapshot(group_snapshot_id=group.group_snapshot_id, snapshot_ids=members)
+    assert not driver.client.ListSnapshots().entries
+    for volume in volumes:
+        driver.unstage(volume)
+
+
+def test_a_server_killed_in_the_middle_leaves_no_half_snapshot(driver):
+    volume = driver.create("pvc")
+    snapshot = driver.client.CreateSnapshot(source_volume_id=volume.volume_id, name="snap").snapshot
+    driver.kill()
+    import sqlite3
+
+    with sqlite3.connect(driver.state / "volumes.db") as store:
+        store.execute("UPDATE snapshots SET state = 'creating'")
+    store.close()
+    driver.start()
+    assert not driver.client.ListSnapshots().entries and len(driver.left_over()["files"]) == 1
+    again = driver.client.CreateSnapshot(source_volume_id=volume.volume_id, name="snap").snapshot
+    assert again.snapshot_id != snapshot.snapshot_id

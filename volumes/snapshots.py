@@ -1,0 +1,154 @@
+"""Snapshots of the backend `loop`: each an image file of its own, which never changes.
+
+Being whole copies they need nothing of their volume, which may grow or be deleted. A group is several snapshots
+taken while none of their volumes is in use by anybody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+from blockdev import Deadline
+from volumes import copies
+from volumes.errors import NoSpace, VolumeConflict, VolumeNotFound
+from volumes.model import VOLUME_ID, Snapshot, SnapshotGroup
+from volumes.store import SnapshotRow, State, Store
+
+PREFIX, GROUP_PREFIX = "snap-", "group-"
+SUFFIX, NEW = ".snap", ".snap-new"
+
+
+class Snapshots:
+    """Rows in the backend's store, files in its directory."""
+
+    def __init__(
+        self,
+        store: Store,
+        directory: str,
+        *,
+        busy: Callable[[], AbstractContextManager[None]],
+        room: Callable[[], int],
+    ) -> None:
+        """`busy` keeps recovery away, of other processes too; `room` tells how many bytes can still be promised."""
+        self._store, self._directory, self._busy, self._room = store, directory, busy, room
+
+    def create(self, name: str, source: str, source_path: str, deadline: Deadline, *, group: str = "") -> Snapshot:
+        """The snapshot called `name`, taken now or before. VolumeConflict if the name is another volume's."""
+        old = self._store.snapshot_by_name(name)
+        if old is not None and old.state is State.READY:
+            if old.source != source or old.group != group:
+                raise VolumeConflict(name, f"is a snapshot of {old.source}, not of {source}")
+            return _snapshot(old)
+        if old is not None:
+            self._drop(old.snapshot_id)
+        with self._busy():
+            return self._take(name, source, source_path, deadline, group)
+
+    def _take(self, name: str, source: str, source_path: str, deadline: Deadline, group: str) -> Snapshot:
+        facts, room = os.stat(source_path), self._room()
+        if facts.st_blocks * 512 > room:
+            raise NoSpace(f"a snapshot of {source} takes {facts.st_blocks * 512} bytes; {room} can still be promised")
+        snapshot_id = PREFIX + uuid.uuid4().hex
+        self._store.insert_snapshot(
+            snapshot_id=snapshot_id, name=name, source=source, size=facts.st_size, created=time.time(), group=group
+        )
+        new = os.path.join(self._directory, snapshot_id + NEW)
+        try:
+            copies.copy(source_path, new, deadline)
+            os.rename(new, self.path(snapshot_id))
+            self._sync()
+        except BaseException as error:
+            self._drop(snapshot_id)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise NoSpace(f"the snapshot of {source} could not be written: {error.strerror}") from error
+            raise
+        self._store.set_snapshot_state(snapshot_id, State.READY)
+        return self.get(snapshot_id)
+
+    def create_group(self, name: str, sources: Sequence[tuple[str, str]], deadline: Deadline) -> SnapshotGroup:
+        """Snapshots of all `sources` (volume id and path), or of none. The callers keep the volumes still meanwhile."""
+        group_id = GROUP_PREFIX + uuid.uuid5(uuid.NAMESPACE_OID, name).hex
+        members = self._store.snapshots(group=group_id)
+        if members and all(row.state is State.READY for row in members):
+            if {row.source for row in members} != {volume for volume, _path in sources}:
+                raise VolumeConflict(name, f"is a group of the volumes {sorted(row.source for row in members)}")
+            return self.group(group_id)
+        for row in members:  # an attempt that was killed
+            self._drop(row.snapshot_id)
+        try:
+            for volume, path in sources:
+                self.create(f"\1{group_id}/{volume}", volume, path, deadline, group=group_id)
+        except BaseException:
+            self.delete_group(group_id)
+            raise
+        return self.group(group_id)
+
+    def group(self, group_id: str) -> SnapshotGroup:
+        """VolumeNotFound for an unknown or unfinished group."""
+        members = self._store.snapshots(group=group_id) if VOLUME_ID.match(group_id) else []
+        if not members or any(row.state is not State.READY for row in members):
+            raise VolumeNotFound(group_id)
+        return SnapshotGroup(group_id=group_id, snapshots=tuple(map(_snapshot, members)))
+
+    def delete_group(self, group_id: str) -> None:
+        if VOLUME_ID.match(group_id):
+            for row in self._store.snapshots(group=group_id):
+                self.delete(row.snapshot_id)
+
+    def get(self, snapshot_id: str) -> Snapshot:
+        """VolumeNotFound where there is none."""
+        row = self._store.snapshot(snapshot_id) if VOLUME_ID.match(snapshot_id) else None
+        if row is None or row.state is not State.READY:
+            raise VolumeNotFound(snapshot_id)
+        return _snapshot(row)
+
+    def list(self, *, after: int = 0, limit: int = -1, source: str = "") -> Sequence[tuple[int, Snapshot]]:
+        rows = self._store.snapshots(after=after, limit=limit, source=source, state=State.READY)
+        return [(row.seq, _snapshot(row)) for row in rows]
+
+    def delete(self, snapshot_id: str) -> None:
+        """No such snapshot afterwards, whether there was one or not."""
+        if VOLUME_ID.match(snapshot_id) and self._store.snapshot(snapshot_id) is not None:
+            self._store.set_snapshot_state(snapshot_id, State.DELETING)
+            self._drop(snapshot_id)
+
+    def path(self, snapshot_id: str) -> str:
+        return os.path.join(self._directory, snapshot_id + SUFFIX)
+
+    def recover(self) -> Sequence[str]:
+        """Undo what was half-made, finish what was half-deleted; what was done, in words."""
+        done = []
+        for row in self._store.snapshots():
+            if row.state is not State.READY:
+                self._drop(row.snapshot_id)
+                done.append(f"removed snapshot {row.snapshot_id}, which was {row.state.value} when the process ended")
+        return done
+
+    def known_files(self) -> set[str]:
+        return {row.snapshot_id + suffix for row in self._store.snapshots() for suffix in (SUFFIX, NEW)}
+
+    def _drop(self, snapshot_id: str) -> None:
+        for suffix in (NEW, SUFFIX):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(self._directory, snapshot_id + suffix))
+        self._sync()
+        self._store.remove_snapshot(snapshot_id)
+
+    def _sync(self) -> None:
+        fd = os.open(self._directory, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def _snapshot(row: SnapshotRow) -> Snapshot:
+    return Snapshot(
+        snapshot_id=row.snapshot_id, source=row.source, size_bytes=row.size, created=row.created, group=row.group
+    )
