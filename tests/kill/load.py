@@ -27,6 +27,8 @@ LIFE = (
     "expand",
     "publish-runc",
     "unpublish",
+    "snapshot",
+    "delete-snapshot",
     "unstage",
     "delete",
 )
@@ -52,6 +54,7 @@ class Worker:
     step: int = 0
     volume: Any = None
     written: bool = False
+    taken: Any = None
     lives: int = 0
     interrupted: Counter[str] = field(default_factory=Counter)
     failure: BaseException | None = None
@@ -135,6 +138,12 @@ class Worker:
             volume_id=self.volume.volume_id, volume_path=self.driver.staging(self.volume.volume_id),
             capacity_range={"required_bytes": self.size + (16 << 20)},
         )  # fmt: skip
+
+    def snapshot(self) -> None:
+        self.taken = self.driver.client.CreateSnapshot(source_volume_id=self.volume.volume_id, name=self.name).snapshot
+
+    def delete_snapshot(self) -> None:
+        self.driver.client.DeleteSnapshot(snapshot_id=self.taken.snapshot_id)
 
     def unstage(self) -> None:
         self.driver.unstage(self.volume)
