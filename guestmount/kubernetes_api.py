@@ -1,36 +1,59 @@
 """Pods and RuntimeClasses from a Kubernetes API server, which may be a proxy on the node itself.
 
-The `kubernetes` package is imported only where an API is configured: it costs more memory than all the rest.
+In a cluster, and with an address of its own, the server is asked with urllib3 and the service account's files: the
+`kubernetes` package would add 40 MiB to a process that runs on every node. It reads kubeconfig files, whose many ways
+to authenticate are its own, and is imported for them alone.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import urllib3
 
 from blockdev import Deadline
 from guestmount.pods import PodFacts, PodRef, PodUnknown, facts_from
 
 _LONGEST = 1.0
+SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
+
+# A DNS subdomain; nothing else becomes a part of an address.
+_NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?\Z")
+
+# Asks for one path: (path, seconds) to the body. Raises what urllib3 and the package raise.
+Ask = Callable[[str, float], bytes]
 
 
 class KubernetesApi:
     """Asks with a deadline of one second at most; remembers RuntimeClasses, whose handler never changes."""
 
-    def __init__(self, *, kubeconfig: str = "", server: str = "") -> None:
-        """`kubeconfig`: a file; `server`: an address that takes the place of the configured one."""
-        self._kubeconfig, self._server = kubeconfig, server
+    def __init__(
+        self,
+        *,
+        kubeconfig: str = "",
+        server: str = "",
+        account: str = SERVICE_ACCOUNT,
+        environment: Mapping[str, str] = os.environ,
+    ) -> None:
+        """`kubeconfig`: a file, empty for the service account's files in `account`; `server`: an address that takes
+        the place of the configured one."""
+        self._kubeconfig, self._server, self._account, self._environment = kubeconfig, server, account, environment
         self._lock = threading.Lock()
-        self._client: Any = None
+        self._ask: Ask | None = None
         self._handlers: dict[str, str] = {}
 
     def pod(self, ref: PodRef, deadline: Deadline) -> PodFacts:
         if not ref.name or not ref.namespace:
             raise PodUnknown("the request does not name its pod (CSIDriver without podInfoOnMount?)")
-        core, _node = self._apis()
-        facts = facts_from(_read(f"pod {ref}", deadline, core.read_namespaced_pod, ref.name, ref.namespace))
+        if not (_NAME.match(ref.name) and _NAME.match(ref.namespace)):
+            raise PodUnknown(f"{ref} is no name that a pod can have")
+        found = self._read(f"pod {ref}", f"/api/v1/namespaces/{ref.namespace}/pods/{ref.name}", deadline)
+        facts = facts_from(found)
         if ref.uid and facts.uid != ref.uid:
             raise PodUnknown(f"pod {ref} has the uid {facts.uid} now, not {ref.uid}")
         return facts
@@ -38,47 +61,82 @@ class KubernetesApi:
     def handler(self, runtime_class: str, deadline: Deadline) -> str:
         known = self._handlers.get(runtime_class)
         if known is None:
-            _core, node = self._apis()
-            found = _read(f"RuntimeClass {runtime_class}", deadline, node.read_runtime_class, runtime_class)
-            known = str(found.get("handler", ""))
+            if not _NAME.match(runtime_class):
+                raise PodUnknown(f"{runtime_class!r} is no name that a RuntimeClass can have")
+            path = f"/apis/node.k8s.io/v1/runtimeclasses/{runtime_class}"
+            known = str(self._read(f"RuntimeClass {runtime_class}", path, deadline).get("handler", ""))
             if not known:
                 raise PodUnknown(f"RuntimeClass {runtime_class} names no handler")
             self._handlers[runtime_class] = known
         return known
 
-    def _apis(self) -> tuple[Any, Any]:
+    def _read(self, what: str, path: str, deadline: Deadline) -> dict[str, Any]:
+        with self._lock:
+            if self._ask is None:
+                self._ask = self._from_kubeconfig() if self._kubeconfig else self._from_account()
+        try:
+            body = self._ask(path, max(0.05, min(_LONGEST, deadline.remaining())))
+            reply = json.loads(body)
+        except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+            reason = getattr(error, "reason", None) or str(error)
+            raise PodUnknown(f"asking the API server for {what}: {reason}") from error
+        if not isinstance(reply, dict):
+            raise PodUnknown(f"the API server's answer for {what} is no object")
+        return reply
+
+    def _from_account(self) -> Ask:
+        host, port = (self._environment.get(f"KUBERNETES_SERVICE_{name}", "") for name in ("HOST", "PORT"))
+        if not self._server and not host:
+            raise PodUnknown("the Kubernetes API's address is not known: KUBERNETES_SERVICE_HOST is not set")
+        base = self._server or f"https://{f'[{host}]' if ':' in host else host}:{port}"
+        authority = os.path.join(self._account, "ca.crt")
+        pool = urllib3.PoolManager(
+            ca_certs=authority if os.path.exists(authority) else None, retries=False, num_pools=1, maxsize=4
+        )
+
+        def ask(path: str, seconds: float) -> bytes:
+            reply = pool.request("GET", base.rstrip("/") + path, headers=self._headers(), timeout=seconds)
+            if reply.status != 200:
+                raise ValueError(f"{reply.status} {reply.reason}")
+            return reply.data
+
+        return ask
+
+    def _headers(self) -> dict[str, str]:
+        """The token is read anew each time: kubelet replaces it while the process runs."""
+        headers = {"Accept": "application/json"}
+        try:
+            with open(os.path.join(self._account, "token")) as token:
+                headers["Authorization"] = f"Bearer {token.read().strip()}"
+        except OSError:
+            pass  # an API without authentication, or one that answers 401
+        return headers
+
+    def _from_kubeconfig(self) -> Ask:
+        import yaml
         from kubernetes import client, config
 
-        with self._lock:
-            if self._client is None:
-                settings = client.Configuration()
-                try:
-                    if self._kubeconfig:
-                        config.load_kube_config(  # type: ignore[no-untyped-call]
-                            self._kubeconfig, client_configuration=settings
-                        )
-                    elif not self._server:
-                        config.load_incluster_config(client_configuration=settings)  # type: ignore[no-untyped-call]
-                except (config.ConfigException, OSError) as error:
-                    raise PodUnknown(f"the Kubernetes API's configuration cannot be used: {error}") from error
-                if self._server:
-                    settings.host = self._server
-                settings.retries = 0
-                self._client = client.ApiClient(settings)
-            return client.CoreV1Api(self._client), client.NodeV1Api(self._client)
+        settings = client.Configuration()
+        try:
+            config.load_kube_config(self._kubeconfig, client_configuration=settings)  # type: ignore[no-untyped-call]
+        except (config.ConfigException, yaml.YAMLError, OSError) as error:
+            raise PodUnknown(f"the kubeconfig {self._kubeconfig} cannot be used: {error}") from error
+        if self._server:
+            settings.host = self._server
+        settings.retries = 0
+        api = client.ApiClient(settings)
 
+        def ask(path: str, seconds: float) -> bytes:
+            parts = path.split("/")
+            try:
+                more: dict[str, Any] = {"_preload_content": False, "_request_timeout": seconds}
+                reply: Any
+                if "pods" in parts:
+                    reply = client.CoreV1Api(api).read_namespaced_pod(parts[-1], parts[-3], **more)
+                else:
+                    reply = client.NodeV1Api(api).read_runtime_class(parts[-1], **more)
+                return bytes(reply.data)
+            except client.ApiException as error:
+                raise ValueError(f"{error.status} {error.reason}") from error
 
-def _read(what: str, deadline: Deadline, call: Callable[..., Any], *names: str) -> dict[str, Any]:
-    """One object as JSON, without the package's models, which would cost milliseconds and know no new fields."""
-    from kubernetes.client import ApiException
-    from urllib3.exceptions import HTTPError
-
-    wait = max(0.05, min(_LONGEST, deadline.remaining()))
-    try:
-        reply = json.loads(call(*names, _preload_content=False, _request_timeout=wait).data)
-    except (ApiException, HTTPError, OSError, ValueError) as error:
-        reason = getattr(error, "reason", None) or str(error)
-        raise PodUnknown(f"asking the API server for {what}: {reason}") from error
-    if not isinstance(reply, dict):
-        raise PodUnknown(f"the API server's answer for {what} is no object")
-    return reply
+        return ask

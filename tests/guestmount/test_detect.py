@@ -174,13 +174,17 @@ def test_imports_and_older_tables_of_containerd_are_read(tmp_path):
 # -- a real HTTP server that speaks as an API server does
 
 
-@pytest.fixture
-def api():
+@pytest.fixture(params=["address", "in-cluster", "kubeconfig"])
+def api(request, tmp_path):
     pods = {"web": a_pod("isolated")}
+    (tmp_path / "token").write_text("t1")
+
+    seen = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             name = self.path.split("?")[0].rsplit("/", 1)[1]
+            seen.append(self.headers.get("Authorization"))
             if "/pods/" in self.path and name in pods:
                 body, code = pods[name], 200
             elif self.path.startswith("/apis/node.k8s.io/v1/runtimeclasses/isolated"):
@@ -204,8 +208,41 @@ def api():
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield KubernetesApi(server=f"http://127.0.0.1:{server.server_port}")
+    address = f"http://127.0.0.1:{server.server_port}"
+    if request.param == "kubeconfig":
+        (tmp_path / "kubeconfig").write_text(json.dumps({
+            "apiVersion": "v1", "kind": "Config", "current-context": "c", "clusters": [{"name": "k", "cluster": {"server": address}}],
+            "users": [{"name": "u", "user": {"token": "t1"}}], "contexts": [{"name": "c", "context": {"cluster": "k", "user": "u"}}],
+        }))  # fmt: skip
+        made = KubernetesApi(kubeconfig=str(tmp_path / "kubeconfig"))
+    else:
+        made = KubernetesApi(server=address, account=str(tmp_path) if request.param == "in-cluster" else "/nowhere")
+    made.seen, made.kind, made.token = seen, request.param, tmp_path / "token"
+    yield made
     server.shutdown()
+
+
+def test_the_service_accounts_token_is_sent_and_read_anew(api, soon):
+    api.pod(REF, soon)
+    assert api.seen == [None if api.kind == "address" else "Bearer t1"]
+    if api.kind == "in-cluster":
+        api.token.write_text("t2")  # kubelet rotates it
+        api.pod(REF, soon)
+        assert api.seen[-1] == "Bearer t2"
+
+
+def test_a_cluster_that_cannot_be_found_or_a_kubeconfig_that_cannot_be_read_is_unknown(soon, tmp_path):
+    with pytest.raises(PodUnknown, match="KUBERNETES_SERVICE_HOST"):
+        KubernetesApi(environment={}).pod(REF, soon)
+    with pytest.raises(PodUnknown):
+        KubernetesApi(
+            account=str(tmp_path), environment={"KUBERNETES_SERVICE_HOST": "127.0.0.1", "KUBERNETES_SERVICE_PORT": "1"}
+        ).pod(REF, soon)
+    (tmp_path / "kubeconfig").write_text("not: [a kubeconfig")
+    with pytest.raises(PodUnknown, match="kubeconfig"):
+        KubernetesApi(kubeconfig=str(tmp_path / "kubeconfig")).pod(REF, soon)
+    with pytest.raises(PodUnknown, match="nowhere"):
+        KubernetesApi(kubeconfig="/nowhere/config").pod(REF, soon)
 
 
 def test_the_pod_and_its_class_come_from_a_kubernetes_api(api, detect):
@@ -225,6 +262,17 @@ def test_an_unknown_pod_an_unnamed_pod_and_a_dead_server_are_unknown(api, soon):
         api.pod(PodRef(uid="uid-1"), soon)
     with pytest.raises(PodUnknown):
         KubernetesApi(server="http://127.0.0.1:1").pod(REF, soon)
+
+
+@pytest.mark.parametrize("name", ["../../secrets/x", "a/b", "A", "x?watch=1", "..", "x" * 300])
+def test_a_name_that_no_pod_can_have_never_becomes_an_address(api, soon, name):
+    with pytest.raises(PodUnknown, match="no name"):
+        api.pod(PodRef(namespace="default", name=name), soon)
+    with pytest.raises(PodUnknown, match="no name"):
+        api.pod(PodRef(namespace=name, name="web"), soon)
+    with pytest.raises(PodUnknown, match="no name"):
+        api.handler(name, soon)
+    assert api.seen == []
 
 
 def test_a_slow_server_costs_a_second_at_most(api, soon):
