@@ -3,7 +3,7 @@
 Knows no pod, no volume and no gRPC. Every call that can wait takes a `Deadline`.
 """
 
-from blockdev import blankness, exclusivity, filesystems, holders, ioctls, loops, mounts, superblocks
+from blockdev import blankness, durable, exclusivity, filesystems, holders, ioctls, loops, mounts, superblocks
 from blockdev.deadlines import Deadline
 from blockdev.errors import (
     BlockdevError,
@@ -33,6 +33,7 @@ __all__ = [
     "WaitExpired",
     "WrongFilesystem",
     "blankness",
+    "durable",
     "exclusivity",
     "filesystems",
     "holders",

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from blockdev import Deadline
+from blockdev import Deadline, durable
 from guestmount.errors import BadRequest, Busy, Refused
 from volumes import VOLUME_ID, AccessMode, Capability
 
@@ -105,12 +105,7 @@ class Cell:
 
     def write(self, claim: Claim) -> Claim:
         """Replace the record, whole or not at all."""
-        fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        try:
-            os.write(fd, msgspec.json.encode(claim))
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        durable.write(self._temporary, msgspec.json.encode(claim))
         os.rename(self._temporary, self._path)
         self.claim = claim
         return claim

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NoReturn
 
-from blockdev import Deadline, blankness, exclusivity, filesystems
+from blockdev import Deadline, blankness, durable, exclusivity, filesystems
 from blockdev.errors import BlockdevError, WrongFilesystem
 from volumes import copies, sizes
 from volumes import parameters as classes
@@ -209,7 +209,7 @@ class LoopBackend:
             except OSError:
                 self._store.remove(volume_id)
                 raise
-            self._sync_directory()
+            durable.sync_directory(self._directory)
             self._store.set_state(volume_id, State.READY)
         return self._known(volume_id)
 
@@ -311,7 +311,7 @@ class LoopBackend:
         finally:
             os.close(fd)
         os.rename(new, self._path(volume_id))
-        self._sync_directory()
+        durable.sync_directory(self._directory)
 
     def _resize_file(self, volume: Volume) -> None:
         path = self._path(volume.volume_id)
@@ -331,15 +331,8 @@ class LoopBackend:
         for suffix in (_NEW, _SUFFIX):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(os.path.join(self._directory, volume_id + suffix))
-        self._sync_directory()
+        durable.sync_directory(self._directory)
         self._store.remove(volume_id)
-
-    def _sync_directory(self) -> None:
-        fd = os.open(self._directory, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
 
 
 def _smallest(use: Capability, parameters: Mapping[str, str]) -> int:

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
-from blockdev import Deadline
+from blockdev import Deadline, durable
 from volumes import copies
 from volumes.errors import NoSpace, VolumeConflict, VolumeNotFound
 from volumes.model import VOLUME_ID, Snapshot, SnapshotGroup
@@ -62,7 +62,7 @@ class Snapshots:
         try:
             copies.copy(source_path, new, deadline)
             os.rename(new, self.path(snapshot_id))
-            self._sync()
+            durable.sync_directory(self._directory)
         except BaseException as error:
             self._drop(snapshot_id)
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -137,15 +137,8 @@ class Snapshots:
         for suffix in (NEW, SUFFIX):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(os.path.join(self._directory, snapshot_id + suffix))
-        self._sync()
+        durable.sync_directory(self._directory)
         self._store.remove_snapshot(snapshot_id)
-
-    def _sync(self) -> None:
-        fd = os.open(self._directory, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
 
 
 def _snapshot(row: SnapshotRow) -> Snapshot:

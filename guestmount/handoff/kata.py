@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from blockdev import durable
 from guestmount.errors import BadRequest, Unsupported
 from guestmount.handoff.base import Delivered, Delivery
 
@@ -88,13 +89,13 @@ class KataDialect:
         new = os.path.join(self._root, _TEMPORARY + uuid.uuid4().hex)
         os.mkdir(new, 0o700)
         try:
-            _write(os.path.join(new, _FILE), content)
+            durable.write(os.path.join(new, _FILE), content)
             if os.path.isdir(place):
                 # The shim may already have left its sandbox's id there, so only the file is replaced.
                 os.rename(os.path.join(new, _FILE), os.path.join(place, _FILE))
             else:
                 os.rename(new, place)
-            _sync(self._root)
+            durable.sync_directory(self._root)
         finally:
             shutil.rmtree(new, ignore_errors=True)
 
@@ -158,20 +159,3 @@ def _mount_info(delivery: Delivery) -> MountInfo:
     return MountInfo(
         device=delivery.device, fstype=delivery.fstype, options=["ro" if delivery.read_only else "rw", *kept]
     )
-
-
-def _write(path: str, content: bytes) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        os.write(fd, content)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _sync(directory: str) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
