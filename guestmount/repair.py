@@ -40,12 +40,13 @@ def collect(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
 
 
 def _hand_offs(node: Node, targets: set[str], *, dry_run: bool) -> list[Finding]:
+    """Ours by the device that they name; another driver's are never touched."""
     found = []
-    ours = os.path.dirname(_sources(node)[0]) + "/" if _sources(node) else None
+    ours = node.catalog.loop.directory + "/"
     for dialect in node.dialects:
         for one in dialect.delivered():
-            if one.target in targets or ours is None or not one.device.startswith(ours):
-                continue  # another driver's, or in use
+            if one.target in targets or not one.device.startswith(ours):
+                continue
             if not dry_run:
                 dialect.withdraw(one.target)
             found.append(Finding(kind="hand-off", place=one.place, why=f"no claim has {one.target}", done=not dry_run))
@@ -115,4 +116,6 @@ def at_start(node: Node) -> list[str]:
     node.claims.sweep()
     for dialect in node.dialects:
         dialect.sweep()
-    return list(node.catalog.recover())
+    targets = {path for claim in node.claims.all() for path in claim.targets}
+    withdrawn = _hand_offs(node, targets, dry_run=False)
+    return [*node.catalog.recover(), *(f"withdrew the hand-off {one.place}: {one.why}" for one in withdrawn)]

@@ -52,6 +52,11 @@ class LoopBackend:
     def close(self) -> None:
         self._store.close()
 
+    @property
+    def directory(self) -> str:
+        """Where every file of this backend lies."""
+        return self._directory
+
     # -- the controller's verbs
 
     def create(

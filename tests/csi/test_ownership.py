@@ -269,6 +269,23 @@ def test_a_hand_off_that_the_shim_left_its_id_in_is_withdrawn_whole(driver, volu
     assert list(driver.direct_volumes.iterdir()) == []
 
 
+def test_a_start_withdraws_its_own_hand_offs_that_no_claim_knows_and_no_others(driver, volume):
+    """A shim would hot-plug the device of a hand-off that nobody remembers."""
+    driver.publish(volume, A, runtime="kata")
+    (place,) = driver.direct_volumes.iterdir()
+    foreign = driver.direct_volumes / "L290aGVy"
+    foreign.mkdir()
+    (foreign / "mountInfo.json").write_text('{"volume-type":"blk","device":"/other/disk.img","fstype":"ext4"}')
+    driver.kill()
+    driver.start()
+    assert place.exists()  # claimed: a running pod's
+    driver.kill()
+    shutil.rmtree(driver.run / "claims")
+    driver.start()
+    assert not place.exists() and (foreign / "mountInfo.json").exists()
+    shutil.rmtree(foreign)
+
+
 # -- raw block
 
 
