@@ -29,6 +29,7 @@ class MountFacts:
 
     container: str
     volume: str
+    path: str = ""
     read_only: bool = False
     sub_path: str = ""
     propagation: str = ""
@@ -75,6 +76,7 @@ def facts_from(pod: Mapping[str, Any]) -> PodFacts:
             MountFacts(
                 container=container.get("name", ""),
                 volume=mount.get("name", ""),
+                path=mount.get("mountPath", ""),
                 read_only=bool(mount.get("readOnly")),
                 sub_path=mount.get("subPath") or mount.get("subPathExpr") or "",
                 propagation=mount.get("mountPropagation") or "",

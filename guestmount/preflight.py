@@ -43,10 +43,21 @@ def check(runtime: Runtime, *, pv_name: str) -> None:
             )
     if config is not None and config.shim == RUST:
         _refuse_mixed(mounts)
+        _refuse_under_dev(mounts)
 
 
 def _mounts_of_claims(pod: PodFacts) -> list[MountFacts]:
     return [mount for mount in pod.mounts if mount.volume in pod.claims]
+
+
+def _refuse_under_dev(mounts: list[MountFacts]) -> None:
+    """The Rust shim takes a mount below /dev for a device node and has its agent bind the disk, which fails."""
+    for mount in mounts:
+        if mount.path.startswith("/dev/"):
+            raise Refused(
+                f"container {mount.container!r} mounts volume {mount.volume!r} at {mount.path!r}; Kata's Rust shim "
+                "cannot mount a filesystem below /dev. Use another mountPath"
+            )
 
 
 def _refuse_mixed(mounts: list[MountFacts]) -> None:

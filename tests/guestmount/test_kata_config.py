@@ -131,6 +131,15 @@ def test_other_kinds_of_volumes_are_no_concern():
     )
 
 
+def test_a_mount_below_dev_is_refused_for_the_rust_shim_alone(node):
+    pod = a_pod({"name": "data", "mountPath": "/dev/data"})
+    node("/etc/kata-containers/configuration.toml", ON)
+    preflight.check(a_runtime(node.read(runtime_path=GO_PATH), pod), pv_name="v")
+    node("/etc/kata-containers/runtime-rs/configuration.toml", ON)
+    with pytest.raises(Refused, match="'c0'.*'/dev/data'"):
+        preflight.check(a_runtime(node.read(runtime_path=RUST_PATH), pod), pv_name="v")
+
+
 def test_mixed_read_only_and_read_write_is_refused_for_the_rust_shim_alone(node):
     mixed = a_pod({"name": "data"}, {"name": "data", "readOnly": True})
     node("/etc/kata-containers/configuration.toml", ON)

@@ -66,6 +66,7 @@ class Sandbox:
     settings: Settings
     sandbox_id: str = field(default_factory=lambda: secrets.token_hex(32))
     drives: dict[str, Drive] = field(default_factory=dict)
+    forgotten: dict[str, list[Drive]] = field(default_factory=dict)
     storages: list[kata_agent_pb2.Storage] = field(default_factory=list)
     _containers: dict[str, list[str]] = field(default_factory=dict)
     _binds: list[Path] = field(default_factory=list)
@@ -174,6 +175,8 @@ class Sandbox:
         if info is None:
             self._share(mount["source"], oci, container_id)
             return
+        if self.settings.shim == RUST and mount["destination"].startswith("/dev/"):
+            info["fstype"] = "bind"  # taken for a device node
         read_only = "ro" in (info["options"] if self.settings.shim == GO else options)
         storage = self._plug(info, read_only, options, mount["destination"], plugged)
         request.storages.append(storage)
@@ -270,16 +273,17 @@ class Sandbox:
         return storage
 
     def _add_drive(self, key: str, read_only: bool) -> Drive:
-        if not os.path.exists(key):
-            raise FileNotFoundError(2, "No such file or directory", key)
+        backing = key.partition("#")[0]
+        if not os.path.exists(backing):
+            raise FileNotFoundError(2, "No such file or directory", backing)
         node = f"drive-{secrets.token_hex(8)}"
-        block = stat.S_ISBLK(os.stat(key).st_mode)
+        block = stat.S_ISBLK(os.stat(backing).st_mode)
         settings = self.settings
         cache = {} if settings.cache_direct is None else {"cache": {"direct": settings.cache_direct, "no-flush": False}}
         self.vm.qmp(
             "blockdev-add",
             driver="raw",
-            file={"aio": settings.aio, "driver": "host_device" if block else "file", "filename": key, **cache},
+            file={"aio": settings.aio, "driver": "host_device" if block else "file", "filename": backing, **cache},
             **{"node-name": node, "read-only": read_only},
             **cache,
         )
@@ -307,15 +311,19 @@ class Sandbox:
 
     def _free_number(self) -> int:
         taken = {int(drive.source.rsplit(":", 1)[-1] if ":" in drive.source else drive.source[3:], 16 if "/" in drive.source else 10)
-                 - (1 if "/" in drive.source else 0) for drive in self.drives.values()}  # fmt: skip
+                 - (1 if "/" in drive.source else 0) for drive in [*self.drives.values(), *(one for many in self.forgotten.values() for one in many)]}  # fmt: skip
         return next(number for number in range(250) if number not in taken)
 
     def _unplug(self, key: str) -> None:
-        drive = self.drives[key]
+        drive = self.drives.get(key) or self.forgotten[key].pop()
         drive.users -= 1
         if drive.users:
+            if self.settings.shim == RUST:
+                # runtime-rs drops its record although the device stays plugged in; a further container plugs it again.
+                self.drives.pop(key, None)
+                self.forgotten.setdefault(key, []).append(drive)
             return
-        del self.drives[key]
+        self.drives.pop(key, None)
         self.vm.qmp("device_del", id=drive.device)
         self.vm.wait_unplugged(drive.device)
         self.vm.remove_node(drive.node)
@@ -323,12 +331,14 @@ class Sandbox:
     def _raw_device(self, device: dict[str, Any], request: Any, plugged: list[str]) -> None:
         """volumeMode Block: known by major:minor only, whatever node names it has on the host."""
         real = "/dev/" + os.path.basename(os.path.realpath(f"/sys/dev/block/{device['major']}:{device['minor']}"))
-        drive = self.drives.get(real)
+        # runtime-rs looks devices up by an empty path, which never matches: each container plugs its own.
+        key = f"{real}#{len(self.drives)}" if self.settings.shim == RUST else real
+        drive = self.drives.get(key)
         if drive is None:
-            drive = self._add_drive(real, read_only=False)
+            drive = self._add_drive(key, read_only=False)
         else:
             drive.users += 1
-        plugged.append(real)
+        plugged.append(key)
         request.devices.add(id=drive.source, type=drive.driver, container_path=device["path"])
         request.OCI.Linux.Devices.add(Path=device["path"], Type="b", Major=device["major"], Minor=device["minor"])
 

@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from blockdev import Deadline, loops
-from tests.sandbox.shim import RUST, ContainerFailed
+from tests.sandbox.shim import RUST, ContainerFailed, volume_mount
 
 pytestmark = [pytest.mark.guest, pytest.mark.kernel]
 
@@ -276,6 +276,42 @@ def test_a_path_of_190_bytes_is_shared_in_silence_which_is_why_it_is_refused(ben
     assert bench.sandbox.storages == []
     bench.sandbox.destroy()
     shutil.rmtree(long, ignore_errors=True)
+
+
+@pytest.mark.parametrize("bench", [RUST_SHIM], indirect=True)
+def test_rust_plugs_a_volume_again_after_one_of_its_containers_has_gone(bench):
+    """The hazard behind "one pod a volume": the shim forgets a device that is still plugged in."""
+    target = bench.hand_over(bench.image())
+    first, second = bench.with_volume(target), bench.with_volume(target)
+    bench.sandbox.remove_container(first)
+    third = bench.with_volume(target)
+    added = [arguments["file"]["filename"] for name, arguments in bench.sandbox.vm.commands if name == "blockdev-add"]
+    assert len(added) == 2 and len(set(added)) == 1
+    for name in (third, second):
+        bench.sandbox.remove_container(name)
+    assert bench.sandbox.drives == {} and not any(bench.sandbox.forgotten.values())
+
+
+@pytest.mark.parametrize("bench", [RUST_SHIM], indirect=True)
+def test_rust_cannot_mount_below_dev_which_preflight_refuses(bench):
+    target = bench.hand_over(bench.image())
+    with pytest.raises(ContainerFailed):
+        bench.container(volume_mount(target, "/dev/data"))
+
+
+@pytest.mark.parametrize(("bench", "plugs"), [({}, 1), (RUST_SHIM, 2)], indirect=["bench"])
+def test_a_raw_volume_of_two_containers_is_plugged_once_by_go_and_twice_by_rust(bench, plugs):
+    import os
+
+    image = bench.image()
+    device = loops.attach(str(image), deadline=Deadline.after(10))
+    number = os.stat(device).st_rdev
+    devices = [{"path": "/dev/xvdb", "type": "b", "major": os.major(number), "minor": os.minor(number)}]
+    names = [bench.container(devices=devices) for _ in range(2)]
+    assert [name for name, _ in bench.sandbox.vm.commands].count("device_add") == plugs
+    for name in names:
+        bench.sandbox.remove_container(name)
+    loops.detach(device, str(image), Deadline.after(10))
 
 
 # -- other kinds of mounts
