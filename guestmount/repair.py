@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from blockdev import Deadline, exclusivity, loops, mountinfo, mounts
 from blockdev.errors import BlockdevError
 from guestmount import ownership
-from guestmount.errors import GuestmountError
+from guestmount.claims import Claim
+from guestmount.errors import BadRequest, Busy, GuestmountError, Refused
 from guestmount.node import Node
 from guestmount.placeholder import NOTE
 from volumes import VolumeError
+
+_START = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +31,8 @@ class Finding:
 
 def collect(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
     """Everything on the node that belongs to no volume or to no pod; removed unless `dry_run`."""
-    claimed = {claim.volume: claim for claim in node.claims.all()}
-    targets = {path for claim in claimed.values() for path in claim.targets}
-    found = _hand_offs(node, targets, dry_run=dry_run)
-    found += _placeholders(node, targets, deadline, dry_run=dry_run)
+    found = _hand_offs(node, deadline, dry_run=dry_run)
+    found += _placeholders(node, deadline, dry_run=dry_run)
     found += _claims(node, deadline, dry_run=dry_run)
     found += _loop_devices(node, deadline, dry_run=dry_run)
     found += [
@@ -39,27 +42,62 @@ def collect(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
     return found
 
 
-def _hand_offs(node: Node, targets: set[str], *, dry_run: bool) -> list[Finding]:
+def _hand_offs(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
     """Ours by the device that they name; another driver's are never touched."""
     found = []
     ours = node.catalog.loop.directory + "/"
     for dialect in node.dialects:
         for one in dialect.delivered():
-            if one.target in targets or not one.device.startswith(ours):
+            if not one.device.startswith(ours):
                 continue
-            if not dry_run:
-                dialect.withdraw(one.target)
-            found.append(Finding(kind="hand-off", place=one.place, why=f"no claim has {one.target}", done=not dry_run))
+            take_back = functools.partial(dialect.withdraw, one.target) if not dry_run else _nothing
+            if _unless_claimed(node, one.device, deadline, functools.partial(_has_target, one.target), take_back):
+                why = f"no claim has {one.target}"
+                found.append(Finding(kind="hand-off", place=one.place, why=why, done=not dry_run))
     return found
+
+
+def _unless_claimed(
+    node: Node, path: str, deadline: Deadline, in_use: Callable[[Claim], bool], take_back: Callable[[], None]
+) -> bool:
+    """Whether `take_back` was called for something of the volume whose file is `path`, while its claim was held still.
+
+    A decision from a list of claims that was read earlier would take away what a publish has made since. A volume that
+    somebody works on, or whose claim cannot be read, is left alone.
+    """
+    volume_id = os.path.splitext(os.path.basename(path))[0]
+    try:
+        with node.claims.locked(volume_id, deadline) as cell:
+            if cell.claim is not None and in_use(cell.claim):
+                return False
+            take_back()
+            return True
+    except (Busy, BadRequest, Refused):
+        return False
+
+
+def _has_target(target: str, claim: Claim) -> bool:
+    return target in claim.targets
+
+
+def _has_device(device: str, claim: Claim) -> bool:
+    return claim.device == device
+
+
+def _nothing() -> None:
+    """A dry run."""
 
 
 def _sources(node: Node) -> list[str]:
     return [node.catalog.of(volume.volume_id).attach(volume.volume_id).path for _seq, volume in node.catalog.list()]
 
 
-def _placeholders(node: Node, targets: set[str], deadline: Deadline, *, dry_run: bool) -> list[Finding]:
+def _placeholders(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
     found = []
-    for mount in mountinfo.table():
+    # In this order: a claim is written before its placeholder is mounted.
+    mounted = mountinfo.table()
+    targets = {path for claim in node.claims.all() for path in claim.targets}
+    for mount in mounted:
         if mount.fstype != "tmpfs" or mount.source != "runvol" or mount.target in targets:
             continue
         if not any(mount.target.startswith(f"{root}/") for root in node.roots):
@@ -98,16 +136,15 @@ def _claims(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
 
 def _loop_devices(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
     found = []
-    owned = {claim.device for claim in node.claims.all() if claim.device}
     files = {(os.stat(path).st_dev, os.stat(path).st_ino): path for path in _sources(node)}
     for device in loops.bound():
         under = loops.backing(device)
         path = files.get((under.device, under.inode)) if under is not None else None
-        if path is None or device in owned or not exclusivity.is_free(device):
+        if path is None or not exclusivity.is_free(device):
             continue
-        if not dry_run:
-            loops.detach(device, path, deadline)
-        found.append(Finding(kind="loop device", place=device, why=f"nobody uses it on {path}", done=not dry_run))
+        take_back = functools.partial(loops.detach, device, path, deadline) if not dry_run else _nothing
+        if _unless_claimed(node, path, deadline, functools.partial(_has_device, device), take_back):
+            found.append(Finding(kind="loop device", place=device, why=f"nobody uses it on {path}", done=not dry_run))
     return found
 
 
@@ -116,6 +153,5 @@ def at_start(node: Node) -> list[str]:
     node.claims.sweep()
     for dialect in node.dialects:
         dialect.sweep()
-    targets = {path for claim in node.claims.all() for path in claim.targets}
-    withdrawn = _hand_offs(node, targets, dry_run=False)
+    withdrawn = _hand_offs(node, Deadline.after(_START), dry_run=False)
     return [*node.catalog.recover(), *(f"withdrew the hand-off {one.place}: {one.why}" for one in withdrawn)]

@@ -9,6 +9,7 @@ from blockdev import Deadline, ioctls, mounts, superblocks
 from blockdev.deadlines import bounded
 from guestmount import placeholder
 from guestmount.claims import HOST, Claim
+from guestmount.errors import Refused
 from guestmount.node import Node
 from volumes import VolumeNotFound
 
@@ -89,7 +90,10 @@ def problems(node: Node, volume_id: str) -> list[Problem]:
                 reason="FilesystemErrors", message=f"the kernel has recorded errors in the {block.fstype} on {source}"
             )
         )
-    claim = node.claims.peek(volume_id)
+    try:
+        claim = node.claims.peek(volume_id)
+    except Refused as error:  # one damaged claim must not hide the other volumes of a list
+        return [*found, Problem(reason="ClaimDamaged", message=str(error), unreachable=True)]
     return found + (_delivery_problems(node, claim) if claim is not None else [])
 
 

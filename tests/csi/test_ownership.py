@@ -286,6 +286,55 @@ def test_a_start_withdraws_its_own_hand_offs_that_no_claim_knows_and_no_others(d
     shutil.rmtree(foreign)
 
 
+def test_a_damaged_claim_stops_neither_the_driver_nor_the_pod_that_it_speaks_of(driver, volume):
+    driver.publish(volume, A, runtime="kata")
+    claim = driver.run / "claims" / f"{volume.volume_id}.json"
+    whole = claim.read_text()
+    claim.write_text(whole[:40])
+    driver.kill()
+    driver.start()
+    assert len(driver.left_over()["hand-off files"]) == 1
+    with refused("FAILED_PRECONDITION", "cannot be read"):
+        driver.publish(volume, B, runtime="kata")
+    claim.write_text(whole)
+
+
+def test_gc_beside_publishing_takes_nothing_that_was_just_made(driver, volume):
+    import threading
+
+    stop = threading.Event()
+
+    def collect():
+        while not stop.is_set():
+            driver.cli("gc", check=False)
+
+    collector = threading.Thread(target=collect)
+    collector.start()
+    try:
+        for _ in range(25):
+            for runtime in ("kata", "runc"):
+                for attempt in range(200):
+                    try:
+                        target = driver.publish(volume, A, runtime=runtime)
+                        break
+                    except Exception as error:
+                        assert "under way" in str(error), error  # gc holds the volume for a moment
+                        time.sleep(0.01)
+                time.sleep(0.02)
+                assert os.path.ismount(target)
+                assert runtime == "runc" or len(driver.left_over()["hand-off files"]) == 1
+                for attempt in range(200):
+                    try:
+                        driver.unpublish(volume, A)
+                        break
+                    except Exception as error:
+                        assert "under way" in str(error), error
+                        time.sleep(0.01)
+    finally:
+        stop.set()
+        collector.join()
+
+
 # -- raw block
 
 
