@@ -1,33 +1,62 @@
-"""`runvol`: the command line."""
+"""`runvol`: the command line. Commands are loaded when they are called, as a start should cost what it needs."""
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import click
-import msgspec
 
-from blockdev import BlockdevError, Deadline
-from guestmount import GuestmountError, Node, PodRef, repair
-from runvol import __version__, assembly, config, logs, tables
-from volumes import AccessMode, Capability, SizeRange, VolumeError, parameters
+from runvol import __version__, config, logs
 
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-_CALL = 60.0
+as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+
+_MODULES = {
+    "runvol.volume_commands": (
+        "csi", "volumes", "handoffs", "where", "detect", "doctor", "gc", "bench", "show_config", "show_parameters",
+    ),
+    "runvol.snapshot_commands": ("snapshotter", "snapshots", "pool"),
+}  # fmt: skip
+_NAMES = {"show_config": "config", "show_parameters": "parameters"}
+_COMMANDS = {_NAMES.get(name, name): (module, name) for module, names in _MODULES.items() for name in names}
+# The base classes of the rooms' errors; only rooms that are loaded can have raised one.
+_ERRORS = {
+    "blockdev.errors": "BlockdevError",
+    "volumes.errors": "VolumeError",
+    "guestmount.errors": "GuestmountError",
+    "snapshotter.errors": "SnapshotterError",
+    "runvol.config": "ConfigError",
+}
 
 
 class _Program(click.Group):
     """Turns every error of the rooms into one sentence and a status, whatever the command."""
 
+    def list_commands(self, _context: click.Context) -> list[str]:
+        return sorted(_COMMANDS)
+
+    def get_command(self, _context: click.Context, name: str) -> click.Command | None:
+        if name not in _COMMANDS:
+            return None
+        module, attribute = _COMMANDS[name]
+        found: click.Command = getattr(importlib.import_module(module), attribute)
+        return found
+
     def invoke(self, context: click.Context) -> Any:
         try:
             return super().invoke(context)
-        except (VolumeError, GuestmountError, BlockdevError, config.ConfigError) as error:
-            raise click.ClickException(str(error)) from error
         except PermissionError as error:
             raise click.ClickException(f"{error.filename}: permission denied; run runvol as root") from error
+        except Exception as error:
+            if isinstance(error, _expected()):
+                raise click.ClickException(str(error)) from error
+            raise
+
+
+def _expected() -> tuple[type[Exception], ...]:
+    return tuple(getattr(sys.modules[module], name) for module, name in _ERRORS.items() if module in sys.modules)
 
 
 @click.group(cls=_Program, context_settings={"help_option_names": ["-h", "--help"]})
@@ -52,237 +81,3 @@ def _load(file: str | None, flags: dict[str, Any]) -> config.Config:
 
 
 Loader = Callable[..., config.Config]
-
-
-def _node(load: Loader) -> Node:
-    return assembly.build(load())
-
-
-@main.command()
-@click.option("--endpoint", metavar="URL", help="unix:///…/csi.sock")
-@click.option("--node-id", metavar="NAME", help="The node's name in Kubernetes.")
-@click.option("--services", metavar="LIST", help="Any of identity,controller,node.")
-@click.pass_obj
-def csi(load: Loader, endpoint: str | None, node_id: str | None, services: str | None) -> None:
-    """Serve the CSI plugin."""
-    from runvol import serve
-
-    serve.csi_plugin(load(**{"csi.endpoint": endpoint, "node.id": node_id, "csi.services": services}))
-
-
-@main.group(invoke_without_command=True)
-@_json
-@click.pass_context
-def volumes(context: click.Context, as_json: bool) -> None:
-    """List volumes; make, adopt and delete static ones."""
-    if context.invoked_subcommand is not None:
-        return
-    node = _node(context.obj)
-    rows = [_volume_row(node, volume.volume_id) for _seq, volume in node.catalog.list()]
-    tables.show(rows, ("volume", "name", "size", "used", "owner", "targets"), as_json=as_json, empty="no volumes")
-
-
-def _volume_row(node: Node, volume_id: str) -> dict[str, object]:
-    volume = node.catalog.get(volume_id)
-    claim = node.claims.peek(volume_id)
-    return {
-        "volume": volume.volume_id,
-        "name": volume.name,
-        "backend": volume.backend,
-        "size": tables.size(volume.capacity_bytes),
-        "capacity_bytes": volume.capacity_bytes,
-        "used": tables.size(volume.allocated_bytes),
-        "allocated_bytes": volume.allocated_bytes,
-        "parameters": dict(volume.parameters),
-        "staged_at": claim.staging_path if claim else "",
-        "owner": str(claim.owner) if claim and claim.owner else ("staged" if claim else "-"),
-        "targets": len(claim.targets) if claim else 0,
-    }
-
-
-@volumes.command("create")
-@click.argument("name")
-@click.option("--size", "size_bytes", type=int, required=True, metavar="BYTES")
-@click.option("--parameter", "-p", multiple=True, metavar="KEY=VALUE", help="A StorageClass parameter.")
-@_json
-@click.pass_obj
-def volumes_create(load: Loader, name: str, size_bytes: int, parameter: tuple[str, ...], as_json: bool) -> None:
-    """Make a volume that no provisioner makes (FlexVolume, static PersistentVolumes)."""
-    given = {key: value for key, _, value in (one.partition("=") for one in parameter)}
-    chosen = parameters.check(given)
-    node = _node(load)
-    use = Capability(mode=AccessMode.SINGLE_NODE_WRITER, fstype=chosen.get(parameters.FSTYPE, ""))
-    made = node.catalog.for_parameters(chosen).create(name, SizeRange(required=size_bytes), chosen, [use])
-    tables.show([_volume_row(node, made.volume_id)], ("volume", "name", "size"), as_json=as_json, empty="")
-
-
-@volumes.command("adopt")
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, resolve_path=True))
-@click.option("--name", required=True)
-@_json
-@click.pass_obj
-def volumes_adopt(load: Loader, file: str, name: str, as_json: bool) -> None:
-    """Take over an existing image file, with its data; it is moved into the state directory."""
-    node = _node(load)
-    made = node.catalog.loop.adopt(file, name)
-    tables.show([_volume_row(node, made.volume_id)], ("volume", "name", "size"), as_json=as_json, empty="")
-
-
-@volumes.command("delete")
-@click.argument("volume_id")
-@click.option("--yes", is_flag=True, help="Do not ask.")
-@click.pass_obj
-def volumes_delete(load: Loader, volume_id: str, yes: bool) -> None:
-    """Delete a volume and its data."""
-    node = _node(load)
-    volume = node.catalog.get(volume_id)
-    if not yes:
-        click.confirm(
-            f"Delete volume {volume_id} ({volume.name}, {tables.size(volume.capacity_bytes)}) and its data?", abort=True
-        )
-    with node.unused(volume_id, Deadline.after(_CALL)):
-        node.catalog.of(volume_id).delete(volume_id)
-    click.echo(f"deleted {volume_id}")
-
-
-@main.command()
-@_json
-@click.pass_obj
-def handoffs(load: Loader, as_json: bool) -> None:
-    """List what was handed to sandboxes, this driver's and others'."""
-    node = _node(load)
-    claims = {path: claim for claim in node.claims.all() for path in claim.targets}
-    rows = []
-    for dialect in node.dialects:
-        for one in dialect.delivered():
-            claim = claims.get(one.target)
-            rows.append(
-                {
-                    "volume": claim.volume if claim else "(no claim)",
-                    "pod": claim.targets[one.target].pod if claim else "",
-                    "dialect": one.dialect,
-                    "device": one.device,
-                    "fstype": one.fstype,
-                    "options": ",".join(one.options),
-                    "target": one.target,
-                    "place": one.place,
-                    "problem": one.problem,
-                }
-            )
-    columns = ("volume", "pod", "dialect", "fstype", "options", "target", "problem")
-    tables.show(rows, columns, as_json=as_json, empty="no hand-offs")
-
-
-@main.command()
-@click.argument("pod", metavar="NAMESPACE/NAME|UID")
-@_json
-@click.pass_obj
-def where(load: Loader, pod: str, as_json: bool) -> None:
-    """Where a pod's volumes are: on the host, or in which guest."""
-    node = _node(load)
-    rows = [
-        {
-            "volume": claim.volume,
-            "kernel": claim.owner.kind if claim.owner else "-",
-            "handler": claim.owner.handler if claim.owner else "",
-            "device": claim.device or claim.source,
-            "read_only": target.read_only,
-            "target": path,
-        }
-        for claim in node.claims.all()
-        for path, target in claim.targets.items()
-        if pod in (target.pod_uid, target.pod)
-    ]
-    if not rows:
-        raise click.ClickException(f"no volume of this node is published to pod {pod}")
-    tables.show(rows, ("volume", "kernel", "handler", "device", "read_only", "target"), as_json=as_json, empty="")
-
-
-@main.command()
-@click.argument("namespace_name", metavar="NAMESPACE/NAME")
-@click.option("--attribute", default="", help="The volume's attribute `runtime`.")
-@click.pass_obj
-def detect(load: Loader, namespace_name: str, attribute: str) -> None:
-    """Tell which runtime will run a pod, and how that is known."""
-    namespace, _, name = namespace_name.partition("/")
-    answer = _node(load).detector.detect(PodRef(namespace=namespace, name=name), attribute, Deadline.after(5))
-    click.echo(f"{answer.kind} (handler {answer.handler}), from {answer.source}")
-
-
-@main.command()
-@_json
-@click.pass_obj
-def doctor(load: Loader, as_json: bool) -> None:
-    """Say what this node can do and what to change; status 1 if something is broken."""
-    from runvol import doctor as examination
-
-    loaded = load()
-    found = list(examination.examine(loaded, assembly.build(loaded)))
-    rows = [{"state": one.state, "subject": one.subject, "finding": one.finding} for one in found]
-    tables.show(rows, ("state", "subject", "finding"), as_json=as_json, empty="")
-    sys.exit(1 if any(one.state == examination.BROKEN for one in found) else 0)
-
-
-@main.command()
-@click.option("--dry-run", is_flag=True, help="Only say what would be taken back.")
-@_json
-@click.pass_obj
-def gc(load: Loader, dry_run: bool, as_json: bool) -> None:
-    """Take back what belongs to no volume and to no pod."""
-    node = _node(load)
-    done = (
-        []
-        if dry_run
-        else [repair.Finding(kind="volume", place="store", why=said, done=True) for said in repair.at_start(node)]
-    )
-    found = done + repair.collect(node, Deadline.after(_CALL), dry_run=dry_run)
-    rows = [{"kind": one.kind, "place": one.place, "why": one.why, "done": one.done} for one in found]
-    tables.show(rows, ("kind", "place", "why", "done"), as_json=as_json, empty="nothing is left over")
-
-
-@main.command()
-@click.argument("name", type=click.Choice(["publish"]))
-@click.option("--endpoint", metavar="URL", help="The running driver's socket.")
-@click.option("--samples", type=click.IntRange(1, 100_000), default=200, show_default=True)
-@_json
-@click.pass_obj
-def bench(load: Loader, name: str, endpoint: str | None, samples: int, as_json: bool) -> None:
-    """Measure the running driver on this node with a small volume of its own."""
-    import grpc
-
-    from csi.server import socket_path
-    from runvol import bench as benchmarks
-
-    loaded = load(**{"csi.endpoint": endpoint})
-    root = loaded.words("node.roots")[0]
-    try:
-        figures = benchmarks.publish(socket_path(loaded.text("csi.endpoint")), root, samples)
-    except grpc.RpcError as error:
-        raise click.ClickException(f"{name}: {error.code().name}: {error.details()}") from error
-    rows = [{"call": one.call, "p50_ms": one.p50, "p99_ms": one.p99, "samples": one.samples} for one in figures]
-    tables.show(rows, ("call", "p50_ms", "p99_ms", "samples"), as_json=as_json, empty="")
-
-
-@main.command("config")
-@_json
-@click.pass_obj
-def show_config(load: Loader, as_json: bool) -> None:
-    """Print the settings in force and where each came from."""
-    loaded = load()
-    rows = [
-        {"key": key, "value": msgspec.json.encode(loaded.values[key]).decode(), "source": loaded.sources[key],
-         "variable": config.variable_of(key), "meaning": setting.meaning}
-        for key, setting in config.TABLE.items()
-    ]  # fmt: skip
-    tables.show(rows, ("key", "value", "source", "meaning"), as_json=as_json, empty="")
-
-
-@main.command("parameters")
-@_json
-def show_parameters(as_json: bool) -> None:
-    """Print the StorageClass parameters."""
-    rows = [
-        {"key": one.key, "values": one.values, "default": one.default, "meaning": one.meaning}
-        for one in parameters.TABLE
-    ]
-    tables.show(rows, ("key", "values", "default", "meaning"), as_json=as_json, empty="")

@@ -57,6 +57,26 @@ TABLE: Mapping[str, Setting] = {
     "loop.capacity_bytes": Setting(default=0, meaning="bytes that all volumes may promise; 0 for what the disk has"),
     "csi.endpoint": Setting(default="unix:///run/runvol/csi.sock", meaning="the CSI socket"),
     "csi.services": Setting(default=("identity", "controller", "node"), meaning="the CSI services to serve"),
+    "snapshotter.endpoint": Setting(default="unix:///run/runvol/snapshotter.sock", meaning="the socket for containerd"),
+    "snapshotter.state_dir": Setting(
+        default="/var/lib/runvol/snapshotter", meaning="the snapshotter's store and its pool's description"
+    ),
+    "snapshotter.fstype": Setting(default="ext4", meaning="filesystem of root filesystems: ext4 or xfs"),
+    "snapshotter.size_bytes": Setting(default=10 << 30, meaning="bytes that a root filesystem may hold"),
+    "snapshotter.namespace_sizes": Setting(
+        default=(), meaning="the same for single containerd namespaces, as NAMESPACE=BYTES"
+    ),
+    "snapshotter.call_seconds": Setting(default=60, meaning="longest time that one call of containerd's may take"),
+    "snapshotter.discard": Setting(default=1, meaning="1: give deleted blocks back to the disk below; 0: keep them"),
+    "snapshotter.images": Setting(
+        default="", meaning="directory of shared images (a local one or NFS); empty for none"
+    ),
+    "snapshotter.metrics": Setting(default="", meaning="HOST:PORT of the metrics (loopback); empty for none"),
+    "pool.data_reserve_percent": Setting(
+        default=3, meaning="free data that new snapshots leave to those that run, in percent"
+    ),
+    "pool.autoextend_threshold": Setting(default=80, meaning="percent in use at which the pool is extended"),
+    "pool.autoextend_percent": Setting(default=20, meaning="by how much of its size it is extended; 0 for never"),
     "log.level": Setting(default="info", meaning="debug, info, warning or error"),
     "log.format": Setting(default="text", meaning="text or json"),
 }
@@ -180,8 +200,35 @@ def _check(config: Config) -> None:
         raise ConfigError(f"log.format = {config.text('log.format')!r}: takes text, json")
     if config.number("loop.capacity_bytes") < 0:
         raise ConfigError(f"loop.capacity_bytes = {config.number('loop.capacity_bytes')}: must not be negative")
+    _check_snapshotter(config)
     if not _NODE_ID.match(config.node_id):
         raise ConfigError(
             f"node.id = {config.node_id!r} (from {config.sources['node.id']}): must be a label value of at most 63 "
             "characters, since it is the node's topology"
         )
+
+
+_RANGES = {
+    "snapshotter.size_bytes": (8 << 20, 1 << 50),
+    "snapshotter.call_seconds": (1, 3600),
+    "snapshotter.discard": (0, 1),
+    "pool.data_reserve_percent": (0, 50),
+    "pool.autoextend_threshold": (10, 100),
+    "pool.autoextend_percent": (0, 1000),
+}
+
+
+def _check_snapshotter(config: Config) -> None:
+    for key, (least, most) in _RANGES.items():
+        if not least <= config.number(key) <= most:
+            raise ConfigError(
+                f"{key} = {config.number(key)} (from {config.sources[key]}): must lie between {least} and {most}"
+            )
+    if config.text("snapshotter.fstype") not in ("ext4", "xfs"):
+        raise ConfigError(f"snapshotter.fstype = {config.text('snapshotter.fstype')!r}: takes ext4, xfs")
+    for one in config.words("snapshotter.namespace_sizes"):
+        name, _, size = one.partition("=")
+        if not name or not size.isdecimal():
+            raise ConfigError(f"snapshotter.namespace_sizes = {one!r}: takes NAMESPACE=BYTES")
+    if config.text("snapshotter.images") and not config.text("snapshotter.images").startswith("/"):
+        raise ConfigError(f"snapshotter.images = {config.text('snapshotter.images')!r}: must be an absolute path")

@@ -1,0 +1,38 @@
+"""`runvol snapshotter`: serve containerd until a signal says stop."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from runvol.config import Config
+from runvol.snapshot_commands import limits, state_dir
+from snapshotter.errors import PoolRefused
+from snapshotter.node import Node, Settings
+
+
+def settings_of(config: Config) -> Settings:
+    """The snapshotter's own settings."""
+    pairs = (one.partition("=") for one in config.words("snapshotter.namespace_sizes"))
+    return Settings(
+        state_dir=state_dir(config),
+        fstype=config.text("snapshotter.fstype"),
+        size=config.number("snapshotter.size_bytes"),
+        by_namespace={name: int(size) for name, _, size in pairs},
+        limits=limits(config),
+        discard=bool(config.number("snapshotter.discard")),
+    )
+
+
+def serve(config: Config, pool_name: str | None) -> None:
+    """Listen at once, assemble and recover behind, end gracefully on SIGTERM or SIGINT."""
+    # thin_ls is forked; gRPC's own fork handlers would stop every call for that.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    from snapshotter import server
+
+    # Calls are short and many threads wait in the kernel: the one that comes back should not wait 5 ms for the lock.
+    sys.setswitchinterval(0.0005)
+    node = Node(settings_of(config))
+    if pool_name is not None and node.pool.name != pool_name:
+        raise PoolRefused(f"--pool {pool_name}: {state_dir(config)} describes pool {node.pool.name}")
+    server.serve(node, endpoint=config.text("snapshotter.endpoint"), limit=config.number("snapshotter.call_seconds"))

@@ -1,0 +1,200 @@
+"""What a pool stands on, described in one file, assembled from it at start, extended while it runs.
+
+`pool.json` in the state directory is written once, by `runvol pool init`, before anything is formatted. Kinds: `loop`
+(two files, for trials), `device` (one block device, split by two linear mappings), `lvm` (two logical volumes of a
+volume group: the pool itself is ours, never LVM's, as two owners of one pool destroy it).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+from typing import Literal
+
+import msgspec
+
+from blockdev import Deadline, durable, ioctls, loops
+from blockdev.commands import run
+from blockdev.devicemapper import Mapper, MapperError, node
+from blockdev.dm_targets import BLOCK_STEP, LARGEST_BLOCK, SECTOR, SMALLEST_BLOCK, Linear, ThinPool
+from snapshotter.errors import BadRequest, PoolRefused, Unavailable
+
+FILE = "pool.json"
+_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,50}\Z")
+# Of the kernel: metadata beyond this is not used, below this it is refused. Bytes.
+SMALLEST_METADATA, LARGEST_METADATA = 2 << 20, 16 << 30
+_METADATA_PER_BLOCK = 48
+_GRAIN = 4 << 20
+
+
+class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`pool.json`. Sizes are bytes; `block` is the pool's block in bytes. `data` and `metadata` are paths (loop), the
+    device and nothing (device), or names of logical volumes (lvm)."""
+
+    name: str
+    identity: str
+    kind: Literal["loop", "device", "lvm"]
+    data: str
+    metadata: str
+    metadata_bytes: int
+    block: int
+    group: str = ""
+
+
+def metadata_size(data_bytes: int, block: int) -> int:
+    """Bytes of metadata that a pool of this size wants, with room to grow to twice its size."""
+    wanted = max(2 * _METADATA_PER_BLOCK * (data_bytes // block), 4 * SMALLEST_METADATA)
+    return min(-(-wanted // _GRAIN) * _GRAIN, LARGEST_METADATA)
+
+
+def check_name(name: str) -> None:
+    if not _NAME.match(name):
+        raise BadRequest("--pool", name, "takes lower-case letters, digits, dots and dashes, 51 at most")
+
+
+def check_block(block: int) -> None:
+    sectors, rest = divmod(block, SECTOR)
+    if rest or sectors % BLOCK_STEP or not SMALLEST_BLOCK <= sectors <= LARGEST_BLOCK:
+        raise BadRequest("--block-size", block, "takes multiples of 64 KiB up to 1 GiB, in bytes")
+
+
+def load(state_dir: str) -> Description | None:
+    """The description, or None where no pool was made yet. PoolRefused if it cannot be read."""
+    path = os.path.join(state_dir, FILE)
+    try:
+        with open(path, "rb") as opened:
+            return msgspec.json.decode(opened.read(), type=Description)
+    except FileNotFoundError:
+        return None
+    except msgspec.MsgspecError as error:
+        raise PoolRefused(f"{path}: {error}; restore it, or describe the pool anew with `runvol pool init`") from None
+
+
+def save(state_dir: str, description: Description) -> None:
+    os.makedirs(state_dir, mode=0o700, exist_ok=True)
+    path = os.path.join(state_dir, FILE)
+    durable.write(f"{path}.new", msgspec.json.format(msgspec.json.encode(description), indent=2) + b"\n")
+    os.rename(f"{path}.new", path)
+    durable.sync_directory(state_dir)
+
+
+def new_identity() -> str:
+    return secrets.token_hex(8)
+
+
+class Backing:
+    """The devices below the pool. Every verb may be repeated."""
+
+    def __init__(self, mapper: Mapper, description: Description) -> None:
+        self._mapper, self.description = mapper, description
+
+    def attach(self, deadline: Deadline) -> tuple[str, str]:
+        """The nodes of metadata and data; Unavailable, naming what is absent."""
+        it = self.description
+        if it.kind == "loop":
+            return _loop(it.metadata, deadline), _loop(it.data, deadline)
+        if it.kind == "lvm":
+            run("lvchange", "-ay", "-K", f"{it.group}/{it.metadata}", f"{it.group}/{it.data}", deadline=deadline)
+            return _logical(it.group, it.metadata), _logical(it.group, it.data)
+        return self._split(it.data)
+
+    def _split(self, device: str) -> tuple[str, str]:
+        if not ioctls.is_block(device):
+            raise Unavailable(f"pool {self.description.name} stands on {device}, which is no block device now")
+        metadata = self.description.metadata_bytes // SECTOR
+        rest = ioctls.size_bytes(device) // SECTOR - metadata
+        parts = (("meta", Linear(length=metadata, device=device)),
+                 ("data", Linear(length=rest, device=device, offset=metadata)))  # fmt: skip
+        nodes = []
+        for part, target in parts:
+            name = f"{self.description.name}-{part}"
+            self._be_mapped(name, target)
+            nodes.append(node(name))
+        return nodes[0], nodes[1]
+
+    def _be_mapped(self, name: str, target: Linear) -> None:
+        found = self._mapper.find(name)
+        if found is None:
+            self._mapper.create(name, f"RUNVOL-PART-{self.description.identity}-{name}")
+        elif found.active and not found.suspended and ioctls.size_bytes(node(name)) == target.length * SECTOR:
+            return
+        self._mapper.load(name, [target])
+        self._mapper.resume(name)
+
+    def extend(self, part: str, more: int, deadline: Deadline) -> None:
+        """Make the data or the metadata device `more` bytes larger; Unavailable where nothing is left."""
+        it = self.description
+        if it.kind == "loop":
+            path = it.data if part == "data" else it.metadata
+            _room_for(path, more)
+            os.truncate(path, os.path.getsize(path) + more)
+            for device in loops.find(path):
+                loops.resize(device)
+        elif it.kind == "lvm":
+            volume = f"{it.group}/{it.data if part == 'data' else it.metadata}"
+            run("lvextend", "-q", "-L", f"+{more}b", volume, deadline=deadline)
+        elif part == "metadata":
+            raise Unavailable(f"the metadata of pool {it.name} lies at the start of {it.data} and cannot grow; make a "
+                              "larger pool with `--metadata-size`")  # fmt: skip
+        else:
+            before = ioctls.size_bytes(node(f"{it.name}-data"))
+            if ioctls.size_bytes(it.data) - it.metadata_bytes <= before:
+                raise Unavailable(f"{it.data} has not grown; make it larger first, then `runvol pool extend`")
+            self._split(it.data)
+
+    def detach(self, deadline: Deadline) -> None:
+        """Let go of what `attach` bound; logical volumes stay active."""
+        it = self.description
+        if it.kind == "loop":
+            for path in (it.metadata, it.data):
+                for device in loops.find(path):
+                    loops.detach(device, path, deadline)
+        elif it.kind == "device":
+            for part in ("meta", "data"):
+                with contextlib.suppress(MapperError):
+                    self._mapper.remove(f"{it.name}-{part}")
+
+
+def _loop(path: str, deadline: Deadline) -> str:
+    if not os.path.isfile(path):
+        raise Unavailable(f"the pool's file {path} does not exist; mount the filesystem that it lies on")
+    found = loops.find(path)
+    return found[0] if found else loops.attach(path, deadline=deadline)
+
+
+def _room_for(path: str, more: int) -> None:
+    facts = os.statvfs(path)
+    if facts.f_bavail * facts.f_frsize < more:
+        raise Unavailable(f"{path} cannot grow by {more} bytes: its filesystem has {facts.f_bavail * facts.f_frsize}")
+
+
+def _logical(group: str, volume: str) -> str:
+    # Device-mapper doubles the dashes of both names.
+    return node(f"{group.replace('-', '--')}-{volume.replace('-', '--')}")
+
+
+def format_metadata(path: str) -> None:
+    """Make the metadata device one that the kernel formats at the first load: 4 KiB of zeros, past the page cache.
+
+    A cached write could be written back over the superblock that the kernel has made meanwhile.
+    """
+    with ioctls.opened(path, os.O_RDWR | os.O_EXCL) as fd:
+        os.pwrite(fd, bytes(4096), 0)
+        os.fsync(fd)
+
+
+def pool_table(metadata: str, data: str, block: int, *, queue: bool = True) -> ThinPool:
+    """The pool over all of the data device. Blocks are zeroed: a guest must never see another's data."""
+    length = ioctls.size_bytes(data) // SECTOR
+    sectors = block // SECTOR
+    blocks = length // sectors
+    return ThinPool(
+        length=blocks * sectors,
+        metadata=metadata,
+        data=data,
+        block=sectors,
+        low_water=max(1, blocks // 10),
+        features=() if queue else ("error_if_no_space",),
+    )

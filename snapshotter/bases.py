@@ -1,0 +1,136 @@
+"""Golden bases: empty formatted devices, made before anyone asks. A first layer is a snapshot of one, not a mkfs.
+
+The filesystem is made in a sparse file and its few written blocks are copied into a thin device, so that nothing is
+mounted, `lost+found` is gone, and no inode table is left for the kernel to zero in every container later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterator
+
+from blockdev import Deadline, filesystems
+from blockdev.commands import run
+from snapshotter.errors import BadRequest, SnapshotterError
+from snapshotter.pool import DeviceMissing, Pool
+from snapshotter.store import Base, Store
+
+_CHUNK = 64 << 10
+GRAIN = 1 << 20
+LARGEST = 1 << 50
+
+
+def check(fstype: str, size: int, *, field: str = "size") -> None:
+    """BadRequest for what no base can be."""
+    if fstype not in filesystems.SUPPORTED:
+        raise BadRequest("fstype", fstype, f"takes {' or '.join(filesystems.SUPPORTED)}")
+    if size < filesystems.SMALLEST[fstype]:
+        raise BadRequest(field, size, f"a {fstype} has at least {filesystems.SMALLEST[fstype]} bytes")
+    if size > LARGEST:
+        raise BadRequest(field, size, f"at most {LARGEST} bytes")
+
+
+class Bases:
+    """One base for each filesystem type and size, in the pool; made on first demand."""
+
+    def __init__(self, store: Store, pool: Pool, directory: str) -> None:
+        self._store, self._pool, self._directory = store, pool, directory
+        self._lock = threading.Lock()
+        self._ready: dict[tuple[str, int], int] = {}
+
+    def device(self, fstype: str, size: int, deadline: Deadline) -> int:
+        """The thin id of the base, whole and not mapped."""
+        known = self._ready.get((fstype, size))
+        if known is not None:
+            return known
+        with self._lock:
+            base = self._store.base(fstype, size)
+            if base is None or not base.ready:
+                base = self._make(fstype, size, deadline)
+            self._ready[fstype, size] = base.device
+            return base.device
+
+    def forget(self, fstype: str, size: int) -> None:
+        """The pool turned out not to have this base: the next demand makes it anew."""
+        with self._lock:
+            self._ready.pop((fstype, size), None)
+            base = self._store.base(fstype, size)
+            if base is not None:
+                with self._store.transaction():
+                    self._store.forget_base(base)
+
+    def drop_unfinished(self) -> None:
+        """Bases that a killed process was making."""
+        for base in self._store.bases():
+            if not base.ready:
+                with self._lock, self._store.transaction():
+                    self._store.doom(base.device, time.time_ns())
+                    self._store.forget_base(base)
+
+    def _make(self, fstype: str, size: int, deadline: Deadline) -> Base:
+        unfinished = self._store.base(fstype, size)
+        with self._store.transaction():
+            if unfinished is not None:
+                self._store.doom(unfinished.device, time.time_ns())
+            base = Base(fstype=fstype, size=size, device=self._store.new_device(), ready=False)
+            self._store.set_base(base)
+        with self._formatted_file(fstype, size, deadline) as file:
+            self._pool.create_thin(base.device)
+            self._pool.activate(base.device, size)
+            try:
+                copy(file, self._pool.path(base.device))
+            finally:
+                self._pool.deactivate(base.device)
+        deadline.poll(f"closing {self._pool.path(base.device)}", lambda: self._pool.deactivate(base.device))
+        if self._pool.status().mode != "rw":
+            raise SnapshotterError(f"the pool turned {self._pool.status().mode} while the base was written")
+        base = Base(fstype=fstype, size=size, device=base.device, ready=True)
+        with self._store.transaction():
+            self._store.set_base(base)
+        return base
+
+    @contextlib.contextmanager
+    def _formatted_file(self, fstype: str, size: int, deadline: Deadline) -> Iterator[str]:
+        os.makedirs(self._directory, mode=0o700, exist_ok=True)
+        path = os.path.join(self._directory, f"{fstype}-{size}.new")
+        with open(path, "wb") as opened:
+            opened.truncate(size)
+        try:
+            if fstype == "xfs":
+                run("mkfs.xfs", "-q", "-K", path, deadline=deadline)
+            else:
+                run("mkfs.ext4", "-q", "-F", "-m", "0", "-b", "4096", "-E", "nodiscard,assume_storage_prezeroed=1",
+                    path, deadline=deadline)  # fmt: skip
+                _, said = run("debugfs", "-w", "-R", "rmdir lost+found", path, deadline=deadline)
+                if "rmdir:" in said:
+                    raise SnapshotterError(f"debugfs could not remove lost+found from the base: {said}")
+            yield path
+        finally:
+            os.unlink(path)
+
+
+def copy(source: str, target: str) -> int:
+    """Copy what is not zero; the bytes written. `target` reads as zeros elsewhere, and is on the disk afterwards."""
+    zeros, written = bytes(_CHUNK), 0
+    with open(source, "rb", buffering=0) as read, open(target, "r+b", buffering=0) as write:
+        end = os.fstat(read.fileno()).st_size
+        at = 0
+        while at < end:
+            try:
+                data = os.lseek(read.fileno(), at, os.SEEK_DATA)
+            except OSError:
+                break
+            hole = os.lseek(read.fileno(), data, os.SEEK_HOLE)
+            for at in range(data // _CHUNK * _CHUNK, hole, _CHUNK):
+                chunk = os.pread(read.fileno(), _CHUNK, at)
+                if chunk != zeros[: len(chunk)]:
+                    written += os.pwrite(write.fileno(), chunk, at)
+            at = hole
+        os.fsync(write.fileno())
+    return written
+
+
+__all__ = ["GRAIN", "Bases", "DeviceMissing", "check", "copy"]

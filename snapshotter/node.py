@@ -1,0 +1,188 @@
+"""The snapshotter of one node, put together: store, pool, verbs, and what runs behind them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from blockdev import Deadline
+from blockdev.devicemapper import Events, Mapper
+from blockdev.errors import BlockdevError
+from snapshotter import assembly, backing, recovery
+from snapshotter.assembly import Extender
+from snapshotter.bases import Bases
+from snapshotter.errors import PoolRefused, SnapshotterError, Unavailable
+from snapshotter.pool import Limits, Pool
+from snapshotter.reaper import Reaper
+from snapshotter.snapshots import Images, Sizes, Snapshotter
+from snapshotter.store import Store
+
+log = logging.getLogger("runvol.snapshotter")
+
+STORE = "snapshots.db"
+_RETRY, _LOOK = 2.0, 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What an operator chooses. Sizes are bytes."""
+
+    state_dir: str
+    fstype: str = "ext4"
+    size: int = 10 << 30
+    by_namespace: Mapping[str, int] = field(default_factory=dict)
+    limits: Limits = field(default_factory=Limits)
+    discard: bool = True
+
+
+class Activity:
+    """How long ago the last call ended; what runs behind lets calls go first."""
+
+    def __init__(self) -> None:
+        self._running, self._last = 0, 0.0
+
+    def begin(self) -> None:
+        self._running += 1
+
+    def end(self) -> None:
+        self._running -= 1
+        self._last = time.monotonic()
+
+    def quiet_for(self) -> float:
+        """Seconds without a call; 0 while one runs."""
+        return 0.0 if self._running else time.monotonic() - self._last
+
+
+class Node:
+    """Opens the store at once; the pool comes in the background, and calls that need it wait for it."""
+
+    def __init__(
+        self, settings: Settings, images: Callable[[Mapper, Store], Images] | None = None
+    ) -> None:  # fmt: skip
+        os.makedirs(settings.state_dir, mode=0o700, exist_ok=True)
+        description = backing.load(settings.state_dir)
+        if description is None:
+            raise PoolRefused(f"no pool is described in {settings.state_dir}; make one with `runvol pool init`")
+        self.settings, self.activity = settings, Activity()
+        self.store = Store(os.path.join(settings.state_dir, STORE))
+        self.mapper = Mapper()
+        # Its nodes are known only once it is assembled; the name and the identity are known now.
+        self.pool = Pool(self.mapper, description.name, description.identity, "", settings.limits)
+        self.bases = Bases(self.store, self.pool, os.path.join(settings.state_dir, "bases"))
+        self.reaper = Reaper(self.store, self.pool, discard=settings.discard, busy=self.activity.quiet_for)
+        self.snapshots = Snapshotter(
+            self.store, self.pool, self.bases,
+            Sizes(fstype=settings.fstype, size=settings.size, by_namespace=settings.by_namespace),
+            self.reaper.tell, images(self.mapper, self.store) if images else None,
+        )  # fmt: skip
+        self._usable, self._stop = threading.Event(), threading.Event()
+        self._why_not = f"pool {description.name} is being assembled"
+        self._extender: Extender | None = None
+        self.found = recovery.Found()
+        self._threads = [threading.Thread(target=self._run, name="pool", daemon=True)]
+
+    @property
+    def ready(self) -> bool:
+        return self._usable.is_set()
+
+    @property
+    def why_not(self) -> str:
+        """Why the pool cannot be used yet; empty once it can."""
+        return "" if self.ready else self._why_not
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def wait_for_pool(self, deadline: Deadline) -> None:
+        """Unavailable, with the reason, if the pool does not come in time."""
+        if not self._usable.is_set() and not self._usable.wait(min(deadline.remaining(), 20)):
+            raise Unavailable(self._why_not)
+
+    def open_pool(self) -> None:
+        """Assemble and bind the pool; from here on calls may use it."""
+        pool, below = assembly.assemble(
+            self.mapper, self.settings.state_dir, Deadline.after(300), self.settings.limits
+        )  # fmt: skip
+        self.pool.metadata = pool.metadata
+        foreign = assembly.bind(self.pool, self.store)
+        if foreign:
+            log.warning("the pool has devices that the store does not know; they are quarantined",
+                        extra={"devices": foreign[:20], "count": len(foreign)})  # fmt: skip
+        self._extender = Extender(self.mapper, self.pool, below)
+        self._usable.set()
+
+    def recover(self) -> recovery.Found:
+        """Finish or undo what a killed process left."""
+        self.found = recovery.recover(self.store, self.pool, self.bases, self.snapshots, self.reaper)
+        return self.found
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                self.open_pool()
+                break
+            except (SnapshotterError, BlockdevError, OSError) as error:
+                self._why_not = str(error)
+                log.error("the pool cannot be used", extra={"why": str(error)})
+                self._stop.wait(_RETRY)
+        if self._stop.is_set():
+            return
+        try:
+            found = self.recover()
+            log.info("recovered", extra={"settled": found.settled, "unmapped": found.unmapped, "lost": len(found.lost),
+                                         "orphans": len(found.orphans), "quarantined": len(found.foreign)})  # fmt: skip
+        except (SnapshotterError, BlockdevError, OSError):
+            log.exception("the recovery did not end; the next start goes on with it")
+        self.reaper.start()
+        self.reaper.tell(0)
+        self._make_base()
+        self._watch()
+
+    def _make_base(self) -> None:
+        try:
+            self.bases.device(self.settings.fstype, self.settings.size, Deadline.after(300))
+        except (SnapshotterError, BlockdevError, OSError) as error:
+            log.error("the empty base cannot be made yet", extra={"why": str(error)})
+
+    def _watch(self) -> None:
+        """Look at the pool after each event, and now and then."""
+        events = Events()
+        said = ""
+        while not self._stop.is_set():
+            try:
+                self._extend_as_needed()
+                finding = self.pool.health()[0]
+                if finding.state != "ok" and finding.message != said:
+                    log.warning("pool", extra={"state": finding.state, "finding": finding.message})
+                said = finding.message
+            except (SnapshotterError, BlockdevError, OSError) as error:
+                log.error("the pool cannot be looked at", extra={"why": str(error)})
+            until = time.monotonic() + _LOOK
+            while time.monotonic() < until and not self._stop.is_set():
+                if events.wait(0.5):
+                    break
+        events.close()
+
+    def _extend_as_needed(self) -> None:
+        if self._extender is None:
+            return
+        for done in self._extender.as_needed(Deadline.after(60)):
+            log.warning("pool", extra={"extended": done})
+
+    def cleanup(self) -> None:
+        self.reaper.tell(0)
+
+    def stop(self) -> None:
+        """End what runs behind; devices stay mapped, as containers use them."""
+        self._stop.set()
+        self.reaper.stop()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(10)
+        self.store.close()
+        self.mapper.close()

@@ -1,0 +1,377 @@
+"""The thin pool: its devices, its messages, its health.
+
+Every message that matters is followed by a look at the pool's status: the kernel throws the result of the commit after
+a message away, so a `create_thin` on failing metadata says yes and makes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import struct
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from blockdev import Deadline, holders
+from blockdev.commands import run
+from blockdev.devicemapper import Device, Mapper, MapperError, node
+from blockdev.dm_targets import SECTOR, PoolStatus, Thin
+from snapshotter.errors import PoolFull, SnapshotterError, Unavailable
+
+_BLKDISCARD = 0x1277
+_DISCARD_STEP = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """When new snapshots are refused, and when the pool is extended. Percent of the whole."""
+
+    data_reserve: int = 3
+    extend_above: int = 80
+    extend_by: int = 20
+
+
+class DeviceMissing(SnapshotterError):
+    """The pool has no device of this id."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Health:
+    """One finding about the pool. `state` is ok, warning or broken."""
+
+    state: str
+    mode: str
+    message: str
+
+
+class Pool:
+    """A pool that is assembled under `name`; `identity` stands in the names of its devices."""
+
+    def __init__(self, mapper: Mapper, name: str, identity: str, metadata: str, limits: Limits | None = None) -> None:
+        self.mapper, self.name, self.identity, self.metadata = mapper, name, identity, metadata
+        self.limits = limits or Limits()
+        self._metadata_snapshot = threading.Lock()
+        self._number = ""
+
+    # -- devices ----------------------------------------------------------------------------------------------------
+
+    def device_name(self, device: int) -> str:
+        return f"runvol-{self.identity[:8]}-{device}"
+
+    def device_of(self, name: str) -> int | None:
+        """The thin id in a device's name; None for one that is not of this pool."""
+        prefix = f"runvol-{self.identity[:8]}-"
+        tail = name.removeprefix(prefix)
+        return int(tail) if name != tail and tail.isdecimal() else None
+
+    def path(self, device: int) -> str:
+        return node(self.device_name(device))
+
+    def find(self, device: int) -> Device | None:
+        """The mapped device, if it is there with a live table."""
+        found = self.mapper.find(self.device_name(device))
+        return found if found is not None and found.active and not found.suspended else None
+
+    def active(self) -> list[int]:
+        """Ids of the devices that are mapped now, whole or not."""
+        ids = (self.device_of(entry.name) for entry in self.mapper.devices())
+        return [one for one in ids if one is not None]
+
+    def activate(self, device: int, size: int, *, read_only: bool = False, origin: str = "") -> None:
+        """Map the device, `size` bytes long, whatever a killed process has left of an earlier try.
+
+        DeviceMissing if the pool has no such id. A longer size than that of a mapped device makes it grow.
+        """
+        name = self.device_name(device)
+        target = Thin(length=size // SECTOR, pool=self._pool_number(), thin_id=device, origin=origin)
+        try:
+            self.mapper.create(name, f"RUNVOL-{self.identity}-{device}")
+        except MapperError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            if self._is_mapped(name, target):
+                return
+        try:
+            self.mapper.load(name, [target], read_only=read_only)
+        except MapperError as error:
+            with contextlib.suppress(MapperError):
+                self.mapper.remove(name)
+            if error.errno in (errno.ENODATA, errno.EINVAL) and self.is_missing(device):
+                raise DeviceMissing(f"pool {self.name} has no device {device}") from None
+            raise self._explained(error) from error
+        self.mapper.resume(name)
+
+    def _is_mapped(self, name: str, target: Thin) -> bool:
+        found = self.mapper.find(name)
+        if found is None or not found.active:
+            return False
+        if found.suspended:
+            self.mapper.resume(name)
+        return self._length(name) >= target.length
+
+    def _length(self, name: str) -> int:
+        with open(f"/sys/dev/block/{self._checked(name).number}/size") as size:
+            return int(size.read())
+
+    def _checked(self, name: str) -> Device:
+        found = self.mapper.find(name)
+        if found is None:
+            raise MapperError("status", name, errno.ENXIO)
+        return found
+
+    def is_missing(self, device: int) -> bool:
+        """Whether the pool surely has no such id: a snapshot of it cannot be made. Leaves nothing."""
+        return device not in self.ids(Deadline.after(30))
+
+    def _pool_number(self) -> str:
+        if not self._number:
+            self._number = self._checked(self.name).number
+        return self._number
+
+    def deactivate(self, device: int) -> bool:
+        """Unmap the device if nobody has it open; whether it is unmapped now."""
+        name = self.device_name(device)
+        found = self.mapper.find(name)
+        if found is None:
+            return True
+        if found.open_count:
+            return False
+        try:
+            self.mapper.remove(name)
+        except MapperError as error:
+            if error.errno not in (errno.EBUSY, errno.ENXIO):
+                raise
+            return error.errno == errno.ENXIO
+        return True
+
+    def flush(self, device: int) -> None:
+        """What was written to the device is on the disk, mappings included; nothing if it is not mapped."""
+        if self.find(device) is None:
+            return
+        fd = os.open(self.path(device), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    @contextlib.contextmanager
+    def quiet(self, device: int, deadline: Deadline) -> Iterator[None]:
+        """Nothing writes to the device inside: it is unmapped, or, if somebody keeps it open, frozen."""
+        waiting = Deadline.after(min(1.0, deadline.remaining()))
+        while not (free := self.deactivate(device)) and waiting.remaining():
+            threading.Event().wait(0.005)
+        if free:
+            yield
+            return
+        name = self.device_name(device)
+        self.mapper.suspend(name)
+        try:
+            yield
+        finally:
+            try:
+                self.mapper.resume(name)
+            except MapperError as error:
+                # Its last user let go meanwhile, and it was unmapped.
+                if error.errno != errno.ENXIO:
+                    raise
+
+    def resume_suspended(self) -> list[int]:
+        """Let I/O through on devices that a killed process left suspended; which they were."""
+        found = []
+        for device in self.active():
+            one = self.mapper.find(self.device_name(device))
+            if one is not None and one.active and one.suspended:
+                self.mapper.resume(one.name)
+                found.append(device)
+        return found
+
+    def holders(self, device: int) -> str:
+        """Who has the device open, for a person."""
+        found = [*holders.mount_points(self.path(device)), *map(str, holders.processes(self.path(device)))]
+        return ", ".join(found) or "nobody that this process can see"
+
+    def discard(self, device: int, size: int) -> None:
+        """Give the device's own blocks back, to the disk below too. The device must be mapped."""
+        fd = os.open(self.path(device), os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            for start in range(0, size, _DISCARD_STEP):
+                fcntl.ioctl(fd, _BLKDISCARD, struct.pack("QQ", start, min(_DISCARD_STEP, size - start)))
+        finally:
+            os.close(fd)
+
+    # -- messages ---------------------------------------------------------------------------------------------------
+
+    def create_thin(self, device: int) -> None:
+        """A new, empty device; done is done."""
+        self._send(f"create_thin {device}", errno.EEXIST)
+        self._confirm()
+
+    def create_snapshot(self, device: int, origin: int) -> None:
+        """A snapshot of `origin`, which must be quiet; done is done. DeviceMissing without the origin."""
+        try:
+            self._send(f"create_snap {device} {origin}", errno.EEXIST)
+        except MapperError as error:
+            if error.errno == errno.ENODATA:
+                raise DeviceMissing(f"pool {self.name} has no device {origin}, the origin of {device}") from None
+            raise
+        self._confirm()
+
+    def delete(self, device: int) -> None:
+        """Forget the device; one that is not there is no error. MapperError EBUSY while it is mapped."""
+        self._send(f"delete {device}", errno.ENODATA)
+        self._confirm()
+
+    def set_transaction(self, old: int, new: int) -> None:
+        """The pool's generation, compared and swapped."""
+        self._send(f"set_transaction_id {old} {new}")
+        self._confirm()
+
+    def _send(self, message: str, done: int | None = None) -> None:
+        try:
+            self.mapper.message(self.name, message)
+        except MapperError as error:
+            if error.errno == done:
+                return
+            raise self._explained(error) from error
+
+    def _explained(self, error: MapperError) -> SnapshotterError | MapperError:
+        if error.errno in (errno.EOPNOTSUPP, errno.EIO, errno.EINVAL):
+            broken = [finding for finding in self.health() if finding.state == "broken"]
+            if broken:
+                return Unavailable(f"{error}; {broken[0].message}")
+        if error.errno == errno.ENXIO:
+            return Unavailable(f"pool {self.name} is not there: {error}; `runvol pool status` tells more")
+        return error
+
+    def _confirm(self) -> None:
+        """Unavailable unless the commit after the last message went through."""
+        status = self.status()
+        if status.mode in ("fail", "error", "ro") or status.needs_check:
+            raise Unavailable(next(finding.message for finding in self.health(status) if finding.state == "broken"))
+
+    # -- health -----------------------------------------------------------------------------------------------------
+
+    def status(self) -> PoolStatus:
+        try:
+            return self.mapper.pool_status(self.name)
+        except MapperError as error:
+            if error.errno == errno.ENXIO:
+                raise Unavailable(f"pool {self.name} is not assembled; `runvol pool status` tells why") from None
+            raise
+
+    def admit(self) -> None:
+        """Return if a new snapshot may be made. PoolFull before writes would hang, Unavailable where nothing can."""
+        status = self.status()
+        for finding in self.health(status):
+            if finding.state == "broken":
+                raise (PoolFull if finding.mode in ("out_of_data_space", "out_of_metadata") else Unavailable)(
+                    finding.message
+                )
+        if status.data_free * 100 < status.data_total * self.limits.data_reserve:
+            raise PoolFull(
+                f"pool {self.name} is full: {status.data_free} of {status.data_total} blocks are free, and "
+                f"{self.limits.data_reserve}% are kept for what is running. Remove images or containers, or `runvol "
+                "pool extend`"
+            )
+        if status.metadata_free < metadata_reserve(status):
+            raise PoolFull(
+                f"the metadata of pool {self.name} is full: {status.metadata_free} of {status.metadata_total} blocks "
+                f"are free, and {metadata_reserve(status)} are kept for deletions. `runvol pool extend --metadata`"
+            )
+
+    def health(self, status: PoolStatus | None = None) -> list[Health]:
+        """What is wrong with the pool and what to do; one `ok` if nothing is."""
+        status = status or self.status()
+        found = []
+
+        def add(state: str, mode: str, message: str) -> None:
+            found.append(Health(state=state, mode=mode, message=f"pool {self.name} {message}"))
+
+        if status.mode in ("fail", "error"):
+            add("broken", "failed", "has failed: its metadata cannot be read or written. Stop the containers on it, "
+                "`runvol pool check --repair`, then check the filesystems")  # fmt: skip
+        elif status.needs_check:
+            add("broken", "needs_check", "had a metadata error and waits for a check: stop the containers on it, then "
+                "`runvol pool check --repair`")  # fmt: skip
+        elif status.mode == "ro" and status.metadata_free <= 0:
+            add("broken", "out_of_metadata", "is read-only, since its metadata device is full: `runvol pool extend "
+                "--metadata`")  # fmt: skip
+        elif status.mode == "ro":
+            add("broken", "read_only", "is read-only: `runvol pool check`")
+        elif status.mode == "out_of_data_space":
+            waits = "writes wait for space, and fail after a minute" if status.queues else "writes fail"
+            add("broken", "out_of_data_space", f"has no free data blocks: {waits}. `runvol pool extend`, or remove "
+                "images")  # fmt: skip
+        else:
+            used = status.data_used * 100 // max(1, status.data_total)
+            kept = status.metadata_used * 100 // max(1, status.metadata_total)
+            state = "warning" if max(used, kept) >= self.limits.extend_above else "ok"
+            add(state, status.mode, f"uses {used}% of its data and {kept}% of its metadata blocks")
+        return found
+
+    # -- the pool's own truth -----------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def metadata_snapshot(self) -> Iterator[None]:
+        """The tools may read the live pool's metadata inside; a snapshot that a killed process left is dropped."""
+        with self._metadata_snapshot:
+            if self.status().held_root:
+                self._send("release_metadata_snap")
+            self._send("reserve_metadata_snap")
+            try:
+                yield
+            finally:
+                self._send("release_metadata_snap")
+
+    def ids(self, deadline: Deadline) -> set[int]:
+        """Every device that the pool has."""
+        with self.metadata_snapshot():
+            _, output = run("thin_ls", "-m", "--no-headers", "-o", "DEV", self.metadata, deadline=deadline)
+        return {int(line) for line in output.split()}
+
+    def check_live(self, deadline: Deadline) -> None:
+        """thin_check on the pool as it runs; CommandFailed with its words."""
+        with self.metadata_snapshot():
+            run("thin_check", "-q", "-m", self.metadata, deadline=deadline)
+
+    def added_bytes(self, device: int, origin: int, deadline: Deadline) -> int:
+        """Bytes in blocks of `device` that are not those of `origin`."""
+        with self.metadata_snapshot():
+            _, output = run(
+                "thin_delta", "-m", "--snap1", str(origin), "--snap2", str(device), self.metadata, deadline=deadline
+            )
+        return _added_blocks(output) * self._block_bytes(output)
+
+    def _block_bytes(self, output: str) -> int:
+        return int(_attribute(output, "data_block_size")) * SECTOR
+
+    def mapped_bytes(self, deadline: Deadline) -> dict[int, tuple[int, int]]:
+        """Id to (bytes that only it maps, bytes that it shares)."""
+        with self.metadata_snapshot():
+            _, output = run("thin_ls", "-m", "--no-headers", "-o", "DEV,EXCLUSIVE_BYTES,SHARED_BYTES", self.metadata,
+                            deadline=deadline)  # fmt: skip
+        rows = (line.split() for line in output.splitlines() if line.strip())
+        return {int(row[0]): (int(row[1]), int(row[2])) for row in rows}
+
+
+def metadata_reserve(status: PoolStatus) -> int:
+    """Metadata blocks that deletions may need, as delete too needs some."""
+    return min(256, status.metadata_total // 8)
+
+
+def _attribute(xml: str, name: str) -> str:
+    at = xml.index(f'{name}="') + len(name) + 2
+    return xml[at : xml.index('"', at)]
+
+
+def _added_blocks(xml: str) -> int:
+    from xml.etree import ElementTree
+
+    total = 0
+    for element in ElementTree.fromstring(xml).iter():  # noqa: S314  (written by thin_delta, about the pool's own blocks)
+        if element.tag in ("different", "right_only"):
+            total += int(element.attrib["length"])
+    return total

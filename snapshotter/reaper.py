@@ -1,0 +1,121 @@
+"""What Commit and Remove leave to do: unmap devices that are done, give their blocks back, delete them.
+
+Runs behind the calls, when they are quiet. A device that somebody keeps open waits, for ever if need be; what is to be
+deleted stands in the store, so that it survives a restart.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from blockdev.devicemapper import MapperError
+from snapshotter.errors import SnapshotterError
+from snapshotter.pool import DeviceMissing, Pool
+from snapshotter.store import Store
+
+log = logging.getLogger("runvol.snapshotter")
+
+_QUIET, _LONGEST_WAIT = 0.15, 2.0
+_BATCH = 64
+_RETRY = 1.0
+
+
+class Reaper:
+    """A thread; `busy` says how many calls are under way, so that they go first."""
+
+    def __init__(self, store: Store, pool: Pool, *, discard: bool, busy: Callable[[], float]) -> None:
+        self._store, self._pool, self._discard, self._busy = store, pool, discard, busy
+        self._lock = threading.Lock()
+        self._done_with: set[int] = set()
+        self._wake, self._stop = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="reaper", daemon=True)
+        self.deleted = self.failed = 0
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End after the device under way."""
+        self._stop.set()
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(10)
+
+    def tell(self, device: int) -> None:
+        """This device may be unmapped, or deleted if the store says so; 0 only asks for a look."""
+        with self._lock:
+            if device:
+                self._done_with.add(device)
+        self._wake.set()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            self._wake.wait(_RETRY if self._waits() else None)
+            self._wake.clear()
+            self._let_calls_pass()
+            if self._stop.is_set():
+                return
+            try:
+                if self.round():
+                    self._wake.set()
+            except Exception:
+                log.exception("giving devices back failed; trying again")
+                self._stop.wait(_RETRY)
+
+    def _waits(self) -> bool:
+        with self._lock:
+            return bool(self._done_with) or bool(self._store.doomed())
+
+    def _let_calls_pass(self) -> None:
+        """Wait for a moment without calls, but not for long."""
+        until = time.monotonic() + _LONGEST_WAIT
+        while self._busy() < _QUIET and time.monotonic() < until and not self._stop.is_set():
+            self._stop.wait(_QUIET / 3)
+
+    def round(self) -> bool:
+        """Do what can be done now; whether it is worth coming again at once."""
+        doomed = self._store.doomed()
+        with self._lock:
+            idle = self._done_with - doomed.keys()
+        for device in idle:
+            if self._pool.deactivate(device):
+                with self._lock:
+                    self._done_with.discard(device)
+        gone = [one for one in list(doomed)[:_BATCH] if not self._stop.is_set() and self._delete(one, doomed[one])]
+        if gone:
+            with self._store.transaction(durable=False):
+                self._store.buried(gone)
+            with self._lock:
+                self._done_with.difference_update(gone)
+            self.deleted += len(gone)
+        self._store.tidy()
+        return bool(gone) and len(doomed) > len(gone)
+
+    def _delete(self, device: int, size: int) -> bool:
+        """Whether the device is gone from the pool."""
+        try:
+            if not self._pool.deactivate(device):
+                return False
+            if self._discard and size:
+                self._give_blocks_back(device, size)
+            self._pool.delete(device)
+        except (MapperError, SnapshotterError, OSError) as error:
+            self.failed += 1
+            if not (isinstance(error, MapperError) and error.errno == errno.EBUSY):
+                log.warning("device is not deleted yet", extra={"device": device, "why": str(error)})
+            return False
+        return True
+
+    def _give_blocks_back(self, device: int, size: int) -> None:
+        try:
+            self._pool.activate(device, size)
+        except DeviceMissing:
+            return
+        try:
+            self._pool.discard(device, size)
+        finally:
+            self._pool.deactivate(device)

@@ -1,0 +1,85 @@
+"""The socket: listens before the pool is there, ends gracefully, and lets a successor take its place."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+
+import grpc
+
+from snapshotter.errors import BadRequest
+from snapshotter.node import Node
+from snapshotter.service import Observer, Service
+
+_SUFFIX = ".sock"
+_GRACE = 10.0
+_LARGEST_MESSAGE = 16 << 20
+
+
+def socket_path(endpoint: str) -> str:
+    """The path in `unix:///run/runvol/snapshotter.sock`; BadRequest for anything else."""
+    path = endpoint.removeprefix("unix://")
+    if not endpoint.startswith("unix:///") or not path.endswith(_SUFFIX):
+        raise BadRequest("--endpoint", endpoint, f"must be unix:///<absolute path>{_SUFFIX}")
+    if len(os.fsencode(path)) > 107:
+        raise BadRequest("--endpoint", endpoint, "a unix socket's path has at most 107 bytes")
+    return path
+
+
+def serve(node: Node, *, endpoint: str, limit: float, observe: Observer | None = None) -> None:
+    """Serve until SIGTERM or SIGINT; calls under way then have ten seconds."""
+    asyncio.run(_serve(node, socket_path(endpoint), limit, observe))
+
+
+async def _serve(node: Node, path: str, limit: float, observe: Observer | None) -> None:
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    service = Service(node, limit=limit, observe=observe)
+    server = grpc.aio.server(
+        options=[
+            ("grpc.max_receive_message_length", _LARGEST_MESSAGE),
+            ("grpc.max_send_message_length", _LARGEST_MESSAGE),
+        ]
+    )
+    server.add_generic_rpc_handlers((service.handler(),))
+    _listen(server, path)
+    await server.start()
+    node.start()
+    notify("READY=1")
+    await stopping.wait()
+    notify("STOPPING=1")
+    await server.stop(_GRACE)
+    service.close()
+    await asyncio.to_thread(node.stop)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def _listen(server: grpc.aio.Server, path: str) -> None:
+    os.makedirs(os.path.dirname(path), mode=0o750, exist_ok=True)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, contextlib.suppress(OSError):
+        probe.connect(path)
+        raise BadRequest("--endpoint", f"unix://{path}", "another process serves this socket; stop it first")
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    before = os.umask(0o077)
+    try:
+        server.add_insecure_port(f"unix:{path}")
+    finally:
+        os.umask(before)
+
+
+def notify(state: str) -> None:
+    """Tell systemd, where it asked (sd_notify)."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out, contextlib.suppress(OSError):
+        out.connect(address)
+        out.send(state.encode())

@@ -1,0 +1,365 @@
+"""containerd's verbs on snapshots: what each means for the store and for the pool.
+
+Prepare writes an intent, makes the device, and lets the snapshot be seen; Commit and Remove only write, what they
+leave to do is done behind them (`reaper`). Nothing is executed and nothing is mounted, except to make a filesystem of
+a size that was never asked for before.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from blockdev import Deadline, filesystems, superblocks
+from snapshotter import bases, filters
+from snapshotter.bases import Bases
+from snapshotter.errors import (
+    AlreadyExists,
+    BadRequest,
+    NotFound,
+    NotOffered,
+    SnapshotterError,
+    Unavailable,
+    WrongState,
+)
+from snapshotter.locks import Locks
+from snapshotter.model import LABEL_FSTYPE, LABEL_PREFIX, LABEL_REF, LABEL_SIZE, Kind, Mount, Snapshot, State
+from snapshotter.pool import DeviceMissing, Pool
+from snapshotter.store import Store
+
+_LABEL_LIMIT = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Bytes and filesystem of a new chain: the namespace's own, or the default."""
+
+    fstype: str
+    size: int
+    by_namespace: Mapping[str, int]
+
+    def of(self, key: str) -> int:
+        return self.by_namespace.get(key.split("/", 1)[0], self.size)
+
+
+class Images(Protocol):
+    """Shared images that lie under thin devices; see `images`."""
+
+    def claim(self, key: str, parent: str, labels: Mapping[str, str], deadline: Deadline, /) -> bool: ...
+
+    def origin(self, image: str, deadline: Deadline, /) -> str: ...
+
+
+class NoImages:
+    """No shared storage is configured."""
+
+    def claim(self, _key: str, _parent: str, _labels: Mapping[str, str], _deadline: Deadline) -> bool:
+        return False
+
+    def origin(self, image: str, _deadline: Deadline) -> str:
+        raise Unavailable(f"image {image} lies on shared storage, and none is configured (snapshotter.images)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Origin:
+    """What a new device starts from. `device` 0 means: nothing of the pool, the image alone."""
+
+    device: int
+    size: int
+    fstype: str
+    image: str
+
+
+class Snapshotter:
+    """The verbs. Safe to use from several threads. `after` is told of devices that may be unmapped or deleted."""
+
+    def __init__(
+        self, store: Store, pool: Pool, golden: Bases, sizes: Sizes, after: Callable[[int], None],
+        images: Images | None = None,
+    ) -> None:  # fmt: skip
+        self._store, self._pool, self._bases, self._sizes, self._after = store, pool, golden, sizes, after
+        self._images: Images = images or NoImages()
+        self._locks, self._devices = Locks(), Locks()
+
+    def prepare(
+        self, key: str, parent: str, labels: Mapping[str, str], deadline: Deadline, *, kind: Kind = Kind.ACTIVE
+    ) -> list[Mount]:
+        """A new active snapshot (or view) of `parent`, or of nothing; its mounts.
+
+        A call that was interrupted is made again: it goes on from its own intent.
+        """
+        _check_key("key", key)
+        labels = _check_labels(labels)
+        with self._locks.held(key, deadline=deadline):
+            if kind is Kind.ACTIVE and self._images.claim(key, parent, labels, deadline):
+                raise AlreadyExists(labels[LABEL_REF])
+            self._pool.admit()
+            origin = self._origin(key, parent, labels, deadline)
+            size = self._wanted_size(key, labels, origin) if kind is Kind.ACTIVE else origin.size
+            row = self._intend(key, parent, kind, labels, origin, size)
+            try:
+                self._create(row, origin, deadline)
+            except DeviceMissing as error:
+                self._drop(row)
+                if not parent:
+                    self._bases.forget(origin.fstype, origin.size)
+                    raise Unavailable(f"{error}; the empty base is made anew, try again") from None
+                raise SnapshotterError(f"the data of {parent!r} is lost: {error}; pull its image again") from None
+            with self._store.transaction(durable=False):
+                self._store.set_state(key, State.READY)
+            return self._mounts(row)
+
+    def _origin(self, key: str, parent: str, labels: Mapping[str, str], deadline: Deadline) -> _Origin:
+        if parent:
+            above = self._seen(parent, deadline, what="parent")
+            if above.kind is not Kind.COMMITTED:
+                raise BadRequest("parent", parent, "is not committed")
+            return _Origin(device=above.device, size=above.size, fstype=above.fstype, image=above.image)
+        fstype = labels.get(LABEL_FSTYPE, self._sizes.fstype)
+        size = _size_label(labels) or self._sizes.of(key)
+        bases.check(fstype, size, field=LABEL_SIZE if LABEL_SIZE in labels else "snapshotter.size")
+        size = -(-size // bases.GRAIN) * bases.GRAIN
+        return _Origin(device=self._bases.device(fstype, size, deadline), size=size, fstype=fstype, image="")
+
+    def _wanted_size(self, key: str, labels: Mapping[str, str], origin: _Origin) -> int:
+        """Grow only: what is smaller than the parent is the parent's size."""
+        wanted = max(origin.size, _size_label(labels) or 0, self._sizes.by_namespace.get(key.split("/", 1)[0], 0))
+        return -(-wanted // bases.GRAIN) * bases.GRAIN if wanted > origin.size else origin.size
+
+    def _intend(
+        self, key: str, parent: str, kind: Kind, labels: Mapping[str, str], origin: _Origin, size: int
+    ) -> Snapshot:  # fmt: skip
+        now = time.time_ns()
+        with self._store.transaction():
+            existing = self._store.find(key)
+            if existing is not None:
+                if existing.state is State.READY:
+                    raise AlreadyExists(key)
+                if (existing.parent, existing.kind) == (parent, kind) and existing.size == size:
+                    self._store.set_labels(key, labels, now)
+                    return existing
+                self._store.remove(key, now)
+            if parent:
+                above = self._store.find(parent)
+                if above is None or above.kind is not Kind.COMMITTED:
+                    raise NotFound(parent, "parent")
+            row = Snapshot(
+                key=key, parent=parent, kind=kind, state=State.PREPARING, device=self._store.new_device(), size=size,
+                fstype=origin.fstype, created=now, updated=now, image=origin.image, labels=labels,
+            )  # fmt: skip
+            self._store.insert(row)
+            return row
+
+    def _create(self, row: Snapshot, origin: _Origin, deadline: Deadline) -> None:
+        if origin.device:
+            alone = self._devices.held(str(origin.device), deadline=deadline)
+            with alone, self._pool.quiet(origin.device, deadline):
+                self._pool.create_snapshot(row.device, origin.device)
+        else:
+            self._pool.create_thin(row.device)
+        self._activate(row, deadline)
+        if row.size > origin.size:
+            filesystems.grow(self._pool.path(row.device), deadline)
+
+    def _activate(self, row: Snapshot, deadline: Deadline) -> None:
+        below = self._images.origin(row.image, deadline) if row.image else ""
+        self._pool.activate(row.device, row.size, read_only=row.kind is Kind.VIEW, origin=below)
+
+    def _drop(self, row: Snapshot) -> None:
+        with self._store.transaction():
+            self._store.remove(row.key, time.time_ns())
+        self._after(row.device)
+
+    def settle(self, key: str, deadline: Deadline) -> None:
+        """Decide about an intent that no running call owns: a device that exists is kept, another was never made."""
+        with self._locks.held(key, deadline=deadline):
+            row = self._store.get(key)
+            if row is None or row.state is not State.PREPARING:
+                return
+            try:
+                self._activate(row, deadline)
+            except DeviceMissing:
+                self._drop(row)
+                return
+            with self._store.transaction(durable=False):
+                self._store.set_state(key, State.RECOVERED)
+
+    def _seen(self, key: str, deadline: Deadline, *, what: str = "snapshot") -> Snapshot:
+        row = self._store.get(key)
+        if row is not None and row.state is State.PREPARING:
+            self.settle(key, deadline)
+            row = self._store.get(key)
+        if row is None or row.state is State.PREPARING:
+            raise NotFound(key, what)
+        return row
+
+    def _mounts(self, row: Snapshot) -> list[Mount]:
+        options = ["nouuid"] if row.fstype == "xfs" else []
+        if row.kind is Kind.VIEW:
+            options.insert(0, "ro")
+        return [Mount(fstype=row.fstype, source=self._pool.path(row.device), options=tuple(options))]
+
+    def mounts(self, key: str, deadline: Deadline) -> list[Mount]:
+        """The mount of an active snapshot or view; its device is there when the call returns."""
+        known = self.known_mounts(key)
+        if known is not None:
+            return known
+        self._seen(key, deadline)
+        with self._locks.held(key, deadline=deadline):
+            row = self._seen_now(key)
+            if row.kind is Kind.COMMITTED:
+                raise WrongState(f"snapshot {key!r} is committed and cannot be mounted; prepare or view one of it")
+            try:
+                self._activate(row, deadline)
+            except DeviceMissing as error:
+                raise SnapshotterError(f"the data of snapshot {key!r} is lost: {error}") from None
+            if row.state is State.RECOVERED:
+                with self._store.transaction(durable=False):
+                    self._store.set_state(key, State.READY)
+        return self._mounts(row)
+
+    def _seen_now(self, key: str) -> Snapshot:
+        row = self._store.get(key)
+        if row is None:
+            raise NotFound(key)
+        return row
+
+    def known_mounts(self, key: str) -> list[Mount] | None:
+        """The mounts, if a look at the store and at device-mapper is enough; never waits."""
+        row = self._store.get(key)
+        if row is None:
+            raise NotFound(key)
+        if row.state is State.READY and row.kind is not Kind.COMMITTED and self._pool.find(row.device) is not None:
+            return self._mounts(row)
+        return None
+
+    def commit(self, name: str, key: str, labels: Mapping[str, str], parent: str, deadline: Deadline) -> None:
+        """The active snapshot `key` becomes the committed `name`; its device is unmapped behind."""
+        _check_key("name", name)
+        labels = _check_labels(labels)
+        self._seen(key, deadline)
+        with self._locks.held(key, name, deadline=deadline):
+            row = self._seen_now(key)
+            if row.kind is Kind.ACTIVE:
+                self._pool.flush(row.device)
+            with self._store.transaction():
+                found = self._store.find(key)
+                if found is None:
+                    raise NotFound(key)
+                if found.kind is not Kind.ACTIVE:
+                    raise WrongState(f"snapshot {key!r} is {found.kind.name.lower()}; only an active one is committed")
+                if self._store.find(name) is not None:
+                    raise AlreadyExists(name)
+                if parent and parent != found.parent:
+                    if found.parent:
+                        raise BadRequest("parent", parent, f"snapshot {key!r} has the parent {found.parent!r}")
+                    raise NotOffered("rebase is not offered: a block device cannot be put on another parent at Commit")
+                self._store.commit(key, name, labels, time.time_ns())
+        self._after(row.device)
+
+    def remove(self, key: str, deadline: Deadline) -> None:
+        """Forget the snapshot; its device is deleted behind, once nobody has it open."""
+        self._seen(key, deadline)
+        with self._locks.held(key, deadline=deadline), self._store.transaction():
+            row = self._store.find(key)
+            if row is None:
+                raise NotFound(key)
+            if self._store.has_children(key):
+                raise WrongState(f"cannot remove snapshot {key!r}: it has children; remove them first")
+            self._store.remove(key, time.time_ns())
+        self._after(row.device)
+
+    def stat(self, key: str) -> Snapshot | None:
+        """The row, without waiting; None if an intent has to be settled first. NotFound if there is nothing."""
+        row = self._store.get(key)
+        if row is None:
+            raise NotFound(key)
+        return None if row.state is State.PREPARING else row
+
+    def stat_settled(self, key: str, deadline: Deadline) -> Snapshot:
+        return self._seen(key, deadline)
+
+    def update(
+        self, key: str, labels: Mapping[str, str], paths: Sequence[str] | None, deadline: Deadline
+    ) -> Snapshot:  # fmt: skip
+        """Replace all labels, or with `paths` (`labels`, `labels.<name>`) those; an absent value deletes."""
+        for path in paths or ():
+            if path != "labels" and not (path.startswith("labels.") and len(path) > len("labels.")):
+                raise BadRequest("update_mask", path, "takes labels and labels.<name>")
+        self._seen(key, deadline)
+        with self._locks.held(key, deadline=deadline):
+            with self._store.transaction():
+                row = self._store.find(key)
+                if row is None:
+                    raise NotFound(key)
+                changed = dict(labels) if not paths or "labels" in paths else dict(row.labels)
+                for path in paths or ():
+                    if path != "labels":
+                        name = path.removeprefix("labels.")
+                        changed[name] = labels.get(name, "")
+                changed = _check_labels(changed)
+                now = time.time_ns()
+                self._store.set_labels(key, changed, now)
+            return replace(row, labels=changed, updated=now)
+
+    def list(self, wanted: Sequence[str]) -> Iterator[list[Snapshot]]:
+        """Pages of the snapshots that pass the filters; nothing is locked between pages."""
+        passes = filters.parse(wanted)
+        for page in self._store.pages():
+            found = [row for row in page if row.state is not State.PREPARING and passes(row)]
+            if found:
+                yield found
+
+    def usage(self, key: str, deadline: Deadline) -> tuple[int, int]:
+        """Bytes in blocks that the parent does not have, and inodes more than it has; never negative."""
+        row = self._seen(key, deadline)
+        if row.kind is Kind.VIEW or not row.device:
+            return 0, 0
+        origin = self._origin_of(row)
+        if not origin:
+            exclusive, shared = self._pool.mapped_bytes(deadline).get(row.device, (0, 0))
+            return exclusive + shared, self._inodes(row.device)
+        added = self._pool.added_bytes(row.device, origin, deadline)
+        return added, max(0, self._inodes(row.device) - self._inodes(origin))
+
+    def _origin_of(self, row: Snapshot) -> int:
+        if row.parent:
+            above = self._store.get(row.parent)
+            return above.device if above is not None else 0
+        base = self._store.base(row.fstype, row.size)
+        return base.device if base is not None else 0
+
+    def _inodes(self, device: int) -> int:
+        """Used inodes as last written back; 0 for a device that is not mapped, as nothing is mapped to count them."""
+        if self._pool.find(device) is None:
+            return 0
+        block = superblocks.read(self._pool.path(device))
+        return max(0, block.inodes - block.free_inodes) if block is not None else 0
+
+
+def _check_key(field: str, key: str) -> None:
+    if not key:
+        raise BadRequest(field, key, "must not be empty")
+    if len(key.encode()) > 4096 or "\0" in key:
+        raise BadRequest(field, key[:80], "has at most 4096 bytes and no NUL")
+
+
+def _check_labels(labels: Mapping[str, str]) -> dict[str, str]:
+    for name, value in labels.items():
+        if len(name.encode()) + len(value.encode()) > _LABEL_LIMIT:
+            raise BadRequest("labels", name, f"key and value have at most {_LABEL_LIMIT} bytes together")
+    return {name: value for name, value in labels.items() if value}
+
+
+def _size_label(labels: Mapping[str, str]) -> int | None:
+    text = labels.get(LABEL_SIZE)
+    if not text:
+        return None
+    if not text.isdecimal() or int(text) == 0:
+        raise BadRequest(LABEL_SIZE, text, "is a number of bytes, in decimal digits")
+    return int(text)
+
+
+__all__ = ["LABEL_PREFIX", "Images", "Sizes", "Snapshotter"]

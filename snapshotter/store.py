@@ -1,0 +1,299 @@
+"""The snapshotter's memory: one row a snapshot, with its device, in SQLite.
+
+Write-ahead log, synchronous=FULL for what a caller is told, so that it is on the disk when the call returns; what a
+later start can find out again from the pool (that an intended device exists by now) is written without waiting for the
+disk. Device ids are never used twice. Nothing but SQL happens under the lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from snapshotter.errors import StoreFailed
+from snapshotter.model import Kind, Snapshot, State
+
+_SCHEMA = 1
+_TABLES = """
+CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS snapshots (
+    key     TEXT PRIMARY KEY,
+    parent  TEXT NOT NULL,
+    kind    INTEGER NOT NULL,
+    state   INTEGER NOT NULL,
+    device  INTEGER NOT NULL,
+    size    INTEGER NOT NULL,
+    fstype  TEXT NOT NULL,
+    created INTEGER NOT NULL,
+    updated INTEGER NOT NULL,
+    image   TEXT NOT NULL,
+    labels  TEXT NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS by_parent ON snapshots (parent);
+CREATE INDEX IF NOT EXISTS by_state ON snapshots (state) WHERE state <> 1;
+CREATE TABLE IF NOT EXISTS doomed (
+    device INTEGER PRIMARY KEY, since INTEGER NOT NULL, size INTEGER NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS bases (
+    fstype TEXT NOT NULL, size INTEGER NOT NULL, device INTEGER NOT NULL, ready INTEGER NOT NULL,
+    PRIMARY KEY (fstype, size)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS quarantined (device INTEGER PRIMARY KEY, since INTEGER NOT NULL) STRICT;
+"""
+_COLUMNS = "key, parent, kind, state, device, size, fstype, created, updated, image, labels"
+_VALUES = "?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?"
+_PAGE = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """An empty, formatted device that first layers are snapshots of."""
+
+    fstype: str
+    size: int
+    device: int
+    ready: bool
+
+
+class Store:
+    """Rows. Safe to use from several threads; a second process may read beside it. Raises StoreFailed."""
+
+    def __init__(self, path: str) -> None:
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        self.path = path
+        self._lock = threading.Lock()
+        self._reading = threading.Lock()
+        with _explained(path):
+            self._db = self._connect()
+            self._db.execute("PRAGMA journal_mode = WAL")
+            version = self._db.execute("PRAGMA user_version").fetchone()[0]
+            if version > _SCHEMA:
+                raise StoreFailed(f"{path} was written by a newer runvol (schema {version}, this one knows {_SCHEMA})")
+            # The log is copied back by `tidy`, in the background, and never inside a call.
+            self._db.execute("PRAGMA wal_autocheckpoint = 0")
+            if version < _SCHEMA:
+                self._db.execute("PRAGMA synchronous = FULL")
+                self._db.executescript(_TABLES)
+                self._db.execute(f"PRAGMA user_version = {_SCHEMA}")
+            self._reader = self._connect()
+            self._reader.execute("PRAGMA query_only = ON")
+            self._keeper = self._connect()
+
+    def _connect(self) -> sqlite3.Connection:
+        made = sqlite3.connect(self.path, timeout=10, isolation_level=None, check_same_thread=False)
+        made.execute("PRAGMA cache_size = -1024")
+        return made
+
+    def close(self) -> None:
+        with self._lock, self._reading:
+            for connection in (self._db, self._reader, self._keeper):
+                connection.close()
+
+    @contextlib.contextmanager
+    def transaction(self, *, durable: bool = True) -> Iterator[None]:
+        """What happens inside is seen whole or not at all; unless `durable`, a power cut may undo it."""
+        with self._lock, _explained(self.path):
+            self._db.execute("PRAGMA synchronous = FULL" if durable else "PRAGMA synchronous = NORMAL")
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._commit()
+
+    def _commit(self) -> None:
+        self._db.execute("COMMIT")
+
+    def tidy(self) -> None:
+        """Copy the log back into the database, without making anybody wait. For one thread only."""
+        with _explained(self.path):
+            self._keeper.execute("PRAGMA wal_checkpoint(PASSIVE)")
+
+    # -- inside a transaction -------------------------------------------------------------------------------------
+
+    def find(self, key: str) -> Snapshot | None:
+        """The row, as this transaction sees it."""
+        return _one(self._db, "key = ?", key)
+
+    def has_children(self, key: str) -> bool:
+        return self._db.execute("SELECT 1 FROM snapshots WHERE parent = ? LIMIT 1", (key,)).fetchone() is not None
+
+    def insert(self, row: Snapshot) -> None:
+        self._db.execute(
+            f"INSERT INTO snapshots ({_COLUMNS}) VALUES ({_VALUES})",  # noqa: S608
+            (row.key, row.parent, row.kind, row.state, row.device, row.size, row.fstype, row.created, row.updated,
+             row.image, _dump(row.labels)),
+        )  # fmt: skip
+
+    def set_state(self, key: str, state: State) -> None:
+        self._db.execute("UPDATE snapshots SET state = ? WHERE key = ?", (state, key))
+
+    def set_labels(self, key: str, labels: Mapping[str, str], updated: int) -> None:
+        self._db.execute("UPDATE snapshots SET labels = ?, updated = ? WHERE key = ?", (_dump(labels), updated, key))
+
+    def set_size(self, key: str, size: int) -> None:
+        self._db.execute("UPDATE snapshots SET size = ? WHERE key = ?", (size, key))
+
+    def commit(self, key: str, name: str, labels: Mapping[str, str], now: int) -> None:
+        """The active snapshot `key` is the committed `name` from now on."""
+        self._db.execute(
+            "UPDATE snapshots SET key = ?, kind = ?, state = ?, labels = ?, created = ?, updated = ? WHERE key = ?",
+            (name, Kind.COMMITTED, State.READY, _dump(labels), now, now, key),
+        )
+
+    def remove(self, key: str, now: int) -> None:
+        """The snapshot is gone, and its device is to be deleted behind."""
+        self._db.execute(
+            "INSERT OR IGNORE INTO doomed SELECT device, ?, size FROM snapshots WHERE key = ? AND device <> 0",
+            (now, key),
+        )
+        self._db.execute("DELETE FROM snapshots WHERE key = ?", (key,))
+
+    def new_device(self) -> int:
+        """An id that was never given before, if the transaction is committed."""
+        device = int(self.fact("next_device") or "1")
+        self.set_fact("next_device", str(device + 1))
+        return device
+
+    def doom(self, device: int, now: int, size: int = 0) -> None:
+        """Delete this device behind; without a size its blocks are not discarded first."""
+        self._db.execute("INSERT OR IGNORE INTO doomed VALUES (?, ?, ?)", (device, now, size))
+
+    def buried(self, devices: Iterable[int]) -> None:
+        """These are gone from the pool."""
+        self._db.executemany("DELETE FROM doomed WHERE device = ?", ((device,) for device in devices))
+
+    def set_base(self, base: Base) -> None:
+        self._db.execute(
+            "INSERT OR REPLACE INTO bases VALUES (?, ?, ?, ?)", (base.fstype, base.size, base.device, int(base.ready))
+        )
+
+    def forget_base(self, base: Base) -> None:
+        self._db.execute("DELETE FROM bases WHERE fstype = ? AND size = ?", (base.fstype, base.size))
+
+    def quarantine(self, devices: Iterable[int], now: int) -> None:
+        self._db.executemany("INSERT OR IGNORE INTO quarantined VALUES (?, ?)", ((device, now) for device in devices))
+
+    def release(self, devices: Iterable[int]) -> None:
+        self._db.executemany("DELETE FROM quarantined WHERE device = ?", ((device,) for device in devices))
+
+    def fact(self, name: str) -> str | None:
+        found = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
+        return str(found[0]) if found else None
+
+    def set_fact(self, name: str, value: str) -> None:
+        self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
+
+    # -- reading, at any time -------------------------------------------------------------------------------------
+
+    def get(self, key: str) -> Snapshot | None:
+        """The row as last committed; never waits for a writer."""
+        with self._reading, _explained(self.path):
+            return _one(self._reader, "key = ?", key)
+
+    def pages(self) -> Iterator[list[Snapshot]]:
+        """All rows in the order of their keys, some at a time; no lock and no transaction is held between the pages."""
+        after = ""
+        while True:
+            with self._reading, _explained(self.path):
+                rows = self._reader.execute(
+                    f"SELECT {_COLUMNS} FROM snapshots WHERE key > ? ORDER BY key LIMIT {_PAGE}",  # noqa: S608
+                    (after,),
+                ).fetchall()
+            if not rows:
+                return
+            yield [_snapshot(row) for row in rows]
+            after = rows[-1][0]
+
+    def intents(self) -> list[Snapshot]:
+        """Rows whose device may not exist yet."""
+        return self._many("state = ?", State.PREPARING)
+
+    def children(self, key: str) -> list[Snapshot]:
+        return self._many("parent = ?", key)
+
+    def with_image(self, image: str) -> list[Snapshot]:
+        return self._many("image = ?", image)
+
+    def _many(self, where: str, *values: object) -> list[Snapshot]:
+        with self._reading, _explained(self.path):
+            rows = self._reader.execute(f"SELECT {_COLUMNS} FROM snapshots WHERE {where}", values)  # noqa: S608
+            return [_snapshot(row) for row in rows]
+
+    def doomed(self) -> dict[int, int]:
+        """Devices to delete, oldest first, with their sizes."""
+        with self._reading, _explained(self.path):
+            return dict(self._reader.execute("SELECT device, size FROM doomed ORDER BY since, device").fetchall())
+
+    def quarantined(self) -> list[int]:
+        return self._numbers("SELECT device FROM quarantined ORDER BY device")
+
+    def devices(self) -> set[int]:
+        """Every id that the store knows of."""
+        return set(
+            self._numbers(
+                "SELECT device FROM snapshots WHERE device <> 0 UNION SELECT device FROM doomed "
+                "UNION SELECT device FROM bases UNION SELECT device FROM quarantined"
+            )
+        )
+
+    def base(self, fstype: str, size: int) -> Base | None:
+        found = [base for base in self.bases() if (base.fstype, base.size) == (fstype, size)]
+        return found[0] if found else None
+
+    def bases(self) -> list[Base]:
+        with self._reading, _explained(self.path):
+            rows = self._reader.execute("SELECT fstype, size, device, ready FROM bases").fetchall()
+        return [Base(fstype=row[0], size=row[1], device=row[2], ready=bool(row[3])) for row in rows]
+
+    def read_fact(self, name: str) -> str | None:
+        with self._reading, _explained(self.path):
+            found = self._reader.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
+        return str(found[0]) if found else None
+
+    def count(self) -> int:
+        return self._numbers("SELECT count(*) FROM snapshots")[0]
+
+    def _numbers(self, query: str) -> list[int]:
+        with self._reading, _explained(self.path):
+            return [int(row[0]) for row in self._reader.execute(query).fetchall()]
+
+
+def _one(db: sqlite3.Connection, where: str, *values: object) -> Snapshot | None:
+    row = db.execute(f"SELECT {_COLUMNS} FROM snapshots WHERE {where}", values).fetchone()  # noqa: S608
+    return None if row is None else _snapshot(row)
+
+
+def _snapshot(row: tuple[str, str, int, int, int, int, str, int, int, str, str]) -> Snapshot:
+    key, parent, kind, state, device, size, fstype, created, updated, image, labels = row
+    return Snapshot(
+        key=key,
+        parent=parent,
+        kind=Kind(kind),
+        state=State(state),
+        device=device,
+        size=size,
+        fstype=fstype,
+        created=created,
+        updated=updated,
+        image=image,
+        labels=json.loads(labels) if labels else {},
+    )
+
+
+def _dump(labels: Mapping[str, str]) -> str:
+    return json.dumps(dict(labels), sort_keys=True) if labels else ""
+
+
+@contextlib.contextmanager
+def _explained(path: str) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise StoreFailed(f"the store {path}: {error}; see `runvol doctor`") from error

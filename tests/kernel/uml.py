@@ -1,0 +1,148 @@
+"""A user-mode Linux kernel (Debian's user-mode-linux) with the machine's own root, read-only, as its root.
+
+It has what the machine's kernel may lack: device-mapper, LVM, NFS, quotas. It has one processor. Killing its processes
+is a power cut for its page cache. Jobs are shell scripts; their output comes back through a folder.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+PROGRAM = "linux.uml"
+INIT = Path(__file__).with_name("init.sh")
+_BOOT_LIMIT = 120.0
+_numbers = itertools.count(1)
+
+
+class JobFailed(Exception):
+    """A job ended with another status than 0, or not at all."""
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    output: str
+
+
+class Machine:
+    """A booted user-mode kernel; a context manager. `disks` become /dev/ubda, /dev/ubdb, … (files, sparse is fine)."""
+
+    def __init__(self, *, memory: str = "3G", disks: Sequence[Path] = (), network: str = "") -> None:
+        self._memory, self._disks, self._network = memory, list(disks), network
+        self.directory = Path(tempfile.mkdtemp(prefix="runvol-uml-", dir="/dev/shm"))
+        self.jobs = self.directory / "jobs"
+        self.jobs.mkdir()
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Machine:
+        try:
+            self._boot()
+        except BaseException:
+            self.kill()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _boot(self) -> None:
+        name = f"runvol{os.getpid()}x{next(_numbers)}"
+        probe = Path(__file__).resolve().parents[2] / f".written-by-{name}"
+        disks = [f"ubd{chr(ord('a') + number)}={path}" for number, path in enumerate(self._disks)]
+        command = [
+            PROGRAM, "rootfstype=hostfs", "rootflags=/", "rw", f"mem={self._memory}", f"umid={name}",
+            f"uml_dir={self.directory}/", f"init={INIT}", "con=null", "con0=fd:0,fd:1", "quiet", "panic=-1",
+            f"jobs={self.jobs}", f"probe={probe}", *disks, *([self._network] if self._network else []),
+        ]  # fmt: skip
+        self._log = open(self.directory / "console", "wb")
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "TMPDIR": "/dev/shm"},
+            start_new_session=True,
+        )
+        self._wait((self.jobs / "ready").exists, _BOOT_LIMIT, "the boot")
+
+    def console(self) -> str:
+        return (self.directory / "console").read_text("utf-8", "replace")
+
+    def _wait(self, ready: Callable[[], bool], limit: float, what: str) -> None:
+        until = time.monotonic() + limit
+        while not ready():
+            refused = self.jobs / "refused"
+            if refused.exists():
+                raise JobFailed(refused.read_text())
+            if self.process is None or self.process.poll() is not None:
+                raise JobFailed(f"the user-mode kernel ended during {what}: {self.console()[-2000:]}")
+            if time.monotonic() > until:
+                raise JobFailed(f"{what} did not end within {limit:.0f} s; the console: {self.console()[-2000:]}")
+            time.sleep(0.02)
+
+    def start(self, script: str) -> str:
+        """Begin a job; its name."""
+        assert self.process is not None and self.process.stdin is not None
+        name = f"job{next(_numbers)}"
+        (self.jobs / name).write_text(script)
+        self.process.stdin.write(f"{name}\n".encode())
+        self.process.stdin.flush()
+        return name
+
+    def finish(self, name: str, *, limit: float, show: bool = False) -> Result:
+        """Wait for a job; with `show` its output goes to this process's own while it runs."""
+        output = self.jobs / f"{name}.out"
+        shown = 0
+
+        def done() -> bool:
+            nonlocal shown
+            if show and output.exists():
+                with open(output, "rb") as opened:
+                    opened.seek(shown)
+                    more = opened.read()
+                shown += len(more)
+                sys.stdout.write(more.decode("utf-8", "replace"))
+                sys.stdout.flush()
+            return (self.jobs / f"{name}.rc").exists()
+
+        self._wait(done, limit, f"job {name}")
+        if show:
+            done()
+        return Result(int((self.jobs / f"{name}.rc").read_text()), output.read_text("utf-8", "replace"))
+
+    def run(self, script: str, *, limit: float = 60, ok: Sequence[int] | None = (0,), show: bool = False) -> Result:
+        """Run a job to its end; JobFailed for a status that is not in `ok` (None takes any)."""
+        result = self.finish(self.start(script), limit=limit, show=show)
+        if ok is not None and result.code not in ok:
+            raise JobFailed(f"status {result.code}: {result.output[-4000:]}")
+        return result
+
+    def kill(self) -> None:
+        """A power cut."""
+        if self.process is not None and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def stop(self) -> None:
+        """End the kernel and remove what it left."""
+        if self.process is not None and self.process.poll() is None:
+            assert self.process.stdin is not None
+            self.process.stdin.write(b"halt\n")
+            self.process.stdin.flush()
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.kill()
+        if hasattr(self, "_log"):
+            self._log.close()
+        shutil.rmtree(self.directory, ignore_errors=True)
