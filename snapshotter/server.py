@@ -45,7 +45,7 @@ async def _serve(node: Node, path: str, limit: float, observe: Observer | None) 
             ("grpc.max_send_message_length", _LARGEST_MESSAGE),
         ]
     )
-    server.add_generic_rpc_handlers((service.handler(),))
+    server.add_generic_rpc_handlers((service.handler(), service.health()))
     _listen(server, path)
     await server.start()
     node.start()

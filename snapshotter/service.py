@@ -20,6 +20,7 @@ from google.protobuf.message import Message
 
 from blockdev import Deadline
 from runvol_proto import containerd_snapshots_pb2 as pb
+from runvol_proto import grpc_health_pb2 as health_pb
 from snapshotter import wire
 from snapshotter.errors import SnapshotterError, TookTooLong
 from snapshotter.model import Kind
@@ -66,6 +67,18 @@ class Service:
             response_serializer=pb.ListSnapshotsResponse.SerializeToString,
         )  # fmt: skip
         return grpc.method_handlers_generic_handler(NAME, methods)
+
+    def health(self) -> grpc.GenericRpcHandler[Any, Any]:
+        """gRPC's health service: SERVING while the loop turns, whatever the pool's state is."""
+
+        async def check(_request: Any, _context: grpc.aio.ServicerContext[Any, Any]) -> Message:
+            return health_pb.HealthCheckResponse(status=health_pb.HealthCheckResponse.SERVING)
+
+        handler = grpc.unary_unary_rpc_method_handler(
+            check, request_deserializer=health_pb.HealthCheckRequest.FromString,
+            response_serializer=health_pb.HealthCheckResponse.SerializeToString,
+        )  # fmt: skip
+        return grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Check": handler})
 
     def _unary(
         self, name: str, method: Callable[[Any], Awaitable[Message]]

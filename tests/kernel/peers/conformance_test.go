@@ -1,5 +1,5 @@
 // Runs containerd's own snapshotter suite against a proxy snapshotter that listens on $RUNVOL_SOCKET.
-package conformance
+package peers
 
 import (
 	"context"

@@ -1,0 +1,169 @@
+// Measures snapshotters through containerd's API, peers taking turns, and prints every duration as JSON.
+//
+//	measure ROUNDS PARALLEL NAME=SOCKET...
+//	measure prepare SOCKET PARENT COUNT      (leaves COUNT active snapshots behind)
+//	measure empty SOCKET COUNT
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/proxy"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/health/grpc_health_v1"
+)
+
+type peer struct {
+	name   string
+	sn     snapshots.Snapshotter
+	health grpc_health_v1.HealthClient
+	times  map[string][]float64
+}
+
+var ctx = context.Background()
+
+func must(err error) {
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+}
+
+func dial(name, socket string) *peer {
+	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	must(err)
+	return &peer{name, proxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(conn), name), grpc_health_v1.NewHealthClient(conn), map[string][]float64{}}
+}
+
+func (p *peer) time(what string, call func() error) {
+	started := time.Now()
+	err := call()
+	took := float64(time.Since(started).Nanoseconds()) / 1e6
+	if err != nil {
+		must(fmt.Errorf("%s: %s: %w", p.name, what, err))
+	}
+	p.times[what] = append(p.times[what], took)
+}
+
+func (p *peer) prepare(what, key, parent string) {
+	p.time(what, func() error { _, err := p.sn.Prepare(ctx, key, parent); return err })
+}
+
+func (p *peer) round(n int) {
+	id := fmt.Sprintf("bench/%d-%d/", os.Getpid(), n)
+	p.empty("empty call")
+	p.prepare("Prepare, no parent", id+"base", "")
+	p.time("Commit", func() error { return p.sn.Commit(ctx, id+"layer", id+"base") })
+	p.prepare("Prepare, committed parent", id+"child", id+"layer")
+	p.time("Mounts", func() error { _, err := p.sn.Mounts(ctx, id+"child"); return err })
+	p.time("Stat", func() error { _, err := p.sn.Stat(ctx, id+"child"); return err })
+	p.time("Remove", func() error { return p.sn.Remove(ctx, id+"child") })
+	p.time("View", func() error { _, err := p.sn.View(ctx, id+"view", id+"layer"); return err })
+	p.time("Remove", func() error { return p.sn.Remove(ctx, id+"view") })
+	p.time("Remove", func() error { return p.sn.Remove(ctx, id+"layer") })
+}
+
+func (p *peer) empty(what string) {
+	p.time(what, func() error { _, err := p.health.Check(ctx, &grpc_health_v1.HealthCheckRequest{}); return err })
+}
+
+func (p *peer) parallel(n, count int) {
+	id := fmt.Sprintf("bench/%d-p%d/", os.Getpid(), n)
+	p.time("(setup)", func() error {
+		if _, err := p.sn.Prepare(ctx, id+"base", ""); err != nil {
+			return err
+		}
+		return p.sn.Commit(ctx, id+"layer", id+"base")
+	})
+	all := func(what string, call func(i int) error) {
+		p.time(what, func() error {
+			var wait sync.WaitGroup
+			failed := make([]error, count)
+			for i := range count {
+				wait.Add(1)
+				go func() { defer wait.Done(); failed[i] = call(i) }()
+			}
+			wait.Wait()
+			for _, err := range failed {
+				if err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	}
+	all(fmt.Sprintf("%d empty calls at once", count), func(i int) error {
+		_, err := p.health.Check(ctx, &grpc_health_v1.HealthCheckRequest{})
+		return err
+	})
+	all(fmt.Sprintf("%d Prepares at once", count), func(i int) error {
+		_, err := p.sn.Prepare(ctx, fmt.Sprintf("%s%d", id, i), id+"layer")
+		return err
+	})
+	for i := range count {
+		must(p.sn.Remove(ctx, fmt.Sprintf("%s%d", id, i)))
+	}
+	must(p.sn.Remove(ctx, id+"layer"))
+}
+
+func main() {
+	args := os.Args[1:]
+	if len(args) == 4 && args[0] == "prepare" {
+		p, count := dial("one", args[1]), number(args[3])
+		for i := range count {
+			_, err := p.sn.Prepare(ctx, fmt.Sprintf("many/%d-%d", os.Getpid(), i), args[2])
+			must(err)
+		}
+		return
+	}
+	if len(args) == 3 && args[0] == "empty" {
+		p := dial("one", args[1])
+		for range number(args[2]) {
+			p.empty("empty")
+		}
+		return
+	}
+	if len(args) < 3 {
+		must(fmt.Errorf("usage: measure ROUNDS PARALLEL NAME=SOCKET..."))
+	}
+	peers := []*peer{}
+	for _, one := range args[2:] {
+		name, socket, _ := strings.Cut(one, "=")
+		p := dial(name, socket)
+		p.empty("(setup)")
+		peers = append(peers, p)
+	}
+	for n := range number(args[0]) {
+		for _, p := range peers {
+			p.round(n)
+			fmt.Fprintf(os.Stderr, "round %d of %s, %s\n", n+1, args[0], p.name)
+		}
+	}
+	for _, p := range peers {
+		if number(args[1]) > 0 {
+			p.parallel(0, number(args[1]))
+			fmt.Fprintf(os.Stderr, "%s at once, %s\n", args[1], p.name)
+		}
+	}
+	out := map[string]map[string][]float64{}
+	for _, p := range peers {
+		out[p.name] = p.times
+	}
+	must(json.NewEncoder(os.Stdout).Encode(out))
+}
+
+func number(text string) int {
+	n, err := strconv.Atoi(text)
+	must(err)
+	return n
+}
