@@ -267,14 +267,13 @@ def bind(pool: Pool, store: Store) -> list[int]:
         foreign = sorted(pool.ids(Deadline.after(120)) - store.devices())
         with store.transaction():
             store.quarantine(foreign, time.time_ns())
-            highest = max(foreign, default=0)
-            store.set_fact("next_device", str(max(int(store.fact("next_device") or "1"), highest + 1)))
+            store.raise_devices(max(foreign, default=0))
             store.set_fact("pool", pool.identity)
             store.set_fact("generation", str(status.transaction))
     elif store.read_fact("pool") != pool.identity or str(status.transaction) not in (known, pending):
         raise PoolRefused(
-            f"the store {store.path} belongs to pool {store.read_fact('pool')}, generation {known}; {pool.name} "
-            f"is {pool.identity}, generation {status.transaction}. If the store is an old copy, restore the newest one; "
+            f"the store {store.path} belongs to pool {store.read_fact('pool')}, generation {known}, {pool.name} "
+            f"is {pool.identity}, generation {status.transaction}. If the store is an old copy, restore the newest; "
             "to go on with this pool and an empty store, move the store away: its devices are then quarantined"
         )
     if status.mode not in ("rw", "out_of_data_space") or status.needs_check:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterator
+from types import TracebackType
 
 from blockdev import Deadline
 from snapshotter.errors import TookTooLong
@@ -17,30 +16,51 @@ class Locks:
         self._lock = threading.Lock()
         self._held: dict[str, tuple[threading.Lock, int]] = {}
 
-    @contextlib.contextmanager
-    def held(self, *names: str, deadline: Deadline) -> Iterator[None]:
-        """Hold all of `names`; TookTooLong if another call keeps one of them for longer than there is time."""
-        with contextlib.ExitStack() as stack:
-            for name in sorted(set(names)):
-                stack.enter_context(self._one(name, deadline))
-            yield
+    def held(self, *names: str, deadline: Deadline) -> Held:
+        """Holds all of `names` inside; TookTooLong if another call keeps one of them for longer than there is time."""
+        return Held(self, sorted(set(names)), deadline)
 
-    @contextlib.contextmanager
-    def _one(self, name: str, deadline: Deadline) -> Iterator[None]:
+    def take(self, name: str, deadline: Deadline) -> None:
         with self._lock:
             lock, users = self._held.get(name) or (threading.Lock(), 0)
             self._held[name] = lock, users + 1
+        if lock.acquire(blocking=False) or lock.acquire(timeout=deadline.remaining()):
+            return
+        self._leave(name)
+        raise TookTooLong(f"{name!r}: another call uses it, and did not end within {deadline.given:.0f} s")
+
+    def give(self, name: str) -> None:
+        self._held[name][0].release()
+        self._leave(name)
+
+    def _leave(self, name: str) -> None:
+        with self._lock:
+            lock, users = self._held[name]
+            if users == 1:
+                del self._held[name]
+            else:
+                self._held[name] = lock, users - 1
+
+
+class Held:
+    """The names, held from `with` to its end."""
+
+    def __init__(self, locks: Locks, names: list[str], deadline: Deadline) -> None:
+        self._locks, self._names, self._deadline = locks, names, deadline
+        self._taken: list[str] = []
+
+    def __enter__(self) -> None:
         try:
-            if not lock.acquire(timeout=deadline.remaining()):
-                raise TookTooLong(f"{name!r}: another call uses it, and did not end within {deadline.given:.0f} s")
-            try:
-                yield
-            finally:
-                lock.release()
-        finally:
-            with self._lock:
-                lock, users = self._held[name]
-                if users == 1:
-                    del self._held[name]
-                else:
-                    self._held[name] = lock, users - 1
+            for name in self._names:
+                self._locks.take(name, self._deadline)
+                self._taken.append(name)
+        except BaseException:
+            self._release()
+            raise
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        while self._taken:
+            self._locks.give(self._taken.pop())

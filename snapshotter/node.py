@@ -181,6 +181,7 @@ class Node:
         """End what runs behind; devices stay mapped, as containers use them."""
         self._stop.set()
         self.reaper.stop()
+        self.store.write_made()
         for thread in self._threads:
             if thread.is_alive():
                 thread.join(10)

@@ -12,6 +12,7 @@ import fcntl
 import os
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -23,6 +24,8 @@ from snapshotter.errors import PoolFull, SnapshotterError, Unavailable
 
 _BLKDISCARD = 0x1277
 _DISCARD_STEP = 1 << 30
+# Seconds for which a status is good enough to let a snapshot be made.
+_FRESH = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +58,7 @@ class Pool:
         self.limits = limits or Limits()
         self._metadata_snapshot = threading.Lock()
         self._number = ""
+        self._seen: tuple[float, PoolStatus] | None = None
 
     # -- devices ----------------------------------------------------------------------------------------------------
 
@@ -256,15 +260,22 @@ class Pool:
 
     def status(self) -> PoolStatus:
         try:
-            return self.mapper.pool_status(self.name)
+            status = self.mapper.pool_status(self.name)
+            self._seen = time.monotonic(), status
+            return status
         except MapperError as error:
             if error.errno == errno.ENXIO:
                 raise Unavailable(f"pool {self.name} is not assembled; `runvol pool status` tells why") from None
             raise
 
+    def _recent(self) -> PoolStatus:
+        """The status as it was a moment ago; each message looks again."""
+        seen = self._seen
+        return seen[1] if seen is not None and time.monotonic() - seen[0] < _FRESH else self.status()
+
     def admit(self) -> None:
         """Return if a new snapshot may be made. PoolFull before writes would hang, Unavailable where nothing can."""
-        status = self.status()
+        status = self._recent()
         for finding in self.health(status):
             if finding.state == "broken":
                 raise (PoolFull if finding.mode in ("out_of_data_space", "out_of_metadata") else Unavailable)(

@@ -78,6 +78,7 @@ class Reaper:
 
     def round(self) -> bool:
         """Do what can be done now; whether it is worth coming again at once."""
+        self._store.write_made()
         doomed = self._store.doomed()
         with self._lock:
             idle = self._done_with - doomed.keys()

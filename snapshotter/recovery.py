@@ -80,7 +80,7 @@ def compare(store: Store, pool: Pool, found: Found) -> None:
     with store.transaction():
         store.quarantine(found.foreign, now)
         if found.foreign:
-            store.set_fact("next_device", str(max(found.foreign) + 1))
+            store.raise_devices(max(found.foreign))
         for device in found.orphans:
             store.doom(device, now)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import signal
 import socket
+from concurrent import futures
 
 import grpc
 
@@ -15,7 +15,7 @@ from snapshotter.node import Node
 from snapshotter.service import Observer, Service
 
 _SUFFIX = ".sock"
-_GRACE = 10.0
+_GRACE, _WORKERS = 10.0, 32
 _LARGEST_MESSAGE = 16 << 20
 
 
@@ -31,35 +31,40 @@ def socket_path(endpoint: str) -> str:
 
 def serve(node: Node, *, endpoint: str, limit: float, observe: Observer | None = None) -> None:
     """Serve until SIGTERM or SIGINT; calls under way then have ten seconds."""
-    asyncio.run(_serve(node, socket_path(endpoint), limit, observe))
-
-
-async def _serve(node: Node, path: str, limit: float, observe: Observer | None) -> None:
-    stopping = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    path, told = socket_path(endpoint), _signals()
     service = Service(node, limit=limit, observe=observe)
-    server = grpc.aio.server(
+    server = grpc.server(
+        futures.ThreadPoolExecutor(max_workers=_WORKERS, thread_name_prefix="snapshots"),
         options=[
             ("grpc.max_receive_message_length", _LARGEST_MESSAGE),
             ("grpc.max_send_message_length", _LARGEST_MESSAGE),
-        ]
+        ],
     )
     server.add_generic_rpc_handlers((service.handler(), service.health()))
     _listen(server, path)
-    await server.start()
+    server.start()
     node.start()
     notify("READY=1")
-    await stopping.wait()
+    told.recv(1)
     notify("STOPPING=1")
-    await server.stop(_GRACE)
+    server.stop(_GRACE).wait()
     service.close()
-    await asyncio.to_thread(node.stop)
+    node.stop()
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
 
 
-def _listen(server: grpc.aio.Server, path: str) -> None:
+def _signals() -> socket.socket:
+    """Readable once SIGTERM or SIGINT has come, whichever thread the kernel gave it to."""
+    told, tell = socket.socketpair()
+    tell.setblocking(False)
+    signal.set_wakeup_fd(tell.detach())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    return told
+
+
+def _listen(server: grpc.Server, path: str) -> None:
     os.makedirs(os.path.dirname(path), mode=0o750, exist_ok=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, contextlib.suppress(OSError):
         probe.connect(path)

@@ -1,18 +1,19 @@
-"""containerd's snapshots service: one event loop, short answers in it, everything that may wait in threads.
+"""containerd's snapshots service.
 
-Each call ends within its limit whatever the kernel does: a thread that hangs in device-mapper is left behind, and the
-caller reads which call it was. containerd itself sets no deadline.
+Every call ends within its limit, although containerd sets no deadline: what waits for another call, for a device or
+for the pool gives up by itself and says why. A thread that the kernel keeps in device-mapper cannot; after its limit
+the caller is released all the same (CANCELLED), and the log names the call. Other calls do not notice.
 """
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import logging
+import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import grpc
 from google.protobuf.empty_pb2 import Empty
@@ -22,26 +23,42 @@ from blockdev import Deadline
 from runvol_proto import containerd_snapshots_pb2 as pb
 from runvol_proto import grpc_health_pb2 as health_pb
 from snapshotter import wire
-from snapshotter.errors import SnapshotterError, TookTooLong
+from snapshotter.errors import SnapshotterError
 from snapshotter.model import Kind
 from snapshotter.node import Node
 
 log = logging.getLogger("runvol.snapshotter")
 NAME = "containerd.services.snapshots.v1.Snapshots"
 _PAGE = 100
-_QUIET = frozenset({"Stat", "Mounts", "Usage", "List"})
-T = TypeVar("T")
+# A call that takes longer is worth a line, in seconds.
+_SLOW = 5.0
+# How long after its limit a call may still end by itself, in seconds.
+_GRACE = 1.0
 Observer = Callable[[str, str, float], None]
+
+
+@dataclass
+class _Running:
+    name: str
+    key: str
+    until: float
+    context: grpc.ServicerContext
+    released: bool = False
 
 
 class Service:
     """The RPCs over a node's snapshotter. `limit` is the longest that a call may take, in seconds."""
 
-    def __init__(self, node: Node, *, limit: float, workers: int = 32, observe: Observer | None = None) -> None:
-        self._node, self._limit = node, limit
-        self._threads = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="snapshots")
-        self._observe = observe
+    def __init__(self, node: Node, *, limit: float, observe: Observer | None = None) -> None:
+        self._node, self._limit, self._observe = node, limit, observe
         self._numbers = itertools.count(1)
+        self._running: dict[int, _Running] = {}
+        self._stop = threading.Event()
+        self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._watchdog.start()
+
+    def close(self) -> None:
+        self._stop.set()
 
     def handler(self) -> grpc.GenericRpcHandler[Any, Any]:
         """What a server registers."""
@@ -68,10 +85,11 @@ class Service:
         )  # fmt: skip
         return grpc.method_handlers_generic_handler(NAME, methods)
 
-    def health(self) -> grpc.GenericRpcHandler[Any, Any]:
-        """gRPC's health service: SERVING while the loop turns, whatever the pool's state is."""
+    @staticmethod
+    def health() -> grpc.GenericRpcHandler[Any, Any]:
+        """gRPC's health service: SERVING while calls are answered, whatever the pool's state is."""
 
-        async def check(_request: Any, _context: grpc.aio.ServicerContext[Any, Any]) -> Message:
+        def check(_request: Any, _context: grpc.ServicerContext) -> Message:
             return health_pb.HealthCheckResponse(status=health_pb.HealthCheckResponse.SERVING)
 
         handler = grpc.unary_unary_rpc_method_handler(
@@ -81,132 +99,111 @@ class Service:
         return grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Check": handler})
 
     def _unary(
-        self, name: str, method: Callable[[Any], Awaitable[Message]]
-    ) -> Callable[[Any, grpc.aio.ServicerContext[Any, Any]], Awaitable[Message]]:
-        async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Message:
-            started = time.perf_counter()
+        self, name: str, method: Callable[[Any, Deadline], Message]
+    ) -> Callable[[Any, grpc.ServicerContext], Message]:
+        def call(request: Any, context: grpc.ServicerContext) -> Message:
+            started, number = time.perf_counter(), next(self._numbers)
+            key = getattr(request, "key", "")
+            deadline = Deadline.after(self._limit)
+            self._running[number] = _Running(name, key, deadline.at, context)
             self._node.activity.begin()
             try:
-                response = await method(request)
+                response = method(request, deadline)
             except Exception as error:
-                await self._refuse(name, request, started, error, context)
-                raise AssertionError("abort returned") from error
+                self._refuse(name, key, number, started, error, context)
             finally:
                 self._node.activity.end()
-            self._done(name, request, started, "OK")
+                del self._running[number]
+            self._done(name, key, started)
             return response
 
         return call
 
-    def _done(self, name: str, request: Any, started: float, code: str) -> None:
+    def _watch(self) -> None:
+        """Release callers whose call hangs in the kernel."""
+        while not self._stop.wait(1.0):
+            now = time.monotonic()
+            for one in list(self._running.values()):
+                if now > one.until + _GRACE and not one.released:
+                    one.released = True
+                    log.error(
+                        "call hangs in the kernel; its caller is released", extra={"rpc": one.name, "key": one.key}
+                    )
+                    one.context.cancel()  # type: ignore[no-untyped-call]
+
+    def _done(self, name: str, key: str, started: float) -> None:
         seconds = time.perf_counter() - started
         if self._observe is not None:
-            self._observe(name, code, seconds)
-        level = logging.DEBUG if name in _QUIET else logging.INFO
+            self._observe(name, "OK", seconds)
+        level = logging.WARNING if seconds > _SLOW else logging.DEBUG
         if log.isEnabledFor(level):
-            log.log(level, "call done", extra={"rpc": name, "key": getattr(request, "key", ""), "code": code,
-                                               "ms": round(seconds * 1000, 2)})  # fmt: skip
+            log.log(level, "call done", extra={"rpc": name, "key": key, "ms": round(seconds * 1000, 2)})
 
-    async def _refuse(
-        self, name: str, request: Any, started: float, error: Exception, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> None:  # fmt: skip
-        code, number = wire.code_of(error), next(self._numbers)
+    def _refuse(
+        self, name: str, key: str, number: int, started: float, error: Exception, context: grpc.ServicerContext
+    ) -> NoReturn:
+        code = wire.code_of(error)
         seconds = time.perf_counter() - started
         if self._observe is not None:
             self._observe(name, code.name, seconds)
-        facts = {"rpc": name, "key": getattr(request, "key", ""), "code": code.name, "ms": round(seconds * 1000, 2)}
+        facts = {"rpc": name, "key": key, "code": code.name, "ms": round(seconds * 1000, 2)}
         message = str(error)
         if code is grpc.StatusCode.INTERNAL:
-            log.error("call failed", extra={**facts, "refusal": number}, exc_info=error)
+            log.error("call failed", extra={**facts, "call": number}, exc_info=error)
             if not isinstance(error, SnapshotterError):
-                message = f"{type(error).__name__}: {error}; see the snapshotter's log, refusal {number}"
+                message = f"{type(error).__name__}: {error}; see the snapshotter's log, call {number}"
         elif code is not grpc.StatusCode.NOT_FOUND:
             log.warning("call refused", extra={**facts, "reason": message})
-        await context.abort(code, message.encode("utf-8", "replace").decode()[:4000])
+        context.abort(code, message.encode("utf-8", "replace").decode()[:4000])
+        raise AssertionError("abort returned")
 
-    async def _behind(self, name: str, work: Callable[[Deadline], T], *, pool: bool = True) -> T:
-        """Run `work` in a thread, no longer than the limit."""
-        deadline = Deadline.after(self._limit)
-
-        def run() -> T:
-            if pool:
-                self._node.wait_for_pool(deadline)
-            return work(deadline)
-
-        running = asyncio.get_running_loop().run_in_executor(self._threads, run)
-        done, _ = await asyncio.wait({running}, timeout=self._limit + 1)
-        if not done:
-            running.add_done_callback(lambda late: late.exception())
-            raise TookTooLong(f"{name} did not end within {self._limit:.0f} s; it goes on and holds its snapshot")
-        return running.result()
-
-    async def Prepare(self, request: Any) -> Message:
-        found = await self._behind(
-            "Prepare", lambda d: self._node.snapshots.prepare(request.key, request.parent, request.labels, d)
-        )
+    def Prepare(self, request: Any, deadline: Deadline) -> Message:
+        self._node.wait_for_pool(deadline)
+        found = self._node.snapshots.prepare(request.key, request.parent, request.labels, deadline)
         return pb.PrepareSnapshotResponse(mounts=wire.mounts(found))
 
-    async def View(self, request: Any) -> Message:
-        found = await self._behind(
-            "View",
-            lambda d: self._node.snapshots.prepare(request.key, request.parent, request.labels, d, kind=Kind.VIEW),
-        )
+    def View(self, request: Any, deadline: Deadline) -> Message:
+        self._node.wait_for_pool(deadline)
+        found = self._node.snapshots.prepare(request.key, request.parent, request.labels, deadline, kind=Kind.VIEW)
         return pb.ViewSnapshotResponse(mounts=wire.mounts(found))
 
-    async def Mounts(self, request: Any) -> Message:
-        found = self._node.snapshots.known_mounts(request.key) if self._node.ready else None
-        if found is None:
-            found = await self._behind("Mounts", lambda d: self._node.snapshots.mounts(request.key, d))
-        return pb.MountsResponse(mounts=wire.mounts(found))
+    def Mounts(self, request: Any, deadline: Deadline) -> Message:
+        self._node.wait_for_pool(deadline)
+        return pb.MountsResponse(mounts=wire.mounts(self._node.snapshots.mounts(request.key, deadline)))
 
-    async def Commit(self, request: Any) -> Message:
-        await self._behind(
-            "Commit",
-            lambda d: self._node.snapshots.commit(request.name, request.key, request.labels, request.parent, d),
-        )
+    def Commit(self, request: Any, deadline: Deadline) -> Message:
+        self._node.wait_for_pool(deadline)
+        self._node.snapshots.commit(request.name, request.key, request.labels, request.parent, deadline)
         return Empty()
 
-    async def Remove(self, request: Any) -> Message:
-        await self._behind("Remove", lambda d: self._node.snapshots.remove(request.key, d), pool=False)
+    def Remove(self, request: Any, deadline: Deadline) -> Message:
+        self._node.snapshots.remove(request.key, deadline)
         return Empty()
 
-    async def Stat(self, request: Any) -> Message:
-        row = self._node.snapshots.stat(request.key)
-        if row is None:
-            row = await self._behind("Stat", lambda d: self._node.snapshots.stat_settled(request.key, d))
-        return pb.StatSnapshotResponse(info=wire.info(row))
+    def Stat(self, request: Any, deadline: Deadline) -> Message:
+        return pb.StatSnapshotResponse(info=wire.info(self._node.snapshots.stat(request.key, deadline)))
 
-    async def Update(self, request: Any) -> Message:
+    def Update(self, request: Any, deadline: Deadline) -> Message:
         paths = list(request.update_mask.paths) if request.HasField("update_mask") else None
-        row = await self._behind(
-            "Update",
-            lambda d: self._node.snapshots.update(request.info.name, request.info.labels, paths, d),
-            pool=False,
-        )
+        row = self._node.snapshots.update(request.info.name, request.info.labels, paths, deadline)
         return pb.UpdateSnapshotResponse(info=wire.info(row))
 
-    async def Usage(self, request: Any) -> Message:
-        size, inodes = await self._behind("Usage", lambda d: self._node.snapshots.usage(request.key, d))
+    def Usage(self, request: Any, deadline: Deadline) -> Message:
+        self._node.wait_for_pool(deadline)
+        size, inodes = self._node.snapshots.usage(request.key, deadline)
         return pb.UsageResponse(size=size, inodes=inodes)
 
-    async def Cleanup(self, _request: Any) -> Message:
+    def Cleanup(self, _request: Any, _deadline: Deadline) -> Message:
         """Deletion goes on by itself; this only asks for it now."""
         self._node.cleanup()
         return Empty()
 
-    async def _listing(
-        self, request: Any, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[pb.ListSnapshotsResponse]:  # fmt: skip
-        started = time.perf_counter()
-        pages = None
+    def _listing(self, request: Any, context: grpc.ServicerContext) -> Iterator[pb.ListSnapshotsResponse]:
+        started, number = time.perf_counter(), next(self._numbers)
         try:
-            pages = self._node.snapshots.list(list(request.filters))
-            while (page := await asyncio.to_thread(next, pages, None)) is not None:
+            for page in self._node.snapshots.list(list(request.filters)):
                 for start in range(0, len(page), _PAGE):
                     yield pb.ListSnapshotsResponse(info=[wire.info(row) for row in page[start : start + _PAGE]])
         except SnapshotterError as error:
-            await self._refuse("List", request, started, error, context)
-        self._done("List", request, started, "OK")
-
-    def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+            self._refuse("List", "", number, started, error, context)
+        self._done("List", "", started)

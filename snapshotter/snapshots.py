@@ -107,8 +107,7 @@ class Snapshotter:
                     self._bases.forget(origin.fstype, origin.size)
                     raise Unavailable(f"{error}; the empty base is made anew, try again") from None
                 raise SnapshotterError(f"the data of {parent!r} is lost: {error}; pull its image again") from None
-            with self._store.transaction(durable=False):
-                self._store.set_state(key, State.READY)
+            self._store.made(row)
             return self._mounts(row)
 
     def _origin(self, key: str, parent: str, labels: Mapping[str, str], deadline: Deadline) -> _Origin:
@@ -203,10 +202,9 @@ class Snapshotter:
 
     def mounts(self, key: str, deadline: Deadline) -> list[Mount]:
         """The mount of an active snapshot or view; its device is there when the call returns."""
-        known = self.known_mounts(key)
-        if known is not None:
-            return known
-        self._seen(key, deadline)
+        row = self._seen(key, deadline)
+        if row.state is State.READY and row.kind is not Kind.COMMITTED and self._pool.find(row.device) is not None:
+            return self._mounts(row)
         with self._locks.held(key, deadline=deadline):
             row = self._seen_now(key)
             if row.kind is Kind.COMMITTED:
@@ -225,15 +223,6 @@ class Snapshotter:
         if row is None:
             raise NotFound(key)
         return row
-
-    def known_mounts(self, key: str) -> list[Mount] | None:
-        """The mounts, if a look at the store and at device-mapper is enough; never waits."""
-        row = self._store.get(key)
-        if row is None:
-            raise NotFound(key)
-        if row.state is State.READY and row.kind is not Kind.COMMITTED and self._pool.find(row.device) is not None:
-            return self._mounts(row)
-        return None
 
     def commit(self, name: str, key: str, labels: Mapping[str, str], parent: str, deadline: Deadline) -> None:
         """The active snapshot `key` becomes the committed `name`; its device is unmapped behind."""
@@ -271,14 +260,8 @@ class Snapshotter:
             self._store.remove(key, time.time_ns())
         self._after(row.device)
 
-    def stat(self, key: str) -> Snapshot | None:
-        """The row, without waiting; None if an intent has to be settled first. NotFound if there is nothing."""
-        row = self._store.get(key)
-        if row is None:
-            raise NotFound(key)
-        return None if row.state is State.PREPARING else row
-
-    def stat_settled(self, key: str, deadline: Deadline) -> Snapshot:
+    def stat(self, key: str, deadline: Deadline) -> Snapshot:
+        """The row, without waiting unless an intent has to be settled first. NotFound if there is nothing."""
         return self._seen(key, deadline)
 
     def update(

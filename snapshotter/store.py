@@ -35,7 +35,6 @@ CREATE TABLE IF NOT EXISTS snapshots (
     labels  TEXT NOT NULL
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS by_parent ON snapshots (parent);
-CREATE INDEX IF NOT EXISTS by_state ON snapshots (state) WHERE state <> 1;
 CREATE TABLE IF NOT EXISTS doomed (
     device INTEGER PRIMARY KEY, since INTEGER NOT NULL, size INTEGER NOT NULL
 ) STRICT;
@@ -48,6 +47,9 @@ CREATE TABLE IF NOT EXISTS quarantined (device INTEGER PRIMARY KEY, since INTEGE
 _COLUMNS = "key, parent, kind, state, device, size, fstype, created, updated, image, labels"
 _VALUES = "?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?"
 _PAGE = 256
+# Device ids are taken in runs of this many, so that most transactions need not write the counter; a start skips the
+# rest of a run.
+_RUN = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +70,9 @@ class Store:
         self.path = path
         self._lock = threading.Lock()
         self._reading = threading.Lock()
+        self._made: dict[str, int] = {}
+        self._following = self._reserved = 0
+        self._synchronous = ""
         with _explained(path):
             self._db = self._connect()
             self._db.execute("PRAGMA journal_mode = WAL")
@@ -98,12 +103,17 @@ class Store:
     def transaction(self, *, durable: bool = True) -> Iterator[None]:
         """What happens inside is seen whole or not at all; unless `durable`, a power cut may undo it."""
         with self._lock, _explained(self.path):
-            self._db.execute("PRAGMA synchronous = FULL" if durable else "PRAGMA synchronous = NORMAL")
+            wanted = "FULL" if durable else "NORMAL"
+            if wanted != self._synchronous:
+                self._db.execute(f"PRAGMA synchronous = {wanted}")
+                self._synchronous = wanted
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
             except BaseException:
                 self._db.execute("ROLLBACK")
+                # The run that was reserved in it, if any, is not.
+                self._following = self._reserved = 0
                 raise
             self._commit()
 
@@ -119,7 +129,7 @@ class Store:
 
     def find(self, key: str) -> Snapshot | None:
         """The row, as this transaction sees it."""
-        return _one(self._db, "key = ?", key)
+        return self._one(self._db, "key = ?", key)
 
     def has_children(self, key: str) -> bool:
         return self._db.execute("SELECT 1 FROM snapshots WHERE parent = ? LIMIT 1", (key,)).fetchone() is not None
@@ -132,6 +142,7 @@ class Store:
         )  # fmt: skip
 
     def set_state(self, key: str, state: State) -> None:
+        self._made.pop(key, None)
         self._db.execute("UPDATE snapshots SET state = ? WHERE key = ?", (state, key))
 
     def set_labels(self, key: str, labels: Mapping[str, str], updated: int) -> None:
@@ -157,9 +168,18 @@ class Store:
 
     def new_device(self) -> int:
         """An id that was never given before, if the transaction is committed."""
-        device = int(self.fact("next_device") or "1")
-        self.set_fact("next_device", str(device + 1))
-        return device
+        if self._following >= self._reserved:
+            self._following = int(self.fact("next_device") or "1")
+            self._reserved = self._following + _RUN
+            self.set_fact("next_device", str(self._reserved))
+        self._following += 1
+        return self._following - 1
+
+    def raise_devices(self, above: int) -> None:
+        """Give no id up to `above`: the pool has them already."""
+        if above >= max(self._following, int(self.fact("next_device") or "1")):
+            self.set_fact("next_device", str(above + 1))
+            self._following = self._reserved = 0
 
     def doom(self, device: int, now: int, size: int = 0) -> None:
         """Delete this device behind; without a size its blocks are not discarded first."""
@@ -190,12 +210,30 @@ class Store:
     def set_fact(self, name: str, value: str) -> None:
         self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
 
+    def made(self, row: Snapshot) -> None:
+        """The intent is fulfilled. Written down later, by `write_made`: until then a start would find it out anew."""
+        self._made[row.key] = row.device
+
+    def write_made(self) -> None:
+        """Write down which intents were fulfilled; for one thread only."""
+        made = dict(self._made)
+        if not made:
+            return
+        with self.transaction(durable=False):
+            self._db.executemany(
+                "UPDATE snapshots SET state = ? WHERE key = ? AND device = ? AND state = ?",
+                ((State.READY, key, device, State.PREPARING) for key, device in made.items()),
+            )
+        for key, device in made.items():
+            if self._made.get(key) == device:
+                self._made.pop(key, None)
+
     # -- reading, at any time -------------------------------------------------------------------------------------
 
     def get(self, key: str) -> Snapshot | None:
         """The row as last committed; never waits for a writer."""
         with self._reading, _explained(self.path):
-            return _one(self._reader, "key = ?", key)
+            return self._one(self._reader, "key = ?", key)
 
     def pages(self) -> Iterator[list[Snapshot]]:
         """All rows in the order of their keys, some at a time; no lock and no transaction is held between the pages."""
@@ -208,12 +246,12 @@ class Store:
                 ).fetchall()
             if not rows:
                 return
-            yield [_snapshot(row) for row in rows]
+            yield [self._snapshot(row) for row in rows]
             after = rows[-1][0]
 
     def intents(self) -> list[Snapshot]:
         """Rows whose device may not exist yet."""
-        return self._many("state = ?", State.PREPARING)
+        return [row for row in self._many("state = ?", State.PREPARING) if row.state is State.PREPARING]
 
     def children(self, key: str) -> list[Snapshot]:
         return self._many("parent = ?", key)
@@ -224,7 +262,29 @@ class Store:
     def _many(self, where: str, *values: object) -> list[Snapshot]:
         with self._reading, _explained(self.path):
             rows = self._reader.execute(f"SELECT {_COLUMNS} FROM snapshots WHERE {where}", values)  # noqa: S608
-            return [_snapshot(row) for row in rows]
+            return [self._snapshot(row) for row in rows]
+
+    def _one(self, db: sqlite3.Connection, where: str, *values: object) -> Snapshot | None:
+        row = db.execute(f"SELECT {_COLUMNS} FROM snapshots WHERE {where}", values).fetchone()  # noqa: S608
+        return None if row is None else self._snapshot(row)
+
+    def _snapshot(self, row: tuple[str, str, int, int, int, int, str, int, int, str, str]) -> Snapshot:
+        key, parent, kind, state, device, size, fstype, created, updated, image, labels = row
+        if state == State.PREPARING and self._made.get(key) == device:
+            state = State.READY
+        return Snapshot(
+            key=key,
+            parent=parent,
+            kind=Kind(kind),
+            state=State(state),
+            device=device,
+            size=size,
+            fstype=fstype,
+            created=created,
+            updated=updated,
+            image=image,
+            labels=json.loads(labels) if labels else {},
+        )
 
     def doomed(self) -> dict[int, int]:
         """Devices to delete, oldest first, with their sizes."""
@@ -263,28 +323,6 @@ class Store:
     def _numbers(self, query: str) -> list[int]:
         with self._reading, _explained(self.path):
             return [int(row[0]) for row in self._reader.execute(query).fetchall()]
-
-
-def _one(db: sqlite3.Connection, where: str, *values: object) -> Snapshot | None:
-    row = db.execute(f"SELECT {_COLUMNS} FROM snapshots WHERE {where}", values).fetchone()  # noqa: S608
-    return None if row is None else _snapshot(row)
-
-
-def _snapshot(row: tuple[str, str, int, int, int, int, str, int, int, str, str]) -> Snapshot:
-    key, parent, kind, state, device, size, fstype, created, updated, image, labels = row
-    return Snapshot(
-        key=key,
-        parent=parent,
-        kind=Kind(kind),
-        state=State(state),
-        device=device,
-        size=size,
-        fstype=fstype,
-        created=created,
-        updated=updated,
-        image=image,
-        labels=json.loads(labels) if labels else {},
-    )
 
 
 def _dump(labels: Mapping[str, str]) -> str:
