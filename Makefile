@@ -1,9 +1,10 @@
 # Every target installs what it needs and says so; a second run is quick.
-.PHONY: help demo test lint bench venv prepare clean
+.PHONY: help demo test test-kernel lint bench venv prepare clean
 
 help:
 	@echo "make demo   a volume goes into a guest, is measured and survives the guest (about 3 minutes)"
 	@echo "make test   every test that fits into 15 minutes"
+	@echo "make test-kernel  device-mapper, LVM, containerd and crashes, in a user-mode kernel if need be (20 minutes)"
 	@echo "make lint   ruff, mypy, import-linter"
 	@echo "make bench  publish latency, memory, create and stage times; figures go to bench-results/"
 
@@ -12,7 +13,7 @@ venv:
 	@tests/prepare/python.sh
 
 prepare: venv
-	@tests/prepare/debian.sh test
+	@tests/prepare/debian.sh test kernel
 	@tests/prepare/go.sh
 
 demo: venv
@@ -21,6 +22,9 @@ demo: venv
 
 test: prepare
 	@.venv/bin/python -m pytest $(ARGS)
+
+test-kernel: prepare
+	@.venv/bin/python -m tests.kernel $(ARGS)
 
 lint: venv
 	.venv/bin/ruff check .

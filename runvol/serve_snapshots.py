@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 
 from runvol.config import Config
 from runvol.snapshot_commands import limits, state_dir
@@ -30,8 +29,6 @@ def serve(config: Config, pool_name: str | None) -> None:
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     from snapshotter import server
 
-    # Calls are short and many threads wait in the kernel: the one that comes back should not wait 5 ms for the lock.
-    sys.setswitchinterval(0.0005)
     node = Node(settings_of(config))
     if pool_name is not None and node.pool.name != pool_name:
         raise PoolRefused(f"--pool {pool_name}: {state_dir(config)} describes pool {node.pool.name}")

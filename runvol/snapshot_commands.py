@@ -126,7 +126,9 @@ def pool_status(load: Loader, as_json: bool) -> None:
         status = one.status()
         findings = one.health(status)
         mapped = len(one.active())
-    quarantined = _store(config).quarantined() if os.path.exists(os.path.join(state_dir(config), STORE)) else []
+    there = os.path.exists(os.path.join(state_dir(config), STORE))
+    quarantined = _store(config).quarantined() if there else []
+    doomed = len(_store(config).doomed()) if there else 0
     rows = [
         {
             "pool": it.name,
@@ -136,6 +138,7 @@ def pool_status(load: Loader, as_json: bool) -> None:
             "metadata": f"{tables.size(status.metadata_used * 4096)} of {tables.size(status.metadata_total * 4096)}",
             "mapped": mapped,
             "quarantined": len(quarantined),
+            "doomed": doomed,
             "finding": finding.message,
             "data_used_bytes": status.data_used * it.block,
             "data_total_bytes": status.data_total * it.block,

@@ -195,15 +195,26 @@ def repair(mapper: Mapper, state_dir: str, deadline: Deadline) -> str:
 
 
 def _rebuild(state_dir: str, metadata: str, deadline: Deadline) -> str:
+    """The device is written only once thin_repair has ended well; CommandFailed, and nothing is changed, otherwise."""
     kept = os.path.join(state_dir, f"metadata-{time.strftime('%Y%m%dT%H%M%S')}.bin")
-    size = ioctls.size_bytes(metadata)
-    with ioctls.opened(metadata) as fd, open(kept, "wb") as copy:
-        for at in range(0, size, 1 << 20):
-            copy.write(os.pread(fd, 1 << 20, at))
-    run("thin_repair", "-i", kept, "-o", metadata, deadline=deadline)
-    with ioctls.opened(metadata, os.O_RDWR) as fd:
-        os.fsync(fd)
+    rebuilt = f"{kept}.rebuilt"
+    _copy(metadata, kept)
+    try:
+        with open(rebuilt, "wb") as opened:
+            opened.truncate(os.path.getsize(kept))
+        run("thin_repair", "-i", kept, "-o", rebuilt, deadline=deadline)
+        _copy(rebuilt, metadata)
+    finally:
+        os.unlink(rebuilt)
     return f"the metadata was rebuilt from what could be read; the damaged one is kept as {kept}"
+
+
+def _copy(source: str, target: str) -> None:
+    size = ioctls.size_bytes(source)
+    with ioctls.opened(source) as read, ioctls.opened(target, os.O_RDWR | os.O_CREAT) as write:
+        for at in range(0, size, 1 << 20):
+            os.pwrite(write, os.pread(read, min(1 << 20, size - at), at), at)
+        os.fsync(write)
 
 
 class Extender:

@@ -17,7 +17,7 @@ import msgspec
 
 from blockdev import Deadline, durable, ioctls, loops
 from blockdev.commands import run
-from blockdev.devicemapper import Mapper, MapperError, node
+from blockdev.devicemapper import Mapper, MapperError, make_node, node
 from blockdev.dm_targets import BLOCK_STEP, LARGEST_BLOCK, SECTOR, SMALLEST_BLOCK, Linear, ThinPool
 from snapshotter.errors import BadRequest, PoolRefused, Unavailable
 
@@ -97,8 +97,18 @@ class Backing:
             return _loop(it.metadata, deadline), _loop(it.data, deadline)
         if it.kind == "lvm":
             run("lvchange", "-ay", "-K", f"{it.group}/{it.metadata}", f"{it.group}/{it.data}", deadline=deadline)
-            return _logical(it.group, it.metadata), _logical(it.group, it.data)
+            return self._logical(it.metadata), self._logical(it.data)
         return self._split(it.data)
+
+    def _logical(self, volume: str) -> str:
+        # LVM doubles the dashes of both names. Without udev, nobody has made the node.
+        name = f"{self.description.group.replace('-', '--')}-{volume.replace('-', '--')}"
+        device = self._mapper.find(name)
+        if device is None:
+            raise Unavailable(f"the logical volume {self.description.group}/{volume} is not active")
+        if not ioctls.is_block(node(name)):
+            make_node(device)
+        return node(name)
 
     def _split(self, device: str) -> tuple[str, str]:
         if not ioctls.is_block(device):
@@ -168,11 +178,6 @@ def _room_for(path: str, more: int) -> None:
     facts = os.statvfs(path)
     if facts.f_bavail * facts.f_frsize < more:
         raise Unavailable(f"{path} cannot grow by {more} bytes: its filesystem has {facts.f_bavail * facts.f_frsize}")
-
-
-def _logical(group: str, volume: str) -> str:
-    # Device-mapper doubles the dashes of both names.
-    return node(f"{group.replace('-', '--')}-{volume.replace('-', '--')}")
 
 
 def format_metadata(path: str) -> None:

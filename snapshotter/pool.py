@@ -162,25 +162,23 @@ class Pool:
             os.close(fd)
 
     @contextlib.contextmanager
-    def quiet(self, device: int, deadline: Deadline) -> Iterator[None]:
-        """Nothing writes to the device inside: it is unmapped, or, if somebody keeps it open, frozen."""
-        waiting = Deadline.after(min(1.0, deadline.remaining()))
-        while not (free := self.deactivate(device)) and waiting.remaining():
-            threading.Event().wait(0.005)
-        if free:
+    def quiet(self, device: int) -> Iterator[None]:
+        """Nothing writes to the device inside: it is not mapped, or it is suspended, its filesystem frozen.
+
+        For one thread a device. A process that is killed inside leaves it suspended; the next start resumes it.
+        """
+        name = self.device_name(device)
+        if self.mapper.find(name) is None:
             yield
             return
-        name = self.device_name(device)
-        self.mapper.suspend(name)
+        with _unless_gone():
+            self.mapper.suspend(name)
         try:
             yield
         finally:
-            try:
+            # Its last user may have let go meanwhile, and it was unmapped.
+            with _unless_gone():
                 self.mapper.resume(name)
-            except MapperError as error:
-                # Its last user let go meanwhile, and it was unmapped.
-                if error.errno != errno.ENXIO:
-                    raise
 
     def resume_suspended(self) -> list[int]:
         """Let I/O through on devices that a killed process left suspended; which they were."""
@@ -366,6 +364,15 @@ class Pool:
                             deadline=deadline)  # fmt: skip
         rows = (line.split() for line in output.splitlines() if line.strip())
         return {int(row[0]): (int(row[1]), int(row[2])) for row in rows}
+
+
+@contextlib.contextmanager
+def _unless_gone() -> Iterator[None]:
+    try:
+        yield
+    except MapperError as error:
+        if error.errno != errno.ENXIO:
+            raise
 
 
 def metadata_reserve(status: PoolStatus) -> int:

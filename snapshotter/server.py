@@ -15,7 +15,7 @@ from snapshotter.node import Node
 from snapshotter.service import Observer, Service
 
 _SUFFIX = ".sock"
-_GRACE, _WORKERS = 10.0, 32
+_GRACE, _WORKERS = 10.0, 16
 _LARGEST_MESSAGE = 16 << 20
 
 

@@ -154,7 +154,7 @@ class Snapshotter:
     def _create(self, row: Snapshot, origin: _Origin, deadline: Deadline) -> None:
         if origin.device:
             alone = self._devices.held(str(origin.device), deadline=deadline)
-            with alone, self._pool.quiet(origin.device, deadline):
+            with alone, self._pool.quiet(origin.device):
                 self._pool.create_snapshot(row.device, origin.device)
         else:
             self._pool.create_thin(row.device)

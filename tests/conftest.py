@@ -18,7 +18,10 @@ from blockdev import Deadline
 from tests.allowed_skips import ALLOWED
 from tests.driver import Driver
 
-RECORD = Path(__file__).with_name("recorded.txt")
+RECORDS = {
+    "tests": Path(__file__).with_name("recorded.txt"),
+    "tests/kernel/inside": Path(__file__).parent / "kernel" / "recorded.txt",
+}
 
 
 @pytest.fixture
@@ -55,12 +58,13 @@ def _functions(items: list[pytest.Item]) -> set[str]:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """A whole run has every test that is on record; `RUNVOL_RECORD=1` writes the record anew."""
-    if session.config.option.keyword or session.config.option.markexpr or session.config.args != ["tests"]:
+    record = RECORDS.get(" ".join(session.config.args))
+    if session.config.option.keyword or session.config.option.markexpr or record is None:
         return
     found = _functions(session.items)
     if os.environ.get("RUNVOL_RECORD"):
-        RECORD.write_text("".join(f"{name}\n" for name in sorted(found)))
-    missing = sorted(set(RECORD.read_text().split("\n")) - {""} - found)
+        record.write_text("".join(f"{name}\n" for name in sorted(found)))
+    missing = sorted(set(record.read_text().split("\n")) - {""} - found)
     if missing:
         raise pytest.UsageError(f"{len(missing)} recorded tests are gone: {missing[:10]}; if meant, RUNVOL_RECORD=1")
 

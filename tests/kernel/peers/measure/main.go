@@ -61,13 +61,21 @@ func (p *peer) prepare(what, key, parent string) {
 
 func (p *peer) round(n int) {
 	id := fmt.Sprintf("bench/%d-%d/", os.Getpid(), n)
+	// The empty call stands between the others, since what it costs depends on what went before.
 	p.empty("empty call")
+	defer p.empty("empty call")
 	p.prepare("Prepare, no parent", id+"base", "")
+	p.empty("empty call")
 	p.time("Commit", func() error { return p.sn.Commit(ctx, id+"layer", id+"base") })
+	p.empty("empty call")
 	p.prepare("Prepare, committed parent", id+"child", id+"layer")
+	p.empty("empty call")
 	p.time("Mounts", func() error { _, err := p.sn.Mounts(ctx, id+"child"); return err })
+	p.empty("empty call")
 	p.time("Stat", func() error { _, err := p.sn.Stat(ctx, id+"child"); return err })
+	p.empty("empty call")
 	p.time("Remove", func() error { return p.sn.Remove(ctx, id+"child") })
+	p.empty("empty call")
 	p.time("View", func() error { _, err := p.sn.View(ctx, id+"view", id+"layer"); return err })
 	p.time("Remove", func() error { return p.sn.Remove(ctx, id+"view") })
 	p.time("Remove", func() error { return p.sn.Remove(ctx, id+"layer") })

@@ -1,0 +1,41 @@
+"""A small pool of its own for each test, taken apart afterwards; whatever stays mapped is an error of that test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from blockdev.devicemapper import Mapper
+from tests.kernel.inside.lab import Lab
+
+
+@pytest.fixture
+def mapper() -> Iterator[Mapper]:
+    with Mapper() as opened:
+        before = {entry.name for entry in opened.devices()}
+        yield opened
+        left = {entry.name for entry in opened.devices()} - before
+        for name in sorted(left):
+            opened.remove(name)
+        assert not left, f"left mapped: {sorted(left)}"
+
+
+@pytest.fixture
+def make_lab(tmp_path: Path) -> Iterator[Callable[..., Lab]]:
+    made: list[Lab] = []
+
+    def make(**wishes: object) -> Lab:
+        made.append(Lab(tmp_path / f"lab{len(made)}", **wishes))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.destroy()
+
+
+@pytest.fixture
+def lab(make_lab: Callable[..., Lab]) -> Lab:
+    """A pool of 256 MiB with ext4 filesystems of 32 MiB."""
+    return make_lab()

@@ -1,0 +1,220 @@
+"""A snapshotter on a small pool of loop files, with the questions that tests ask of the kernel behind its back."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from blockdev import Deadline, loops
+from blockdev.devicemapper import Mapper
+from blockdev.dm_targets import PoolStatus
+from snapshotter import assembly, backing, recovery
+from snapshotter.assembly import Extender, Wish
+from snapshotter.backing import Backing
+from snapshotter.model import Kind, Mount, Snapshot
+from snapshotter.node import Node, Settings
+from snapshotter.pool import Limits
+
+MIB = 1 << 20
+
+
+def soon() -> Deadline:
+    return Deadline.after(60)
+
+
+@contextlib.contextmanager
+def mounted(mounts: list[Mount]) -> Iterator[Path]:
+    """The filesystem, mounted as containerd would."""
+    (mount,) = mounts
+    with tempfile.TemporaryDirectory() as place:
+        options = ["-o", ",".join(mount.options)] if mount.options else []
+        subprocess.run(["mount", "-t", mount.fstype, *options, mount.source, place], check=True, capture_output=True)
+        try:
+            yield Path(place)
+        finally:
+            subprocess.run(["umount", place], check=True, capture_output=True)
+
+
+class Lab:
+    """One pool and one store; `start` opens them as a process would, `stop` leaves them as a killed one does."""
+
+    def __init__(
+        self, directory: Path, *, data: int = 256 * MIB, metadata: int = 8 * MIB, size: int = 32 * MIB,
+        fstype: str = "ext4", limits: Limits | None = None, by_namespace: dict[str, int] | None = None,
+        discard: bool = True, images: Callable[..., object] | None = None,
+    ) -> None:  # fmt: skip
+        self.directory = directory
+        self.state = str(directory / "state")
+        self.images = images
+        self.settings = Settings(state_dir=self.state, fstype=fstype, size=size, by_namespace=by_namespace or {},
+                                 limits=limits or Limits(extend_by=0), discard=discard)  # fmt: skip
+        # Short names: a pool's devices are told apart by it.
+        self.name = f"lab{hashlib.sha256(str(directory).encode()).hexdigest()[:8]}"
+        with Mapper() as mapper:
+            assembly.init(
+                mapper,
+                self.state,
+                Wish(name=self.name, directory=str(directory / "pool"), size=data, metadata_size=metadata),
+                soon(),
+            )
+        self.node: Node = self.start()
+
+    @property
+    def description(self) -> backing.Description:
+        found = backing.load(self.state)
+        assert found is not None
+        return found
+
+    def start(self, *, recover: bool = True) -> Node:
+        self.node = Node(self.settings, self.images)  # type: ignore[arg-type]
+        self.node.open_pool()
+        if recover:
+            self.found = self.node.recover()
+        return self.node
+
+    def stop(self) -> None:
+        """As kill -9 would: nothing is written, nothing is unmapped."""
+        self.node.store.close()
+        self.node.mapper.close()
+
+    def restart(self) -> Node:
+        self.stop()
+        return self.start()
+
+    def reboot(self) -> Node:
+        """Everything that only a kernel remembers is gone: mapped devices, the pool, loop devices."""
+        self.stop()
+        with Mapper() as mapper:
+            it = self.description
+            pool, below = assembly.assemble(mapper, self.state, soon())
+            assembly.disassemble(mapper, pool, below, soon())
+            assert mapper.find(it.name) is None
+            assert not loops.find(it.data)
+        return self.start()
+
+    # -- the verbs, briefly -----------------------------------------------------------------------------------------
+
+    def prepare(self, key: str, parent: str = "", **labels: str) -> list[Mount]:
+        return self.node.snapshots.prepare(key, parent, _labels(labels), soon())
+
+    def view(self, key: str, parent: str = "") -> list[Mount]:
+        return self.node.snapshots.prepare(key, parent, {}, soon(), kind=Kind.VIEW)
+
+    def mounts(self, key: str) -> list[Mount]:
+        return self.node.snapshots.mounts(key, soon())
+
+    def commit(self, name: str, key: str, **labels: str) -> None:
+        self.node.snapshots.commit(name, key, _labels(labels), "", soon())
+
+    def remove(self, key: str) -> None:
+        self.node.snapshots.remove(key, soon())
+
+    def stat(self, key: str) -> Snapshot:
+        return self.node.snapshots.stat(key, soon())
+
+    def usage(self, key: str) -> tuple[int, int]:
+        return self.node.snapshots.usage(key, soon())
+
+    def reap(self) -> None:
+        """Let what is left behind be done."""
+        while self.node.reaper.round():
+            pass
+
+    def layer(self, name: str, parent: str = "", *, files: dict[str, bytes]) -> None:
+        """A committed snapshot with these files."""
+        with mounted(self.prepare(f"making {name}", parent)) as root:
+            for path, content in files.items():
+                (root / path).write_bytes(content)
+        self.commit(name, f"making {name}")
+
+    def read(self, name: str, path: str) -> bytes:
+        """A file of a committed snapshot, through a view of it."""
+        with mounted(self.view(f"reading {name}", name)) as root:
+            content = (root / path).read_bytes()
+        self.remove(f"reading {name}")
+        return content
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.names()
+
+    def names(self) -> list[str]:
+        return [row.key for page in self.node.snapshots.list([]) for row in page]
+
+    # -- the kernel's side --------------------------------------------------------------------------------------------
+
+    def ids(self) -> set[int]:
+        return self.node.pool.ids(soon())
+
+    def bases(self) -> set[int]:
+        return {base.device for base in self.node.store.bases()}
+
+    def mapped(self) -> set[int]:
+        return set(self.node.pool.active())
+
+    def status(self) -> PoolStatus:
+        return self.node.pool.status()
+
+    def extender(self) -> Extender:
+        return Extender(self.node.mapper, self.node.pool, Backing(self.node.mapper, self.description))
+
+    def leaks(self) -> list[str]:
+        """What exists although no snapshot needs it, once everything behind is done."""
+        self.reap()
+        store = self.node.store
+        rows = {row.device for page in store.pages() for row in page if row.device}
+        ids = self.ids()
+        found = [f"device {one} in the pool without a row" for one in ids - rows - self.bases()
+                 - set(store.quarantined())]  # fmt: skip
+        found += [f"row of device {one} without a device" for one in rows - ids]
+        active = {row.device for page in store.pages() for row in page if row.kind is not Kind.COMMITTED}
+        found += [f"device {one} mapped for nobody" for one in self.mapped() - active]
+        found += [f"doomed {one}" for one in store.doomed()]
+        found += [f"intent {row.key}" for row in store.intents()]
+        return found
+
+    def destroy(self) -> None:
+        with contextlib.suppress(Exception):
+            self.stop()
+        with Mapper() as mapper:
+            it = self.description
+            prefix = f"runvol-{it.identity[:8]}-"
+            for entry in mapper.devices():
+                if entry.name.startswith(prefix):
+                    if (found := mapper.find(entry.name)) and found.suspended:
+                        mapper.resume(entry.name)
+                    mapper.remove(entry.name)
+            for name in (it.name, f"{it.name}-data", f"{it.name}-meta"):
+                if mapper.find(name) is not None:
+                    mapper.remove(name)
+            Backing(mapper, it).detach(soon())
+
+
+def _labels(labels: dict[str, str]) -> dict[str, str]:
+    """`size="1"` is the label of that size; other names are given with `__` for their slash."""
+    return {("containerd.io/snapshot/max-size" if name == "size" else name.replace("__", "/")): value
+            for name, value in labels.items()}  # fmt: skip
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """Run `work` in a forked process; its wait status: 0, 256 for an exception, 9 for kill -9."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return os.waitpid(pid, 0)[1]
+
+
+__all__ = ["MIB", "Lab", "in_child", "mounted", "recovery", "soon"]

@@ -1,0 +1,163 @@
+"""kill -9 between every two steps of every call: the next start finishes or undoes, and the same call succeeds."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from snapshotter.errors import AlreadyExists, NotFound
+from tests.kernel.inside.killpoints import Steps
+from tests.kernel.inside.lab import MIB, Lab, in_child
+
+_CONTENT = b"what was committed stays as it is\n" * 1000
+_MOST_STEPS = 200
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What stands before the call, the call, and whether what it wanted is there."""
+
+    before: Callable[[Lab], object]
+    call: Callable[[Lab], object]
+    holds: Callable[[Lab], bool]
+
+
+def _active(lab: Lab, key: str) -> bool:
+    return key in lab and os.path.exists(lab.mounts(key)[0].source)
+
+
+SCENES = {
+    "prepare of nothing, with a new base": Scene(
+        lambda lab: None,
+        # Another size each time, as a base is made only once.
+        lambda lab: lab.prepare("k", size=str((40 + len(lab.bases())) * MIB)),
+        lambda lab: _active(lab, "k"),
+    ),
+    "prepare of a parent": Scene(
+        lambda lab: None, lambda lab: lab.prepare("k", "layer"), lambda lab: _active(lab, "k")
+    ),
+    "prepare of a parent that is still mapped": Scene(
+        lambda lab: (lab.prepare("a"), lab.commit("warm", "a")),
+        lambda lab: lab.prepare("k", "warm"),
+        lambda lab: _active(lab, "k"),
+    ),
+    "prepare of a larger child": Scene(
+        lambda lab: None,
+        lambda lab: lab.prepare("k", "layer", size=str(64 * MIB)),
+        lambda lab: _active(lab, "k") and lab.stat("k").size == 64 * MIB,
+    ),
+    "view": Scene(lambda lab: None, lambda lab: lab.view("k", "layer"), lambda lab: _active(lab, "k")),
+    "commit": Scene(
+        lambda lab: lab.prepare("a", "layer"), lambda lab: lab.commit("done", "a"), lambda lab: "done" in lab
+    ),
+    "remove, and what is done behind": Scene(
+        lambda lab: lab.prepare("a", "layer"),
+        lambda lab: (lab.remove("a"), lab.reap()),
+        lambda lab: "a" not in lab,
+    ),
+    "remove of a committed one": Scene(
+        lambda lab: (lab.prepare("a", "layer"), lab.commit("b", "a")),
+        lambda lab: (lab.remove("b"), lab.reap()),
+        lambda lab: "b" not in lab,
+    ),
+    "mounts after a reboot": Scene(
+        lambda lab: (lab.prepare("k", "layer"), lab.reboot()),
+        lambda lab: lab.mounts("k"),
+        lambda lab: _active(lab, "k"),
+    ),
+    "a start": Scene(
+        lambda lab: (lab.prepare("k", "layer"), lab.prepare("gone", "layer"), lab.remove("gone")),
+        lambda lab: (lab.restart(), lab.reap()),
+        lambda lab: _active(lab, "k"),
+    ),
+    "extending": Scene(
+        lambda lab: None,
+        lambda lab: lab.extender().extend("data", 16 * MIB, _soon()),
+        lambda lab: lab.status().data_total > 256 * 16,
+    ),
+}
+
+
+def _soon() -> object:
+    from tests.kernel.inside.lab import soon
+
+    return soon()
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_a_kill_in_front_of_every_step_loses_and_leaks_nothing(
+    make_lab: Callable[..., Lab], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scene = SCENES[name]
+    lab = make_lab()
+    lab.layer("layer", files={"content": _CONTENT})
+    points = 0
+    for number in range(1, _MOST_STEPS):
+        scene.before(lab)
+        lab.stop()
+        status = in_child(partial(_die, lab, scene, number))
+        lab.start()
+        if os.WIFSIGNALED(status):
+            assert os.WTERMSIG(status) == signal.SIGKILL
+            points += 1
+            # The call may have ended before the kill, as far as anybody can see.
+            with contextlib.suppress(AlreadyExists, NotFound):
+                scene.call(lab)
+        else:
+            assert status == 0, "the call failed by itself"
+        assert scene.holds(lab), f"after a kill in front of step {number} of {name}"
+        _clear(lab)
+        assert not lab.leaks(), f"after a kill in front of step {number} of {name}"
+        assert lab.read("layer", "content") == _CONTENT
+        if status == 0:
+            break
+    else:
+        pytest.fail(f"{name} has more than {_MOST_STEPS} steps")
+    with capsys.disabled():
+        print(f"\n  {name}: {points} kill points, 0 leaks, 0 losses ", end="")
+    assert points > 0
+
+
+def _die(lab: Lab, scene: Scene, number: int) -> None:
+    lab.start(recover=False)
+    steps = Steps(number)
+    steps.install()
+    scene.call(lab)
+
+
+def _clear(lab: Lab) -> None:
+    """Remove everything but the layer, children first."""
+    while others := [key for key in lab.names() if key != "layer"]:
+        for key in others:
+            if not lab.node.store.children(key):
+                lab.remove(key)
+    lab.reap()
+
+
+def test_making_a_pool_is_finished_by_the_same_call(tmp_path: Path) -> None:
+    for number in range(1, 40):
+        directory = tmp_path / str(number)
+
+        def die(directory: Path = directory, number: int = number) -> None:
+            Steps(number).install()
+            Lab(directory)
+
+        status = in_child(die)
+        lab = Lab(directory) if status != 0 else Lab.__new__(Lab)
+        if status == 0:
+            break
+        try:
+            lab.prepare("k")
+            assert lab.ids() == {lab.stat("k").device, *lab.bases()}
+        finally:
+            lab.destroy()
+    else:
+        pytest.fail("too many steps")
+    assert number > 4
