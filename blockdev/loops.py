@@ -182,6 +182,37 @@ def resize(device: str) -> None:
         fcntl.ioctl(fd, _LOOP_SET_CAPACITY)
 
 
+def clear(device: str) -> bool:
+    """Unbind `device` from whatever it stands on, unless somebody uses it; whether it is unbound."""
+    try:
+        with opened(device, os.O_RDONLY | os.O_EXCL) as fd:
+            fcntl.ioctl(fd, _LOOP_CLR_FD)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            return False
+        if error.errno != errno.ENXIO:
+            raise
+    return True
+
+
+def cached(path: str, *, deadline: Deadline) -> str:
+    """A read-only loop device with blocks of 512 bytes on the block node `path`, through the page cache.
+
+    It turns small reads into those that the device below takes, and its users share one cache.
+    """
+    with opened(path) as below:
+        while True:
+            deadline.check(f"finding a free loop device for {path}")
+            device = _free()
+            try:
+                with opened(device) as fd:
+                    fcntl.ioctl(fd, _LOOP_CONFIGURE, _config(below, path, _READ_ONLY))
+                    return device
+            except OSError as error:
+                if error.errno not in (errno.EBUSY, errno.ENXIO, errno.ENOENT):
+                    raise
+
+
 def detach(device: str, path: str, deadline: Deadline) -> None:
     """Unbind `device` from the file `path`; nothing happens if it stands on something else by now.
 

@@ -16,7 +16,7 @@ from typing import Any
 
 # runtime_type values whose shims start a virtual machine. gVisor's (runsc) is none.
 _SANDBOX_TYPE = re.compile(r"io\.containerd\.(kata|runv|rund)([-.][a-z0-9.-]+)?\.v\d+\Z")
-_CRI_PLUGINS = ("io.containerd.cri.v1.runtime", "io.containerd.grpc.v1.cri", "cri")
+CRI_PLUGINS = ("io.containerd.cri.v1.runtime", "io.containerd.grpc.v1.cri", "cri")
 _MAX_IMPORTS = 64
 
 
@@ -55,7 +55,7 @@ def read_containerd(path: str) -> ContainerdConfig | None:
     handlers: dict[str, Handler] = {}
     default = "runc"
     for document in documents:
-        for plugin in _CRI_PLUGINS:
+        for plugin in CRI_PLUGINS:
             table = _table(document, "plugins", plugin, "containerd")
             default = str(table.get("default_runtime_name") or default)
             for name, runtime in _table(table, "runtimes").items():
@@ -65,6 +65,14 @@ def read_containerd(path: str) -> ContainerdConfig | None:
             if untrusted:
                 handlers["untrusted"] = _handler("untrusted", untrusted)
     return ContainerdConfig(handlers=handlers, default_handler=default)
+
+
+def tables(path: str, *names: str) -> list[Mapping[str, Any]]:
+    """The table of these names in each of containerd's files, in their order; later ones win. Empty if unreadable."""
+    try:
+        return [_table(document, *names) for document in _documents(path, set())]
+    except (OSError, tomllib.TOMLDecodeError):
+        return []
 
 
 def _documents(path: str, seen: set[str]) -> Iterator[dict[str, Any]]:

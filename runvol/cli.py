@@ -18,6 +18,7 @@ _MODULES = {
         "csi", "volumes", "handoffs", "where", "detect", "doctor", "gc", "bench", "show_config", "show_parameters",
     ),
     "runvol.snapshot_commands": ("snapshotter", "snapshots", "pool"),
+    "runvol.image_commands": ("images",),
 }  # fmt: skip
 _NAMES = {"show_config": "config", "show_parameters": "parameters"}
 _COMMANDS = {_NAMES.get(name, name): (module, name) for module, names in _MODULES.items() for name in names}

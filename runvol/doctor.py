@@ -5,24 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from blockdev import Deadline
 from guestmount import Node, kata_config, repair, runtimes
 from guestmount.usage import problems
+from runvol import doctor_snapshots
 from runvol.config import Config
+from runvol.diagnosis import BROKEN, OK, WARNING, Diagnosis
 
-OK, WARNING, BROKEN = "ok", "warning", "broken"
 _CAP_SYS_ADMIN, _CAP_SYS_RESOURCE = 21, 24
-
-
-@dataclass(frozen=True, kw_only=True)
-class Diagnosis:
-    """One line of the report."""
-
-    state: str
-    subject: str
-    finding: str
 
 
 def examine(config: Config, node: Node) -> Iterator[Diagnosis]:
@@ -32,6 +23,7 @@ def examine(config: Config, node: Node) -> Iterator[Diagnosis]:
     yield from _directories(config)
     yield from _runtimes(config)
     yield from _volumes(node)
+    yield from doctor_snapshots.examine(config)
 
 
 def _programs() -> Iterator[Diagnosis]:

@@ -19,6 +19,7 @@ def settings_of(config: Config) -> Settings:
         size=config.number("snapshotter.size_bytes"),
         by_namespace={name: int(size) for name, _, size in pairs},
         limits=limits(config),
+        images=config.text("snapshotter.images"),
         discard=bool(config.number("snapshotter.discard")),
     )
 
@@ -32,4 +33,10 @@ def serve(config: Config, pool_name: str | None) -> None:
     node = Node(settings_of(config))
     if pool_name is not None and node.pool.name != pool_name:
         raise PoolRefused(f"--pool {pool_name}: {state_dir(config)} describes pool {node.pool.name}")
-    server.serve(node, endpoint=config.text("snapshotter.endpoint"), limit=config.number("snapshotter.call_seconds"))
+    observe = None
+    if config.text("snapshotter.metrics"):
+        from snapshotter import metrics
+
+        observe = metrics.serve(node, config.text("snapshotter.metrics"))
+    limit = config.number("snapshotter.call_seconds")
+    server.serve(node, endpoint=config.text("snapshotter.endpoint"), limit=limit, observe=observe)

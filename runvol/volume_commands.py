@@ -183,7 +183,7 @@ def doctor(load: Loader, as_json: bool) -> None:
     found = list(examination.examine(loaded, assembly.build(loaded)))
     rows = [{"state": one.state, "subject": one.subject, "finding": one.finding} for one in found]
     tables.show(rows, ("state", "subject", "finding"), as_json=as_json, empty="")
-    sys.exit(1 if any(one.state == examination.BROKEN for one in found) else 0)
+    sys.exit(1 if any(one.state == "broken" for one in found) else 0)
 
 
 @click.command()

@@ -76,8 +76,7 @@ class _Parser:
             raise self._fail(f"{value!r} is no regular expression ({error})") from None
 
         def matches(snapshot: Snapshot) -> bool:
-            text, there = _field(snapshot, path)
-            return there and pattern.search(text) is not None
+            return pattern.search(_field(snapshot, path)[0]) is not None
 
         return matches
 
@@ -127,7 +126,7 @@ def _field(snapshot: Snapshot, path: Sequence[str]) -> tuple[str, bool]:
     if path == ["name"]:
         return snapshot.key, True
     if path == ["parent"]:
-        return snapshot.parent, bool(snapshot.parent)
+        return snapshot.parent, True
     if path == ["kind"]:
         return snapshot.kind.name.lower(), True
     if path[0] == "labels" and len(path) > 1:

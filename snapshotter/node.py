@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from blockdev import Deadline
@@ -16,9 +16,10 @@ from snapshotter import assembly, backing, recovery
 from snapshotter.assembly import Extender
 from snapshotter.bases import Bases
 from snapshotter.errors import PoolRefused, SnapshotterError, Unavailable
+from snapshotter.images import Images, Share
 from snapshotter.pool import Limits, Pool
 from snapshotter.reaper import Reaper
-from snapshotter.snapshots import Images, Sizes, Snapshotter
+from snapshotter.snapshots import Sizes, Snapshotter
 from snapshotter.store import Store
 
 log = logging.getLogger("runvol.snapshotter")
@@ -37,6 +38,7 @@ class Settings:
     by_namespace: Mapping[str, int] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
     discard: bool = True
+    images: str = ""
 
 
 class Activity:
@@ -60,9 +62,7 @@ class Activity:
 class Node:
     """Opens the store at once; the pool comes in the background, and calls that need it wait for it."""
 
-    def __init__(
-        self, settings: Settings, images: Callable[[Mapper, Store], Images] | None = None
-    ) -> None:  # fmt: skip
+    def __init__(self, settings: Settings) -> None:
         os.makedirs(settings.state_dir, mode=0o700, exist_ok=True)
         description = backing.load(settings.state_dir)
         if description is None:
@@ -73,11 +73,13 @@ class Node:
         # Its nodes are known only once it is assembled; the name and the identity are known now.
         self.pool = Pool(self.mapper, description.name, description.identity, "", settings.limits)
         self.bases = Bases(self.store, self.pool, os.path.join(settings.state_dir, "bases"))
-        self.reaper = Reaper(self.store, self.pool, discard=settings.discard, busy=self.activity.quiet_for)
+        self.images = Images(self.mapper, self.store, Share(settings.images)) if settings.images else None
+        self.reaper = Reaper(self.store, self.pool, discard=settings.discard, busy=self.activity.quiet_for,
+                             release_images=self.images.release_unused if self.images else None)  # fmt: skip
         self.snapshots = Snapshotter(
             self.store, self.pool, self.bases,
             Sizes(fstype=settings.fstype, size=settings.size, by_namespace=settings.by_namespace),
-            self.reaper.tell, images(self.mapper, self.store) if images else None,
+            self.reaper.tell, self.images,
         )  # fmt: skip
         self._usable, self._stop = threading.Event(), threading.Event()
         self._why_not = f"pool {description.name} is being assembled"

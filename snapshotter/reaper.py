@@ -27,8 +27,12 @@ _RETRY = 1.0
 class Reaper:
     """A thread; `busy` says how many calls are under way, so that they go first."""
 
-    def __init__(self, store: Store, pool: Pool, *, discard: bool, busy: Callable[[], float]) -> None:
+    def __init__(
+        self, store: Store, pool: Pool, *, discard: bool, busy: Callable[[], float],
+        release_images: Callable[[], object] | None = None,
+    ) -> None:  # fmt: skip
         self._store, self._pool, self._discard, self._busy = store, pool, discard, busy
+        self._release_images = release_images or (lambda: None)
         self._lock = threading.Lock()
         self._done_with: set[int] = set()
         self._wake, self._stop = threading.Event(), threading.Event()
@@ -93,6 +97,7 @@ class Reaper:
             with self._lock:
                 self._done_with.difference_update(gone)
             self.deleted += len(gone)
+        self._release_images()
         self._store.tidy()
         return bool(gone) and len(doomed) > len(gone)
 

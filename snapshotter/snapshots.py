@@ -47,7 +47,7 @@ class Sizes:
 class Images(Protocol):
     """Shared images that lie under thin devices; see `images`."""
 
-    def claim(self, key: str, parent: str, labels: Mapping[str, str], deadline: Deadline, /) -> bool: ...
+    def claim(self, parent: str, labels: Mapping[str, str], deadline: Deadline, /) -> bool: ...
 
     def origin(self, image: str, deadline: Deadline, /) -> str: ...
 
@@ -55,7 +55,7 @@ class Images(Protocol):
 class NoImages:
     """No shared storage is configured."""
 
-    def claim(self, _key: str, _parent: str, _labels: Mapping[str, str], _deadline: Deadline) -> bool:
+    def claim(self, _parent: str, _labels: Mapping[str, str], _deadline: Deadline) -> bool:
         return False
 
     def origin(self, image: str, _deadline: Deadline) -> str:
@@ -93,7 +93,7 @@ class Snapshotter:
         _check_key("key", key)
         labels = _check_labels(labels)
         with self._locks.held(key, deadline=deadline):
-            if kind is Kind.ACTIVE and self._images.claim(key, parent, labels, deadline):
+            if kind is Kind.ACTIVE and self._images.claim(parent, labels, deadline):
                 raise AlreadyExists(labels[LABEL_REF])
             self._pool.admit()
             origin = self._origin(key, parent, labels, deadline)

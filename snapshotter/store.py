@@ -125,6 +125,12 @@ class Store:
         with _explained(self.path):
             self._keeper.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
+    def facts(self, prefix: str) -> list[str]:
+        """Names of facts that begin so."""
+        with self._reading, _explained(self.path):
+            rows = self._reader.execute("SELECT name FROM facts WHERE name >= ? AND name < ?", (prefix, prefix + "~"))
+            return [str(row[0]) for row in rows.fetchall()]
+
     # -- inside a transaction -------------------------------------------------------------------------------------
 
     def find(self, key: str) -> Snapshot | None:
@@ -206,6 +212,9 @@ class Store:
     def fact(self, name: str) -> str | None:
         found = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
         return str(found[0]) if found else None
+
+    def forget_facts(self, names: Iterable[str]) -> None:
+        self._db.executemany("DELETE FROM facts WHERE name = ?", ((name,) for name in names))
 
     def set_fact(self, name: str, value: str) -> None:
         self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))

@@ -23,7 +23,7 @@ def mapper() -> Iterator[Mapper]:
 
 
 @pytest.fixture
-def make_lab(tmp_path: Path) -> Iterator[Callable[..., Lab]]:
+def make_lab(tmp_path: Path, mapper: Mapper) -> Iterator[Callable[..., Lab]]:
     made: list[Lab] = []
 
     def make(**wishes: object) -> Lab:

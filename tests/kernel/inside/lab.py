@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from blockdev import Deadline, loops
-from blockdev.devicemapper import Mapper
+from blockdev.devicemapper import Mapper, MapperError, node
 from blockdev.dm_targets import PoolStatus
 from snapshotter import assembly, backing, recovery
 from snapshotter.assembly import Extender, Wish
@@ -46,13 +46,12 @@ class Lab:
     def __init__(
         self, directory: Path, *, data: int = 256 * MIB, metadata: int = 8 * MIB, size: int = 32 * MIB,
         fstype: str = "ext4", limits: Limits | None = None, by_namespace: dict[str, int] | None = None,
-        discard: bool = True, images: Callable[..., object] | None = None,
+        discard: bool = True, images: str = "",
     ) -> None:  # fmt: skip
         self.directory = directory
         self.state = str(directory / "state")
-        self.images = images
         self.settings = Settings(state_dir=self.state, fstype=fstype, size=size, by_namespace=by_namespace or {},
-                                 limits=limits or Limits(extend_by=0), discard=discard)  # fmt: skip
+                                 limits=limits or Limits(extend_by=0), discard=discard, images=images)  # fmt: skip
         # Short names: a pool's devices are told apart by it.
         self.name = f"lab{hashlib.sha256(str(directory).encode()).hexdigest()[:8]}"
         with Mapper() as mapper:
@@ -71,7 +70,7 @@ class Lab:
         return found
 
     def start(self, *, recover: bool = True) -> Node:
-        self.node = Node(self.settings, self.images)  # type: ignore[arg-type]
+        self.node = Node(self.settings)
         self.node.open_pool()
         if recover:
             self.found = self.node.recover()
@@ -93,6 +92,7 @@ class Lab:
             it = self.description
             pool, below = assembly.assemble(mapper, self.state, soon())
             assembly.disassemble(mapper, pool, below, soon())
+            _forget_images(mapper)
             assert mapper.find(it.name) is None
             assert not loops.find(it.data)
         return self.start()
@@ -188,10 +188,24 @@ class Lab:
                     if (found := mapper.find(entry.name)) and found.suspended:
                         mapper.resume(entry.name)
                     mapper.remove(entry.name)
+            _forget_images(mapper)
             for name in (it.name, f"{it.name}-data", f"{it.name}-meta"):
                 if mapper.find(name) is not None:
                     mapper.remove(name)
             Backing(mapper, it).detach(soon())
+
+
+def _forget_images(mapper: Mapper) -> None:
+    for entry in mapper.devices():
+        if entry.name.startswith("runvol-image-"):
+            # Another lab may have it mapped too; the last one takes it away.
+            with contextlib.suppress(MapperError):
+                for device in loops.find(node(entry.name)):
+                    loops.clear(device)
+                below = mapper.dependencies(entry.name)
+                mapper.remove(entry.name)
+                for number in below:
+                    loops.clear(f"/dev/loop{number.split(':')[1]}")
 
 
 def _labels(labels: dict[str, str]) -> dict[str, str]:

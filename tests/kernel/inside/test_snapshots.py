@@ -240,7 +240,8 @@ def test_filters_choose(lab: Lab) -> None:
 
     assert found("kind==committed") == ["ns/1/sha256:1"]
     assert found('labels."containerd_io"==x,kind==committed', 'name~="^chi"') == ["child", "ns/1/sha256:1"]
-    assert found('parent=="ns/1/sha256:1"') == found("parent") == ["child"]
+    assert found('parent=="ns/1/sha256:1"') == ["child"]
+    assert found('parent==""') == ["ns/1/sha256:1"]
     assert found("kind!=active") == ["ns/1/sha256:1"]
     assert found("labels.containerd_io") == ["ns/1/sha256:1"]
     for bad in ("kind==", "==x", "a b", "name~=(", 'name=="x'):

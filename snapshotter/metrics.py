@@ -1,0 +1,78 @@
+"""Metrics in Prometheus' format: how long calls take, how full the pool is, what was found and put right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Histogram, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+
+from snapshotter.errors import BadRequest, SnapshotterError
+from snapshotter.node import Node
+from snapshotter.service import Observer
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60)
+_MODES = ("rw", "out_of_data_space", "ro", "fail", "error")
+
+
+class _Pool:
+    """Asked at each scrape; nothing is kept."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    def collect(self) -> Iterator[Metric]:
+        node = self._node
+        yield GaugeMetricFamily("runvol_pool_ready", "1 once the pool can be used.", value=float(node.ready))
+        found = node.found
+        for name, value in (
+            ("resumed", found.resumed),
+            ("settled", found.settled),
+            ("orphans", len(found.orphans)),
+            ("foreign", len(found.foreign)),
+            ("lost", len(found.lost)),
+        ):
+            yield GaugeMetricFamily(f"runvol_recovery_{name}", f"What the last start found: {name}.", value=value)
+        yield CounterMetricFamily("runvol_devices_deleted", "Devices deleted behind.", value=node.reaper.deleted)
+        yield CounterMetricFamily("runvol_devices_busy", "Deletions put off.", value=node.reaper.failed)
+        yield GaugeMetricFamily("runvol_snapshots", "Snapshots in the store.", value=node.store.count())
+        yield GaugeMetricFamily("runvol_devices_doomed", "Waiting for deletion.", value=len(node.store.doomed()))
+        yield GaugeMetricFamily(
+            "runvol_devices_quarantined", "Devices that no snapshot owns.", value=len(node.store.quarantined())
+        )
+        if node.ready:
+            yield from self._status()
+
+    def _status(self) -> Iterator[Metric]:
+        try:
+            status = self._node.pool.status()
+        except SnapshotterError:
+            return
+        for name, value in (
+            ("data_blocks_used", status.data_used),
+            ("data_blocks", status.data_total),
+            ("metadata_blocks_used", status.metadata_used),
+            ("metadata_blocks", status.metadata_total),
+            ("needs_check", float(status.needs_check)),
+        ):
+            yield GaugeMetricFamily(f"runvol_pool_{name}", f"Of the thin pool: {name}.", value=value)
+        modes = GaugeMetricFamily("runvol_pool_mode", "1 for the pool's mode.", labels=["mode"])
+        for mode in _MODES:
+            modes.add_metric([mode], float(status.mode == mode))
+        yield modes
+
+
+def serve(node: Node, address: str) -> Observer:
+    """Serve `HOST:PORT`; what to call with (rpc, code, seconds) after each call."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise BadRequest("snapshotter.metrics", address, "takes HOST:PORT")
+    registry = CollectorRegistry()
+    calls = Histogram(
+        "runvol_snapshotter_call_seconds", "Duration of containerd's calls.", ["rpc", "code"], buckets=_SECONDS,
+        registry=registry,
+    )  # fmt: skip
+    registry.register(_Pool(node))
+    start_http_server(int(port), addr=host, registry=registry)
+    return lambda rpc, code, seconds: calls.labels(rpc, code).observe(seconds)
