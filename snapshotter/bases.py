@@ -65,9 +65,11 @@ class Bases:
 
     def drop_unfinished(self) -> None:
         """Bases that a killed process was making."""
-        for base in self._store.bases():
-            if not base.ready:
-                with self._lock, self._store.transaction():
+        # Under the lock, as one that a call of this process is making right now is not left over.
+        with self._lock:
+            left = [base for base in self._store.bases() if not base.ready]
+            with self._store.transaction():
+                for base in left:
                     self._store.doom(base.device, time.time_ns())
                     self._store.forget_base(base)
 

@@ -37,8 +37,17 @@ class Result:
 class Machine:
     """A booted user-mode kernel; a context manager. `disks` become /dev/ubda, /dev/ubdb, … (files, sparse is fine)."""
 
-    def __init__(self, *, memory: str = "3G", disks: Sequence[Path] = (), network: str = "") -> None:
+    def __init__(
+        self,
+        *,
+        memory: str = "3G",
+        disks: Sequence[Path] = (),
+        network: str = "",
+        prefix: Sequence[str] = (),
+    ) -> None:
         self._memory, self._disks, self._network = memory, list(disks), network
+        # What the kernel is started by, for one in a network namespace.
+        self._prefix = prefix
         self.directory = Path(tempfile.mkdtemp(prefix="runvol-uml-", dir="/dev/shm"))
         self.jobs = self.directory / "jobs"
         self.jobs.mkdir()
@@ -60,7 +69,7 @@ class Machine:
         probe = Path(__file__).resolve().parents[2] / f".written-by-{name}"
         disks = [f"ubd{chr(ord('a') + number)}={path}" for number, path in enumerate(self._disks)]
         command = [
-            PROGRAM, "rootfstype=hostfs", "rootflags=/", "rw", f"mem={self._memory}", f"umid={name}",
+            *self._prefix, PROGRAM, "rootfstype=hostfs", "rootflags=/", "rw", f"mem={self._memory}", f"umid={name}",
             f"uml_dir={self.directory}/", f"init={INIT}", "con=null", "con0=fd:0,fd:1", "quiet", "panic=-1",
             f"jobs={self.jobs}", f"probe={probe}", *disks, *([self._network] if self._network else []),
         ]  # fmt: skip
@@ -98,6 +107,21 @@ class Machine:
         self.process.stdin.write(f"{name}\n".encode())
         self.process.stdin.flush()
         return name
+
+    def wait_for(self, name: str, word: str, *, limit: float) -> str:
+        """The line of a running job's output that begins with `word`; JobFailed if the job ends without it."""
+        output = self.jobs / f"{name}.out"
+        found: list[str] = []
+
+        def said() -> bool:
+            lines = output.read_text("utf-8", "replace").split("\n")[:-1] if output.exists() else []
+            found.extend(line for line in lines if line.startswith(word))
+            return bool(found) or (self.jobs / f"{name}.rc").exists()
+
+        self._wait(said, limit, f"`{word}` of job {name}")
+        if not found:
+            raise JobFailed(output.read_text("utf-8", "replace")[-4000:])
+        return found[0]
 
     def finish(self, name: str, *, limit: float, show: bool = False) -> Result:
         """Wait for a job; with `show` its output goes to this process's own while it runs."""

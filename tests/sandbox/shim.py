@@ -94,8 +94,11 @@ class Sandbox:
 
     # -- containers
 
-    def create_container(self, bundle: Path, container_id: str) -> None:
-        """From `<bundle>/config.json`. ContainerFailed where the shim or the agent refuses."""
+    def create_container(self, bundle: Path, container_id: str, rootfs: list[dict[str, Any]] | None = None) -> None:
+        """From `<bundle>/config.json`. ContainerFailed where the shim or the agent refuses.
+
+        `rootfs` are the mounts that containerd passes for the root filesystem; without them it is the guest's own.
+        """
         spec = json.loads((bundle / "config.json").read_text())
         request = kata_agent_pb2.CreateContainerRequest(container_id=container_id, exec_id=container_id)
         plugged: list[str] = []
@@ -105,6 +108,8 @@ class Sandbox:
             for device in spec.get("linux", {}).get("devices", []):
                 self._raw_device(device, request, plugged)
             _fill_oci(request.OCI, spec)
+            if rootfs is not None:
+                self._block_rootfs(rootfs, request, container_id, plugged)
             self.storages = list(request.storages)
             self.call("CreateContainer", request)
             self.call("StartContainer", kata_agent_pb2.StartContainerRequest(container_id=container_id))
@@ -272,11 +277,31 @@ class Sandbox:
                 (self.settings.shared / "passthrough" / unique).mkdir(parents=True, exist_ok=True)
         return storage
 
+    def _block_rootfs(self, rootfs: list[dict[str, Any]], request: Any, container_id: str, plugged: list[str]) -> None:
+        """Exactly one mount of a block device is hot-plugged; the Go shim drops its options, except nouuid."""
+        if len(rootfs) != 1:
+            raise ValueError(f"rootfs has {len(rootfs)} mounts: only one block device is taken")
+        mount = rootfs[0]
+        drive = self._add_drive(mount["source"], False)
+        plugged.append(mount["source"])
+        path = f"{_GUEST_SHARED}/{container_id}"
+        options = [one for one in mount["options"] if self.settings.shim == RUST or one == "nouuid"]
+        request.storages.add(
+            driver=drive.driver, source=drive.source, fstype=mount["type"], mount_point=path, options=options
+        )
+        request.OCI.Root.Path = path
+
     def _add_drive(self, key: str, read_only: bool) -> Drive:
         backing = key.partition("#")[0]
+        node = f"drive-{secrets.token_hex(8)}"
+        if backing.startswith("nbd://"):
+            # Stands for a block node of a machine that is another one here.
+            host, _, port = backing.removeprefix("nbd://").partition(":")
+            self.vm.qmp("blockdev-add", driver="raw", **{"node-name": node, "read-only": read_only},
+                        file={"driver": "nbd", "server": {"type": "inet", "host": host, "port": port}})  # fmt: skip
+            return self._plug_in(key, node)
         if not os.path.exists(backing):
             raise FileNotFoundError(2, "No such file or directory", backing)
-        node = f"drive-{secrets.token_hex(8)}"
         block = stat.S_ISBLK(os.stat(backing).st_mode)
         settings = self.settings
         cache = {} if settings.cache_direct is None else {"cache": {"direct": settings.cache_direct, "no-flush": False}}
@@ -287,6 +312,10 @@ class Sandbox:
             **{"node-name": node, "read-only": read_only},
             **cache,
         )
+        return self._plug_in(key, node)
+
+    def _plug_in(self, key: str, node: str) -> Drive:
+        settings = self.settings
         device = f"virtio-{node}"
         number = self._free_number()
         if self.settings.block_device_driver == "virtio-scsi":

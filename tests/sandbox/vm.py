@@ -98,8 +98,11 @@ class VM:
         shares: dict[str, Path] | None = None,
         drives: list[Path] | None = None,
         guest: Guest | None = None,
+        prefix: tuple[str, ...] = (),
     ) -> None:
         self._guest = guest or build()
+        # What QEMU is started by, for one in a network namespace.
+        self._prefix = prefix
         self._memory, self._virtiofs, self._shares, self._drives = memory, virtiofs, shares or {}, drives or []
         self.directory = Path(tempfile.mkdtemp(prefix="runvol-vm-"))
         self.process: subprocess.Popen[bytes] | None = None
@@ -136,7 +139,7 @@ class VM:
     def _command(self) -> list[str]:
         kvm = accelerator() == "kvm"
         command = [
-            "qemu-system-x86_64", "-machine", "q35,memory-backend=mem", "-accel", "kvm" if kvm else "tcg,thread=multi",
+            *self._prefix, "qemu-system-x86_64", "-machine", "q35,memory-backend=mem", "-accel", "kvm" if kvm else "tcg,thread=multi",
             "-cpu", "host" if kvm else "max,la57=off", "-smp", "2", "-m", self._memory, "-nodefaults", "-no-user-config",
             "-display", "none", "-no-reboot",
             "-object", f"memory-backend-memfd,id=mem,size={self._memory},share=on",

@@ -404,3 +404,27 @@ def test_the_mounted_filesystems_pass_a_check(lab: Lab) -> None:
     # What it misses is lost+found, which must not be there.
     assert checked.returncode in (0, 4), checked.stdout
     assert "lost+found" in checked.stdout or checked.returncode == 0
+
+
+def test_a_base_that_is_being_made_while_a_start_recovers_is_kept(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    from snapshotter import bases
+
+    run, begun, release = bases.run, threading.Event(), threading.Event()
+
+    def slow(program: str, *arguments: str, **more: object) -> object:
+        begun.set()
+        release.wait(20)
+        return run(program, *arguments, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(bases, "run", slow)
+    maker = threading.Thread(target=lambda: lab.prepare("a"))
+    maker.start()
+    assert begun.wait(10)
+    recovery = threading.Thread(target=lab.node.recover)
+    recovery.start()
+    release.set()
+    maker.join()
+    recovery.join()
+    lab.reap()
+    lab.prepare("b")
+    assert not lab.leaks()
