@@ -1,11 +1,12 @@
 # Every target installs what it needs and says so; a second run is quick.
-.PHONY: help demo test test-kernel lint bench venv prepare clean
+.PHONY: help demo test test-kernel lint bench bench-kernel venv prepare clean
 
 help:
 	@echo "make demo   a volume goes into a guest, is measured and survives the guest (about 3 minutes)"
 	@echo "make test   every test that fits into 15 minutes"
 	@echo "make test-kernel  device-mapper, LVM, containerd and crashes, in a user-mode kernel if need be (20 minutes)"
 	@echo "make lint   ruff, mypy, import-linter"
+	@echo "make bench-kernel  the snapshotter against containerd's devmapper and overlayfs (10 minutes)"
 	@echo "make bench  publish latency, memory, create and stage times; figures go to bench-results/"
 
 venv:
@@ -31,6 +32,9 @@ lint: venv
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+
+bench-kernel: prepare
+	@.venv/bin/python -m tests.kernel.bench $(ARGS)
 
 bench: venv
 	@.venv/bin/python -m tests.bench $(ARGS)

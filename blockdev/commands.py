@@ -7,11 +7,13 @@ import functools
 import os
 import signal
 import threading
-
-import sh
+from typing import TYPE_CHECKING
 
 from blockdev.deadlines import Deadline
 from blockdev.errors import CommandFailed, CommandMissing, WaitExpired
+
+if TYPE_CHECKING:
+    import sh
 
 _PR_SET_PDEATHSIG = 1
 _SEARCH = ["/usr/sbin", "/sbin", "/usr/bin", "/bin", "/usr/local/sbin", "/usr/local/bin"]
@@ -27,6 +29,8 @@ def _die_with(parent: int) -> None:
 
 @functools.cache
 def _command(program: str) -> sh.Command:
+    import sh
+
     try:
         return sh.Command(program, search_paths=[*_SEARCH, *os.environ.get("PATH", "").split(":")])
     except sh.CommandNotFound:
@@ -45,6 +49,9 @@ def run(
     Raises CommandFailed for a status that is not in `ok`, CommandMissing, or WaitExpired after the
     program was killed.
     """
+    # Loaded when the first program is run: many processes never run one.
+    import sh
+
     deadline.check(program)
     expired = threading.Event()
     running = _command(program)(

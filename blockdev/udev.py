@@ -11,8 +11,6 @@ import os
 import stat
 from collections.abc import Callable
 
-import pyudev
-
 from blockdev.deadlines import Deadline
 
 _LOOK_AGAIN = 0.2
@@ -22,6 +20,9 @@ def wait_for(what: str, ready: Callable[[], bool], deadline: Deadline, *, subsys
     """Return once `ready` holds, asked after each event of `subsystem`; WaitExpired, naming `what`, otherwise."""
     if ready():
         return
+    # Loaded when something is waited for.
+    import pyudev
+
     monitor = pyudev.Monitor.from_netlink(pyudev.Context(), source="kernel")
     monitor.filter_by(subsystem)
     monitor.start()

@@ -1,10 +1,15 @@
 """The program: command line, configuration, logging."""
 
-from importlib.metadata import PackageNotFoundError, version
 
-try:
-    __version__ = version("runvol")
-except PackageNotFoundError:  # run from a checkout that was never installed
-    __version__ = "0+unknown"
+def version() -> str:
+    """The installed version; found out when it is wanted, since looking costs more than the rest of a start."""
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
 
-__all__ = ["__version__"]
+    try:
+        return installed("runvol")
+    except PackageNotFoundError:  # run from a checkout that was never installed
+        return "0+unknown"
+
+
+__all__ = ["version"]

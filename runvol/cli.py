@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from runvol import __version__, config, logs
+from runvol import config, logs, version
 
 as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
@@ -61,7 +61,8 @@ def _expected() -> tuple[type[Exception], ...]:
 
 
 @click.group(cls=_Program, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__)
+@click.option("--version", is_flag=True, expose_value=False, is_eager=True, help="Show the version and exit.",
+              callback=lambda context, _, wanted: _version(context) if wanted else None)  # fmt: skip
 @click.option("--config", "file", metavar="FILE", help=f"Settings (default {config.DEFAULT_FILE}, if it exists).")
 @click.option("--state-dir", metavar="DIR", help="Volumes and their store.")
 @click.option("--run-dir", metavar="DIR", help="Claims and locks.")
@@ -73,6 +74,11 @@ def main(
     """Storage for pods in lightweight VMs: the guest gets the block device, not a share."""
     flags = {"paths.state_dir": state_dir, "paths.run_dir": run_dir, "log.level": log_level}
     context.obj = lambda **more: _load(file, flags | more)
+
+
+def _version(context: click.Context) -> None:
+    click.echo(f"runvol, version {version()}")
+    context.exit()
 
 
 def _load(file: str | None, flags: dict[str, Any]) -> config.Config:

@@ -8,7 +8,7 @@ import signal
 import socket
 
 from guestmount import repair
-from runvol import __version__, assembly
+from runvol import assembly, version
 from runvol.config import Config
 
 log = logging.getLogger("runvol")
@@ -40,14 +40,14 @@ def csi_plugin(config: Config) -> None:
         node,
         node_id=config.node_id,
         endpoint=config.text("csi.endpoint"),
-        version=__version__,
+        version=version(),
         services=config.words("csi.services"),
     )
     for done in repair.at_start(node):
         log.warning("repaired", extra={"what": done})
     server.start()
     log.info("serving", extra={"endpoint": config.text("csi.endpoint"), "node": config.node_id,
-                               "services": list(config.words("csi.services")), "version": __version__})  # fmt: skip
+                               "services": list(config.words("csi.services")), "version": version()})  # fmt: skip
     told.recv(1)
     log.info("stopping")
     server.stop()

@@ -3,9 +3,11 @@
 //	measure ROUNDS PARALLEL NAME=SOCKET...
 //	measure prepare SOCKET PARENT COUNT      (leaves COUNT active snapshots behind)
 //	measure empty SOCKET COUNT
+//	measure only CALL SOCKET COUNT           (waits for a line before it makes the calls)
 package main
 
 import (
+	"bufio"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -134,6 +136,10 @@ func main() {
 		}
 		return
 	}
+	if len(args) == 4 && args[0] == "only" {
+		only(args[1], dial("one", args[2]), number(args[3]))
+		return
+	}
 	if len(args) == 3 && args[0] == "empty" {
 		p := dial("one", args[1])
 		for range number(args[2]) {
@@ -168,6 +174,45 @@ func main() {
 		out[p.name] = p.times
 	}
 	must(json.NewEncoder(os.Stdout).Encode(out))
+}
+
+// only sets COUNT calls of one kind up, says so, waits for a line, and makes them: for whoever counts what they cost.
+func only(kind string, p *peer, count int) {
+	id := fmt.Sprintf("only/%d/", os.Getpid())
+	key := func(i int) string { return fmt.Sprintf("%s%d", id, i) }
+	_, err := p.sn.Prepare(ctx, id+"base", "")
+	must(err)
+	must(p.sn.Commit(ctx, id+"layer", id+"base"))
+	warm := func(parent string) {
+		for i := range count {
+			_, err := p.sn.Prepare(ctx, key(i), parent)
+			must(err)
+		}
+	}
+	calls := map[string]func(i int) error{
+		"empty":                     func(i int) error { p.empty("empty"); return nil },
+		"Prepare, no parent":        func(i int) error { _, err := p.sn.Prepare(ctx, key(i), ""); return err },
+		"Prepare, committed parent": func(i int) error { _, err := p.sn.Prepare(ctx, key(i), id+"layer"); return err },
+		"Commit":                    func(i int) error { return p.sn.Commit(ctx, key(i)+"c", key(i)) },
+		"Remove":                    func(i int) error { return p.sn.Remove(ctx, key(i)) },
+		"Mounts":                    func(i int) error { _, err := p.sn.Mounts(ctx, key(i)); return err },
+		"Stat":                      func(i int) error { _, err := p.sn.Stat(ctx, key(i)); return err },
+	}
+	if kind == "Commit" || kind == "Remove" || kind == "Mounts" || kind == "Stat" {
+		warm(id + "layer")
+	}
+	call, known := calls[kind]
+	if !known {
+		must(fmt.Errorf("%s is no call", kind))
+	}
+	fmt.Println("ready")
+	if _, err := bufio.NewReader(os.Stdin).ReadString('\n'); err != nil {
+		must(err)
+	}
+	for i := range count {
+		must(call(i))
+	}
+	fmt.Println("done")
 }
 
 func number(text string) int {

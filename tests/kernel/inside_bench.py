@@ -1,0 +1,233 @@
+"""The benchmark of the snapshotter, in the kernel that has device-mapper; figures go to a file as JSON.
+
+One disk, cut into slices of the same size: our pool, a pool of the same shape for containerd's devmapper plugin, and an
+ext4 for its overlayfs. All are called by the same client over the same API, in turns.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from blockdev.devicemapper import Mapper, node
+from blockdev.dm_targets import Linear, ThinPool
+from tests.kernel.inside.server import MIB, program
+
+DISK = "/dev/ubdb"
+SLICE = 5 << 30
+WORK = Path("/run/bench")
+SIZE = 512 * MIB
+CALLS = ("empty", "Prepare, no parent", "Prepare, committed parent", "Commit", "Remove", "Mounts", "Stat")
+FIO = (("randread", "4k", 32), ("randwrite", "4k", 32), ("read", "1M", 8), ("write", "1M", 8))
+
+
+def say(text: str) -> None:
+    print(f"==> {text}", flush=True)
+
+
+@contextmanager
+def slices(mapper: Mapper) -> Iterator[dict[str, str]]:
+    sector = SLICE // 512
+    parts = {"ours": (0, sector), "peer-meta": (sector, 65536), "peer-data": (sector + 65536, sector - 65536),
+             "overlay": (2 * sector, sector)}  # fmt: skip
+    for name, (offset, length) in parts.items():
+        mapper.create(f"bench-{name}")
+        mapper.load(f"bench-{name}", [Linear(length=length, device=DISK, offset=offset)])
+        mapper.resume(f"bench-{name}")
+    yield {name: node(f"bench-{name}") for name in parts}
+
+
+class Peers:
+    """The three servers."""
+
+    def __init__(self, mapper: Mapper, parts: dict[str, str], stack: ExitStack) -> None:
+        self.sockets: dict[str, str] = {}
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._stack = stack
+        self.environment = {
+            **os.environ, "RUNVOL_SNAPSHOTTER_STATE_DIR": str(WORK / "ours"),
+            "RUNVOL_SNAPSHOTTER_ENDPOINT": f"unix://{WORK}/ours.sock", "RUNVOL_SNAPSHOTTER_SIZE_BYTES": str(SIZE),
+            "RUNVOL_POOL_AUTOEXTEND_PERCENT": "0",
+        }  # fmt: skip
+        subprocess.run([sys.executable, "-m", "runvol", "pool", "init", "--device", parts["ours"]], check=True,
+                       env=self.environment, stdout=subprocess.DEVNULL)  # fmt: skip
+        self.start("runvol", [sys.executable, "-m", "runvol", "snapshotter"], f"{WORK}/ours.sock")
+        mapper.create("bench-peer")
+        block = mapper.pool_status("runvol").data_total
+        assert block
+        mapper.load("bench-peer", [ThinPool(length=(SLICE // 512 - 65536) // 128 * 128, metadata=parts["peer-meta"],
+                                            data=parts["peer-data"], block=128, low_water=1000)])  # fmt: skip
+        mapper.resume("bench-peer")
+        for name in ("devmapper", "overlayfs"):
+            (WORK / name).mkdir()
+        subprocess.run(["mkfs.ext4", "-q", parts["overlay"]], check=True)
+        subprocess.run(["mount", parts["overlay"], WORK / "overlayfs"], check=True)
+        serve = program("serve")
+        self.start("devmapper", [serve, f"{WORK}/dm.sock", str(WORK / "devmapper"), "devmapper", "bench-peer",
+                                 f"{SIZE // MIB}MB", "ext4"], f"{WORK}/dm.sock")  # fmt: skip
+        self.start("overlayfs", [serve, f"{WORK}/ov.sock", str(WORK / "overlayfs"), "overlayfs"], f"{WORK}/ov.sock")
+
+    def start(self, name: str, command: list[str], socket: str) -> None:
+        log = open(WORK / f"{name}.log", "ab")
+        self.processes[name] = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)
+        self.sockets[name] = socket
+        until = time.monotonic() + 60
+        while not os.path.exists(socket):
+            assert time.monotonic() < until, (WORK / f"{name}.log").read_text()
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        for process in self.processes.values():
+            process.terminate()
+            process.wait(30)
+
+
+def latency(peers: Peers, rounds: int) -> dict[str, dict[str, list[float]]]:
+    say(f"latency: {rounds} rounds of each, in turns, and 100 Prepares at once")
+    done = subprocess.run([program("measure"), str(rounds), "100", *(f"{n}={s}" for n, s in peers.sockets.items())],
+                          check=True, capture_output=True, text=True)  # fmt: skip
+    found = json.loads(done.stdout)
+    assert isinstance(found, dict)
+    return found
+
+
+def counts(peers: Peers, name: str, call: str, number: int) -> dict[str, float]:
+    """System calls of the server and of all that it starts, for each call."""
+    out = WORK / "strace"
+    client = subprocess.Popen([program("measure"), "only", call, peers.sockets[name], str(number)],
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # fmt: skip
+    assert client.stdin is not None
+    assert client.stdout is not None
+    assert client.stdout.readline() == "ready\n"
+    # What was left behind by the preparation is done before the counting begins.
+    time.sleep(4)
+    tracer = subprocess.Popen(["strace", "-f", "-c", "-S", "calls", "-U", "calls,name", "-o", str(out), "-p",
+                               str(peers.processes[name].pid)], stderr=subprocess.DEVNULL)  # fmt: skip
+    time.sleep(1)
+    client.stdin.write("\n")
+    client.stdin.flush()
+    assert client.stdout.readline() == "done\n"
+    tracer.send_signal(signal.SIGINT)
+    tracer.wait(30)
+    client.wait(30)
+    rows = {match[2]: int(match[1]) for match in re.finditer(r"^\s*(\d+)\s+(\w+)$", out.read_text(), re.MULTILINE)}
+    total = rows.pop("total", 0)
+    several = {
+        "execs": ("execve", "execveat"),
+        "mounts": ("mount", "fsmount"),
+        "fsyncs": ("fsync", "fdatasync", "msync"),
+    }
+    return {"system calls": total / number} | {
+        what: sum(rows.get(one, 0) for one in names) / number for what, names in several.items()
+    }
+
+
+def root_filesystems(peers: Peers, seconds: int) -> dict[str, dict[str, dict[str, float]]]:
+    """fio on a container's root filesystem, ours and overlayfs on ext4, in turns."""
+    places = {}
+    for name in ("runvol", "overlayfs"):
+        subprocess.run([program("measure"), "prepare", peers.sockets[name], "", "1"], check=True)
+        places[name] = WORK / f"root-{name}"
+        places[name].mkdir()
+    with Mapper() as mapper:
+        newest = max((entry.name for entry in mapper.devices() if re.fullmatch(r"runvol-\w{8}-\d+", entry.name)),
+                     key=lambda one: int(one.rsplit("-", 1)[1]))  # fmt: skip
+    subprocess.run(["mount", node(newest), places["runvol"]], check=True)
+    upper = WORK / "overlayfs" / "by-hand"
+    for part in ("lower", "upper", "work"):
+        (upper / part).mkdir(parents=True)
+    options = f"lowerdir={upper}/lower,upperdir={upper}/upper,workdir={upper}/work"
+    subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, places["overlayfs"]], check=True)
+    found: dict[str, dict[str, dict[str, float]]] = {name: {} for name in places}
+    for name, place in places.items():
+        started = time.monotonic()
+        _fio(place, "write", "1M", 8, 0)
+        found[name]["first write of 256 MiB"] = {"seconds": time.monotonic() - started}
+    for turn in range(3):
+        for pattern, block, depth in FIO:
+            for name in places if turn % 2 == 0 else reversed(places):
+                figures = _fio(places[name], pattern, block, depth, seconds)
+                found[name].setdefault(f"{pattern} {block} QD{depth}", {})[f"turn {turn}"] = figures
+                say(f"fio {pattern} {block} on {name}: {figures:.0f} IOPS")
+    for place in places.values():
+        subprocess.run(["umount", place], check=True)
+    return found
+
+
+def _fio(place: Path, pattern: str, block: str, depth: int, seconds: int) -> float:
+    limits = ["--time_based", f"--runtime={seconds}"] if seconds else []
+    done = subprocess.run(
+        ["fio", "--name=x", f"--filename={place}/file", "--size=256M", f"--rw={pattern}", f"--bs={block}", "--direct=1",
+         "--ioengine=libaio", f"--iodepth={depth}", "--output-format=json", "--fallocate=none", *limits],
+        check=True, capture_output=True, text=True)  # fmt: skip
+    job = json.loads(done.stdout)["jobs"][0]
+    return float(job["read" if "read" in pattern else "write"]["iops"])
+
+
+def many(peers: Peers, count: int) -> dict[str, float]:
+    """Prepare among few and among many, and a start with many."""
+    say(f"{count} snapshots")
+    socket, measure = peers.sockets["runvol"], program("measure")
+
+    def fifty() -> float:
+        done = subprocess.run([measure, "prepare", socket, "", "50"], check=True, capture_output=True)
+        assert done.returncode == 0
+        return 0.0
+
+    def timed() -> float:
+        started = time.monotonic()
+        fifty()
+        return (time.monotonic() - started) / 50 * 1000
+
+    found = {"Prepare among few (ms)": timed()}
+    subprocess.run([measure, "prepare", socket, "", str(count - 100)], check=True)
+    found["Prepare among many (ms)"] = timed()
+    found["resident (MiB)"] = _resident(peers)
+    peers.processes["runvol"].kill()
+    peers.processes["runvol"].wait()
+    os.unlink(socket)
+    started = time.monotonic()
+    peers.start("runvol", [sys.executable, "-m", "runvol", "snapshotter"], socket)
+    subprocess.run([measure, "empty", socket, "1"], check=True)
+    found["start to the first answer (s)"] = time.monotonic() - started
+    subprocess.run([measure, "prepare", socket, "", "1"], check=True)
+    found["start to the first Prepare (s)"] = time.monotonic() - started
+    found["snapshots"] = count
+    return found
+
+
+def _resident(peers: Peers) -> float:
+    with open(f"/proc/{peers.processes['runvol'].pid}/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) / 1024
+
+
+def main(out: str, rounds: int, count: int, seconds: int) -> None:
+    WORK.mkdir(parents=True)
+    with ExitStack() as stack, Mapper() as mapper:
+        parts = stack.enter_context(slices(mapper))
+        peers = Peers(mapper, parts, stack)
+        time.sleep(3)
+        result: dict[str, object] = {"kernel": os.uname().release, "calls": latency(peers, rounds)}
+        result["resident (MiB)"] = _resident(peers)
+        say("system calls, counted with strace")
+        result["counts"] = {
+            name: {call: counts(peers, name, call, 10) for call in CALLS} for name in ("runvol", "devmapper")
+        }
+        result["fio"] = root_filesystems(peers, seconds)
+        if count:
+            result["many"] = many(peers, count)
+        Path(out).write_text(json.dumps(result))
+        peers.processes["runvol"].kill()
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *map(int, sys.argv[2:5]))
