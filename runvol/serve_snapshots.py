@@ -33,6 +33,8 @@ def serve(config: Config, pool_name: str | None) -> None:
     node = Node(settings_of(config))
     if pool_name is not None and node.pool.name != pool_name:
         raise PoolRefused(f"--pool {pool_name}: {state_dir(config)} describes pool {node.pool.name}")
+    # Kept open as long as the process lives.
+    server.alone(config.text("snapshotter.endpoint"), state_dir(config))
     observe = None
     if config.text("snapshotter.metrics"):
         from snapshotter import metrics

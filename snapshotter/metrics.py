@@ -74,5 +74,8 @@ def serve(node: Node, address: str) -> Observer:
         registry=registry,
     )  # fmt: skip
     registry.register(_Pool(node))
-    start_http_server(int(port), addr=host, registry=registry)
+    try:
+        start_http_server(int(port), addr=host, registry=registry)
+    except OSError as error:
+        raise BadRequest("snapshotter.metrics", address, f"cannot be listened on: {error.strerror}") from None
     return lambda rpc, code, seconds: calls.labels(rpc, code).observe(seconds)

@@ -92,10 +92,11 @@ class Pool:
         name = self.device_name(device)
         target = Thin(length=size // SECTOR, pool=self._pool_number(), thin_id=device, origin=origin)
         try:
-            self.mapper.create(name, f"RUNVOL-{self.identity}-{device}")
+            self.mapper.create(name, self._uuid(device))
         except MapperError as error:
             if error.errno != errno.EBUSY:
                 raise
+            self._refuse_foreign(name, device)
             if self._is_mapped(name, target):
                 return
         try:
@@ -107,6 +108,16 @@ class Pool:
                 raise DeviceMissing(f"pool {self.name} has no device {device}") from None
             raise self._explained(error) from error
         self.mapper.resume(name)
+
+    def _refuse_foreign(self, name: str, device: int) -> None:
+        found = self.mapper.find(name)
+        if found is not None and found.uuid and found.uuid != self._uuid(device):
+            raise SnapshotterError(
+                f"a mapped device {name} exists that is somebody else's (UUID {found.uuid}); remove it"
+            )
+
+    def _uuid(self, device: int) -> str:
+        return f"RUNVOL-{self.identity}-{device}"
 
     def _is_mapped(self, name: str, target: Thin) -> bool:
         found = self.mapper.find(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import socket
@@ -64,11 +65,34 @@ def _signals() -> socket.socket:
     return told
 
 
+def alone(endpoint: str, state_dir: str) -> int:
+    """Prove that no other process serves the socket or the state; a descriptor that says so to the next one.
+
+    BadRequest if there is one.
+    """
+    path = socket_path(endpoint)
+    if _answers(path):
+        raise BadRequest("--endpoint", endpoint, "another process serves this socket; stop it first")
+    lock = os.open(os.path.join(state_dir, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise BadRequest("snapshotter.state_dir", state_dir, "another process uses it; stop that first") from None
+    return lock
+
+
+def _answers(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except OSError:
+            return False
+        return True
+
+
 def _listen(server: grpc.Server, path: str) -> None:
     os.makedirs(os.path.dirname(path), mode=0o750, exist_ok=True)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, contextlib.suppress(OSError):
-        probe.connect(path)
-        raise BadRequest("--endpoint", f"unix://{path}", "another process serves this socket; stop it first")
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
     before = os.umask(0o077)

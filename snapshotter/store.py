@@ -50,6 +50,7 @@ _PAGE = 256
 # Device ids are taken in runs of this many, so that most transactions need not write the counter; a start skips the
 # rest of a run.
 _RUN = 64
+_LONG_LOG = 2 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +122,12 @@ class Store:
         self._db.execute("COMMIT")
 
     def tidy(self) -> None:
-        """Copy the log back into the database, without making anybody wait. For one thread only."""
+        """Copy a log that has grown back into the database, without making anybody wait. For one thread only."""
+        try:
+            if os.path.getsize(f"{self.path}-wal") < _LONG_LOG:
+                return
+        except FileNotFoundError:
+            return
         with _explained(self.path):
             self._keeper.execute("PRAGMA wal_checkpoint(PASSIVE)")
 

@@ -30,7 +30,7 @@ def _in_user_mode_kernel(rounds: int, many: int, seconds: int) -> dict[str, Any]
     disks = [scratch / "a", scratch / "b"]
     for disk in disks:
         with open(disk, "wb") as opened:
-            opened.truncate(16 << 30)
+            opened.truncate(17 << 30)
     script = (
         f"cd {shlex.quote(str(ROOT))} && exec env RUNVOL_PROGRAMS={programs()} {sys.executable} "
         f"-m tests.kernel.inside_bench /mnt/jobs/result.json {rounds} {many} {seconds}"

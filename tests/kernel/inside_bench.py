@@ -1,6 +1,6 @@
 """The benchmark of the snapshotter, in the kernel that has device-mapper; figures go to a file as JSON.
 
-One disk, cut into slices of the same size: our pool, a pool of the same shape for containerd's devmapper plugin, and an
+One disk, in partitions of the same size: our pool, a pool of the same shape for containerd's devmapper plugin, and an
 ext4 for its overlayfs. All are called by the same client over the same API, in turns.
 """
 
@@ -13,12 +13,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from blockdev.devicemapper import Mapper, node
-from blockdev.dm_targets import Linear, ThinPool
+from blockdev.dm_targets import ThinPool
 from tests.kernel.inside.server import MIB, program
 
 DISK = "/dev/ubdb"
@@ -33,25 +31,20 @@ def say(text: str) -> None:
     print(f"==> {text}", flush=True)
 
 
-@contextmanager
-def slices(mapper: Mapper) -> Iterator[dict[str, str]]:
-    sector = SLICE // 512
-    parts = {"ours": (0, sector), "peer-meta": (sector, 65536), "peer-data": (sector + 65536, sector - 65536),
-             "overlay": (2 * sector, sector)}  # fmt: skip
-    for name, (offset, length) in parts.items():
-        mapper.create(f"bench-{name}")
-        mapper.load(f"bench-{name}", [Linear(length=length, device=DISK, offset=offset)])
-        mapper.resume(f"bench-{name}")
-    yield {name: node(f"bench-{name}") for name in parts}
+def partitions() -> dict[str, str]:
+    """One disk, so that each peer stands on it with nothing in between."""
+    sizes = {"ours": SLICE, "peer-meta": 32 * MIB, "peer-data": SLICE, "overlay": SLICE}
+    script = "label: gpt\n" + "".join(f"size={size // 512}\n" for size in sizes.values())
+    subprocess.run(["sfdisk", "-q", DISK], input=script, text=True, check=True)
+    return {name: f"{DISK}{number}" for number, name in enumerate(sizes, 1)}
 
 
 class Peers:
     """The three servers."""
 
-    def __init__(self, mapper: Mapper, parts: dict[str, str], stack: ExitStack) -> None:
+    def __init__(self, mapper: Mapper, parts: dict[str, str]) -> None:
         self.sockets: dict[str, str] = {}
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._stack = stack
         self.environment = {
             **os.environ, "RUNVOL_SNAPSHOTTER_STATE_DIR": str(WORK / "ours"),
             "RUNVOL_SNAPSHOTTER_ENDPOINT": f"unix://{WORK}/ours.sock", "RUNVOL_SNAPSHOTTER_SIZE_BYTES": str(SIZE),
@@ -61,9 +54,7 @@ class Peers:
                        env=self.environment, stdout=subprocess.DEVNULL)  # fmt: skip
         self.start("runvol", [sys.executable, "-m", "runvol", "snapshotter"], f"{WORK}/ours.sock")
         mapper.create("bench-peer")
-        block = mapper.pool_status("runvol").data_total
-        assert block
-        mapper.load("bench-peer", [ThinPool(length=(SLICE // 512 - 65536) // 128 * 128, metadata=parts["peer-meta"],
+        mapper.load("bench-peer", [ThinPool(length=SLICE // 512, metadata=parts["peer-meta"],
                                             data=parts["peer-data"], block=128, low_water=1000)])  # fmt: skip
         mapper.resume("bench-peer")
         for name in ("devmapper", "overlayfs"):
@@ -211,9 +202,8 @@ def _resident(peers: Peers) -> float:
 
 def main(out: str, rounds: int, count: int, seconds: int) -> None:
     WORK.mkdir(parents=True)
-    with ExitStack() as stack, Mapper() as mapper:
-        parts = stack.enter_context(slices(mapper))
-        peers = Peers(mapper, parts, stack)
+    with Mapper() as mapper:
+        peers = Peers(mapper, partitions())
         time.sleep(3)
         result: dict[str, object] = {"kernel": os.uname().release, "calls": latency(peers, rounds)}
         result["resident (MiB)"] = _resident(peers)
