@@ -1,10 +1,11 @@
 # Every target installs what it needs and says so; a second run is quick.
-.PHONY: help demo test test-kernel lint bench bench-kernel venv prepare clean
+.PHONY: help demo test test-kernel test-long lint bench bench-kernel venv prepare clean
 
 help:
 	@echo "make demo   a volume goes into a guest, is measured and survives the guest (about 3 minutes)"
 	@echo "make test   every test that fits into 15 minutes"
 	@echo "make test-kernel  device-mapper, LVM, containerd and crashes, in a user-mode kernel if need be (20 minutes)"
+	@echo "make test-long  what is repeated and large: three suites, 10,000 snapshots, 200 kill rounds (an hour)"
 	@echo "make lint   ruff, mypy, import-linter"
 	@echo "make bench-kernel  the snapshotter against containerd's devmapper and overlayfs (10 minutes)"
 	@echo "make bench  publish latency, memory, create and stage times; figures go to bench-results/"
@@ -26,6 +27,11 @@ test: prepare
 
 test-kernel: prepare
 	@.venv/bin/python -m tests.kernel $(ARGS)
+
+test-long: prepare
+	@RUNVOL_SUITES=3 RUNVOL_MANY=10000 .venv/bin/python -m tests.kernel $(ARGS)
+	@RUNVOL_POWER_CUTS=10 .venv/bin/python -m pytest tests/kernel/test_power_cut.py
+	@.venv/bin/python -m tests.kill.load --rounds 200
 
 lint: venv
 	.venv/bin/ruff check .

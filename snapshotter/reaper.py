@@ -21,7 +21,8 @@ log = logging.getLogger("runvol.snapshotter")
 
 _QUIET, _LONGEST_WAIT = 0.15, 2.0
 _BATCH = 64
-_RETRY = 1.0
+# Seconds until what was busy is tried again, and until the store is looked at anew: the command line dooms devices too.
+_RETRY, _LOOK = 1.0, 15.0
 
 
 class Reaper:
@@ -58,7 +59,7 @@ class Reaper:
 
     def _run(self) -> None:
         while not self._stop.is_set():
-            self._wake.wait(_RETRY if self._waits() else None)
+            self._wake.wait(_RETRY if self._waits() else _LOOK)
             self._wake.clear()
             self._let_calls_pass()
             if self._stop.is_set():

@@ -193,3 +193,25 @@ def test_malformed_requests_are_refused_and_the_next_one_works(server: Server) -
                 found = call(raw, timeout=10)
                 list(found) if name == "List" else None
     assert Client(server).prepare("a").mounts
+
+
+def test_a_lost_store_is_cleaned_up_from_the_command_line(server: Server) -> None:
+    client = Client(server)
+    client.prepare("a")
+    server.stop()
+    for path in server.state.glob("snapshots.db*"):
+        path.unlink()
+    server.start()
+    Client(server).prepare("a")
+    rows = json.loads(server.runvol("pool", "quarantine", "--json"))
+    assert len(rows) == 2
+    assert server.runvol("pool", "quarantine", "--free", "4711", "--yes", ok=(1,)) == ""
+    server.runvol("pool", "quarantine", "--free", str(rows[0]["device"]), "--yes")
+    server.runvol("pool", "quarantine", "--free-all", "--yes")
+    server.stop()
+    server.start()
+    server.settled(1)
+    assert server.pool()["quarantined"] == 0
+    server.runvol("pool", "check")
+    server.runvol("pool", "extend", "--by", str(64 << 20))
+    assert server.pool()["data_total_bytes"] == (512 + 64) << 20
