@@ -54,7 +54,9 @@ def init(mapper: Mapper, state_dir: str, wish: Wish, deadline: Deadline) -> Pool
     _make_backing(description, wish, deadline)
     below = Backing(mapper, description)
     metadata, _data = below.attach(deadline)
-    backing.format_metadata(metadata)
+    assembled = mapper.find(description.name)
+    if assembled is None or not assembled.active:
+        backing.format_metadata(metadata)
     pool = _assemble(mapper, below, deadline, check=False)
     if pool.status().transaction == 0:
         # The identity of the pool itself: a number that no other pool has.

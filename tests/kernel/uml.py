@@ -21,6 +21,9 @@ from pathlib import Path
 PROGRAM = "linux.uml"
 INIT = Path(__file__).with_name("init.sh")
 _BOOT_LIMIT = 120.0
+_CACHE = os.environ.get("RUNVOL_CACHE") or str(Path.home() / ".cache/runvol")
+# What a job reads: the checkout, the Python that runs it, and the programs that were built.
+KEPT = tuple(dict.fromkeys(map(os.path.realpath, (INIT.parents[2], sys.prefix, sys.base_prefix, _CACHE))))
 _numbers = itertools.count(1)
 
 
@@ -71,7 +74,7 @@ class Machine:
         command = [
             *self._prefix, PROGRAM, "rootfstype=hostfs", "rootflags=/", "rw", f"mem={self._memory}", f"umid={name}",
             f"uml_dir={self.directory}/", f"init={INIT}", "con=null", "con0=fd:0,fd:1", "quiet", "panic=-1",
-            f"jobs={self.jobs}", f"probe={probe}", *disks, *([self._network] if self._network else []),
+            f"jobs={self.jobs}", f"probe={probe}", f"keep={':'.join(KEPT)}", *disks, *([self._network] if self._network else []),
         ]  # fmt: skip
         self._log = open(self.directory / "console", "wb")
         self.process = subprocess.Popen(

@@ -46,22 +46,29 @@ class Lab:
     def __init__(
         self, directory: Path, *, data: int = 256 * MIB, metadata: int = 8 * MIB, size: int = 32 * MIB,
         fstype: str = "ext4", limits: Limits | None = None, by_namespace: dict[str, int] | None = None,
-        discard: bool = True, images: str = "",
+        discard: bool = True, images: str = "", made: bool = False,
     ) -> None:  # fmt: skip
         self.directory = directory
         self.state = str(directory / "state")
         self.settings = Settings(state_dir=self.state, fstype=fstype, size=size, by_namespace=by_namespace or {},
                                  limits=limits or Limits(extend_by=0), discard=discard, images=images)  # fmt: skip
-        # Short names: a pool's devices are told apart by it.
-        self.name = f"lab{hashlib.sha256(str(directory).encode()).hexdigest()[:8]}"
-        with Mapper() as mapper:
-            assembly.init(
-                mapper,
-                self.state,
-                Wish(name=self.name, directory=str(directory / "pool"), size=data, metadata_size=metadata),
-                soon(),
-            )
+        self.name = self._pool_name(directory)
+        if not made:
+            self.make_pool(directory, data, metadata)
         self.node: Node = self.start()
+
+    @staticmethod
+    def _pool_name(directory: Path) -> str:
+        """Short, as a device's name is, and another one for each lab."""
+        return f"lab{hashlib.sha256(str(directory).encode()).hexdigest()[:8]}"
+
+    @classmethod
+    def make_pool(cls, directory: Path, data: int = 256 * MIB, metadata: int = 8 * MIB) -> None:
+        wish = Wish(
+            name=cls._pool_name(directory), directory=str(directory / "pool"), size=data, metadata_size=metadata
+        )
+        with Mapper() as mapper:
+            assembly.init(mapper, str(directory / "state"), wish, soon())
 
     @property
     def description(self) -> backing.Description:
