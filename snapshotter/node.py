@@ -25,7 +25,7 @@ from snapshotter.store import Store
 log = logging.getLogger("runvol.snapshotter")
 
 STORE = "snapshots.db"
-_RETRY, _LOOK = 2.0, 10.0
+_RETRY, _LOOK, _PAUSE = 2.0, 10.0, 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +132,8 @@ class Node:
                 self._why_not = str(error)
                 log.error("the pool cannot be used", extra={"why": str(error)})
                 self._stop.wait(_RETRY)
+        # Whoever waited for this start goes first; what they ask for is settled by their calls.
+        self._stop.wait(_PAUSE)
         if self._stop.is_set():
             return
         try:
@@ -164,6 +166,8 @@ class Node:
                 said = finding.message
             except (SnapshotterError, BlockdevError, OSError) as error:
                 log.error("the pool cannot be looked at", extra={"why": str(error)})
+            # Every new device is an event too: one look a second is enough for what thresholds are for.
+            self._stop.wait(_PAUSE)
             until = time.monotonic() + _LOOK
             while time.monotonic() < until and not self._stop.is_set():
                 if events.wait(0.5):

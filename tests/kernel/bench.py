@@ -54,6 +54,8 @@ def _percentile(values: list[float], share: float) -> float:
 
 def summary(result: dict[str, Any]) -> dict[str, Any]:
     """Minimum, p50, p90 and p99 in ms of each call of each peer, and what they mean."""
+    if "calls" not in result or "fio" not in result:
+        return result
     calls = {
         peer: {
             call: {"min": min(times), "p50": _percentile(times, 0.5), "p90": _percentile(times, 0.9),
@@ -129,9 +131,9 @@ def plot(found: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=20, help="of the latencies; 0 leaves them out")
     parser.add_argument("--many", type=int, default=1000, help="snapshots for the last part; 0 leaves it out")
-    parser.add_argument("--seconds", type=int, default=5, help="of each fio job")
+    parser.add_argument("--seconds", type=int, default=5, help="of each fio job; 0 leaves it out")
     parser.add_argument("--out", type=Path, default=ROOT / "bench-results")
     options = parser.parse_args()
     if devicemapper.available():
@@ -150,8 +152,11 @@ def main() -> None:
     }
     options.out.mkdir(exist_ok=True)
     (options.out / "snapshotter.json").write_text(json.dumps(found, indent=1) + "\n")
-    plot(found, options.out / "snapshotter.png")
-    show(found, Console())
+    if "calls" in found and "fio" in found:
+        plot(found, options.out / "snapshotter.png")
+        show(found, Console())
+    else:
+        print(json.dumps(found, indent=1))
     print(f"==> {options.out}/snapshotter.json and snapshotter.png")
 
 
