@@ -290,8 +290,7 @@ class Images:
         """Unmap images that no snapshot needs; their chains."""
         gone = []
         self._unpin()
-        used = {row.image for page in self._store.pages() for row in page if row.image and row.device}
-        names = {self.name(chain) for chain in used}
+        names = {self.name(chain) for chain in self._store.images()}
         with self._lock:
             for entry in self._mapper.devices():
                 if not entry.name.startswith("runvol-image-") or entry.name in names:

@@ -156,16 +156,12 @@ class Node:
     def _watch(self) -> None:
         """Look at the pool after each event, and now and then."""
         events = Events()
-        said = ""
+        said: set[str] = set()
         while not self._stop.is_set():
-            try:
-                self._extend_as_needed()
-                finding = self.pool.health()[0]
-                if finding.state != "ok" and finding.message != said:
-                    log.warning("pool", extra={"state": finding.state, "finding": finding.message})
-                said = finding.message
-            except (SnapshotterError, BlockdevError, OSError) as error:
-                log.error("the pool cannot be looked at", extra={"why": str(error)})
+            found = self._findings()
+            for finding in sorted(found - said):
+                log.warning("pool", extra={"finding": finding})
+            said = found
             # Every new device is an event too: one look a second is enough for what thresholds are for.
             self._stop.wait(_PAUSE)
             until = time.monotonic() + _LOOK
@@ -174,11 +170,20 @@ class Node:
                     break
         events.close()
 
-    def _extend_as_needed(self) -> None:
-        if self._extender is None:
-            return
-        for done in self._extender.as_needed(Deadline.after(60)):
-            log.warning("pool", extra={"extended": done})
+    def _findings(self) -> set[str]:
+        """What is not well with the pool, after what can be extended was; a finding is logged when it is new."""
+        found: set[str] = set()
+        try:
+            if self._extender is not None:
+                for done in self._extender.as_needed(Deadline.after(60)):
+                    log.warning("pool", extra={"extended": done})
+        except (SnapshotterError, BlockdevError, OSError) as error:
+            found.add(f"it cannot be extended: {error}")
+        try:
+            found |= {finding.message for finding in self.pool.health() if finding.state != "ok"}
+        except (SnapshotterError, BlockdevError, OSError) as error:
+            found.add(str(error))
+        return found
 
     def cleanup(self) -> None:
         self.reaper.tell(0)

@@ -301,6 +301,12 @@ class Store:
             labels=json.loads(labels) if labels else {},
         )
 
+    def images(self) -> set[str]:
+        """The images that devices of the pool stand on."""
+        with self._reading, _explained(self.path):
+            rows = self._reader.execute("SELECT DISTINCT image FROM snapshots WHERE image <> '' AND device <> 0")
+            return {str(row[0]) for row in rows.fetchall()}
+
     def doomed(self) -> dict[int, int]:
         """Devices to delete, oldest first, with their sizes."""
         with self._reading, _explained(self.path):

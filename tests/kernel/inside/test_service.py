@@ -215,3 +215,17 @@ def test_a_lost_store_is_cleaned_up_from_the_command_line(server: Server) -> Non
     server.runvol("pool", "check")
     server.runvol("pool", "extend", "--by", str(64 << 20))
     assert server.pool()["data_total_bytes"] == (512 + 64) << 20
+
+
+def test_the_running_process_extends_its_pool_under_load(tmp_path: Path) -> None:
+    with Server(tmp_path, data=128 << 20, size=512 << 20, RUNVOL_POOL_AUTOEXTEND_PERCENT="100",
+                RUNVOL_POOL_AUTOEXTEND_THRESHOLD="50") as server:  # fmt: skip
+        mount = Client(server).prepare("a").mounts[0]
+        # More than the pool has at first: the writer waits until there is room, and never fails.
+        written = subprocess.run(["dd", "if=/dev/urandom", f"of={mount.source}", "bs=1M", "count=300", "oflag=direct"],
+                                 capture_output=True, text=True, timeout=120, check=False)  # fmt: skip
+        assert written.returncode == 0, written.stderr
+        assert int(str(server.pool()["data_total_bytes"])) >= 300 << 20
+        assert "extended the data" in server.said()
+        assert server.pool()["mode"] == "rw"
+        Client(server).prepare("b")
