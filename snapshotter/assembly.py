@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from blockdev import Deadline, blankness, ioctls
 from blockdev.commands import run
-from blockdev.devicemapper import Mapper, MapperError, node
+from blockdev.devicemapper import Device, Mapper, MapperError, node
 from blockdev.dm_targets import SECTOR, PoolStatus
 from blockdev.errors import CommandFailed
 from snapshotter import backing
@@ -54,8 +54,7 @@ def init(mapper: Mapper, state_dir: str, wish: Wish, deadline: Deadline) -> Pool
     _make_backing(description, wish, deadline)
     below = Backing(mapper, description)
     metadata, _data = below.attach(deadline)
-    assembled = mapper.find(description.name)
-    if assembled is None or not assembled.active:
+    if _found(mapper, description) is None:
         backing.format_metadata(metadata)
     pool = _assemble(mapper, below, deadline, check=False)
     if pool.status().transaction == 0:
@@ -126,22 +125,35 @@ def assemble(mapper: Mapper, state_dir: str, deadline: Deadline, limits: Limits 
     return _assemble(mapper, below, deadline, check=True, limits=limits), below
 
 
-def _assemble(
-    mapper: Mapper, below: Backing, deadline: Deadline, *, check: bool, limits: Limits | None = None
-) -> Pool:  # fmt: skip
-    it = below.description
+def _found(mapper: Mapper, it: Description) -> Device | None:
+    """The mapped pool. One that a killed process left without a live table is removed, as it holds the metadata.
+
+    PoolRefused if the name is somebody else's.
+    """
     found = mapper.find(it.name)
-    if found is not None and found.uuid != UUID + it.identity:
+    if found is None:
+        return None
+    if found.uuid != UUID + it.identity:
         raise PoolRefused(
             f"a mapped device {it.name} exists that is not this pool (its UUID is {found.uuid or 'empty'}); rename "
             "it, or describe this pool under another name"
         )
+    if found.active:
+        return found
+    mapper.remove(it.name)
+    return None
+
+
+def _assemble(
+    mapper: Mapper, below: Backing, deadline: Deadline, *, check: bool, limits: Limits | None = None
+) -> Pool:  # fmt: skip
+    it = below.description
+    found = _found(mapper, it)
     metadata, data = below.attach(deadline)
-    if found is None or not found.active:
+    if found is None:
         if check:
             check_metadata(it.name, metadata, deadline)
-        if found is None:
-            mapper.create(it.name, UUID + it.identity)
+        mapper.create(it.name, UUID + it.identity)
         try:
             mapper.load(it.name, [backing.pool_table(metadata, data, it.block)])
         except MapperError as error:

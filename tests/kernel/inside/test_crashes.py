@@ -77,6 +77,11 @@ SCENES = {
         lambda lab: (lab.restart(), lab.reap()),
         lambda lab: _active(lab, "k"),
     ),
+    "a start after a reboot": Scene(
+        lambda lab: lab.prepare("k", "layer"),
+        lambda lab: lab.reboot(),
+        lambda lab: _active(lab, "k"),
+    ),
     "extending": Scene(
         lambda lab: None,
         lambda lab: lab.extender().extend("data", 16 * MIB, _soon()),
