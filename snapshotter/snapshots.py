@@ -95,6 +95,7 @@ class Snapshotter:
         with self._locks.held(key, deadline=deadline):
             if kind is Kind.ACTIVE and self._images.claim(parent, labels, deadline):
                 raise AlreadyExists(labels[LABEL_REF])
+            self._settle(key, deadline)
             self._pool.admit()
             origin = self._origin(key, parent, labels, deadline)
             size = self._wanted_size(key, labels, origin) if kind is Kind.ACTIVE else origin.size
@@ -134,12 +135,11 @@ class Snapshotter:
         with self._store.transaction():
             existing = self._store.find(key)
             if existing is not None:
-                if existing.state is State.READY:
+                same = (existing.parent, existing.kind, existing.size) == (parent, kind, size)
+                if existing.state is not State.RECOVERED or not same:
                     raise AlreadyExists(key)
-                if (existing.parent, existing.kind) == (parent, kind) and existing.size == size:
-                    self._store.set_labels(key, labels, now)
-                    return existing
-                self._store.remove(key, now)
+                self._store.set_labels(key, labels, now)
+                return existing
             if parent:
                 above = self._store.find(parent)
                 if above is None or above.kind is not Kind.COMMITTED:
@@ -174,16 +174,19 @@ class Snapshotter:
     def settle(self, key: str, deadline: Deadline) -> None:
         """Decide about an intent that no running call owns: a device that exists is kept, another was never made."""
         with self._locks.held(key, deadline=deadline):
-            row = self._store.get(key)
-            if row is None or row.state is not State.PREPARING:
-                return
-            try:
-                self._activate(row, deadline)
-            except DeviceMissing:
-                self._drop(row)
-                return
-            with self._store.transaction(durable=False):
-                self._store.set_state(key, State.RECOVERED)
+            self._settle(key, deadline)
+
+    def _settle(self, key: str, deadline: Deadline) -> None:
+        row = self._store.get(key)
+        if row is None or row.state is not State.PREPARING:
+            return
+        try:
+            self._activate(row, deadline)
+        except DeviceMissing:
+            self._drop(row)
+            return
+        with self._store.transaction(durable=False):
+            self._store.set_state(key, State.RECOVERED)
 
     def _seen(self, key: str, deadline: Deadline, *, what: str = "snapshot") -> Snapshot:
         row = self._store.get(key)

@@ -236,8 +236,8 @@ class Store:
             return
         with self.transaction(durable=False):
             self._db.executemany(
-                "UPDATE snapshots SET state = ? WHERE key = ? AND device = ? AND state = ?",
-                ((State.READY, key, device, State.PREPARING) for key, device in made.items()),
+                "UPDATE snapshots SET state = ? WHERE key = ? AND device = ?",
+                ((State.READY, key, device) for key, device in made.items()),
             )
         for key, device in made.items():
             if self._made.get(key) == device:
@@ -285,7 +285,7 @@ class Store:
 
     def _snapshot(self, row: tuple[str, str, int, int, int, int, str, int, int, str, str]) -> Snapshot:
         key, parent, kind, state, device, size, fstype, created, updated, image, labels = row
-        if state == State.PREPARING and self._made.get(key) == device:
+        if state != State.READY and self._made.get(key) == device:
             state = State.READY
         return Snapshot(
             key=key,

@@ -428,3 +428,19 @@ def test_a_base_that_is_being_made_while_a_start_recovers_is_kept(lab: Lab, monk
     lab.reap()
     lab.prepare("b")
     assert not lab.leaks()
+
+
+def test_a_snapshot_that_was_answered_is_never_replaced_after_a_kill(lab: Lab) -> None:
+    """The killed process had not written yet that its caller was answered, and the caller has used the device."""
+    with mounted(lab.prepare("a")) as root:
+        (root / "f").write_bytes(b"mine")
+    lab.restart()
+    with pytest.raises(AlreadyExists):
+        lab.view("a")
+    with pytest.raises(AlreadyExists):
+        lab.prepare("a", size=str(64 * MIB))
+    with mounted(lab.prepare("a")) as root:
+        assert (root / "f").read_bytes() == b"mine"
+    with pytest.raises(AlreadyExists):
+        lab.prepare("a")
+    assert not lab.leaks()
