@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from blockdev import Deadline, blankness, ioctls
+from blockdev import Deadline, blankness, ioctls, loops
 from blockdev.commands import run
 from blockdev.devicemapper import Device, Mapper, MapperError, node
 from blockdev.dm_targets import SECTOR, PoolStatus
@@ -216,11 +218,23 @@ def _rebuild(state_dir: str, metadata: str, deadline: Deadline) -> str:
     try:
         with open(rebuilt, "wb") as opened:
             opened.truncate(os.path.getsize(kept))
-        run("thin_repair", "-i", kept, "-o", rebuilt, deadline=deadline)
+        with _as_device(kept, deadline) as damaged, _as_device(rebuilt, deadline) as sound:
+            run("thin_repair", "-i", damaged, "-o", sound, deadline=deadline)
         _copy(rebuilt, metadata)
     finally:
         os.unlink(rebuilt)
     return f"the metadata was rebuilt from what could be read; the damaged one is kept as {kept}"
+
+
+@contextlib.contextmanager
+def _as_device(path: str, deadline: Deadline) -> Iterator[str]:
+    """The file as a loop device: the tools open what they work on with O_DIRECT, which not every filesystem takes."""
+    device, keeper = loops.open_private(path, deadline=deadline)
+    try:
+        yield device
+        os.fsync(keeper)
+    finally:
+        os.close(keeper)
 
 
 def _copy(source: str, target: str) -> None:

@@ -414,7 +414,8 @@ def _damage(path: str, sound: bytes) -> bytes:
         with open(path, "r+b") as opened:
             opened.seek(at)
             opened.write(b"\xff" * 64)
-        checked = subprocess.run(["thin_check", "-q", "--skip-mappings", path], check=False, capture_output=True)
+        with assembly._as_device(path, soon()) as device:
+            checked = subprocess.run(["thin_check", "-q", "--skip-mappings", device], check=False, capture_output=True)
         if checked.returncode:
             return Path(path).read_bytes()
         Path(path).write_bytes(sound)
