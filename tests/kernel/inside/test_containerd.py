@@ -131,7 +131,12 @@ disabled_plugins = ["io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime
         return done.returncode, done.stdout
 
     def import_image(self, archive: Path) -> None:
-        self.ctr("images", "import", "--local", "--snapshotter", "runvol", str(archive))
+        """As kubelet would, again: containerd waits up to three seconds before it dials a snapshotter that was away."""
+        arguments = ("images", "import", "--local", "--snapshotter", "runvol", str(archive))
+        until = time.monotonic() + 20
+        while self.ctr(*arguments, ok=None)[0] != 0 and time.monotonic() < until:
+            time.sleep(0.5)
+        self.ctr(*arguments)
 
     def run_container(self, name: str, *command: str) -> str:
         return self.ctr("run", "--rm", "--snapshotter", "runvol", IMAGE, name, *command)[1]
