@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 
@@ -10,6 +9,7 @@ from blockdev.commands import run
 from blockdev.deadlines import Deadline
 from blockdev.errors import NotBlank
 from blockdev.ioctls import opened, size_bytes
+from blockdev.sparse import extents
 
 _CHUNK = 1 << 20
 # Both ends of a device, and the places where ext4 keeps copies of its superblock (each 128 MiB with
@@ -47,17 +47,8 @@ def prove_blank(path: str, deadline: Deadline) -> bool:
 
 
 def _prove_file(fd: int, path: str, deadline: Deadline) -> bool:
-    at, size = 0, os.fstat(fd).st_size
-    while at < size:
-        try:
-            at = os.lseek(fd, at, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                break
-            raise
-        end = os.lseek(fd, at, os.SEEK_HOLE)
-        _zeros(fd, path, at, end, deadline)
-        at = end
+    for start, end in extents(fd, os.fstat(fd).st_size):
+        _zeros(fd, path, start, end, deadline)
     return True
 
 

@@ -131,32 +131,46 @@ def attach(path: str, *, deadline: Deadline, read_only: bool = False, autoclear:
         if not stat.S_ISREG(os.fstat(file).st_mode):
             raise DeviceBusy(path, "a loop device stands on a regular file only")
         flags = _DIRECT_IO | (_READ_ONLY if read_only else 0) | (_AUTOCLEAR if autoclear else 0)
-        while True:
-            deadline.check(f"finding a free loop device for {path}")
-            device = _free()
-            try:
-                with opened(device, os.O_RDONLY if read_only else os.O_RDWR) as fd:
-                    fcntl.ioctl(fd, _LOOP_CONFIGURE, _config(file, path, flags))
-                    return device
-            except OSError as error:
-                if error.errno not in (errno.EBUSY, errno.ENXIO, errno.ENOENT):
-                    raise
+        device, fd = _bind(file, path, flags, deadline)
+    os.close(fd)
+    return device
 
 
 def open_private(path: str, *, deadline: Deadline) -> tuple[str, int]:
     """Like `attach` with autoclear; the node and a descriptor that keeps it alive until it is closed."""
     with opened(path, os.O_RDWR) as file:
-        while True:
-            deadline.check(f"finding a free loop device for {path}")
-            device = _free()
-            fd = os.open(device, os.O_RDWR | os.O_CLOEXEC)
-            try:
-                fcntl.ioctl(fd, _LOOP_CONFIGURE, _config(file, path, _DIRECT_IO | _AUTOCLEAR))
-                return device, fd
-            except OSError as error:
-                os.close(fd)
-                if error.errno not in (errno.EBUSY, errno.ENXIO):
-                    raise
+        return _bind(file, path, _DIRECT_IO | _AUTOCLEAR, deadline)
+
+
+def cached(path: str, *, deadline: Deadline) -> str:
+    """A read-only loop device with blocks of 512 bytes on the block node `path`, through the page cache.
+
+    It turns small reads into those that the device below takes, and its users share one cache.
+    """
+    with opened(path) as below:
+        device, fd = _bind(below, path, _READ_ONLY, deadline)
+    os.close(fd)
+    return device
+
+
+def _bind(file: int, path: str, flags: int, deadline: Deadline) -> tuple[str, int]:
+    """A free loop device, bound, with an open descriptor of it; another one's race for the number is run again."""
+    while True:
+        deadline.check(f"finding a free loop device for {path}")
+        device = _free()
+        try:
+            fd = os.open(device, (os.O_RDONLY if flags & _READ_ONLY else os.O_RDWR) | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno not in (errno.EBUSY, errno.ENXIO, errno.ENOENT):
+                raise
+            continue
+        try:
+            fcntl.ioctl(fd, _LOOP_CONFIGURE, _config(file, path, flags))
+            return device, fd
+        except OSError as error:
+            os.close(fd)
+            if error.errno not in (errno.EBUSY, errno.ENXIO):
+                raise
 
 
 def _config(file: int, path: str, flags: int) -> _Config:
@@ -195,24 +209,6 @@ def clear(device: str) -> bool:
     return True
 
 
-def cached(path: str, *, deadline: Deadline) -> str:
-    """A read-only loop device with blocks of 512 bytes on the block node `path`, through the page cache.
-
-    It turns small reads into those that the device below takes, and its users share one cache.
-    """
-    with opened(path) as below:
-        while True:
-            deadline.check(f"finding a free loop device for {path}")
-            device = _free()
-            try:
-                with opened(device) as fd:
-                    fcntl.ioctl(fd, _LOOP_CONFIGURE, _config(below, path, _READ_ONLY))
-                    return device
-            except OSError as error:
-                if error.errno not in (errno.EBUSY, errno.ENXIO, errno.ENOENT):
-                    raise
-
-
 def detach(device: str, path: str, deadline: Deadline) -> None:
     """Unbind `device` from the file `path`; nothing happens if it stands on something else by now.
 
@@ -221,12 +217,7 @@ def detach(device: str, path: str, deadline: Deadline) -> None:
     """
     waiting = Deadline.after(min(deadline.remaining(), 2.0))
     while stands_on(device, path):
-        try:
-            with opened(device, os.O_RDONLY | os.O_EXCL) as fd:
-                fcntl.ioctl(fd, _LOOP_CLR_FD)
-        except OSError as error:
-            if error.errno not in (errno.ENXIO, errno.EBUSY):
-                raise
+        clear(device)
         if waiting.remaining() <= 0:
             places = holders.mount_points(device)
             why = f"mounted on {', '.join(places)}" if places else "its last user has not let go"

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-from blockdev import Deadline, filesystems, ioctls
+from blockdev import Deadline, filesystems, sparse
 from blockdev.commands import run
 from snapshotter.errors import BadRequest, SnapshotterError
-from snapshotter.pool import DeviceMissing, Pool
+from snapshotter.pool import Pool
 from snapshotter.store import Base, Store
 
-_CHUNK = 64 << 10
 GRAIN = 1 << 20
 LARGEST = 1 << 50
 
@@ -84,7 +82,7 @@ class Bases:
             self._pool.create_thin(base.device)
             self._pool.activate(base.device, size)
             try:
-                copy(file, self._pool.path(base.device))
+                sparse.copy_written(file, self._pool.path(base.device))
             finally:
                 self._pool.deactivate(base.device)
         deadline.poll(f"closing {self._pool.path(base.device)}", lambda: self._pool.deactivate(base.device))
@@ -113,36 +111,3 @@ class Bases:
             yield path
         finally:
             os.unlink(path)
-
-
-def _extent(fd: int, at: int, end: int) -> tuple[int, int]:
-    """Where the next data of a file begins and ends; a block device is data all over."""
-    if stat.S_ISBLK(os.fstat(fd).st_mode):
-        return at, end
-    try:
-        data = os.lseek(fd, at, os.SEEK_DATA)
-    except OSError:
-        return end, end
-    return data, os.lseek(fd, data, os.SEEK_HOLE)
-
-
-def copy(source: str, target: str, progress: Callable[[int], object] | None = None) -> int:
-    """Copy what is not zero; the bytes written. `target` reads as zeros elsewhere, and is on the disk afterwards."""
-    zeros, written = bytes(_CHUNK), 0
-    with open(source, "rb", buffering=0) as read, open(target, "r+b", buffering=0) as write:
-        end = ioctls.size_bytes(source)
-        at = 0
-        while at < end:
-            data, hole = _extent(read.fileno(), at, end)
-            for at in range(data // _CHUNK * _CHUNK, hole, _CHUNK):
-                chunk = os.pread(read.fileno(), _CHUNK, at)
-                if chunk != zeros[: len(chunk)]:
-                    written += os.pwrite(write.fileno(), chunk, at)
-                if progress is not None:
-                    progress(at)
-            at = hole
-        os.fsync(write.fileno())
-    return written
-
-
-__all__ = ["GRAIN", "Bases", "DeviceMissing", "check", "copy"]

@@ -22,7 +22,7 @@ from typing import TypeVar
 
 import msgspec
 
-from blockdev import Deadline, WaitExpired, durable, ioctls, loops, superblocks
+from blockdev import Deadline, WaitExpired, durable, ioctls, loops, sparse, superblocks
 from blockdev.deadlines import bounded
 from blockdev.devicemapper import Mapper, MapperError, node
 from blockdev.dm_targets import SECTOR, Verity
@@ -121,7 +121,7 @@ class Share:
             image = os.path.join(beside, "image")
             with open(image, "wb") as opened:
                 opened.truncate(size)
-            _copy(device, image, lambda done: progress and progress("copying", done))
+            sparse.copy_written(device, image, lambda done: progress and progress("copying", done))
             salt = secrets.token_bytes(32)
             hashes = os.path.join(beside, "hashes")
             root = verity.build(image, hashes, salt, lambda done: progress and progress("hashing", done))
@@ -165,10 +165,6 @@ class Share:
 def assert_whole(found: Manifest | None, chain: str) -> None:
     if found is None:
         raise SnapshotterError(f"the image of {chain} is there without its manifest; remove its directory")
-
-
-def _copy(device: str, image: str, progress: Callable[[int], object]) -> None:
-    bases.copy(device, image, progress=progress)
 
 
 def _decoded(path: str, chain: str, raw: bytes) -> Manifest:

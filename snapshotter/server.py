@@ -7,13 +7,13 @@ import fcntl
 import os
 import signal
 import socket
-from concurrent import futures
 
 import grpc
 
 from snapshotter.errors import BadRequest
 from snapshotter.node import Node
 from snapshotter.service import Observer, Service
+from snapshotter.workers import Workers
 
 _SUFFIX = ".sock"
 _GRACE, _WORKERS = 10.0, 16
@@ -33,9 +33,10 @@ def socket_path(endpoint: str) -> str:
 def serve(node: Node, *, endpoint: str, limit: float, observe: Observer | None = None) -> None:
     """Serve until SIGTERM or SIGINT; calls under way then have ten seconds."""
     path, told = socket_path(endpoint), _signals()
-    service = Service(node, limit=limit, observe=observe)
+    workers = Workers(_WORKERS)
+    service = Service(node, workers, limit=limit, observe=observe)
     server = grpc.server(
-        futures.ThreadPoolExecutor(max_workers=_WORKERS, thread_name_prefix="snapshots"),
+        workers,
         options=[
             ("grpc.max_receive_message_length", _LARGEST_MESSAGE),
             ("grpc.max_send_message_length", _LARGEST_MESSAGE),

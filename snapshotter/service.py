@@ -2,7 +2,8 @@
 
 Every call ends within its limit, although containerd sets no deadline: what waits for another call, for a device or
 for the pool gives up by itself and says why. A thread that the kernel keeps in device-mapper cannot; after its limit
-the caller is released all the same (CANCELLED), and the log names the call. Other calls do not notice.
+the caller is released all the same (CANCELLED), the log names the call, and another thread takes its place. Other calls
+do not notice.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from snapshotter import wire
 from snapshotter.errors import SnapshotterError
 from snapshotter.model import Kind
 from snapshotter.node import Node
+from snapshotter.workers import Workers
 
 log = logging.getLogger("runvol.snapshotter")
 NAME = "containerd.services.snapshots.v1.Snapshots"
@@ -44,15 +46,17 @@ class _Running:
     until: float
     context: grpc.ServicerContext
     released: bool = False
+    replaced: bool = False
 
 
 class Service:
     """The RPCs over a node's snapshotter. `limit` is the longest that a call may take, in seconds."""
 
-    def __init__(self, node: Node, *, limit: float, observe: Observer | None = None) -> None:
-        self._node, self._limit, self._observe = node, limit, observe
+    def __init__(self, node: Node, workers: Workers, *, limit: float, observe: Observer | None = None) -> None:
+        self._node, self._workers, self._limit, self._observe = node, workers, limit, observe
         self._numbers = itertools.count(1)
         self._running: dict[int, _Running] = {}
+        self._ending = threading.Lock()
         self._stop = threading.Event()
         self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._watchdog.start()
@@ -105,7 +109,7 @@ class Service:
             started, number = time.perf_counter(), next(self._numbers)
             key = getattr(request, "key", "")
             deadline = Deadline.after(self._limit)
-            self._running[number] = _Running(name, key, deadline.at, context)
+            running = self._running[number] = _Running(name, key, deadline.at, context)
             self._node.activity.begin()
             try:
                 response = method(request, deadline)
@@ -113,7 +117,7 @@ class Service:
                 self._refuse(name, key, number, started, error, context)
             finally:
                 self._node.activity.end()
-                del self._running[number]
+                self._ended(number, running)
             self._done(name, key, started)
             return response
 
@@ -123,13 +127,22 @@ class Service:
         """Release callers whose call hangs in the kernel."""
         while not self._stop.wait(1.0):
             now = time.monotonic()
-            for one in list(self._running.values()):
+            for number, one in list(self._running.items()):
                 if now > one.until + _GRACE and not one.released:
                     one.released = True
                     log.error(
                         "call hangs in the kernel; its caller is released", extra={"rpc": one.name, "key": one.key}
                     )
                     one.context.cancel()  # type: ignore[no-untyped-call]
+                    with self._ending:
+                        one.replaced = number in self._running and self._workers.give_up()
+
+    def _ended(self, number: int, running: _Running) -> None:
+        with self._ending:
+            del self._running[number]
+        if running.replaced:
+            log.warning("a call that hung in the kernel has ended", extra={"rpc": running.name, "key": running.key})
+            self._workers.came_back()
 
     def _done(self, name: str, key: str, started: float) -> None:
         seconds = time.perf_counter() - started

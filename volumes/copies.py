@@ -6,7 +6,7 @@ import errno
 import fcntl
 import os
 
-from blockdev import Deadline, exclusivity
+from blockdev import Deadline, exclusivity, sparse
 from blockdev.ioctls import opened
 
 _FICLONE = 0x40049409  # linux/fs.h
@@ -45,15 +45,8 @@ def _reflink(source: str, writer: int) -> bool:
 def _copy_data(reader: int, writer: int, source: str, deadline: Deadline) -> None:
     size = os.fstat(reader).st_size
     os.ftruncate(writer, size)
-    at = 0
-    while at < size:
-        try:
-            at = os.lseek(reader, at, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                return
-            raise
-        end = os.lseek(reader, at, os.SEEK_HOLE)
+    for start, end in sparse.extents(reader, size):
+        at = start
         while at < end:
             deadline.check(f"copying {source}")
             at += os.copy_file_range(reader, writer, min(_CHUNK, end - at), at, at)
