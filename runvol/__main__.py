@@ -1,5 +1,5 @@
 """`python -m runvol`."""
 
-from runvol.cli import main
+from runvol.entry import main
 
 main()

@@ -53,7 +53,7 @@ def _kernel() -> Iterator[Diagnosis]:
 def _pool(config: Config, description: backing.Description) -> Iterator[Diagnosis]:
     if not devicemapper.available():
         return
-    from runvol.snapshot_commands import limits
+    from runvol.serve_snapshots import limits
 
     try:
         with Mapper() as mapper:

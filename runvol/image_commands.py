@@ -13,7 +13,7 @@ from blockdev import Deadline
 from runvol import tables
 from runvol.cli import Loader, as_json_option
 from runvol.config import Config
-from runvol.snapshot_commands import state_dir
+from runvol.serve_snapshots import state_dir
 from runvol_proto import containerd_snapshots_pb2 as pb
 from snapshotter.errors import BadRequest, NotFound, Unavailable
 from snapshotter.images import Share

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 from runvol.config import Config
-from runvol.snapshot_commands import limits, state_dir
 from snapshotter.errors import PoolRefused
 from snapshotter.node import Node, Settings
+from snapshotter.pool import Limits
+
+
+def state_dir(config: Config) -> str:
+    return config.text("snapshotter.state_dir")
+
+
+def limits(config: Config) -> Limits:
+    """The pool's thresholds, as configured."""
+    return Limits(
+        data_reserve=config.number("pool.data_reserve_percent"),
+        extend_above=config.number("pool.autoextend_threshold"),
+        extend_by=config.number("pool.autoextend_percent"),
+    )
 
 
 def settings_of(config: Config) -> Settings:
@@ -41,4 +55,7 @@ def serve(config: Config, pool_name: str | None) -> None:
 
         observe = metrics.serve(node, config.text("snapshotter.metrics"))
     limit = config.number("snapshotter.call_seconds")
+    # What a start has made stays; the collector need not look at it again.
+    gc.freeze()
+    gc.enable()
     server.serve(node, endpoint=config.text("snapshotter.endpoint"), limit=limit, observe=observe)

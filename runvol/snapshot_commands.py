@@ -12,13 +12,14 @@ from blockdev.devicemapper import Mapper
 from runvol import tables
 from runvol.cli import Loader, as_json_option
 from runvol.config import Config
+from runvol.serve_snapshots import limits, state_dir
 from snapshotter import assembly, backing
 from snapshotter.assembly import Extender, Wish
 from snapshotter.backing import Backing
 from snapshotter.errors import NotFound, PoolRefused
 from snapshotter.model import Kind
 from snapshotter.node import STORE
-from snapshotter.pool import Limits, Pool
+from snapshotter.pool import Pool
 from snapshotter.store import Store
 
 _CALL = 300.0
@@ -33,19 +34,6 @@ def snapshotter(load: Loader, endpoint: str | None, pool_name: str | None) -> No
     from runvol import serve_snapshots
 
     serve_snapshots.serve(load(**{"snapshotter.endpoint": endpoint}), pool_name)
-
-
-def state_dir(config: Config) -> str:
-    return config.text("snapshotter.state_dir")
-
-
-def limits(config: Config) -> Limits:
-    """The pool's thresholds, as configured."""
-    return Limits(
-        data_reserve=config.number("pool.data_reserve_percent"),
-        extend_above=config.number("pool.autoextend_threshold"),
-        extend_by=config.number("pool.autoextend_percent"),
-    )
 
 
 def _store(config: Config) -> Store:

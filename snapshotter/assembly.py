@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import threading
 import time
 from collections.abc import Iterator
@@ -61,7 +60,7 @@ def init(mapper: Mapper, state_dir: str, wish: Wish, deadline: Deadline) -> Pool
     pool = _assemble(mapper, below, deadline, check=False)
     if pool.status().transaction == 0:
         # The identity of the pool itself: a number that no other pool has.
-        pool.set_transaction(0, secrets.randbits(40) << 16 | 1)
+        pool.set_transaction(0, int.from_bytes(os.urandom(5), "big") << 16 | 1)
     with open(_made(state_dir), "w") as mark:
         mark.write(f"{description.identity}\n")
         os.fsync(mark.fileno())

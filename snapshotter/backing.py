@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import secrets
 from typing import Literal
 
 import msgspec
@@ -81,7 +80,7 @@ def save(state_dir: str, description: Description) -> None:
 
 
 def new_identity() -> str:
-    return secrets.token_hex(8)
+    return os.urandom(8).hex()
 
 
 class Backing:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from blockdev import Deadline
 from blockdev.devicemapper import Events, Mapper
@@ -16,11 +17,13 @@ from snapshotter import assembly, backing, recovery
 from snapshotter.assembly import Extender
 from snapshotter.bases import Bases
 from snapshotter.errors import PoolRefused, SnapshotterError, Unavailable
-from snapshotter.images import Images, Share
 from snapshotter.pool import Limits, Pool
 from snapshotter.reaper import Reaper
 from snapshotter.snapshots import Sizes, Snapshotter
 from snapshotter.store import Store
+
+if TYPE_CHECKING:
+    from snapshotter.images import Images
 
 log = logging.getLogger("runvol.snapshotter")
 
@@ -73,7 +76,7 @@ class Node:
         # Its nodes are known only once it is assembled; the name and the identity are known now.
         self.pool = Pool(self.mapper, description.name, description.identity, "", settings.limits)
         self.bases = Bases(self.store, self.pool, os.path.join(settings.state_dir, "bases"))
-        self.images = Images(self.mapper, self.store, Share(settings.images)) if settings.images else None
+        self.images = self._shared_images()
         self.reaper = Reaper(self.store, self.pool, discard=settings.discard, busy=self.activity.quiet_for,
                              release_images=self.images.release_unused if self.images else None)  # fmt: skip
         self.snapshots = Snapshotter(
@@ -86,6 +89,14 @@ class Node:
         self._extender: Extender | None = None
         self.found = recovery.Found()
         self._threads = [threading.Thread(target=self._run, name="pool", daemon=True)]
+
+    def _shared_images(self) -> Images | None:
+        if not self.settings.images:
+            return None
+        # With what it hashes by, a tenth of a start.
+        from snapshotter.images import Images, Share
+
+        return Images(self.mapper, self.store, Share(self.settings.images))
 
     @property
     def ready(self) -> bool:

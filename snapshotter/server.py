@@ -36,7 +36,7 @@ def serve(node: Node, *, endpoint: str, limit: float, observe: Observer | None =
     workers = Workers(_WORKERS)
     service = Service(node, workers, limit=limit, observe=observe)
     server = grpc.server(
-        workers,
+        workers,  # type: ignore[arg-type]  # an Executor is what it uses
         options=[
             ("grpc.max_receive_message_length", _LARGEST_MESSAGE),
             ("grpc.max_send_message_length", _LARGEST_MESSAGE),

@@ -15,7 +15,7 @@ from typing import Any
 _Job = tuple[futures.Future[Any], Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
-class Workers(futures.ThreadPoolExecutor):
+class Workers(futures.Executor):
     """`limit` calls at once; `most` threads are given up at the most, so that a dead disk cannot fill the node."""
 
     def __init__(self, limit: int, *, most: int = 240) -> None:

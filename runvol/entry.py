@@ -1,0 +1,60 @@
+"""What `runvol` starts. A service that is named by a plain command line begins without the command line's library.
+
+A node's services start while containerd waits for them. click costs a quarter of a start, and does nothing for
+`runvol snapshotter --endpoint …` that a loop over the words does not; whatever else is written goes to `runvol.cli`.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Sequence
+
+_WHOLE = {
+    "--config": "file",
+    "--state-dir": "paths.state_dir",
+    "--run-dir": "paths.run_dir",
+    "--log-level": "log.level",
+}
+_SNAPSHOTTER = {"--endpoint": "snapshotter.endpoint", "--pool": "pool"}
+
+
+def plain(words: Sequence[str]) -> dict[str, str] | None:
+    """The options of `runvol [options] snapshotter [options]`; None for every other command line, mistakes included."""
+    known, found, rest = _WHOLE, dict[str, str](), list(words)
+    named = False
+    while rest:
+        word = rest.pop(0)
+        if word == "snapshotter" and not named:
+            known, named = _SNAPSHOTTER, True
+            continue
+        name, equals, value = word.partition("=")
+        if name not in known or not (equals or rest):
+            return None
+        found[known[name]] = value if equals else rest.pop(0)
+    return found if named else None
+
+
+def main() -> None:
+    """The console script."""
+    flags = plain(sys.argv[1:])
+    if flags is None:
+        from runvol.cli import main as whole
+
+        whole()
+        return
+    # What an import makes is kept; looking through it for garbage again and again only makes a start slower.
+    gc.disable()
+    from blockdev.errors import BlockdevError
+    from runvol import config, logs, serve_snapshots
+    from snapshotter.errors import SnapshotterError
+
+    file, pool = flags.pop("file", None), flags.pop("pool", None)
+    try:
+        loaded = config.load(file=file, flags=flags)
+        logs.start(loaded.text("log.level"), loaded.text("log.format"))
+        serve_snapshots.serve(loaded, pool)
+    except PermissionError as error:
+        sys.exit(f"Error: {error.filename}: permission denied; run runvol as root")
+    except (config.ConfigError, BlockdevError, SnapshotterError) as error:
+        sys.exit(f"Error: {error}")
