@@ -16,6 +16,7 @@ venv:
 
 prepare: venv
 	@tests/prepare/debian.sh test kernel
+	@tests/prepare/nfs.sh
 	@tests/prepare/go.sh
 
 demo: venv

@@ -71,6 +71,9 @@ TABLE: Mapping[str, Setting] = {
     "snapshotter.images": Setting(
         default="", meaning="directory of shared images (a local one or NFS); empty for none"
     ),
+    "snapshotter.verity": Setting(
+        default=0, meaning="1: hash committed layers behind, and let Views read through dm-verity; 0: do not"
+    ),
     "snapshotter.metrics": Setting(default="", meaning="HOST:PORT of the metrics (loopback); empty for none"),
     "pool.data_reserve_percent": Setting(
         default=3, meaning="free data that new snapshots leave to those that run, in percent"
@@ -212,6 +215,7 @@ _RANGES = {
     "snapshotter.size_bytes": (8 << 20, 1 << 50),
     "snapshotter.call_seconds": (1, 3600),
     "snapshotter.discard": (0, 1),
+    "snapshotter.verity": (0, 1),
     "pool.data_reserve_percent": (0, 50),
     "pool.autoextend_threshold": (10, 100),
     "pool.autoextend_percent": (0, 1000),

@@ -34,6 +34,7 @@ def settings_of(config: Config) -> Settings:
         by_namespace={name: int(size) for name, _, size in pairs},
         limits=limits(config),
         images=config.text("snapshotter.images"),
+        verity=bool(config.number("snapshotter.verity")),
         discard=bool(config.number("snapshotter.discard")),
     )
 

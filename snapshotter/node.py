@@ -24,6 +24,7 @@ from snapshotter.store import Store
 
 if TYPE_CHECKING:
     from snapshotter.images import Images
+    from snapshotter.seals import Sealer, Seals
 
 log = logging.getLogger("runvol.snapshotter")
 
@@ -42,6 +43,7 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
     discard: bool = True
     images: str = ""
+    verity: bool = False
 
 
 class Activity:
@@ -77,12 +79,14 @@ class Node:
         self.pool = Pool(self.mapper, description.name, description.identity, "", settings.limits)
         self.bases = Bases(self.store, self.pool, os.path.join(settings.state_dir, "bases"))
         self.images = self._shared_images()
+        self.seals, self.sealer = self._verified_layers()
         self.reaper = Reaper(self.store, self.pool, discard=settings.discard, busy=self.activity.quiet_for,
-                             release_images=self.images.release_unused if self.images else None)  # fmt: skip
+                             release_images=self.images.release_unused if self.images else None,
+                             seals=self.seals)  # fmt: skip
         self.snapshots = Snapshotter(
             self.store, self.pool, self.bases,
             Sizes(fstype=settings.fstype, size=settings.size, by_namespace=settings.by_namespace),
-            self.reaper.tell, self.images,
+            self._done_with, self.images, self.seals, self.sealer.tell if self.sealer else lambda _name: None,
         )  # fmt: skip
         self._usable, self._stop = threading.Event(), threading.Event()
         self._why_not = f"pool {description.name} is being assembled"
@@ -97,6 +101,19 @@ class Node:
         from snapshotter.images import Images, Share
 
         return Images(self.mapper, self.store, Share(self.settings.images))
+
+    def _verified_layers(self) -> tuple[Seals | None, Sealer | None]:
+        """Trees that were made stay in use when no more are made."""
+        directory = os.path.join(self.settings.state_dir, "seals")
+        if not self.settings.verity and not os.path.isdir(directory):
+            return None, None
+        from snapshotter.seals import Sealer, Seals
+
+        seals = Seals(self.mapper, self.store, self.pool, directory)
+        return seals, Sealer(seals, self.store, self._done_with) if self.settings.verity else None
+
+    def _done_with(self, device: int) -> None:
+        self.reaper.tell(device)
 
     @property
     def ready(self) -> bool:
@@ -132,6 +149,8 @@ class Node:
     def recover(self) -> recovery.Found:
         """Finish or undo what a killed process left."""
         self.found = recovery.recover(self.store, self.pool, self.bases, self.snapshots, self.reaper)
+        if self.seals is not None:
+            self.seals.sweep()
         return self.found
 
     def _run(self) -> None:
@@ -156,6 +175,8 @@ class Node:
         self.reaper.start()
         self.reaper.tell(0)
         self._make_base()
+        if self.sealer is not None:
+            self.sealer.start()
         self._watch()
 
     def _make_base(self) -> None:
@@ -202,6 +223,8 @@ class Node:
     def stop(self) -> None:
         """End what runs behind; devices stay mapped, as containers use them."""
         self._stop.set()
+        if self.sealer is not None:
+            self.sealer.stop()
         self.reaper.stop()
         self.store.write_made()
         for thread in self._threads:

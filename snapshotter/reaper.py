@@ -11,11 +11,15 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from blockdev.devicemapper import MapperError
 from snapshotter.errors import SnapshotterError
 from snapshotter.pool import DeviceMissing, Pool
 from snapshotter.store import Store
+
+if TYPE_CHECKING:
+    from snapshotter.seals import Seals
 
 log = logging.getLogger("runvol.snapshotter")
 
@@ -30,10 +34,10 @@ class Reaper:
 
     def __init__(
         self, store: Store, pool: Pool, *, discard: bool, busy: Callable[[], float],
-        release_images: Callable[[], object] | None = None,
+        release_images: Callable[[], object] | None = None, seals: Seals | None = None,
     ) -> None:  # fmt: skip
         self._store, self._pool, self._discard, self._busy = store, pool, discard, busy
-        self._release_images = release_images or (lambda: None)
+        self._release_images, self._seals = release_images or (lambda: None), seals
         self._lock = threading.Lock()
         self._done_with: set[int] = set()
         self._wake, self._stop = threading.Event(), threading.Event()
@@ -88,7 +92,7 @@ class Reaper:
         with self._lock:
             idle = self._done_with - doomed.keys()
         for device in idle:
-            if self._pool.deactivate(device):
+            if self._unmap(device):
                 with self._lock:
                     self._done_with.discard(device)
         gone = [one for one in list(doomed)[:_BATCH] if not self._stop.is_set() and self._delete(one, doomed[one])]
@@ -105,17 +109,23 @@ class Reaper:
     def _delete(self, device: int, size: int) -> bool:
         """Whether the device is gone from the pool."""
         try:
-            if not self._pool.deactivate(device):
+            if not self._unmap(device):
                 return False
             if self._discard and size:
                 self._give_blocks_back(device, size)
             self._pool.delete(device)
+            if self._seals is not None:
+                self._seals.forget(device)
         except (MapperError, SnapshotterError, OSError) as error:
             self.failed += 1
             if not (isinstance(error, MapperError) and error.errno == errno.EBUSY):
                 log.warning("device is not deleted yet", extra={"device": device, "why": str(error)})
             return False
         return True
+
+    def _unmap(self, device: int) -> bool:
+        """Whether the device is unmapped, and what stood on it."""
+        return (self._seals is None or self._seals.release(device)) and self._pool.deactivate(device)
 
     def _give_blocks_back(self, device: int, size: int) -> None:
         try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from blockdev import Deadline, filesystems, superblocks
 from snapshotter import bases, filters
@@ -28,6 +28,9 @@ from snapshotter.locks import Locks
 from snapshotter.model import LABEL_FSTYPE, LABEL_PREFIX, LABEL_REF, LABEL_SIZE, Kind, Mount, Snapshot, State
 from snapshotter.pool import DeviceMissing, Pool
 from snapshotter.store import Store
+
+if TYPE_CHECKING:
+    from snapshotter.seals import Seals
 
 _LABEL_LIMIT = 4096
 
@@ -73,14 +76,19 @@ class _Origin:
 
 
 class Snapshotter:
-    """The verbs. Safe to use from several threads. `after` is told of devices that may be unmapped or deleted."""
+    """The verbs. Safe to use from several threads.
+
+    `after` is told of devices that may be unmapped or deleted, `committed` of names that were committed.
+    """
 
     def __init__(
         self, store: Store, pool: Pool, golden: Bases, sizes: Sizes, after: Callable[[int], None],
-        images: Images | None = None,
+        images: Images | None = None, seals: Seals | None = None,
+        committed: Callable[[str], None] = lambda _name: None,
     ) -> None:  # fmt: skip
         self._store, self._pool, self._bases, self._sizes, self._after = store, pool, golden, sizes, after
         self._images: Images = images or NoImages()
+        self._seals, self._committed = seals, committed
         self._locks, self._devices = Locks(), Locks()
 
     def prepare(
@@ -109,7 +117,7 @@ class Snapshotter:
                     raise Unavailable(f"{error}; the empty base is made anew, try again") from None
                 raise SnapshotterError(f"the data of {parent!r} is lost: {error}; pull its image again") from None
             self._store.made(row)
-            return self._mounts(row)
+            return self._mounts(row, deadline)
 
     def _origin(self, key: str, parent: str, labels: Mapping[str, str], deadline: Deadline) -> _Origin:
         if parent:
@@ -197,17 +205,20 @@ class Snapshotter:
             raise NotFound(key, what)
         return row
 
-    def _mounts(self, row: Snapshot) -> list[Mount]:
-        options = ["nouuid"] if row.fstype == "xfs" else []
+    def _mounts(self, row: Snapshot, deadline: Deadline) -> list[Mount]:
+        source, options = self._pool.path(row.device), ["nouuid"] if row.fstype == "xfs" else []
         if row.kind is Kind.VIEW:
             options.insert(0, "ro")
-        return [Mount(fstype=row.fstype, source=self._pool.path(row.device), options=tuple(options))]
+            if self._seals is not None:
+                above = self._store.get(row.parent)
+                source = self._seals.open(row, above.device if above is not None else 0, deadline)
+        return [Mount(fstype=row.fstype, source=source, options=tuple(options))]
 
     def mounts(self, key: str, deadline: Deadline) -> list[Mount]:
         """The mount of an active snapshot or view; its device is there when the call returns."""
         row = self._seen(key, deadline)
         if row.state is State.READY and row.kind is not Kind.COMMITTED and self._pool.find(row.device) is not None:
-            return self._mounts(row)
+            return self._mounts(row, deadline)
         with self._locks.held(key, deadline=deadline):
             row = self._seen_now(key)
             if row.kind is Kind.COMMITTED:
@@ -219,7 +230,7 @@ class Snapshotter:
             if row.state is State.RECOVERED:
                 with self._store.transaction(durable=False):
                     self._store.set_state(key, State.READY)
-        return self._mounts(row)
+        return self._mounts(row, deadline)
 
     def _seen_now(self, key: str) -> Snapshot:
         row = self._store.get(key)
@@ -250,6 +261,7 @@ class Snapshotter:
                     raise NotOffered("rebase is not offered: a block device cannot be put on another parent at Commit")
                 self._store.commit(key, name, labels, time.time_ns())
         self._after(row.device)
+        self._committed(name)
 
     def remove(self, key: str, deadline: Deadline) -> None:
         """Forget the snapshot; its device is deleted behind, once nobody has it open."""

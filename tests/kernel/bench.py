@@ -67,9 +67,14 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
     fio = {}
     for job, turns in result["fio"]["runvol"].items():
         theirs = result["fio"]["overlayfs"][job]
-        ratio = statistics.median(turns.values()) / statistics.median(theirs.values())
-        fio[job] = {"runvol": turns, "overlayfs": theirs, "ratio of medians": ratio}
-    return {**result, "calls": calls, "fio": fio}
+        ratios = sorted(turns[turn] / theirs[turn] for turn in turns)
+        fio[job] = {"runvol": turns, "overlayfs": theirs, "ratio": statistics.median(ratios),
+                    "quartiles": [_percentile(ratios, 0.25), _percentile(ratios, 0.75)]}  # fmt: skip
+    beyond = {
+        call: {"median": statistics.median(times), "quartiles": [_percentile(sorted(times), q) for q in (0.25, 0.75)],
+               "pairs": times} for call, times in result["beyond"].items()
+    }  # fmt: skip
+    return {**result, "calls": calls, "fio": fio, "beyond": beyond}
 
 
 def show(found: dict[str, Any], console: Console) -> None:
@@ -90,6 +95,13 @@ def show(found: dict[str, Any], console: Console) -> None:
         beyond = f"{rows[0]['min'] - empty['min']:.1f}, {rows[0]['p50'] - empty['p50']:.1f}" if call in ORDER else ""
         table.add_row(call, *cells, f"{rows[1]['p50'] / rows[0]['p50']:.1f}", beyond)
     console.print(table)
+    table = Table(title="beyond the empty calls around it, ms", box=None, header_style="bold")
+    for column in ("call", "median", "quartiles"):
+        table.add_column(column)
+    for call, one in found["beyond"].items():
+        low, high = one["quartiles"]
+        table.add_row(call, f"{one['median']:.2f}", f"{low:.2f} to {high:.2f}")
+    console.print(table)
     table = Table(title="for each call: runvol (devmapper)", box=None, header_style="bold")
     for column in ("call", "execs", "mounts", "fsyncs", "system calls"):
         table.add_column(column)
@@ -99,10 +111,11 @@ def show(found: dict[str, Any], console: Console) -> None:
                                                                                    "system calls")))  # fmt: skip
     console.print(table)
     table = Table(title="fio on a root filesystem: runvol / overlayfs on ext4", box=None, header_style="bold")
-    for column in ("job", "ratio of medians"):
+    for column in ("job", "ratio, median of the turns", "quartiles"):
         table.add_column(column)
     for job, one in found["fio"].items():
-        table.add_row(job, f"{one['ratio of medians']:.2f}" + (" (time)" if "first" in job else ""))
+        low, high = one["quartiles"]
+        table.add_row(job, f"{one['ratio']:.2f}" + (" (time)" if "first" in job else ""), f"{low:.2f} to {high:.2f}")
     console.print(table)
     for name, value in found.get("many", {}).items():
         console.print(f"{name}: {value:.1f}")
@@ -133,7 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=20, help="of the latencies; 0 leaves them out")
     parser.add_argument("--many", type=int, default=1000, help="snapshots for the last part; 0 leaves it out")
-    parser.add_argument("--seconds", type=int, default=5, help="of each fio job; 0 leaves it out")
+    parser.add_argument("--seconds", type=int, default=2, help="of each turn of each fio job; 0 leaves it out")
     parser.add_argument("--out", type=Path, default=ROOT / "bench-results")
     options = parser.parse_args()
     if devicemapper.available():

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from blockdev.devicemapper import Mapper, node
-from blockdev.dm_targets import ThinPool
+from blockdev.dm_targets import Delay, Linear, ThinPool
 from tests.kernel.inside.server import MIB, program
 
 DISK = "/dev/ubdb"
@@ -24,6 +24,10 @@ SLICE = 5 << 30
 WORK = Path("/run/bench")
 SIZE = 512 * MIB
 CALLS = ("empty", "Prepare, no parent", "Prepare, committed parent", "Commit", "Remove", "Mounts", "Stat")
+TURNS = 9
+# What a request to the second disk takes: 32 at a time are 3,200 a second, as a small cloud disk has.
+SERVICE_MS = 10
+PAIRS = 60
 FIO = (("randread", "4k", 32), ("randwrite", "4k", 32), ("read", "1M", 8), ("write", "1M", 8))
 
 
@@ -31,12 +35,24 @@ def say(text: str) -> None:
     print(f"==> {text}", flush=True)
 
 
-def partitions() -> dict[str, str]:
-    """One disk, so that each peer stands on it with nothing in between."""
+def partitions(mapper: Mapper) -> dict[str, str]:
+    """One disk, each peer on a slice of it, whose table can be changed for one with a service time."""
     sizes = {"ours": SLICE, "peer-meta": 32 * MIB, "peer-data": SLICE, "overlay": SLICE}
     script = "label: gpt\n" + "".join(f"size={size // 512}\n" for size in sizes.values())
     subprocess.run(["sfdisk", "-q", DISK], input=script, text=True, check=True)
-    return {name: f"{DISK}{number}" for number, name in enumerate(sizes, 1)}
+    for number, (name, size) in enumerate(sizes.items(), 1):
+        mapper.create(f"disk-{name}")
+        mapper.load(f"disk-{name}", [Linear(length=size // 512, device=f"{DISK}{number}")])
+        mapper.resume(f"disk-{name}")
+    return {name: node(f"disk-{name}") for name in sizes}
+
+
+def slow_down(mapper: Mapper, milliseconds: int) -> None:
+    """Every request to the slices that fio uses takes this long from now on (the kernel's clock ticks each 10 ms)."""
+    for number, name in ((1, "ours"), (4, "overlay")):
+        mapper.load(f"disk-{name}", [Delay(length=SLICE // 512, device=f"{DISK}{number}", milliseconds=milliseconds)])
+        mapper.suspend(f"disk-{name}")
+        mapper.resume(f"disk-{name}")
 
 
 class Peers:
@@ -50,7 +66,8 @@ class Peers:
             "RUNVOL_SNAPSHOTTER_ENDPOINT": f"unix://{WORK}/ours.sock", "RUNVOL_SNAPSHOTTER_SIZE_BYTES": str(SIZE),
             "RUNVOL_POOL_AUTOEXTEND_PERCENT": "0",
         }  # fmt: skip
-        subprocess.run([sys.executable, "-m", "runvol", "pool", "init", "--device", parts["ours"]], check=True,
+        subprocess.run([sys.executable, "-m", "runvol", "pool", "init", "--device", parts["ours"],
+                        *os.environ.get("RUNVOL_BENCH_POOL", "").split()], check=True,
                        env=self.environment, stdout=subprocess.DEVNULL)  # fmt: skip
         self.start("runvol", [sys.executable, "-m", "runvol", "snapshotter"], f"{WORK}/ours.sock")
         mapper.create("bench-peer")
@@ -90,6 +107,15 @@ def latency(peers: Peers, rounds: int) -> dict[str, dict[str, list[float]]]:
     return found
 
 
+def beyond(peers: Peers, call: str) -> list[float]:
+    """By how many ms each of a row of calls was longer than the mean of the empty ones before and after it."""
+    done = subprocess.run([program("measure"), "beyond", call, peers.sockets["runvol"], str(PAIRS)], check=True,
+                          capture_output=True, text=True)  # fmt: skip
+    found = json.loads(done.stdout)
+    assert isinstance(found, list)
+    return found
+
+
 def counts(peers: Peers, name: str, call: str, number: int) -> dict[str, float]:
     """System calls of the server and of all that it starts, for each call."""
     out = WORK / "strace"
@@ -121,16 +147,15 @@ def counts(peers: Peers, name: str, call: str, number: int) -> dict[str, float]:
     }
 
 
-def root_filesystems(peers: Peers, seconds: int) -> dict[str, dict[str, dict[str, float]]]:
+def root_filesystems(peers: Peers, mapper: Mapper, seconds: int) -> dict[str, dict[str, dict[str, float]]]:
     """fio on a container's root filesystem, ours and overlayfs on ext4, in turns."""
     places = {}
     for name in ("runvol", "overlayfs"):
         subprocess.run([program("measure"), "prepare", peers.sockets[name], "", "1"], check=True)
         places[name] = WORK / f"root-{name}"
         places[name].mkdir()
-    with Mapper() as mapper:
-        newest = max((entry.name for entry in mapper.devices() if re.fullmatch(r"runvol-\w{8}-\d+", entry.name)),
-                     key=lambda one: int(one.rsplit("-", 1)[1]))  # fmt: skip
+    newest = max((entry.name for entry in mapper.devices() if re.fullmatch(r"runvol-\w{8}-\d+", entry.name)),
+                 key=lambda one: int(one.rsplit("-", 1)[1]))  # fmt: skip
     subprocess.run(["mount", node(newest), places["runvol"]], check=True)
     upper = WORK / "overlayfs" / "by-hand"
     for part in ("lower", "upper", "work"):
@@ -142,12 +167,16 @@ def root_filesystems(peers: Peers, seconds: int) -> dict[str, dict[str, dict[str
         started = time.monotonic()
         _fio(place, "write", "1M", 8, 0)
         found[name]["first write of 256 MiB"] = {"seconds": time.monotonic() - started}
-    for turn in range(3):
-        for pattern, block, depth in FIO:
-            for name in places if turn % 2 == 0 else reversed(places):
-                figures = _fio(places[name], pattern, block, depth, seconds)
-                found[name].setdefault(f"{pattern} {block} QD{depth}", {})[f"turn {turn}"] = figures
-                say(f"fio {pattern} {block} on {name}: {figures:.0f} IOPS")
+    for disk, turns in (("memory", TURNS), (f"{SERVICE_MS} ms", 3)):
+        if disk != "memory":
+            slow_down(mapper, SERVICE_MS)
+        # Many short turns, since what this kernel's one processor does besides differs from second to second.
+        for turn in range(turns):
+            for pattern, block, depth in FIO:
+                for name in places if turn % 2 == 0 else reversed(places):
+                    figures = _fio(places[name], pattern, block, depth, seconds)
+                    found[name].setdefault(f"{pattern} {block} QD{depth}, disk: {disk}", {})[f"turn {turn}"] = figures
+            say(f"fio, disk: {disk}, turn {turn + 1} of {turns}")
     for place in places.values():
         subprocess.run(["umount", place], check=True)
     return found
@@ -206,18 +235,20 @@ def _resident(peers: Peers) -> float:
 def main(out: str, rounds: int, count: int, seconds: int) -> None:
     WORK.mkdir(parents=True)
     with Mapper() as mapper:
-        peers = Peers(mapper, partitions())
+        peers = Peers(mapper, partitions(mapper))
         time.sleep(3)
         result: dict[str, object] = {"kernel": os.uname().release}
         if rounds:
             result["calls"] = latency(peers, rounds)
             result["resident (MiB)"] = _resident(peers)
+            say(f"each call beside an empty one, {PAIRS} times")
+            result["beyond"] = {call: beyond(peers, call) for call in CALLS if call != "empty"}
             say("system calls, counted with strace")
             result["counts"] = {
                 name: {call: counts(peers, name, call, 10) for call in CALLS} for name in ("runvol", "devmapper")
             }
         if seconds:
-            result["fio"] = root_filesystems(peers, seconds)
+            result["fio"] = root_filesystems(peers, mapper, seconds)
         if count:
             result["many"] = many(peers, count)
         Path(out).write_text(json.dumps(result))

@@ -46,12 +46,12 @@ class Lab:
     def __init__(
         self, directory: Path, *, data: int = 256 * MIB, metadata: int = 8 * MIB, size: int = 32 * MIB,
         fstype: str = "ext4", limits: Limits | None = None, by_namespace: dict[str, int] | None = None,
-        discard: bool = True, images: str = "", made: bool = False,
+        discard: bool = True, images: str = "", made: bool = False, verity: bool = False,
     ) -> None:  # fmt: skip
         self.directory = directory
         self.state = str(directory / "state")
         self.settings = Settings(state_dir=self.state, fstype=fstype, size=size, by_namespace=by_namespace or {},
-                                 limits=limits or Limits(extend_by=0), discard=discard, images=images)  # fmt: skip
+                                 limits=limits or Limits(extend_by=0), discard=discard, images=images, verity=verity)  # fmt: skip
         self.name = self._pool_name(directory)
         if not made:
             self.make_pool(directory, data, metadata)
@@ -98,6 +98,7 @@ class Lab:
         with Mapper() as mapper:
             it = self.description
             pool, below = assembly.assemble(mapper, self.state, soon())
+            _forget_seals(mapper, f"runvol-{it.identity[:8]}-")
             assembly.disassemble(mapper, pool, below, soon())
             _forget_images(mapper)
             assert mapper.find(it.name) is None
@@ -182,7 +183,29 @@ class Lab:
         found += [f"device {one} mapped for nobody" for one in self.mapped() - active]
         found += [f"doomed {one}" for one in store.doomed()]
         found += [f"intent {row.key}" for row in store.intents()]
+        return found + self._seal_leaks(rows)
+
+    def _seal_leaks(self, rows: set[int]) -> list[str]:
+        """Trees of no layer, and devices over no view."""
+        folder = Path(self.state) / "seals"
+        trees = {path.name for path in folder.iterdir()} if folder.exists() else set()
+        found = [f"seal {name} of no layer" for name in trees - {str(one) for one in rows}]
+        views = {self.node.pool.device_name(self.stat(key).device) for key in self.names()
+                 if self.stat(key).kind is Kind.VIEW}  # fmt: skip
+        mapped = {one.name for one in self.node.mapper.devices() if one.name.endswith("-seal")}
+        found += [f"{name} over no view" for name in mapped if name.removesuffix("-seal") not in views]
+        if not mapped:
+            found += [f"a loop device on {name}" for name in trees if loops.find(str(folder / name))]
         return found
+
+    def seal(self, key: str) -> bool:
+        """Let the sealer do this layer now; whether it is sealed."""
+        assert self.node.sealer is not None
+        assert self.node.seals is not None
+        self.reap()
+        self.node.sealer.seal(key)
+        self.reap()
+        return self.node.seals.of(self.stat(key).device) is not None
 
     def destroy(self) -> None:
         with contextlib.suppress(Exception):
@@ -190,6 +213,7 @@ class Lab:
         with Mapper() as mapper:
             it = self.description
             prefix = f"runvol-{it.identity[:8]}-"
+            _forget_seals(mapper, prefix)
             for entry in mapper.devices():
                 if entry.name.startswith(prefix):
                     if (found := mapper.find(entry.name)) and found.suspended:
@@ -200,6 +224,18 @@ class Lab:
                 if mapper.find(name) is not None:
                     mapper.remove(name)
             Backing(mapper, it).detach(soon())
+
+
+def _forget_seals(mapper: Mapper, prefix: str) -> None:
+    for entry in mapper.devices():
+        if entry.name.startswith(prefix) and entry.name.endswith("-seal"):
+            for device in loops.find(node(entry.name)):
+                loops.clear(device)
+            below = mapper.dependencies(entry.name)
+            mapper.remove(entry.name)
+            for number in below:
+                with contextlib.suppress(OSError):
+                    loops.clear(f"/dev/loop{number.split(':')[1]}")
 
 
 def _forget_images(mapper: Mapper) -> None:

@@ -27,6 +27,7 @@ class Scene:
     before: Callable[[Lab], object]
     call: Callable[[Lab], object]
     holds: Callable[[Lab], bool]
+    verity: bool = False
 
 
 def _active(lab: Lab, key: str) -> bool:
@@ -54,6 +55,24 @@ SCENES = {
         lambda lab: _active(lab, "k") and lab.stat("k").size == 64 * MIB,
     ),
     "view": Scene(lambda lab: None, lambda lab: lab.view("k", "layer"), lambda lab: _active(lab, "k")),
+    "sealing a layer": Scene(
+        lambda lab: (lab.prepare("a", "layer"), lab.commit("b", "a")),
+        lambda lab: lab.seal("b"),
+        lambda lab: lab.node.seals is not None and lab.node.seals.of(lab.stat("b").device) is not None,
+        verity=True,
+    ),
+    "view of a sealed layer": Scene(
+        lambda lab: lab.seal("layer"),
+        lambda lab: lab.view("k", "layer"),
+        lambda lab: _active(lab, "k") and lab.mounts("k")[0].source.startswith("/dev/loop"),
+        verity=True,
+    ),
+    "remove of a sealed layer's view, and of the layer": Scene(
+        lambda lab: (lab.prepare("a", "layer"), lab.commit("b", "a"), lab.seal("b"), lab.view("k", "b")),
+        lambda lab: (lab.remove("k"), lab.remove("b"), lab.reap()),
+        lambda lab: "b" not in lab,
+        verity=True,
+    ),
     "commit": Scene(
         lambda lab: lab.prepare("a", "layer"), lambda lab: lab.commit("done", "a"), lambda lab: "done" in lab
     ),
@@ -101,7 +120,7 @@ def test_a_kill_in_front_of_every_step_loses_and_leaks_nothing(
     make_lab: Callable[..., Lab], name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     scene = SCENES[name]
-    lab = make_lab()
+    lab = make_lab(verity=scene.verity)
     lab.layer("layer", files={"content": _CONTENT})
     points = 0
     for number in range(1, _MOST_STEPS):
@@ -115,6 +134,9 @@ def test_a_kill_in_front_of_every_step_loses_and_leaks_nothing(
             # The call may have ended before the kill, as far as anybody can see.
             with contextlib.suppress(AlreadyExists, NotFound):
                 scene.call(lab)
+            if name.startswith("remove of a sealed"):
+                with contextlib.suppress(NotFound):
+                    lab.remove("b")
         else:
             assert status == 0, "the call failed by itself"
         assert scene.holds(lab), f"after a kill in front of step {number} of {name}"

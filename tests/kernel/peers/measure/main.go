@@ -3,6 +3,7 @@
 //	measure ROUNDS PARALLEL NAME=SOCKET...
 //	measure prepare SOCKET PARENT COUNT      (leaves COUNT active snapshots behind)
 //	measure empty SOCKET COUNT
+//	measure beyond CALL SOCKET COUNT         (each call between two empty ones: by how many ms it was longer)
 //	measure only CALL SOCKET COUNT           (waits for a line before it makes the calls)
 package main
 
@@ -137,7 +138,19 @@ func main() {
 		return
 	}
 	if len(args) == 4 && args[0] == "only" {
-		only(args[1], dial("one", args[2]), number(args[3]))
+		call := prepared(args[1], dial("one", args[2]), number(args[3]))
+		fmt.Println("ready")
+		if _, err := bufio.NewReader(os.Stdin).ReadString('\n'); err != nil {
+			must(err)
+		}
+		for i := range number(args[3]) {
+			must(call(i))
+		}
+		fmt.Println("done")
+		return
+	}
+	if len(args) == 4 && args[0] == "beyond" {
+		must(json.NewEncoder(os.Stdout).Encode(beyond(args[1], dial("one", args[2]), number(args[3]))))
 		return
 	}
 	if len(args) == 3 && args[0] == "empty" {
@@ -176,8 +189,26 @@ func main() {
 	must(json.NewEncoder(os.Stdout).Encode(out))
 }
 
-// only sets COUNT calls of one kind up, says so, waits for a line, and makes them: for whoever counts what they cost.
-func only(kind string, p *peer, count int) {
+// beyond makes COUNT calls of one kind, each between two empty ones that are as warm as it is.
+func beyond(kind string, p *peer, count int) []float64 {
+	call := prepared(kind, p, count)
+	// What the preparation left to do behind the calls is done first.
+	time.Sleep(4 * time.Second)
+	p.empty("empty")
+	for i := range count {
+		p.time("call", func() error { return call(i) })
+		p.empty("empty")
+	}
+	longer := []float64{}
+	// The first calls of a kind load what the later ones have.
+	for i := count / 10; i < count; i++ {
+		longer = append(longer, p.times["call"][i]-(p.times["empty"][i]+p.times["empty"][i+1])/2)
+	}
+	return longer
+}
+
+// prepared sets COUNT calls of one kind up; the function makes the i-th of them.
+func prepared(kind string, p *peer, count int) func(i int) error {
 	id := fmt.Sprintf("only/%d/", os.Getpid())
 	key := func(i int) string { return fmt.Sprintf("%s%d", id, i) }
 	_, err := p.sn.Prepare(ctx, id+"base", "")
@@ -205,14 +236,7 @@ func only(kind string, p *peer, count int) {
 	if !known {
 		must(fmt.Errorf("%s is no call", kind))
 	}
-	fmt.Println("ready")
-	if _, err := bufio.NewReader(os.Stdin).ReadString('\n'); err != nil {
-		must(err)
-	}
-	for i := range count {
-		must(call(i))
-	}
-	fmt.Println("done")
+	return call
 }
 
 func number(text string) int {

@@ -1,0 +1,102 @@
+"""The kernel's own NFS server in the user-mode kernel, for versions 3, 4.0, 4.1 and 4.2; the tools are unpacked, not installed.
+
+Its root is exported with fsid=0, and holds a link that makes the same path mean the same in version 3 and 4.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from blockdev import syscalls
+
+ROOT = Path("/srv/export")
+VERSIONS = ("3", "4.0", "4.1", "4.2")
+
+
+def in_user_mode_kernel() -> bool:
+    return Path("/run/kernel/modprobe").exists()
+
+
+class KernelNfs:
+    """One server a kernel; `start` may be called again after `stop`."""
+
+    def __init__(self, disk: Path, *, size: int = 256 << 20) -> None:
+        if not in_user_mode_kernel():
+            pytest.skip("the NFS server covers /etc and /var/lib, which only a kernel of the tests' own allows")
+        self.tree = Path(os.environ["RUNVOL_NFS"])
+        libraries = ":".join(str(self.tree / place / "x86_64-linux-gnu") for place in ("usr/lib", "lib"))
+        self._environment = {**os.environ, "LD_LIBRARY_PATH": libraries}
+        self._daemons: list[int] = []
+        self._prepare(disk, size)
+
+    def _run(self, *command: str) -> None:
+        subprocess.run(command, check=True, env=self._environment, capture_output=True)
+
+    def _tool(self, name: str) -> str:
+        return str(next(path for place in ("usr/sbin", "sbin") if (path := self.tree / place / name).exists()))
+
+    def _prepare(self, disk: Path, size: int) -> None:
+        if not Path("/etc/netconfig").exists():
+            etc = Path("/run/etc")
+            etc.mkdir()
+            (etc / "passwd").write_text(f"{Path('/etc/passwd').read_text()}_rpc:x:998:65534::/run/rpcbind:/bin/false\n")
+            self._run("mount", "-t", "overlay", "-o", f"lowerdir={etc}:{self.tree}/etc:/etc", "none", "/etc")
+            self._run("modprobe", "-d", "/run/kernel", "-a", "nfsd", "nfs", "nfsv3", "nfsv4")
+            self._run("mount", "-t", "nfsd", "nfsd", "/proc/fs/nfsd")
+        for place in ("/var/lib/nfs/v4recovery", "/var/lib/nfs/sm", "/run/rpcbind", str(ROOT)):
+            os.makedirs(place, exist_ok=True)
+        Path("/var/lib/nfs/etab").touch()
+        with open(disk, "wb") as opened:
+            opened.truncate(size)
+        self._run("mkfs.ext4", "-q", str(disk))
+        self._run("mount", "-o", "loop", str(disk), str(ROOT))
+        (ROOT / "srv").mkdir()
+        (ROOT / "srv/export").symlink_to("..")
+
+    def start(self) -> None:
+        if not self._daemons:
+            before = _pids()
+            self._run(self._tool("rpcbind"))
+            time.sleep(0.2)
+            self._run(
+                self._tool("exportfs"), "-i", "-o", "rw,no_root_squash,no_subtree_check,insecure,fsid=0", f"*:{ROOT}"
+            )
+            self._run(self._tool("rpc.mountd"))
+            self._daemons = sorted(_pids() - before)
+        for grace in ("nfsv4gracetime", "nfsv4leasetime"):
+            Path(f"/proc/fs/nfsd/{grace}").write_text("10")
+        self._run(self._tool("rpc.nfsd"), "-V", "3", "4")
+
+    def stop(self) -> None:
+        """The server is gone; its clients wait for it."""
+        self._run(self._tool("rpc.nfsd"), "0")
+
+    def mount(
+        self, target: Path, path: str = str(ROOT), *, version: str = "4.2", options: str = "soft,timeo=10,retrans=1"
+    ) -> None:
+        target.mkdir(parents=True, exist_ok=True)
+        more = "mountaddr=127.0.0.1,mountproto=tcp,proto=tcp,nolock" if version == "3" else "clientaddr=127.0.0.1"
+        syscalls.mount(f"127.0.0.1:{path}", str(target), "nfs" if version == "3" else "nfs4", 0,
+                       f"vers={version},addr=127.0.0.1,{more},{options}")  # fmt: skip
+
+    def close(self) -> None:
+        self.stop()
+        self._run(self._tool("exportfs"), "-ua")
+        for pid in self._daemons:
+            os.kill(pid, signal.SIGTERM)
+        for _ in range(50):
+            if subprocess.run(["umount", str(ROOT)], check=False, capture_output=True).returncode == 0:
+                return
+            time.sleep(0.2)
+        raise RuntimeError(f"{ROOT} is still in use")
+
+
+def _pids() -> set[int]:
+    return {int(name) for name in os.listdir("/proc") if name.isdigit()
+            and Path(f"/proc/{name}/comm").read_text().strip() in ("rpcbind", "rpc.mountd")}  # fmt: skip
