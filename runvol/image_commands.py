@@ -17,7 +17,7 @@ from runvol.serve_snapshots import state_dir
 from runvol_proto import containerd_snapshots_pb2 as pb
 from snapshotter.errors import BadRequest, NotFound, Unavailable
 from snapshotter.images import Share
-from snapshotter.model import LABEL_REF, Kind, Snapshot
+from snapshotter.model import LABEL_REF, Kind, Snapshot, chain_of
 from snapshotter.node import STORE
 from snapshotter.server import socket_path
 from snapshotter.service import NAME
@@ -69,7 +69,7 @@ def images_make(load: Loader, chain: str) -> None:
     share = _share(config)
     store = Store(os.path.join(state_dir(config), STORE))
     for row in reversed(_ancestry(store, chain)):
-        reference = row.labels.get(LABEL_REF, "")
+        reference = chain_of(row)
         if row.image == reference and not row.device:
             click.echo(f"{reference}: it comes from there")
             continue
@@ -79,7 +79,7 @@ def images_make(load: Loader, chain: str) -> None:
 def _ancestry(store: Store, wanted: str) -> list[Snapshot]:
     """The chain and its parents, topmost first; each of them must be known by a chain id."""
     found = [row for page in store.pages() for row in page
-             if row.kind is Kind.COMMITTED and wanted in (row.key, row.labels.get(LABEL_REF))]  # fmt: skip
+             if row.kind is Kind.COMMITTED and wanted in (row.key, chain_of(row))]  # fmt: skip
     if not found:
         raise NotFound(wanted, "committed snapshot")
     chain = [found[0]]
@@ -89,8 +89,9 @@ def _ancestry(store: Store, wanted: str) -> list[Snapshot]:
             raise NotFound(chain[-1].parent, "parent")
         chain.append(above)
     for row in chain:
-        if not row.labels.get(LABEL_REF):
-            raise BadRequest("chain", row.key, f"has no label {LABEL_REF}: it was not unpacked from an image")
+        if not chain_of(row):
+            raise BadRequest("chain", row.key, f"has no chain id, in its name or its label {LABEL_REF}: it was not "
+                             "unpacked from an image")  # fmt: skip
     return chain
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import enum
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+_NAMED_BY_CHAIN = re.compile(r"[^/]+/\d+/(sha256:[0-9a-f]{64})\Z")
 LABEL_REF = "containerd.io/snapshot.ref"
 LABEL_PREFIX = "containerd.io/snapshot/"
 # A limit in bytes for one snapshot's filesystem; containerd's own name for it from 2.4 on.
@@ -56,3 +58,13 @@ class Snapshot:
     updated: int
     image: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
+
+
+def chain_of(row: Snapshot) -> str:
+    """The chain id of an unpacked layer; empty for what was not unpacked from an image.
+
+    containerd commits a layer under its chain id, which its own store turns into `<namespace>/<number>/<chain id>`; the
+    label is there only while it is extracted, and on layers that were answered from shared storage.
+    """
+    named = _NAMED_BY_CHAIN.match(row.key)
+    return row.labels.get(LABEL_REF, "") or (named[1] if named else "")

@@ -7,12 +7,14 @@ a size that was never asked for before.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from blockdev import Deadline, filesystems, superblocks
+from blockdev.errors import BlockdevError
 from snapshotter import bases, filters
 from snapshotter.bases import Bases
 from snapshotter.errors import (
@@ -116,6 +118,12 @@ class Snapshotter:
                     self._bases.forget(origin.fstype, origin.size)
                     raise Unavailable(f"{error}; the empty base is made anew, try again") from None
                 raise SnapshotterError(f"the data of {parent!r} is lost: {error}; pull its image again") from None
+            except (SnapshotterError, BlockdevError, OSError):
+                # The caller may never come again, and would not find it: an intent is in no list.
+                if row.state is State.PREPARING:
+                    with contextlib.suppress(SnapshotterError):
+                        self._drop(row)
+                raise
             self._store.made(row)
             return self._mounts(row, deadline)
 

@@ -36,16 +36,17 @@ class KernelNfs:
         self._prepare(disk, size)
 
     def _run(self, *command: str) -> None:
-        subprocess.run(command, check=True, env=self._environment, capture_output=True)
+        done = subprocess.run(command, check=False, env=self._environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
 
     def _tool(self, name: str) -> str:
         return str(next(path for place in ("usr/sbin", "sbin") if (path := self.tree / place / name).exists()))
 
     def _prepare(self, disk: Path, size: int) -> None:
-        if not Path("/etc/netconfig").exists():
+        if not Path("/run/etc").exists():
             etc = Path("/run/etc")
             etc.mkdir()
-            (etc / "passwd").write_text(f"{Path('/etc/passwd').read_text()}_rpc:x:998:65534::/run/rpcbind:/bin/false\n")
+            (etc / "passwd").write_text(f"{Path('/etc/passwd').read_text()}_rpc:x:0:0::/run/rpcbind:/bin/false\n")
             self._run("mount", "-t", "overlay", "-o", f"lowerdir={etc}:{self.tree}/etc:/etc", "none", "/etc")
             self._run("modprobe", "-d", "/run/kernel", "-a", "nfsd", "nfs", "nfsv3", "nfsv4")
             self._run("mount", "-t", "nfsd", "nfsd", "/proc/fs/nfsd")
@@ -60,17 +61,26 @@ class KernelNfs:
         (ROOT / "srv/export").symlink_to("..")
 
     def start(self) -> None:
+        """The server answers; nothing happens if it does."""
+        if int(Path("/proc/fs/nfsd/threads").read_text()):
+            return
         if not self._daemons:
             before = _pids()
             self._run(self._tool("rpcbind"))
-            time.sleep(0.2)
+            until = time.monotonic() + 20
+            while not Path("/run/rpcbind.sock").exists():
+                assert time.monotonic() < until, "rpcbind does not listen"
+                time.sleep(0.1)
+            time.sleep(0.3)
             self._run(
                 self._tool("exportfs"), "-i", "-o", "rw,no_root_squash,no_subtree_check,insecure,fsid=0", f"*:{ROOT}"
             )
             self._run(self._tool("rpc.mountd"))
             self._daemons = sorted(_pids() - before)
         for grace in ("nfsv4gracetime", "nfsv4leasetime"):
-            Path(f"/proc/fs/nfsd/{grace}").write_text("10")
+            path = Path(f"/proc/fs/nfsd/{grace}")
+            if path.exists():
+                path.write_text("10")
         self._run(self._tool("rpc.nfsd"), "-V", "3", "4")
 
     def stop(self) -> None:
@@ -86,6 +96,12 @@ class KernelNfs:
                        f"vers={version},addr=127.0.0.1,{more},{options}")  # fmt: skip
 
     def close(self) -> None:
+        """Nobody waits for the server afterwards, whatever a failed test has left mounted."""
+        self.start()
+        with open("/proc/self/mounts") as mounts:
+            left = [line.split()[1] for line in mounts if line.startswith("127.0.0.1:")]
+        for place in left:
+            subprocess.run(["umount", "-f", "-l", place], check=False, capture_output=True)
         self.stop()
         self._run(self._tool("exportfs"), "-ua")
         for pid in self._daemons:

@@ -109,6 +109,10 @@ disabled_plugins = ["io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime
   address = "{server.socket}"
   [proxy_plugins.runvol.exports]
     root = "{server.state}"
+[plugins."io.containerd.transfer.v1.local"]
+  [[plugins."io.containerd.transfer.v1.local".unpack_config]]
+    platform = "linux/amd64"
+    snapshotter = "runvol"
 """)
         self.process: subprocess.Popen[bytes] | None = None
 

@@ -259,6 +259,7 @@ def test_a_share_that_hangs_costs_an_error_within_its_limit(other: Lab, share: S
     with pytest.raises(Unavailable, match="do not answer"):
         other.prepare("d", base)
     assert time.monotonic() - started < 1, "every call waits anew"
+    assert not {row.key for row in other.node.store.children(base)}, "a refused call has left something"
     other.prepare("of nothing")
     # Whoever waits is let go, so that the thread ends.
     os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))

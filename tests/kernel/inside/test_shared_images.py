@@ -55,7 +55,7 @@ def test_a_pull_fetches_no_layer_that_the_share_has(tmp_path: Path, directory: P
 
         def pull() -> list[str]:
             registry.fetched.clear()
-            containerd.ctr("images", "pull", "--plain-http", "--local", "--snapshotter", "runvol", registry.name)
+            containerd.ctr("images", "pull", "--plain-http", "--snapshotter", "runvol", registry.name)
             return [digest for digest in registry.layers if digest in registry.fetched]
 
         def run(name: str) -> str:
@@ -100,7 +100,7 @@ def test_a_pull_fetches_no_layer_that_the_share_has(tmp_path: Path, directory: P
 
 
 def test_a_server_that_dies_is_an_error_for_new_containers_and_for_nobody_else(
-    make_lab: Callable[..., Lab], nfs: KernelNfs, tmp_path: Path
+    nfs: KernelNfs, make_lab: Callable[..., Lab], tmp_path: Path
 ) -> None:
     place = tmp_path / "mounted"
     # As an operator mounts shared storage: it waits for its server for ever.
