@@ -18,17 +18,15 @@ from guestmount import BadRequest, Busy, Node, Refused
 from guestmount.requests import check_capability
 from runvol_proto import csi_pb2
 from volumes import Capability, ContentSource, Volume, VolumeNotFound, parameters
+from volumes.backend import Backend
 from volumes.sizes import LARGEST
 
 _RPC = csi_pb2.ControllerServiceCapability.RPC
+_OF_SNAPSHOTS = (_RPC.CREATE_DELETE_SNAPSHOT, _RPC.LIST_SNAPSHOTS, _RPC.GET_SNAPSHOT, _RPC.CLONE_VOLUME)
 _CAPABILITIES = (
     _RPC.CREATE_DELETE_VOLUME,
     _RPC.LIST_VOLUMES,
     _RPC.GET_CAPACITY,
-    _RPC.CREATE_DELETE_SNAPSHOT,
-    _RPC.LIST_SNAPSHOTS,
-    _RPC.GET_SNAPSHOT,
-    _RPC.CLONE_VOLUME,
     _RPC.EXPAND_VOLUME,
     _RPC.VOLUME_CONDITION,
     _RPC.GET_VOLUME,
@@ -69,7 +67,7 @@ class Controller(SnapshotCalls):
         self, _request: csi_pb2.ControllerGetCapabilitiesRequest, _deadline: Deadline
     ) -> csi_pb2.ControllerGetCapabilitiesResponse:
         response = csi_pb2.ControllerGetCapabilitiesResponse()
-        for capability in _CAPABILITIES:
+        for capability in _CAPABILITIES + (_OF_SNAPSHOTS if self._node.catalog.takes_snapshots else ()):
             response.capabilities.add().rpc.type = capability
         return response
 
@@ -78,8 +76,10 @@ class Controller(SnapshotCalls):
         if not request.volume_capabilities:
             raise BadRequest("volume_capabilities", None, "must be given")
         uses = [checks.capability("volume_capabilities", one) for one in request.volume_capabilities]
-        self._check_uses(uses)
-        chosen = parameters.check(checks.bounded_map("parameters", request.parameters))
+        chosen = parameters.check(
+            checks.bounded_map("parameters", request.parameters), default=self._node.catalog.default
+        )
+        self._check_uses(uses, self._node.catalog.for_parameters(chosen))
         checks.bounded_map("secrets", request.secrets, secret=True)
         if request.mutable_parameters:
             raise BadRequest(
@@ -96,10 +96,10 @@ class Controller(SnapshotCalls):
             message.content_source.CopyFrom(request.volume_content_source)
         return csi_pb2.CreateVolumeResponse(volume=message)
 
-    def _check_uses(self, uses: Sequence[Capability]) -> None:
+    def _check_uses(self, uses: Sequence[Capability], backend: Backend) -> None:
         for use in uses:
             try:
-                check_capability(use)
+                check_capability(use, backend.kind, multi_node=backend.multi_node)
             except Refused as error:
                 raise BadRequest("volume_capabilities", str(use.mode), str(error)) from error
         if len({use.fstype for use in uses if not use.raw}) > 1:
@@ -130,12 +130,13 @@ class Controller(SnapshotCalls):
             raise BadRequest("volume_capabilities", None, "must be given")
         uses = [checks.capability("volume_capabilities", one) for one in request.volume_capabilities]
         self._node.catalog.get(volume_id)
+        backend = self._node.catalog.of(volume_id)
         response = csi_pb2.ValidateVolumeCapabilitiesResponse()
         try:
-            parameters.check(checks.bounded_map("parameters", request.parameters))
+            parameters.check(checks.bounded_map("parameters", request.parameters), default=self._node.catalog.default)
             parameters.check_context(checks.bounded_map("volume_context", request.volume_context))
             for use in uses:
-                check_capability(use)
+                check_capability(use, backend.kind, multi_node=backend.multi_node)
         except Exception as error:
             response.message = str(error)
             return response
@@ -167,13 +168,16 @@ class Controller(SnapshotCalls):
         return response
 
     def GetCapacity(self, request: csi_pb2.GetCapacityRequest, _deadline: Deadline) -> csi_pb2.GetCapacityResponse:
-        chosen = parameters.check(checks.bounded_map("parameters", request.parameters))
+        chosen = parameters.check(
+            checks.bounded_map("parameters", request.parameters), default=self._node.catalog.default
+        )
         uses = [checks.capability("volume_capabilities", one) for one in request.volume_capabilities]
-        usable = all(use.refusal() is None for use in uses)
+        backend = self._node.catalog.for_parameters(chosen)
+        usable = all(use.refusal(backend.kind, multi_node=backend.multi_node) is None for use in uses)
         here = not request.HasField("accessible_topology") or topology.is_here(
             request.accessible_topology, self._node_id
         )
-        free = self._node.catalog.for_parameters(chosen).available_bytes() if usable and here else 0
+        free = backend.available_bytes() if usable and here else 0
         return csi_pb2.GetCapacityResponse(
             available_capacity=free, maximum_volume_size=Int64Value(value=min(free, LARGEST))
         )
@@ -186,9 +190,10 @@ class Controller(SnapshotCalls):
         if not request.HasField("capacity_range"):
             raise BadRequest("capacity_range", None, "must be given")
         checks.bounded_map("secrets", request.secrets, secret=True)
-        if request.HasField("volume_capability"):
-            check_capability(checks.capability("volume_capability", request.volume_capability))
         backend = self._node.catalog.of(volume_id)
+        if request.HasField("volume_capability"):
+            use = checks.capability("volume_capability", request.volume_capability)
+            check_capability(use, backend.kind, multi_node=backend.multi_node)
         capacity = backend.check_expand(volume_id, checks.size_range(request.capacity_range))
         return csi_pb2.ControllerExpandVolumeResponse(capacity_bytes=capacity, node_expansion_required=True)
 

@@ -30,7 +30,9 @@ class Identity:
         services = [csi_pb2.PluginCapability.Service.VOLUME_ACCESSIBILITY_CONSTRAINTS]
         if self._with_controller:
             kinds = csi_pb2.PluginCapability.Service
-            services += [kinds.CONTROLLER_SERVICE, kinds.GROUP_CONTROLLER_SERVICE]
+            services.append(kinds.CONTROLLER_SERVICE)
+            if self._catalog.takes_snapshots:
+                services.append(kinds.GROUP_CONTROLLER_SERVICE)
         response = csi_pb2.GetPluginCapabilitiesResponse()
         for service in services:
             response.capabilities.add().service.type = service

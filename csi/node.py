@@ -142,7 +142,9 @@ class NodeService:
             raise BadRequest("volume_path", "", "must be given")
         checks.bounded_map("secrets", request.secrets, secret=True)
         if request.HasField("volume_capability"):
-            check_capability(checks.capability("volume_capability", request.volume_capability))
+            backend = self._node.catalog.of(volume_id)
+            use = checks.capability("volume_capability", request.volume_capability)
+            check_capability(use, backend.kind, multi_node=backend.multi_node)
         size = checks.size_range(request.capacity_range)
         capacity = self._node.expand(volume_id, request.volume_path, size, deadline)
         return csi_pb2.NodeExpandVolumeResponse(capacity_bytes=capacity)
@@ -159,12 +161,14 @@ class NodeService:
         self, _request: csi_pb2.NodeGetStorageHealthRequest, _deadline: Deadline
     ) -> csi_pb2.NodeGetStorageHealthResponse:
         response = csi_pb2.NodeGetStorageHealthResponse()
-        try:
-            if not self._node.catalog.loop.available_bytes():
-                response.backend_health.add(
-                    status=csi_pb2.STORAGE_DEGRADED, reason="Full", message="the backend loop can promise no more bytes"
-                )
-        except (VolumeError, OSError) as error:
-            reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
-            response.backend_health.add(status=csi_pb2.STORAGE_UNREACHABLE, reason="StoreFailed", message=reason)
+        for backend in self._node.catalog.backends:
+            try:
+                if not backend.available_bytes():
+                    response.backend_health.add(
+                        status=csi_pb2.STORAGE_DEGRADED, reason="Full",
+                        message=f"the backend {backend.name} can promise no more bytes",
+                    )  # fmt: skip
+            except (VolumeError, OSError) as error:
+                reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+                response.backend_health.add(status=csi_pb2.STORAGE_UNREACHABLE, reason="StoreFailed", message=reason)
         return response

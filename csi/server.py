@@ -50,7 +50,8 @@ class Server:
         ]
         if "controller" in services:
             handlers.append(service_handler("Controller", Controller(node, node_id)))
-            handlers.append(service_handler("GroupController", GroupController(node, node_id)))
+            if node.catalog.takes_snapshots:
+                handlers.append(service_handler("GroupController", GroupController(node, node_id)))
         if "node" in services:
             handlers.append(service_handler("Node", NodeService(node, node_id)))
         self._server.add_generic_rpc_handlers(tuple(handlers))

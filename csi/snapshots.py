@@ -16,7 +16,7 @@ from csi.pages import page
 from csi.topology import here, segments
 from guestmount import BadRequest, Node
 from runvol_proto import csi_pb2
-from volumes import InvalidParameter, Snapshot, SnapshotGroup, VolumeNotFound, parameters
+from volumes import InvalidParameter, Snapshot, SnapshotGroup, VolumeKind, VolumeNotFound, parameters
 
 
 class SnapshotCalls:
@@ -44,8 +44,9 @@ class SnapshotCalls:
     @contextlib.contextmanager
     def _still(self, volume_id: str, deadline: Deadline) -> Iterator[str]:
         self._node.catalog.get(volume_id)
+        _check_can_snapshot(self._node, volume_id)
         with self._node.still([volume_id], deadline):
-            yield self._node.catalog.of(volume_id).attach(volume_id).path
+            yield self._node.catalog.loop.attach(volume_id).path
 
     def DeleteSnapshot(
         self, request: csi_pb2.DeleteSnapshotRequest, _deadline: Deadline
@@ -111,8 +112,9 @@ class GroupController:
         _check_parameters(request)
         for volume_id in volume_ids:
             self._node.catalog.get(volume_id)
+            _check_can_snapshot(self._node, volume_id)
         with self._node.still(volume_ids, deadline):
-            sources = [(one, self._node.catalog.of(one).attach(one).path) for one in volume_ids]
+            sources = [(one, self._node.catalog.loop.attach(one).path) for one in volume_ids]
             for volume_id in volume_ids:
                 self._node.check_unowned(volume_id)
             made = self._snapshots.create_group(name, sources, deadline)
@@ -144,6 +146,12 @@ class GroupController:
             creation_time=_time(max(one.created for one in group.snapshots)),
             ready_to_use=True,
         )
+
+
+def _check_can_snapshot(node: Node, volume_id: str) -> None:
+    backend = node.catalog.of(volume_id)
+    if backend.kind is not VolumeKind.BLOCK:
+        raise BadRequest("source_volume_id", volume_id, f"the backend {backend.name} takes no snapshots")
 
 
 def _check_parameters(request: Any) -> None:

@@ -17,7 +17,7 @@ import msgspec
 
 from blockdev import Deadline, durable
 from guestmount.errors import BadRequest, Busy, Refused
-from volumes import VOLUME_ID, AccessMode, Capability
+from volumes import VOLUME_ID, AccessMode, Capability, VolumeKind
 
 HOST, SANDBOX = "host", "sandbox"
 
@@ -62,6 +62,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     pod_namespace: str = ""
     pod_name: str = ""
     mount_group: str = ""
+    handler: str = ""
 
     @property
     def pod(self) -> str:
@@ -72,7 +73,8 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
     """The whole record.
 
     `prepared`: the owner's filesystem was checked, grown and given its group. `proved`: the kernel agreed to the
-    last release. `device`: the loop device that stands between, where the owner needs a node.
+    last release. `device`: the loop device that stands between, where the owner needs a node. A volume of files
+    (`kind`) has no owner, since any number of kernels may have it; each of its targets names its handler.
     """
 
     volume: str
@@ -84,6 +86,7 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
     prepared: bool = False
     proved: bool = False
     device: str = ""
+    kind: VolumeKind = VolumeKind.BLOCK
     version: int = 1
 
     def but(self, **changes: object) -> Claim:

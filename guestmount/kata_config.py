@@ -51,6 +51,14 @@ class KataConfig:
             return False
         return self.disable_block_device_use
 
+    def shared_by(self, annotations: Mapping[str, str]) -> str:
+        """How this pod's shim shares directories; a pod's annotation counts if it is enabled."""
+        key = "shared_fs"
+        value = annotations.get(_ANNOTATION + key)
+        if value is not None and any(_allowed(pattern, key) for pattern in self.enable_annotations):
+            return value.strip()
+        return self.shared_fs
+
 
 def _allowed(pattern: str, key: str) -> bool:
     try:

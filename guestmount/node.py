@@ -11,16 +11,19 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from blockdev import Deadline, DeviceBusy, filesystems, ioctls, loops, mounts
 from blockdev.detached import private_mount
 from blockdev.errors import BlockdevError
-from guestmount import groups, host_delivery, ownership, paths, placeholder, preflight
+from guestmount import file_delivery, groups, host_delivery, ownership, paths, placeholder, preflight
 from guestmount.claims import HOST, SANDBOX, Cell, Claim, Claims, Owner, Target, Use
 from guestmount.detect import Detector, Runtime
 from guestmount.errors import Conflict, Refused
 from guestmount.handoff import Delivery, Dialect
 from guestmount.requests import PublishRequest, StageRequest, check_capability, exists
-from volumes import Catalog, SizeRange, VolumeNotFound, parameters
+from volumes import Catalog, SizeRange, VolumeKind, VolumeNotFound, parameters
+from volumes.backend import BlockBackend
 
 log = logging.getLogger("runvol.node")
 
@@ -40,13 +43,13 @@ class Node:
     def stage(self, request: StageRequest, deadline: Deadline) -> None:
         """The volume is ready to be published: attached, and formatted if it was provably blank. Mounts nothing."""
         staging = paths.check("staging_target_path", request.staging_path, self.roots)
-        check_capability(request.capability)
         backend = self.catalog.of(request.volume_id)
+        check_capability(request.capability, backend.kind, multi_node=backend.multi_node)
         volume = self.catalog.get(request.volume_id)
         with self.claims.locked(request.volume_id, deadline) as cell:
-            source = backend.attach(volume.volume_id).path
+            source = backend.attach(volume.volume_id, request.context).path
             claim = cell.claim
-            fstype = self._fstype(request, source, deadline)
+            fstype = self._fstype(request, source, deadline) if backend.kind is VolumeKind.BLOCK else ""
             use = Use.of(request.capability, fstype)
             if claim is not None and claim.staging_path != staging and not claim.targets:
                 self._let_go(cell, deadline)
@@ -55,11 +58,12 @@ class Node:
                 _check_same_stage(claim, staging, use)
                 if claim.owner is not None:
                     return  # kubelet has restarted; nothing is opened for writing
-            if not request.capability.raw:
-                ownership.acquire(claim or _new_claim(request, source, use), deadline)
+            new = _new_claim(request, source, use, backend.kind)
+            if isinstance(backend, BlockBackend) and not request.capability.raw:
+                ownership.acquire(claim or new, deadline)
                 backend.format(volume.volume_id, fstype, deadline)
             if claim is None:
-                cell.write(_new_claim(request, source, use))
+                cell.write(new)
 
     def _fstype(self, request: StageRequest, source: str, deadline: Deadline) -> str:
         if request.capability.raw:
@@ -100,11 +104,12 @@ class Node:
         """The volume is at the target: mounted there for a runc pod, handed to the guest for a sandboxed one."""
         path = paths.check("target_path", request.target, self.roots)
         paths.check("staging_target_path", request.staging_path, self.roots)
-        check_capability(request.capability)
+        backend = self.catalog.of(request.volume_id)
+        check_capability(request.capability, backend.kind, multi_node=backend.multi_node)
         volume = self.catalog.get(request.volume_id)
         if volume.formatting:
             raise Refused(f"volume {volume.volume_id} was being formatted when the driver ended; stage it again")
-        self.catalog.of(volume.volume_id).attach(volume.volume_id)  # its bytes are still there
+        backend.attach(volume.volume_id, request.context)  # its bytes are still there
         with self.claims.locked(request.volume_id, deadline) as cell:
             claim = cell.claim
             if claim is None or claim.staging_path != request.staging_path:
@@ -115,6 +120,9 @@ class Node:
             target = _target(request)
             old = claim.targets.get(path)
             _check_same_publish(claim, request, old, target)
+            if claim.kind is VolumeKind.FILES:
+                self._publish_files(cell, request, path, old or target, deadline)
+                return
             if old is not None and claim.owner is not None:
                 self._deliver(cell, claim, path, target, deadline)
                 return
@@ -139,6 +147,26 @@ class Node:
         claim = cell.write(claim.but(targets={**claim.targets, path: target}))
         try:
             self._deliver(cell, claim, path, target, deadline)
+        except BaseException:
+            with contextlib.suppress(BlockdevError, OSError):
+                self._take_back(cell, path, Deadline.after(5))
+            raise
+
+    def _publish_files(
+        self, cell: Cell, request: PublishRequest, path: str, target: Target, deadline: Deadline
+    ) -> None:
+        claim = _present(cell)
+        if path not in claim.targets:
+            runtime = self.detector.detect(request.pod, request.context.get("runtime", ""), deadline)
+            if runtime.kind == SANDBOX:
+                preflight.check_share(runtime, pv_name=claim.volume)
+            ownership.forget_vanished(cell, self._alive)
+            claim = _present(cell)
+            ownership.admit_files(claim, path)
+            target = msgspec.structs.replace(target, handler=runtime.handler)
+            claim = cell.write(claim.but(targets={**claim.targets, path: target}))
+        try:
+            file_delivery.bind(claim, path, target, deadline)
         except BaseException:
             with contextlib.suppress(BlockdevError, OSError):
                 self._take_back(cell, path, Deadline.after(5))
@@ -210,7 +238,9 @@ class Node:
     def _drop_unclaimed(self, volume_id: str, deadline: Deadline) -> None:
         """After a lost claim: loop devices on the volume's file that nobody uses."""
         with contextlib.suppress(VolumeNotFound):
-            ownership.drop_leftovers(self.catalog.of(volume_id).attach(volume_id).path, deadline)
+            backend = self.catalog.of(volume_id)
+            if backend.kind is VolumeKind.BLOCK:
+                ownership.drop_leftovers(backend.attach(volume_id).path, deadline)
 
     def _alive(self, path: str) -> bool:
         """Whether anything of a publish is left at its target."""
@@ -228,6 +258,8 @@ class Node:
             if claim is None or (path not in claim.targets and path != claim.staging_path):
                 raise VolumeNotFound(f"{volume_id} (it is not at {path})")
             backend.check_expand(volume_id, size)
+            if claim.kind is VolumeKind.FILES:
+                return backend.expand(volume_id, size).capacity_bytes
             if claim.owner is None or claim.owner.kind == SANDBOX:
                 with _explaining_guest(claim):
                     ownership.guest_has_let_go(claim)
@@ -288,8 +320,8 @@ def _present(cell: Cell) -> Claim:
     return cell.claim
 
 
-def _new_claim(request: StageRequest, source: str, use: Use) -> Claim:
-    return Claim(volume=request.volume_id, source=source, staging_path=request.staging_path, use=use)
+def _new_claim(request: StageRequest, source: str, use: Use, kind: VolumeKind) -> Claim:
+    return Claim(volume=request.volume_id, source=source, staging_path=request.staging_path, use=use, kind=kind)
 
 
 def _check_same_stage(claim: Claim, staging: str, use: Use) -> None:
@@ -314,7 +346,8 @@ def _words(use: Use) -> str:
 
 def _check_same_publish(claim: Claim, request: PublishRequest, old: Target | None, new: Target) -> None:
     capability = request.capability
-    same = capability.raw == claim.use.raw and capability.fstype in ("", claim.use.fstype)
+    same_fstype = claim.kind is VolumeKind.FILES or capability.fstype in ("", claim.use.fstype)
+    same = capability.raw == claim.use.raw and same_fstype
     if not same or capability.mode.value != claim.use.mode:
         raise Conflict(
             f"volume {claim.volume} is staged as {_words(claim.use)}; it cannot be published with another capability"

@@ -18,6 +18,16 @@ from volumes import AccessMode
 log = logging.getLogger("runvol.ownership")
 
 
+def admit_files(claim: Claim, path: str) -> None:
+    """Refused if a volume of files may not have another target: only ReadWriteOncePod says so."""
+    others = [at for at in claim.targets if at != path]
+    if others and claim.use.access_mode is AccessMode.SINGLE_NODE_SINGLE_WRITER:
+        raise Refused(
+            f"volume {claim.volume} has access mode SINGLE_NODE_SINGLE_WRITER (ReadWriteOncePod) and is published to "
+            f"{_names(claim)} already"
+        )
+
+
 def admit(claim: Claim, owner: Owner, path: str, target: Target) -> None:
     """Refused, with the holder's name, if `owner` may not have the volume (too) at `path`."""
     current = claim.owner

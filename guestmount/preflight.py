@@ -46,6 +46,30 @@ def check(runtime: Runtime, *, pv_name: str) -> None:
         _refuse_under_dev(mounts)
 
 
+# Values of Kata's `shared_fs` that are virtio-fs, whoever serves it.
+_VIRTIO_FS = frozenset({"virtio-fs", "virtio-fs-nydus", "inline-virtio-fs"})
+
+
+def check_share(runtime: Runtime, *, pv_name: str) -> None:
+    """Refused, naming the setting, if a directory of the host would not reach this sandbox by virtio-fs."""
+    config = runtime.kata
+    if config is None:
+        log.warning("the runtime's configuration was not found: how it shares directories is not known",
+                    extra={"handler": runtime.handler, "volume": pv_name})  # fmt: skip
+        return
+    shared_fs = config.shared_by(runtime.pod.annotations if runtime.pod is not None else {})
+    if shared_fs not in _VIRTIO_FS:
+        how = (
+            "does not share the host's directories"
+            if shared_fs == "none"
+            else f"shares directories through {shared_fs}"
+        )
+        raise Refused(
+            f"the runtime handler {runtime.handler!r} {how}: shared_fs is {shared_fs!r} in {config.path}. Set it to "
+            f'"virtio-fs" in [hypervisor.{config.hypervisor or "qemu"}], or use a volume of the backend loop'
+        )
+
+
 def _mounts_of_claims(pod: PodFacts) -> list[MountFacts]:
     return [mount for mount in pod.mounts if mount.volume in pod.claims]
 

@@ -37,7 +37,7 @@ def collect(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
     found += _loop_devices(node, deadline, dry_run=dry_run)
     found += [
         Finding(kind="file", place=path, why="no volume has it; `runvol volumes adopt` takes it, `rm` removes it")
-        for path in node.catalog.loop.unknown_files()
+        for path in node.catalog.unknown_files()
     ]
     return found
 
@@ -89,7 +89,7 @@ def _nothing() -> None:
 
 
 def _sources(node: Node) -> list[str]:
-    return [node.catalog.of(volume.volume_id).attach(volume.volume_id).path for _seq, volume in node.catalog.list()]
+    return [node.catalog.loop.attach(volume.volume_id).path for _seq, volume in node.catalog.loop.list()]
 
 
 def _placeholders(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:

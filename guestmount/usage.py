@@ -11,7 +11,7 @@ from guestmount import placeholder
 from guestmount.claims import HOST, Claim
 from guestmount.errors import Refused
 from guestmount.node import Node
-from volumes import VolumeNotFound
+from volumes import Volume, VolumeKind, VolumeNotFound
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ def measure(claim: Claim, path: str, deadline: Deadline) -> Usage:
     if claim.use.raw:
         size = ioctls.size_bytes(claim.source)
         return Usage(total_bytes=size, used_bytes=os.stat(claim.source).st_blocks * 512, available_bytes=0)
-    if claim.owner is not None and claim.owner.kind == HOST:
+    if claim.kind is VolumeKind.FILES or (claim.owner is not None and claim.owner.kind == HOST):
         facts = bounded(f"measuring {path}", deadline, lambda: os.statvfs(path))
         return Usage(
             total_bytes=facts.f_blocks * facts.f_frsize,
@@ -75,11 +75,20 @@ def measure(claim: Claim, path: str, deadline: Deadline) -> Usage:
 
 def problems(node: Node, volume_id: str) -> list[Problem]:
     """What is wrong with a volume on this node; nothing for a healthy one. VolumeNotFound for an unknown one."""
-    volume = node.catalog.get(volume_id)
+    volume, backend = node.catalog.get(volume_id), node.catalog.of(volume_id)
     try:
-        source = node.catalog.of(volume_id).attach(volume_id).path
+        source = backend.attach(volume_id).path
     except VolumeNotFound as error:
         return [Problem(reason="BackingFileMissing", message=str(error), lost=True)]
+    found = _device_problems(volume, source) if backend.kind is VolumeKind.BLOCK else []
+    try:
+        claim = node.claims.peek(volume_id)
+    except Refused as error:  # one damaged claim must not hide the other volumes of a list
+        return [*found, Problem(reason="ClaimDamaged", message=str(error), unreachable=True)]
+    return found + (_delivery_problems(node, claim) if claim is not None else [])
+
+
+def _device_problems(volume: Volume, source: str) -> list[Problem]:
     found = []
     if os.path.isfile(source) and os.stat(source).st_size < volume.capacity_bytes:
         found.append(Problem(reason="BackingFileTooSmall", message=f"{source} is smaller than its volume", lost=True))
@@ -90,20 +99,16 @@ def problems(node: Node, volume_id: str) -> list[Problem]:
                 reason="FilesystemErrors", message=f"the kernel has recorded errors in the {block.fstype} on {source}"
             )
         )
-    try:
-        claim = node.claims.peek(volume_id)
-    except Refused as error:  # one damaged claim must not hide the other volumes of a list
-        return [*found, Problem(reason="ClaimDamaged", message=str(error), unreachable=True)]
-    return found + (_delivery_problems(node, claim) if claim is not None else [])
+    return found
 
 
 def _delivery_problems(node: Node, claim: Claim) -> list[Problem]:
     found: list[Problem] = []
-    if claim.use.raw or claim.owner is None:
+    if claim.use.raw or (claim.owner is None and claim.kind is VolumeKind.BLOCK):
         return found
     handed = {one.target: one for dialect in node.dialects for one in dialect.delivered()}
     for path in claim.targets:
-        if claim.owner.kind == HOST:
+        if claim.owner is None or claim.owner.kind == HOST:
             if not mounts.is_mount_point(path):
                 found.append(Problem(reason="MountMissing", message=f"nothing is mounted at {path}", unreachable=True))
             continue

@@ -16,7 +16,13 @@ def build(config: Config) -> Node:
     state_dir = config.text("paths.state_dir")
     os.makedirs(state_dir, mode=0o700, exist_ok=True)
     return Node(
-        catalog=Catalog.open(state_dir, capacity_limit=config.number("loop.capacity_bytes")),
+        catalog=Catalog.open(
+            state_dir,
+            capacity_limit=config.number("loop.capacity_bytes"),
+            directory=config.text("directory.path"),
+            directory_limit=config.number("directory.capacity_bytes"),
+            enabled=config.words("volumes.backends"),
+        ),
         claims=Claims(run_dir),
         detector=Detector(
             DetectSettings(

@@ -54,6 +54,15 @@ TABLE: Mapping[str, Setting] = {
     "detect.api_server": Setting(
         default="", meaning="the API's address, if not the configured one (a node-local proxy)"
     ),
+    "volumes.backends": Setting(
+        default=("loop", "directory"), meaning="backends that make volumes; the first serves classes that name none"
+    ),
+    "directory.path": Setting(
+        default="", meaning="where the volumes of the backend directory lie; empty for <paths.state_dir>/directories"
+    ),
+    "directory.capacity_bytes": Setting(
+        default=0, meaning="bytes that all volumes of the backend directory may promise; 0 for what the disk has"
+    ),
     "loop.capacity_bytes": Setting(default=0, meaning="bytes that all volumes may promise; 0 for what the disk has"),
     "csi.endpoint": Setting(default="unix:///run/runvol/csi.sock", meaning="the CSI socket"),
     "csi.services": Setting(default=("identity", "controller", "node"), meaning="the CSI services to serve"),
@@ -201,8 +210,13 @@ def _check(config: Config) -> None:
         raise ConfigError(f"log.level = {config.text('log.level')!r}: takes {', '.join(_LEVELS)}")
     if config.text("log.format") not in ("text", "json"):
         raise ConfigError(f"log.format = {config.text('log.format')!r}: takes text, json")
-    if config.number("loop.capacity_bytes") < 0:
-        raise ConfigError(f"loop.capacity_bytes = {config.number('loop.capacity_bytes')}: must not be negative")
+    for key in ("loop.capacity_bytes", "directory.capacity_bytes"):
+        if config.number(key) < 0:
+            raise ConfigError(f"{key} = {config.number(key)}: must not be negative")
+    if config.text("directory.path") and not config.text("directory.path").startswith("/"):
+        raise ConfigError(f"directory.path = {config.text('directory.path')!r}: must be an absolute path")
+    if not config.words("volumes.backends") or set(config.words("volumes.backends")) - {"loop", "directory"}:
+        raise ConfigError(f"volumes.backends = {list(config.words('volumes.backends'))}: takes any of loop, directory")
     _check_snapshotter(config)
     if not _NODE_ID.match(config.node_id):
         raise ConfigError(

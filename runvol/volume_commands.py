@@ -72,8 +72,8 @@ def _volume_row(node: Node, volume_id: str) -> dict[str, object]:
 def volumes_create(load: Loader, name: str, size_bytes: int, parameter: tuple[str, ...], as_json: bool) -> None:
     """Make a volume that no provisioner makes (FlexVolume, static PersistentVolumes)."""
     given = {key: value for key, _, value in (one.partition("=") for one in parameter)}
-    chosen = parameters.check(given)
     node = _node(load)
+    chosen = parameters.check(given, default=node.catalog.default)
     use = Capability(mode=AccessMode.SINGLE_NODE_WRITER, fstype=chosen.get(parameters.FSTYPE, ""))
     made = node.catalog.for_parameters(chosen).create(name, SizeRange(required=size_bytes), chosen, [use])
     tables.show([_volume_row(node, made.volume_id)], ("volume", "name", "size"), as_json=as_json, empty="")

@@ -7,16 +7,21 @@ calls for one volume.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from blockdev import Deadline
-from volumes.model import BlockSource, Capability, ContentSource, SizeRange, Volume
+from volumes.model import Capability, ContentSource, SizeRange, Source, Volume, VolumeKind
 
 
 class Backend(Protocol):
     """One kind of place where bytes live."""
 
     name: str
+    # What the ids of its volumes begin with.
+    prefix: str
+    kind: VolumeKind
+    # Whether its volumes can be reached from several nodes.
+    multi_node: bool
 
     def create(
         self,
@@ -49,14 +54,25 @@ class Backend(Protocol):
     def check_expand(self, volume_id: str, size: SizeRange) -> int:
         """The capacity that `expand` would give; raises what it would raise, and changes nothing."""
 
-    def attach(self, volume_id: str) -> BlockSource:
-        """How this node gets at the bytes. Opens nothing."""
+    def attach(self, volume_id: str, context: Mapping[str, str] | None = None, /) -> Source:
+        """How this node gets at the bytes, for a volume with this context. Opens nothing."""
+
+    def close(self) -> None:
+        """Let go of the store."""
+
+    def recover(self) -> Sequence[str]:
+        """Finish or undo what a killed process left; what was done, in words."""
+
+    def unknown_files(self) -> Sequence[str]:
+        """What lies among the volumes although no row speaks of it; never removed by runvol."""
+
+
+@runtime_checkable
+class BlockBackend(Backend, Protocol):
+    """One whose volumes are block devices, or files that become some."""
 
     def format(self, volume_id: str, fstype: str, deadline: Deadline) -> None:
         """Put a filesystem on a volume that is provably blank; finish what a killed process began.
 
         A volume that already holds `fstype` is left alone. Raises WrongFilesystem or NotBlank.
         """
-
-    def recover(self) -> Sequence[str]:
-        """Finish or undo what a killed process left; what was done, in words."""

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 from blockdev import Deadline, blankness, durable, exclusivity, filesystems
 from blockdev.errors import BlockdevError, WrongFilesystem
 from volumes import copies, sizes
 from volumes import parameters as classes
+from volumes.busy import Busy
 from volumes.errors import (
     InvalidParameter,
     NoSpace,
@@ -26,7 +26,7 @@ from volumes.errors import (
     VolumeNotFound,
     VolumeUnfinished,
 )
-from volumes.model import VOLUME_ID, BlockSource, Capability, ContentSource, SizeRange, Volume
+from volumes.model import VOLUME_ID, BlockSource, Capability, ContentSource, SizeRange, Volume, VolumeKind
 from volumes.snapshots import Snapshots
 from volumes.store import Row, State, Store
 
@@ -39,6 +39,9 @@ class LoopBackend:
     """Files under `<state_dir>/volumes`, rows in `<state_dir>/volumes.db`."""
 
     name = "loop"
+    prefix = PREFIX
+    kind = VolumeKind.BLOCK
+    multi_node = False
 
     def __init__(self, state_dir: str, *, capacity_limit: int = 0) -> None:
         """`capacity_limit` (bytes, 0 for none) bounds what all volumes together may promise."""
@@ -46,7 +49,7 @@ class LoopBackend:
         os.makedirs(self._directory, mode=0o700, exist_ok=True)
         self._limit = capacity_limit
         self._store = Store(os.path.join(state_dir, "volumes.db"))
-        self._lock_path = os.path.join(state_dir, "volumes.lock")
+        self._busy = Busy(os.path.join(state_dir, "volumes.lock"))
         self.snapshots = Snapshots(self._store, self._directory, busy=self._busy, room=self.available_bytes)
 
     def close(self) -> None:
@@ -169,7 +172,7 @@ class LoopBackend:
 
     # -- the node's verbs
 
-    def attach(self, volume_id: str) -> BlockSource:
+    def attach(self, volume_id: str, _context: Mapping[str, str] | None = None) -> BlockSource:
         self._known(volume_id)
         path = self._path(volume_id)
         if not os.path.exists(path):
@@ -255,16 +258,6 @@ class LoopBackend:
             self._resize_file(self._volume(row))
             return f"finished growing volume {row.volume_id}"
         return None
-
-    @contextlib.contextmanager
-    def _busy(self, *, exclusive: bool = False) -> Iterator[None]:
-        """Recovery never meets a creation or deletion that is under way, also not one of another process."""
-        fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB if exclusive else fcntl.LOCK_SH)
-            yield
-        finally:
-            os.close(fd)
 
     def _known(self, volume_id: str) -> Volume:
         row = self._store.get(volume_id) if VOLUME_ID.match(volume_id) else None

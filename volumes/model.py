@@ -42,6 +42,13 @@ class AccessMode(enum.StrEnum):
         return self.value.upper()
 
 
+class VolumeKind(enum.StrEnum):
+    """BLOCK: one kernel at a time. FILES: as many as like, each through a mount or a share."""
+
+    BLOCK = enum.auto()
+    FILES = enum.auto()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Capability:
     """How a volume is to be used. `raw` is volumeMode Block; the rest of the fields is for filesystems."""
@@ -52,11 +59,17 @@ class Capability:
     mount_flags: tuple[str, ...] = ()
     mount_group: str = ""
 
-    def refusal(self) -> str | None:
-        """Why no block volume can be used like this; None if one can.
+    def refusal(self, kind: VolumeKind, *, multi_node: bool) -> str | None:
+        """Why no volume of this kind can be used like this; None if one can.
 
         A filesystem on a block device belongs to one kernel, so no mode of several nodes can be true for it.
         """
+        if kind is VolumeKind.FILES:
+            if self.raw:
+                return "a volume of files has no block device (volumeMode: Block); use backend loop"
+            if self.mode.is_multi_node and not multi_node:
+                return f"access mode {self.mode} needs a volume that several nodes reach; this one lives on one node"
+            return None
         if not self.raw and self.mode.is_multi_node:
             return f"access mode {self.mode} needs a filesystem that several nodes can share; use SINGLE_NODE_WRITER"
         return None
@@ -119,3 +132,13 @@ class BlockSource:
     """A regular file or a block node; `path` is the one name that the volume's bytes have for its whole life."""
 
     path: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DirectorySource:
+    """A directory of this node."""
+
+    path: str
+
+
+Source = BlockSource | DirectorySource

@@ -17,13 +17,17 @@ _FROM_KUBERNETES = ("csi.storage.k8s.io/", "storage.kubernetes.io/")
 
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
-    """One key: what it means, which values it takes, and whether the node needs it in the volume context."""
+    """One key: what it means, which values it takes, and whether the node needs it in the volume context.
+
+    `backends`: those that it belongs to; none for all.
+    """
 
     key: str
     values: str
     default: str
     meaning: str
     accepts: Callable[[str], bool]
+    backends: tuple[str, ...] = ()
     in_context: bool = False
 
 
@@ -38,10 +42,11 @@ def _is_handler(value: str) -> bool:
 TABLE: tuple[Parameter, ...] = (
     Parameter(
         key="backend",
-        values="loop",
+        values="loop, directory",
         default="loop",
-        meaning="Where the volume's bytes live. `loop`: one file a volume in a directory of the node.",
-        accepts=_one_of("loop"),
+        meaning="Where the volume's bytes live. `loop`: one file a volume in a directory of the node, a block device. "
+        "`directory`: one directory a volume, shared into sandboxes by virtio-fs.",
+        accepts=_one_of("loop", "directory"),
     ),
     Parameter(
         key="runtime",
@@ -58,6 +63,16 @@ TABLE: tuple[Parameter, ...] = (
         default="false",
         meaning="Backend `loop`: take the whole size from the node's disk at once instead of as it is written.",
         accepts=_one_of("true", "false"),
+        backends=("loop",),
+    ),
+    Parameter(
+        key="quota",
+        values="project, none",
+        default="project",
+        meaning="Backend `directory`: what enforces the size. `project`: a project quota of the filesystem; without "
+        "one no volume is made. `none`: nothing does.",
+        accepts=_one_of("project", "none"),
+        backends=("directory",),
     ),
     Parameter(
         key=FSTYPE,
@@ -72,8 +87,11 @@ SUPPORTED_FSTYPES = filesystems.SUPPORTED
 _BY_KEY = {parameter.key: parameter for parameter in TABLE}
 
 
-def check(parameters: Mapping[str, str]) -> dict[str, str]:
-    """The parameters of a StorageClass that are ours; InvalidParameter names the first that is wrong."""
+def check(parameters: Mapping[str, str], *, default: str = "loop") -> dict[str, str]:
+    """The parameters of a StorageClass that are ours; InvalidParameter names the first that is wrong.
+
+    `default` is the backend of a class that names none.
+    """
     mine = {}
     for key, value in parameters.items():
         known = _BY_KEY.get(key)
@@ -84,6 +102,10 @@ def check(parameters: Mapping[str, str]) -> dict[str, str]:
         if not known.accepts(value):
             raise InvalidParameter(key, value, f"takes {known.values}")
         mine[key] = value
+    backend = mine.get("backend", default)
+    for key, value in mine.items():
+        if _BY_KEY[key].backends and backend not in _BY_KEY[key].backends:
+            raise InvalidParameter(key, value, f"is not a parameter of the backend {backend}")
     return mine
 
 

@@ -1,0 +1,25 @@
+"""A recovery never meets a creation or a deletion that is under way, also not one of another process."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+
+
+class Busy:
+    """One file, locked shared by whoever makes or deletes, exclusively by whoever recovers."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    @contextlib.contextmanager
+    def __call__(self, *, exclusive: bool = False) -> Iterator[None]:
+        """BlockingIOError for an exclusive one while somebody is at work."""
+        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB if exclusive else fcntl.LOCK_SH)
+            yield
+        finally:
+            os.close(fd)

@@ -1,0 +1,275 @@
+"""The backend `directory`: one directory a volume on the node's own disk, for edge nodes that have nothing else.
+
+Its size is a project quota of the filesystem below, which the kernel enforces and shows as the directory's size.
+Without project quotas a class has to say `quota: none`: a size that nothing enforces is refused otherwise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
+
+from blockdev import durable, quotas
+from blockdev.quotas import QuotaUnavailable
+from volumes import sizes
+from volumes.busy import Busy
+from volumes.errors import NoSpace, SizeNotAllowed, VolumeConflict, VolumeNotFound, VolumeUnfinished
+from volumes.model import (
+    VOLUME_ID,
+    Capability,
+    ContentSource,
+    DirectorySource,
+    SizeRange,
+    Source,
+    Volume,
+    VolumeKind,
+)
+from volumes.store import Row, State, Store
+
+PREFIX = "dir-"
+QUOTA = "quota"
+_NEW, _OLD = ".new-", ".old-"
+_SMALLEST = 4096
+# Projects are numbers that a whole filesystem shares; others count from 1 (projid files, container runtimes).
+FIRST_PROJECT = 1 << 30
+
+
+class DirectoryBackend:
+    """Directories under `directory`, rows in `<state_dir>/directories.db`."""
+
+    name = "directory"
+    prefix = PREFIX
+    kind = VolumeKind.FILES
+    multi_node = False
+
+    def __init__(self, state_dir: str, *, directory: str = "", capacity_limit: int = 0) -> None:
+        """`directory` defaults to `<state_dir>/directories`; `capacity_limit` (bytes, 0: none) bounds the promises."""
+        self._directory = os.path.realpath(directory or os.path.join(state_dir, "directories"))
+        os.makedirs(self._directory, mode=0o711, exist_ok=True)
+        self._limit = capacity_limit
+        self._store = Store(os.path.join(state_dir, "directories.db"))
+        self._busy = Busy(os.path.join(state_dir, "directories.lock"))
+
+    def close(self) -> None:
+        self._store.close()
+
+    @property
+    def directory(self) -> str:
+        """Where every volume of this backend lies."""
+        return self._directory
+
+    def create(
+        self,
+        name: str,
+        size: SizeRange,
+        parameters: Mapping[str, str],
+        _uses: Sequence[Capability],
+        source: ContentSource | None = None,
+    ) -> Volume:
+        """QuotaUnavailable where the size could not be enforced and the class does not say that it need not be."""
+        with self._busy():
+            old = self._store.by_name(name)
+            if old is not None and old.state is State.READY:
+                return self._same(old, size, parameters, source)
+            if source is not None:
+                raise SizeNotAllowed(
+                    f"volume_content_source {source}: the backend directory makes empty volumes only; use backend loop"
+                )
+            capacity = sizes.choose(size, smallest=_SMALLEST)
+            if old is not None:
+                self._drop(old)
+            volume_id = PREFIX + uuid.uuid4().hex
+            with self._store.transaction():
+                self._reserve(capacity)
+                self._store.insert(volume_id=volume_id, name=name, backend=self.name, capacity=capacity,
+                                   parameters=parameters, state=State.CREATING)  # fmt: skip
+            row = self._row(volume_id)
+            try:
+                self._make(row)
+            except BaseException:
+                self._drop(row)
+                raise
+            self._store.set_state(volume_id, State.READY)
+        return self._known(volume_id)
+
+    def _same(self, old: Row, size: SizeRange, parameters: Mapping[str, str], source: ContentSource | None) -> Volume:
+        if source is not None:
+            raise VolumeConflict(old.name, f"was made empty, not from {source}")
+        if old.capacity < size.required or (size.limit and old.capacity > size.limit):
+            raise VolumeConflict(
+                old.name, f"has {old.capacity} bytes, outside of {size.required} to {size.limit or '∞'}"
+            )
+        if dict(old.parameters) != dict(parameters):
+            raise VolumeConflict(old.name, f"was made with the parameters {dict(old.parameters)}")
+        return self._volume(old)
+
+    def _make(self, row: Row) -> None:
+        new = os.path.join(self._directory, _NEW + row.volume_id)
+        os.mkdir(new, 0o700)
+        if _limited(row):
+            quotas.assign(new, _project(row))
+            quotas.limit(new, _project(row), row.capacity)
+            quotas.prove_enforced(new, row.capacity)
+        # Pods of any user write here, as in a volume that was just formatted.
+        os.chmod(new, 0o777)  # noqa: S103
+        os.rename(new, self._path(row.volume_id))
+        durable.sync_directory(self._directory)
+
+    def delete(self, volume_id: str) -> None:
+        row = self._store.get(volume_id)
+        if row is None:
+            return
+        with self._busy():
+            self._store.set_state(volume_id, State.DELETING)
+            self._drop(row)
+
+    def _drop(self, row: Row) -> None:
+        """Nothing of the volume is left, however far it had come. Links in it are removed, not followed."""
+        old = os.path.join(self._directory, _OLD + row.volume_id)
+        for path in (os.path.join(self._directory, _NEW + row.volume_id), self._path(row.volume_id)):
+            try:
+                os.rename(path, old)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                shutil.rmtree(old)
+                os.rename(path, old)
+        if os.path.lexists(old):
+            shutil.rmtree(old)
+        if _limited(row):
+            # Where there are no quotas there was never a limit.
+            with contextlib.suppress(QuotaUnavailable):
+                quotas.limit(self._directory, _project(row), 0)
+        durable.sync_directory(self._directory)
+        self._store.remove(row.volume_id)
+
+    def get(self, volume_id: str) -> Volume | None:
+        row = self._store.get(volume_id) if VOLUME_ID.match(volume_id) else None
+        return self._volume(row) if row is not None and row.state is State.READY else None
+
+    def list(self, *, after: int = 0, limit: int = -1) -> Sequence[tuple[int, Volume]]:
+        rows = self._store.rows(after=after, limit=limit, state=State.READY)
+        return [(row.seq, self._volume(row)) for row in rows]
+
+    def available_bytes(self) -> int:
+        """Free bytes of the filesystem, less what was promised and has not been used yet."""
+        facts = os.statvfs(self._directory)
+        free = facts.f_bavail * facts.f_frsize
+        promised = owed = 0
+        for row in self._store.rows():
+            promised += row.capacity
+            owed += max(0, row.capacity - self._used(row))
+        available = free - owed
+        if self._limit:
+            available = min(available, self._limit - promised)
+        return max(0, available)
+
+    def check_expand(self, volume_id: str, size: SizeRange) -> int:
+        volume = self._known(volume_id)
+        sizes.check(size)
+        if size.limit and volume.capacity_bytes > size.limit:
+            raise SizeNotAllowed(
+                f"limit_bytes = {size.limit}: volume {volume_id} has {volume.capacity_bytes} bytes and never shrinks"
+            )
+        if size.required <= volume.capacity_bytes:
+            return volume.capacity_bytes
+        capacity = sizes.choose(size, smallest=volume.capacity_bytes)
+        self._reserve(capacity - volume.capacity_bytes)
+        return capacity
+
+    def expand(self, volume_id: str, size: SizeRange) -> Volume:
+        with self._busy(), self._store.transaction():
+            # The row first: a limit that is smaller than its row is raised at the next start or attempt.
+            self._store.set_capacity(volume_id, self.check_expand(volume_id, size))
+        row = self._row(volume_id)
+        if _limited(row):
+            quotas.limit(self._path(volume_id), _project(row), row.capacity)
+        return self._volume(row)
+
+    def attach(self, volume_id: str, _context: Mapping[str, str] | None = None) -> Source:
+        self._known(volume_id)
+        path = self._path(volume_id)
+        if not os.path.isdir(path):
+            raise VolumeNotFound(f"{volume_id} (its directory {path} is gone)")
+        return DirectorySource(path=path)
+
+    def recover(self) -> Sequence[str]:
+        done = []
+        try:
+            with self._busy(exclusive=True):
+                for row in self._store.rows():
+                    if row.state is not State.READY:
+                        self._drop(row)
+                        done.append(
+                            f"removed volume {row.volume_id}, which was {row.state.value} when the process ended"
+                        )
+                    elif _limited(row) and os.path.isdir(self._path(row.volume_id)):
+                        quotas.limit(self._path(row.volume_id), _project(row), row.capacity)
+        except BlockingIOError:
+            return []  # another process is at work and repairs what it leaves itself
+        except QuotaUnavailable as error:
+            done.append(f"quotas are not enforced any more: {error}")
+        return done
+
+    def unknown_files(self) -> Sequence[str]:
+        """Entries of the directory that no row speaks of; never removed by runvol."""
+        rows = {row.volume_id for row in self._store.rows()}
+        names = sorted(set(os.listdir(self._directory)) - rows)
+        return [os.path.join(self._directory, name) for name in names
+                if name.removeprefix(_NEW).removeprefix(_OLD) not in rows and name != "lost+found"]  # fmt: skip
+
+    def _known(self, volume_id: str) -> Volume:
+        return self._volume(self._row(volume_id, ready=True))
+
+    def _row(self, volume_id: str, *, ready: bool = False) -> Row:
+        row = self._store.get(volume_id) if VOLUME_ID.match(volume_id) else None
+        if row is None:
+            raise VolumeNotFound(volume_id)
+        if ready and row.state is not State.READY:
+            raise VolumeUnfinished(f"volume {volume_id} is {row.state.value}")
+        return row
+
+    def _volume(self, row: Row) -> Volume:
+        return Volume(
+            volume_id=row.volume_id,
+            name=row.name,
+            backend=row.backend,
+            capacity_bytes=row.capacity,
+            parameters=row.parameters,
+            allocated_bytes=self._used(row),
+        )
+
+    def _used(self, row: Row) -> int:
+        """What the volume's files hold, as its quota counts them; nothing where nobody counts."""
+        if not _limited(row) or not os.path.isdir(self._path(row.volume_id)):
+            return 0
+        try:
+            return quotas.read(self._path(row.volume_id), _project(row)).used
+        except QuotaUnavailable:
+            return 0
+
+    def _path(self, volume_id: str) -> str:
+        return os.path.join(self._directory, volume_id)
+
+    def _reserve(self, more: int) -> None:
+        available = self.available_bytes()
+        if more > available:
+            raise NoSpace(
+                f"{more} bytes are asked for and {available} can still be promised in {self._directory}; "
+                "delete volumes, or give the directory a larger disk"
+            )
+
+
+def _limited(row: Row) -> bool:
+    return row.parameters.get(QUOTA, "project") == "project"
+
+
+def _project(row: Row) -> int:
+    """Never given twice: the store never reuses a sequence number."""
+    return FIRST_PROJECT + row.seq
