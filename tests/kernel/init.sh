@@ -47,7 +47,7 @@ for controller in $(cat /sys/fs/cgroup/cgroup.controllers); do
 done
 ip link set lo up
 hostname user-mode-kernel
-for module in dm_mod dm_thin_pool dm_flakey dm_delay dm_log_writes dm_verity loop; do /run/kernel/modprobe -q "$module"; done
+for module in quota_v2 dm_mod dm_thin_pool dm_flakey dm_delay dm_log_writes dm_verity loop; do /run/kernel/modprobe -q "$module"; done
 [ -e /dev/mapper/control ] || { mkdir -p /dev/mapper; mknod /dev/mapper/control c 10 236; }
 : > /mnt/jobs/ready
 stty -echo < /dev/console

@@ -25,18 +25,25 @@ class Configuration:
 
     runtime: str
     access: str
+    backend: str = "loop"
 
     @property
     def fstype(self) -> str:
         return "xfs" if self.runtime == "runc" else "ext4"
 
     def __str__(self) -> str:
-        return f"{self.runtime}-{self.access}"
+        return f"{self.runtime}-{self.access}" + (f"-{self.backend}" if self.backend != "loop" else "")
+
+    @property
+    def parameters(self) -> str:
+        if self.backend == "directory":
+            return f"runtime: {self.runtime}\nquota: none\n"
+        return f"runtime: {self.runtime}\ncsi.storage.k8s.io/fstype: {self.fstype}\n"
 
 
 CONFIGURATIONS = tuple(
     Configuration(runtime, access) for runtime in ("runc", "sandbox") for access in ("mount", "block")
-)
+) + tuple(Configuration(runtime, "mount", "directory") for runtime in ("runc", "sandbox"))
 
 
 @dataclass(frozen=True)
@@ -72,14 +79,14 @@ def must_run() -> list[str]:
 def run(configuration: Configuration) -> Report:
     """One run, remembered. The seed is the day's, so that a failure can be repeated."""
     tool = binary()
-    with Driver() as driver:
+    with Driver(environment={"RUNVOL_VOLUMES_BACKENDS": configuration.backend}) as driver:
         commands = {}
         for name, text in (("create", _CREATE), ("remove", _REMOVE), ("check", _CHECK)):
             commands[name] = driver.directory / name
             commands[name].write_text(text.format(root=driver.kubelet / "sanity") if name == "create" else text)
             commands[name].chmod(0o755)
         parameters = driver.directory / "parameters.yaml"
-        parameters.write_text(f"runtime: {configuration.runtime}\ncsi.storage.k8s.io/fstype: {configuration.fstype}\n")
+        parameters.write_text(configuration.parameters)
         report = driver.directory / "report.json"
         ended = subprocess.run(
             [
