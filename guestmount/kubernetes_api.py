@@ -1,8 +1,8 @@
 """Pods and RuntimeClasses from a Kubernetes API server, which may be a proxy on the node itself.
 
-In a cluster, and with an address of its own, the server is asked with urllib3 and the service account's files: the
-`kubernetes` package would add 40 MiB to a process that runs on every node. It reads kubeconfig files, whose many ways
-to authenticate are its own, and is imported for them alone.
+In a cluster, and with an address of its own, the server is asked with the standard library and the service account's
+files: the `kubernetes` package would add 40 MiB to a process that runs on every node, and a quarter of a second to a
+FlexVolume call. It reads kubeconfig files, whose many ways to authenticate are its own, and is imported for them alone.
 """
 
 from __future__ import annotations
@@ -12,20 +12,24 @@ import os
 import re
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any
-
-import urllib3
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from blockdev import Deadline
 from guestmount.pods import PodFacts, PodRef, PodUnknown, facts_from
 
+if TYPE_CHECKING:
+    from http.client import HTTPConnection
+
 _LONGEST = 1.0
+# A pod is at most 1.5 MiB (etcd's limit).
+_LARGEST = 4 << 20
 SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
 
 # A DNS subdomain; nothing else becomes a part of an address.
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?\Z")
 
-# Asks for one path: (path, seconds) to the body. Raises what urllib3 and the package raise.
+# Asks for one path: (path, seconds) to the body. OSError or ValueError, with the reason.
 Ask = Callable[[str, float], bytes]
 
 
@@ -77,9 +81,8 @@ class KubernetesApi:
         try:
             body = self._ask(path, max(0.05, min(_LONGEST, deadline.remaining())))
             reply = json.loads(body)
-        except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-            reason = getattr(error, "reason", None) or str(error)
-            raise PodUnknown(f"asking the API server for {what}: {reason}") from error
+        except (OSError, ValueError) as error:
+            raise PodUnknown(f"asking the API server for {what}: {error}") from error
         if not isinstance(reply, dict):
             raise PodUnknown(f"the API server's answer for {what} is no object")
         return reply
@@ -89,18 +92,41 @@ class KubernetesApi:
         if not self._server and not host:
             raise PodUnknown("the Kubernetes API's address is not known: KUBERNETES_SERVICE_HOST is not set")
         base = self._server or f"https://{f'[{host}]' if ':' in host else host}:{port}"
-        authority = os.path.join(self._account, "ca.crt")
-        pool = urllib3.PoolManager(
-            ca_certs=authority if os.path.exists(authority) else None, retries=False, num_pools=1, maxsize=4
-        )
 
         def ask(path: str, seconds: float) -> bytes:
-            reply = pool.request("GET", base.rstrip("/") + path, headers=self._headers(), timeout=seconds)
+            import http.client
+
+            connection = self._connection(base, seconds)
+            try:
+                prefix = urlsplit(base).path.rstrip("/")
+                connection.request("GET", prefix + path, headers=self._headers())
+                reply = connection.getresponse()
+                body = reply.read(_LARGEST + 1)
+            except http.client.HTTPException as error:
+                raise ValueError(f"{type(error).__name__}: {error}") from error
+            finally:
+                connection.close()
             if reply.status != 200:
                 raise ValueError(f"{reply.status} {reply.reason}")
-            return reply.data
+            if len(body) > _LARGEST:
+                raise ValueError(f"an answer of more than {_LARGEST} bytes")
+            return body
 
         return ask
+
+    def _connection(self, base: str, seconds: float) -> HTTPConnection:
+        import http.client
+
+        parts = urlsplit(base)
+        if parts.scheme == "http":
+            return http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=seconds)
+        if parts.scheme != "https":
+            raise ValueError(f"the address {base!r} is neither http:// nor https://")
+        import ssl
+
+        authority = os.path.join(self._account, "ca.crt")
+        trusted = ssl.create_default_context(cafile=authority if os.path.exists(authority) else None)
+        return http.client.HTTPSConnection(parts.hostname or "", parts.port, timeout=seconds, context=trusted)
 
     def _headers(self) -> dict[str, str]:
         """The token is read anew each time: kubelet replaces it while the process runs."""
@@ -113,6 +139,7 @@ class KubernetesApi:
         return headers
 
     def _from_kubeconfig(self) -> Ask:
+        import urllib3
         import yaml
         from kubernetes import client, config
 
@@ -138,5 +165,7 @@ class KubernetesApi:
                 return bytes(reply.data)
             except client.ApiException as error:
                 raise ValueError(f"{error.status} {error.reason}") from error
+            except urllib3.exceptions.HTTPError as error:
+                raise ValueError(str(getattr(error, "reason", None) or error)) from error
 
         return ask

@@ -1,0 +1,164 @@
+"""What each call means in a node's verbs.
+
+`init` says `attach: false`, so kubelet makes three calls only: init, mount, unmount, and expandfs when a volume grows.
+The others are answered "Not supported", which makes kubelet do nothing for them.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from blockdev import Deadline, mounts
+from blockdev.errors import BlockdevError
+from flexvolume.options import Options, parse
+from flexvolume.targets import Targets
+from guestmount import BadRequest, GuestmountError, Node, PublishRequest, StageRequest, paths
+from volumes import AccessMode, Capability, SizeRange, VolumeError, VolumeNotFound, parameters
+
+
+class Status(enum.StrEnum):
+    """The protocol's words."""
+
+    SUCCESS = "Success"
+    FAILURE = "Failure"
+    NOT_SUPPORTED = "Not supported"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """The one JSON object that a call prints."""
+
+    status: Status
+    message: str = ""
+    more: dict[str, Any] = field(default_factory=dict)
+
+    def document(self) -> dict[str, Any]:
+        return {"status": self.status.value} | ({"message": self.message} if self.message else {}) | self.more
+
+
+CAPABILITIES = {
+    "attach": False,
+    # The driver gives the group itself: kubelet would do it to the placeholder.
+    "fsGroup": False,
+    "selinuxRelabel": False,
+    "supportsMetrics": False,
+    "requiresFSResize": True,
+}
+INIT = Reply(status=Status.SUCCESS, more={"capabilities": CAPABILITIES})
+# How many words follow each call.
+_NOTHING_TO_DO = {"attach": 2, "detach": 2, "waitforattach": 2, "isattached": 2, "mountdevice": 3, "unmountdevice": 1,
+                  "expandvolume": 4}  # fmt: skip
+
+
+class Driver:
+    """The calls over one node. `name` is the one that the driver is installed under; `staging` a directory of ours."""
+
+    def __init__(self, node: Node, *, directory: str, name: str = "runvol") -> None:
+        self._staging = os.path.join(directory, "staging")
+        self._node = replace(node, roots=(*node.roots, self._staging))
+        self._roots, self._targets, self._name = node.roots, Targets(os.path.join(directory, "targets")), name
+
+    def answer(self, words: Sequence[str], deadline: Deadline) -> Reply:
+        """The reply to one call; every error that a person can do something about is a Failure with its sentence."""
+        try:
+            return self._call(list(words), deadline)
+        except (BlockdevError, GuestmountError, VolumeError) as error:
+            return Reply(status=Status.FAILURE, message=str(error))
+
+    def _call(self, words: list[str], deadline: Deadline) -> Reply:
+        call, arguments = (words[0], words[1:]) if words else ("", [])
+        if call == "init":
+            return INIT
+        if call in _NOTHING_TO_DO:
+            return Reply(status=Status.NOT_SUPPORTED, message=f"{call}: nothing is attached (init says attach: false)")
+        known: dict[str, tuple[int, Callable[..., Reply]]] = {
+            "mount": (2, self._mount), "unmount": (1, self._unmount), "getvolumename": (1, self._name_of),
+            "expandfs": (5, self._expand),
+        }  # fmt: skip
+        if call not in known:
+            return Reply(status=Status.NOT_SUPPORTED, message=f"{call[:40]!r} is no call of FlexVolume's")
+        count, method = known[call]
+        if len(arguments) != count:
+            raise BadRequest(f"{call}'s arguments", len(arguments), f"must be {count}")
+        return method(*arguments, deadline)
+
+    def _mount(self, target: str, text: str, deadline: Deadline) -> Reply:
+        asked = parse(text, driver=self._name)
+        path = paths.check("the target", target, self._roots)
+        use, context = _capability(asked), _context(asked)
+        staging = self._staging_of(asked.volume)
+        self._node.catalog.get(asked.volume)
+        self._targets.remember(path, asked.volume)
+        try:
+            self._node.stage(
+                StageRequest(volume_id=asked.volume, staging_path=staging, capability=use, context=context), deadline
+            )
+            self._node.publish(
+                PublishRequest(volume_id=asked.volume, staging_path=staging, target=path, capability=use,
+                               read_only=asked.read_only, pod=asked.pod, context=context), deadline)  # fmt: skip
+        except BaseException:
+            # Another call may have mounted it here before, and then the record is still true.
+            if not mounts.is_mount_point(path):
+                self._targets.forget(path)
+                os.makedirs(path, mode=0o750, exist_ok=True)
+            raise
+        return Reply(status=Status.SUCCESS)
+
+    def _unmount(self, target: str, deadline: Deadline) -> Reply:
+        """Nothing of the volume is at the target; unknown ones succeed, as kubelet asks until it hears so."""
+        path = paths.check("the target", target, self._roots)
+        volume = self._targets.volume_at(path) or self._claimed_at(path)
+        if volume:
+            self._node.unpublish(volume, path, deadline)
+            claim = self._node.claims.peek(volume)
+            if claim is not None and not claim.targets and claim.owner is None:
+                self._node.unstage(volume, claim.staging_path, deadline)
+        else:
+            for dialect in self._node.dialects:
+                dialect.withdraw(path)
+            mounts.be_unmounted(path, deadline)
+        self._targets.forget(path)
+        return Reply(status=Status.SUCCESS)
+
+    def _claimed_at(self, path: str) -> str:
+        """After a lost record: the claims know their targets too."""
+        return next((claim.volume for claim in self._node.claims.all() if path in claim.targets), "")
+
+    def _name_of(self, text: str, _deadline: Deadline) -> Reply:
+        return Reply(status=Status.SUCCESS, more={"volumeName": parse(text, driver=self._name).volume})
+
+    def _expand(self, text: str, _device: str, _place: str, new: str, _old: str, deadline: Deadline) -> Reply:
+        asked = parse(text, driver=self._name)
+        if not (new.isascii() and new.isdigit() and len(new) < 19):
+            raise BadRequest("the new size", new[:40], "must be a number of bytes")
+        claim = self._node.claims.peek(asked.volume)
+        if claim is None:
+            raise VolumeNotFound(f"{asked.volume} (it is not mounted on this node)")
+        self._node.expand(asked.volume, claim.staging_path, SizeRange(required=int(new)), deadline)
+        return Reply(status=Status.SUCCESS)
+
+    def _staging_of(self, volume: str) -> str:
+        """Where the volume is staged already, else a place of our own. VolumeNotFound for what is no volume's id."""
+        self._node.catalog.of(volume)
+        claim = self._node.claims.peek(volume)
+        if claim is not None and claim.staging_path.startswith(self._staging + "/"):
+            return claim.staging_path
+        os.makedirs(self._staging, mode=0o700, exist_ok=True)
+        return os.path.join(self._staging, volume)
+
+
+def _capability(asked: Options) -> Capability:
+    return Capability(
+        mode=AccessMode.SINGLE_NODE_MULTI_WRITER,
+        fstype=asked.fstype,
+        mount_flags=asked.mount_flags,
+        mount_group=asked.group,
+    )
+
+
+def _context(asked: Options) -> dict[str, str]:
+    return parameters.check_context({"runtime": asked.runtime}) if asked.runtime else {}

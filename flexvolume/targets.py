@@ -1,0 +1,45 @@
+"""Which volume was mounted at a target: kubelet's unmount says nothing but the path.
+
+One small file a target, named by the path's hash, in a directory that a reboot empties, as it empties what the files
+speak of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+
+from blockdev import durable
+
+
+class Targets:
+    """The records under one directory."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+
+    def remember(self, target: str, volume: str) -> None:
+        """Written before anything is mounted; whole or not at all."""
+        os.makedirs(self._directory, mode=0o700, exist_ok=True)
+        path = self._path(target)
+        new = f"{path}.{os.getpid()}.new"
+        durable.write(new, json.dumps({"target": target, "volume": volume}).encode())
+        os.rename(new, path)
+
+    def volume_at(self, target: str) -> str:
+        """The volume's id; empty if nothing is known of the target."""
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            with open(self._path(target), "rb") as file:
+                found = json.load(file)
+            if isinstance(found, dict) and found.get("target") == target:
+                return str(found.get("volume", ""))
+        return ""
+
+    def forget(self, target: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path(target))
+
+    def _path(self, target: str) -> str:
+        return os.path.join(self._directory, hashlib.sha256(os.fsencode(target)).hexdigest()[:40])

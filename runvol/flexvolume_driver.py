@@ -1,0 +1,136 @@
+"""`runvol-flexvolume`: what kubelet executes for each call.
+
+kubelet reads standard output and error as one JSON object, and waits for ever. So both go to the log from the first
+line on, the work is done in a child, and when its time is over the parent answers and leaves it behind: a thread that
+hangs in the kernel would keep a process from ending.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Sequence
+
+_LOG = "/var/log/runvol/flexvolume.log"
+_LOG_LIMIT = 2 << 20
+_GRACE = 5.0
+_LARGEST_REPLY = 64 << 10
+_INIT = ('{"status": "Success", "capabilities": {"attach": false, "fsGroup": false, "selinuxRelabel": false, '
+         '"supportsMetrics": false, "requiresFSResize": true}}')  # fmt: skip
+
+
+def main() -> None:
+    """The console script."""
+    out = os.dup(1)
+    os.set_inheritable(out, False)
+    log = _open_log(os.environ.get("RUNVOL_FLEXVOLUME_LOG", _LOG))
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    words = sys.argv[1:]
+    started = time.monotonic()
+    # init is asked at every change of the plugin directory, also by the controller manager, which has no node.
+    text = _INIT if words == ["init"] else _in_child(words, out)
+    os.write(out, text.encode() + b"\n")
+    _note(log, words, text, time.monotonic() - started)
+    os._exit(0 if json.loads(text)["status"] == "Success" else 1)
+
+
+def _in_child(words: Sequence[str], out: int) -> str:
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        # kubelet reads until nobody has its pipe open any more.
+        os.close(out)
+        os.close(reading)
+        os.setsid()
+        os.write(writing, _work(words).encode())
+        os._exit(0)
+    os.close(writing)
+    try:
+        until = time.monotonic() + _limit() + _GRACE
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda *_: _interrupted())
+        text = b""
+        while len(text) < _LARGEST_REPLY:
+            ready, _, _ = select.select([reading], [], [], max(0.0, until - time.monotonic()))
+            if not ready:
+                return _failure(f"the call did not end within {_limit() + _GRACE:.0f} s; it goes on in process {child}")
+            part = os.read(reading, _LARGEST_REPLY)
+            if not part:
+                break
+            text += part
+    except InterruptedError as error:
+        return _failure(str(error))
+    finally:
+        os.close(reading)
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(child, 0)
+    return text.decode() if text else _failure("the driver ended without a reply; see its log")
+
+
+def _interrupted() -> None:
+    raise InterruptedError("the call was interrupted by a signal; it may still end by itself")
+
+
+def _limit() -> float:
+    try:
+        return max(1.0, float(os.environ.get("RUNVOL_FLEXVOLUME_CALL_SECONDS", "100")))
+    except ValueError:
+        return 100.0
+
+
+def _failure(message: str) -> str:
+    return json.dumps({"status": "Failure", "message": message})
+
+
+def _work(words: Sequence[str]) -> str:
+    """The reply's text, whatever happens."""
+    try:
+        from blockdev import Deadline
+        from flexvolume import Driver
+        from runvol import assembly, config
+
+        loaded = config.load(file=os.environ.get("RUNVOL_CONFIG"))
+        directory = os.path.join(loaded.text("paths.run_dir"), "flexvolume")
+        name = os.path.basename(sys.argv[0])
+        driver = Driver(assembly.build(loaded), directory=directory, name=name)
+        reply = driver.answer(words, Deadline.after(_limit()))
+        return json.dumps(reply.document())
+    except Exception as error:
+        import traceback
+
+        # Only where it happened: the values in it may hold a secret.
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        return _failure(f"{type(error).__name__} in {os.path.basename(where.filename)}:{where.lineno}: {error}")
+
+
+def _open_log(path: str) -> int:
+    """The log, or nowhere if it cannot be written: kubelet must not read a word of it."""
+    try:
+        os.makedirs(os.path.dirname(path), mode=0o750, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(path).st_size > _LOG_LIMIT:
+                os.rename(path, f"{path}.1")
+        return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+    except OSError:
+        return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+
+
+def _note(log: int, words: Sequence[str], text: str, seconds: float) -> None:
+    """One line: the call, its target, what came of it. Options are left out, as they may hold secrets."""
+    call = words[0][:40] if words else "(none)"
+    target = words[1] if call in ("mount", "unmount") and len(words) > 1 else ""
+    when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    facts = {"time": when, "call": call, "target": target[:4096], "ms": round(seconds * 1000)}
+    line = json.dumps(facts | json.loads(text))
+    with contextlib.suppress(OSError):
+        os.write(log, line.encode() + b"\n")
+
+
+if __name__ == "__main__":
+    main()
