@@ -3,7 +3,20 @@
 Knows no pod, no volume and no gRPC. Every call that can wait takes a `Deadline`.
 """
 
-from blockdev import blankness, durable, exclusivity, filesystems, holders, ioctls, loops, mounts, sparse, superblocks
+from blockdev import (
+    blankness,
+    durable,
+    exclusivity,
+    filesystems,
+    holders,
+    ioctls,
+    loops,
+    mounts,
+    nfs,
+    quotas,
+    sparse,
+    superblocks,
+)
 from blockdev.deadlines import Deadline
 from blockdev.errors import (
     BlockdevError,
@@ -40,6 +53,8 @@ __all__ = [
     "ioctls",
     "loops",
     "mounts",
+    "nfs",
+    "quotas",
     "sparse",
     "superblocks",
 ]

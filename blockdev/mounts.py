@@ -9,9 +9,9 @@ import os
 import time
 from collections.abc import Sequence
 
-from blockdev import syscalls
+from blockdev import mountinfo, syscalls
 from blockdev.deadlines import Deadline, bounded
-from blockdev.errors import DeviceBusy, Holder, MountFailed
+from blockdev.errors import DeviceBusy, Holder, MountFailed, WaitExpired
 from blockdev.ioctls import is_block
 
 _FLAGS: dict[str, tuple[int, int]] = {
@@ -120,6 +120,7 @@ def be_unmounted(target: str, deadline: Deadline) -> None:
 
 
 _LAST_LOOK = 0.3
+_MOMENT = 0.5
 _PATIENCE = 10.0
 
 
@@ -135,6 +136,24 @@ def _users(target: str) -> list[Holder]:
                 with open(f"/proc/{name}/comm") as comm:
                     found.append(Holder(pid=int(name), name=comm.read().strip()))
     return found
+
+
+def in_table(path: str) -> bool:
+    """Whether something is mounted on `path`, by the kernel's table alone: what is mounted there may be dead."""
+    return any(mount.target == path for mount in mountinfo.table())
+
+
+def be_let_go(target: str) -> None:
+    """Nothing hangs on `target` when this returns, although its server may be dead: nobody is asked and nobody waits.
+
+    Whoever works in it keeps what it has; requests that wait for the server are ended. What is still to be written
+    waits for it in a thread of its own.
+    """
+    while in_table(target):
+        for flags in (syscalls.MNT_FORCE, syscalls.MNT_DETACH):
+            call = functools.partial(syscalls.umount, target, flags | syscalls.UMOUNT_NOFOLLOW)
+            with contextlib.suppress(OSError, WaitExpired):
+                bounded(f"letting go of {target}", Deadline.after(_MOMENT), call)
 
 
 def be_absent(target: str, deadline: Deadline) -> None:

@@ -85,7 +85,8 @@ class Controller(SnapshotCalls):
             raise BadRequest(
                 "mutable_parameters", sorted(request.mutable_parameters), "no parameter can be changed later"
             )
-        self._check_topology(request.accessibility_requirements)
+        if not self._node.catalog.for_parameters(chosen).multi_node:
+            self._check_topology(request.accessibility_requirements)
         with self._names.taken(name):
             backend = self._node.catalog.for_parameters(chosen)
             source = _content_source(request)
@@ -99,7 +100,7 @@ class Controller(SnapshotCalls):
     def _check_uses(self, uses: Sequence[Capability], backend: Backend) -> None:
         for use in uses:
             try:
-                check_capability(use, backend.kind, multi_node=backend.multi_node)
+                check_capability(use, backend)
             except Refused as error:
                 raise BadRequest("volume_capabilities", str(use.mode), str(error)) from error
         if len({use.fstype for use in uses if not use.raw}) > 1:
@@ -136,7 +137,7 @@ class Controller(SnapshotCalls):
             parameters.check(checks.bounded_map("parameters", request.parameters), default=self._node.catalog.default)
             parameters.check_context(checks.bounded_map("volume_context", request.volume_context))
             for use in uses:
-                check_capability(use, backend.kind, multi_node=backend.multi_node)
+                check_capability(use, backend)
         except Exception as error:
             response.message = str(error)
             return response
@@ -193,9 +194,14 @@ class Controller(SnapshotCalls):
         backend = self._node.catalog.of(volume_id)
         if request.HasField("volume_capability"):
             use = checks.capability("volume_capability", request.volume_capability)
-            check_capability(use, backend.kind, multi_node=backend.multi_node)
+            check_capability(use, backend)
         capacity = backend.check_expand(volume_id, checks.size_range(request.capacity_range))
-        return csi_pb2.ControllerExpandVolumeResponse(capacity_bytes=capacity, node_expansion_required=True)
+        if backend.multi_node:
+            # No node has anything of it, so the controller does the work itself.
+            capacity = backend.expand(volume_id, checks.size_range(request.capacity_range)).capacity_bytes
+        return csi_pb2.ControllerExpandVolumeResponse(
+            capacity_bytes=capacity, node_expansion_required=not backend.multi_node
+        )
 
     def ControllerGetVolumeHealth(
         self, request: csi_pb2.ControllerGetVolumeHealthRequest, _deadline: Deadline
@@ -213,11 +219,12 @@ class Controller(SnapshotCalls):
         )
 
     def _message(self, volume: Volume) -> csi_pb2.Volume:
+        one_node = not self._node.catalog.of(volume.volume_id).multi_node
         return csi_pb2.Volume(
             volume_id=volume.volume_id,
             capacity_bytes=volume.capacity_bytes,
             volume_context=parameters.context_of(volume.parameters),
-            accessible_topology=[csi_pb2.Topology(segments=topology.segments(self._node_id))],
+            accessible_topology=[csi_pb2.Topology(segments=topology.segments(self._node_id))] if one_node else [],
         )
 
 

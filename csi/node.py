@@ -144,7 +144,7 @@ class NodeService:
         if request.HasField("volume_capability"):
             backend = self._node.catalog.of(volume_id)
             use = checks.capability("volume_capability", request.volume_capability)
-            check_capability(use, backend.kind, multi_node=backend.multi_node)
+            check_capability(use, backend)
         size = checks.size_range(request.capacity_range)
         capacity = self._node.expand(volume_id, request.volume_path, size, deadline)
         return csi_pb2.NodeExpandVolumeResponse(capacity_bytes=capacity)

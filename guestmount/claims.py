@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from blockdev import Deadline, durable
+from blockdev import Deadline, durable, nfs
 from guestmount.errors import BadRequest, Busy, Refused
 from volumes import VOLUME_ID, AccessMode, Capability, VolumeKind
 
@@ -69,6 +69,19 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.pod_namespace}/{self.pod_name}" if self.pod_name else self.pod_uid
 
 
+class NfsMount(msgspec.Struct, frozen=True, kw_only=True):
+    """What the kernel, the host's or a guest's, is told to mount."""
+
+    server: str
+    path: str
+    version: str
+    options: tuple[str, ...] = ()
+
+    @property
+    def export(self) -> nfs.Export:
+        return nfs.Export(server=self.server, path=self.path, version=self.version, options=self.options)
+
+
 class Claim(msgspec.Struct, frozen=True, kw_only=True):
     """The whole record.
 
@@ -87,6 +100,7 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
     proved: bool = False
     device: str = ""
     kind: VolumeKind = VolumeKind.BLOCK
+    nfs: NfsMount | None = None
     version: int = 1
 
     def but(self, **changes: object) -> Claim:

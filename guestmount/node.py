@@ -17,12 +17,12 @@ from blockdev import Deadline, DeviceBusy, filesystems, ioctls, loops, mounts
 from blockdev.detached import private_mount
 from blockdev.errors import BlockdevError
 from guestmount import file_delivery, groups, host_delivery, ownership, paths, placeholder, preflight
-from guestmount.claims import HOST, SANDBOX, Cell, Claim, Claims, Owner, Target, Use
+from guestmount.claims import HOST, SANDBOX, Cell, Claim, Claims, NfsMount, Owner, Target, Use
 from guestmount.detect import Detector, Runtime
 from guestmount.errors import Conflict, Refused
 from guestmount.handoff import Delivery, Dialect
 from guestmount.requests import PublishRequest, StageRequest, check_capability, exists
-from volumes import Catalog, SizeRange, VolumeKind, VolumeNotFound, parameters
+from volumes import Catalog, NfsSource, SizeRange, Source, VolumeKind, VolumeNotFound, parameters
 from volumes.backend import BlockBackend
 
 log = logging.getLogger("runvol.node")
@@ -43,11 +43,11 @@ class Node:
     def stage(self, request: StageRequest, deadline: Deadline) -> None:
         """The volume is ready to be published: attached, and formatted if it was provably blank. Mounts nothing."""
         staging = paths.check("staging_target_path", request.staging_path, self.roots)
-        backend = self.catalog.of(request.volume_id)
-        check_capability(request.capability, backend.kind, multi_node=backend.multi_node)
-        volume = self.catalog.get(request.volume_id)
+        backend = self.catalog.of(request.volume_id, request.context)
+        check_capability(request.capability, backend)
         with self.claims.locked(request.volume_id, deadline) as cell:
-            source = backend.attach(volume.volume_id, request.context).path
+            attached = backend.attach(request.volume_id, request.context)
+            source = attached.path
             claim = cell.claim
             fstype = self._fstype(request, source, deadline) if backend.kind is VolumeKind.BLOCK else ""
             use = Use.of(request.capability, fstype)
@@ -58,10 +58,10 @@ class Node:
                 _check_same_stage(claim, staging, use)
                 if claim.owner is not None:
                     return  # kubelet has restarted; nothing is opened for writing
-            new = _new_claim(request, source, use, backend.kind)
+            new = _new_claim(request, attached, use, backend.kind)
             if isinstance(backend, BlockBackend) and not request.capability.raw:
                 ownership.acquire(claim or new, deadline)
-                backend.format(volume.volume_id, fstype, deadline)
+                backend.format(request.volume_id, fstype, deadline)
             if claim is None:
                 cell.write(new)
 
@@ -104,12 +104,11 @@ class Node:
         """The volume is at the target: mounted there for a runc pod, handed to the guest for a sandboxed one."""
         path = paths.check("target_path", request.target, self.roots)
         paths.check("staging_target_path", request.staging_path, self.roots)
-        backend = self.catalog.of(request.volume_id)
-        check_capability(request.capability, backend.kind, multi_node=backend.multi_node)
-        volume = self.catalog.get(request.volume_id)
-        if volume.formatting:
-            raise Refused(f"volume {volume.volume_id} was being formatted when the driver ended; stage it again")
-        backend.attach(volume.volume_id, request.context)  # its bytes are still there
+        backend = self.catalog.of(request.volume_id, request.context)
+        check_capability(request.capability, backend)
+        if isinstance(backend, BlockBackend) and self.catalog.get(request.volume_id).formatting:
+            raise Refused(f"volume {request.volume_id} was being formatted when the driver ended; stage it again")
+        backend.attach(request.volume_id, request.context)  # its bytes are still there
         with self.claims.locked(request.volume_id, deadline) as cell:
             claim = cell.claim
             if claim is None or claim.staging_path != request.staging_path:
@@ -159,6 +158,12 @@ class Node:
         if path not in claim.targets:
             runtime = self.detector.detect(request.pod, request.context.get("runtime", ""), deadline)
             if runtime.kind == SANDBOX:
+                if claim.nfs is not None and request.context.get("inSandbox", "refuse") == "refuse":
+                    raise Refused(
+                        f"volume {claim.volume} is an NFS export, and this release does not have it mounted inside of "
+                        f"the guest of {request.pod}; with the class's parameter `inSandbox: share` the host's mount "
+                        "is shared into the guest by virtio-fs"
+                    )
                 preflight.check_share(runtime, pv_name=claim.volume)
             ownership.forget_vanished(cell, self._alive)
             claim = _present(cell)
@@ -221,8 +226,10 @@ class Node:
     def _take_back(self, cell: Cell, path: str, deadline: Deadline) -> None:
         for dialect in self.dialects:
             dialect.withdraw(path)
-        mounts.be_absent(path, deadline)
         claim = cell.claim
+        if claim is not None and claim.kind is VolumeKind.FILES:
+            file_delivery.take_back(claim, path)
+        mounts.be_absent(path, deadline)
         if claim is None:
             return
         if path in claim.targets:
@@ -243,8 +250,8 @@ class Node:
                 ownership.drop_leftovers(backend.attach(volume_id).path, deadline)
 
     def _alive(self, path: str) -> bool:
-        """Whether anything of a publish is left at its target."""
-        return mounts.is_mount_point(path) or any(one.target == path for d in self.dialects for one in d.delivered())
+        """Whether anything of a publish is left at its target. By the table: a dead server is not asked."""
+        return mounts.in_table(path) or any(one.target == path for d in self.dialects for one in d.delivered())
 
     # -- expansion and deletion
 
@@ -320,8 +327,14 @@ def _present(cell: Cell) -> Claim:
     return cell.claim
 
 
-def _new_claim(request: StageRequest, source: str, use: Use, kind: VolumeKind) -> Claim:
-    return Claim(volume=request.volume_id, source=source, staging_path=request.staging_path, use=use, kind=kind)
+def _new_claim(request: StageRequest, source: Source, use: Use, kind: VolumeKind) -> Claim:
+    mount, name = None, source.path
+    if isinstance(source, NfsSource):
+        mount = NfsMount(server=source.server, path=source.path, version=source.version, options=source.options)
+        name = mount.export.source
+    return Claim(
+        volume=request.volume_id, source=name, staging_path=request.staging_path, use=use, kind=kind, nfs=mount
+    )
 
 
 def _check_same_stage(claim: Claim, staging: str, use: Use) -> None:

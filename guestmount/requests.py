@@ -11,12 +11,12 @@ from blockdev import mounts
 from guestmount.errors import BadRequest, Refused
 from guestmount.pods import PodRef
 from volumes import Capability, VolumeKind, parameters
+from volumes.backend import Backend
 
 _POD_IN_PATH = re.compile(
     r"/(?:pods/|publish/[^/]+/)([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})(?:/|\Z)"
 )
 _GROUP_LIMIT = 2**32 - 1
-_BIND = frozenset({"ro", "rw", "defaults"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,22 +54,22 @@ class PublishRequest:
         return self.read_only or self.capability.mode.is_read_only
 
 
-def check_capability(capability: Capability, kind: VolumeKind = VolumeKind.BLOCK, *, multi_node: bool = False) -> None:
-    """BadRequest or Refused for what no volume of this kind can be."""
+def check_capability(capability: Capability, backend: Backend) -> None:
+    """BadRequest or Refused for what no volume of this backend can be."""
     for flag in capability.mount_flags:
         if flag in mounts.FORBIDDEN or "\0" in flag or "," in flag or not flag.isprintable():
             raise BadRequest("mount_flags", flag, "is not a mount option that a volume can have")
-        if kind is VolumeKind.FILES and flag not in _BIND:
-            raise BadRequest(
-                "mount_flags", flag, f"cannot be given to a directory; it takes {', '.join(sorted(_BIND))}"
-            )
+        refusal = backend.refuses(flag)
+        if refusal is not None:
+            raise BadRequest("mount_flags", flag, refusal)
     group = capability.mount_group
     if group and not (group.isascii() and group.isdigit() and len(group) <= 10 and 0 < int(group) <= _GROUP_LIMIT):
         raise BadRequest("volume_mount_group", group, f"must be a group id from 1 to {_GROUP_LIMIT}")
     # A provisioner fills the field in by itself; for a volume of files it means nothing.
-    if kind is VolumeKind.BLOCK and capability.fstype and capability.fstype not in parameters.SUPPORTED_FSTYPES:
+    is_block = backend.kind is VolumeKind.BLOCK
+    if is_block and capability.fstype and capability.fstype not in parameters.SUPPORTED_FSTYPES:
         raise BadRequest("fs_type", capability.fstype, f"takes {', '.join(parameters.SUPPORTED_FSTYPES)}")
-    reason = capability.refusal(kind, multi_node=multi_node)
+    reason = capability.refusal(backend.kind, multi_node=backend.multi_node)
     if reason is not None:
         raise Refused(reason)
 

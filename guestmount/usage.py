@@ -9,7 +9,7 @@ from blockdev import Deadline, ioctls, mounts, superblocks
 from blockdev.deadlines import bounded
 from guestmount import placeholder
 from guestmount.claims import HOST, Claim
-from guestmount.errors import Refused
+from guestmount.errors import BadRequest, Refused
 from guestmount.node import Node
 from volumes import Volume, VolumeKind, VolumeNotFound
 
@@ -38,8 +38,9 @@ class Problem:
 
 def published(node: Node, volume_id: str, path: str) -> Claim:
     """The claim of a volume that is at `path`; VolumeNotFound otherwise."""
-    node.catalog.get(volume_id)
     claim = node.claims.peek(volume_id)
+    if claim is None or claim.nfs is None:
+        node.catalog.get(volume_id)
     if claim is None or (path not in claim.targets and path != claim.staging_path):
         raise VolumeNotFound(f"{volume_id} (it is not at {path})")
     return claim
@@ -75,6 +76,10 @@ def measure(claim: Claim, path: str, deadline: Deadline) -> Usage:
 
 def problems(node: Node, volume_id: str) -> list[Problem]:
     """What is wrong with a volume on this node; nothing for a healthy one. VolumeNotFound for an unknown one."""
+    peeked = _peeked(node, volume_id)
+    if peeked is not None and peeked.nfs is not None:
+        # The server is not asked: a dead one would cost every look at the volume its patience.
+        return _delivery_problems(node, peeked)
     volume, backend = node.catalog.get(volume_id), node.catalog.of(volume_id)
     try:
         source = backend.attach(volume_id).path
@@ -86,6 +91,13 @@ def problems(node: Node, volume_id: str) -> list[Problem]:
     except Refused as error:  # one damaged claim must not hide the other volumes of a list
         return [*found, Problem(reason="ClaimDamaged", message=str(error), unreachable=True)]
     return found + (_delivery_problems(node, claim) if claim is not None else [])
+
+
+def _peeked(node: Node, volume_id: str) -> Claim | None:
+    try:
+        return node.claims.peek(volume_id)
+    except (BadRequest, Refused):
+        return None
 
 
 def _device_problems(volume: Volume, source: str) -> list[Problem]:
@@ -109,7 +121,7 @@ def _delivery_problems(node: Node, claim: Claim) -> list[Problem]:
     handed = {one.target: one for dialect in node.dialects for one in dialect.delivered()}
     for path in claim.targets:
         if claim.owner is None or claim.owner.kind == HOST:
-            if not mounts.is_mount_point(path):
+            if not mounts.in_table(path):
                 found.append(Problem(reason="MountMissing", message=f"nothing is mounted at {path}", unreachable=True))
             continue
         if not placeholder.stands(path):

@@ -55,7 +55,8 @@ TABLE: Mapping[str, Setting] = {
         default="", meaning="the API's address, if not the configured one (a node-local proxy)"
     ),
     "volumes.backends": Setting(
-        default=("loop", "directory"), meaning="backends that make volumes; the first serves classes that name none"
+        default=("loop", "directory", "nfs"),
+        meaning="backends that make volumes; the first serves classes that name none",
     ),
     "directory.path": Setting(
         default="", meaning="where the volumes of the backend directory lie; empty for <paths.state_dir>/directories"
@@ -215,8 +216,10 @@ def _check(config: Config) -> None:
             raise ConfigError(f"{key} = {config.number(key)}: must not be negative")
     if config.text("directory.path") and not config.text("directory.path").startswith("/"):
         raise ConfigError(f"directory.path = {config.text('directory.path')!r}: must be an absolute path")
-    if not config.words("volumes.backends") or set(config.words("volumes.backends")) - {"loop", "directory"}:
-        raise ConfigError(f"volumes.backends = {list(config.words('volumes.backends'))}: takes any of loop, directory")
+    if not config.words("volumes.backends") or set(config.words("volumes.backends")) - {"loop", "directory", "nfs"}:
+        raise ConfigError(
+            f"volumes.backends = {list(config.words('volumes.backends'))}: takes any of loop, directory, nfs"
+        )
     _check_snapshotter(config)
     if not _NODE_ID.match(config.node_id):
         raise ConfigError(

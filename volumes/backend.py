@@ -54,6 +54,9 @@ class Backend(Protocol):
     def check_expand(self, volume_id: str, size: SizeRange) -> int:
         """The capacity that `expand` would give; raises what it would raise, and changes nothing."""
 
+    def refuses(self, flag: str) -> str | None:
+        """Why its volumes cannot be mounted with this option; None if they can."""
+
     def attach(self, volume_id: str, context: Mapping[str, str] | None = None, /) -> Source:
         """How this node gets at the bytes, for a volume with this context. Opens nothing."""
 

@@ -9,8 +9,9 @@ from volumes.directory import DirectoryBackend
 from volumes.errors import InvalidParameter, VolumeNotFound
 from volumes.loop import LoopBackend
 from volumes.model import VOLUME_ID, Volume
+from volumes.nfs import NfsBackend
 
-ALL = (LoopBackend.name, DirectoryBackend.name)
+ALL = (LoopBackend.name, DirectoryBackend.name, NfsBackend.name)
 # A place in the list of all volumes: the backend above, the place in its own list below.
 _SHIFT = 56
 
@@ -35,6 +36,7 @@ class Catalog:
         return cls(
             LoopBackend(state_dir, capacity_limit=capacity_limit),
             DirectoryBackend(state_dir, directory=directory, capacity_limit=directory_limit),
+            NfsBackend(state_dir),
             enabled=enabled,
         )
 
@@ -65,8 +67,13 @@ class Catalog:
                 return backend
         raise InvalidParameter("backend", name, f"is not enabled here (setting volumes.backends: {self._enabled})")
 
-    def of(self, volume_id: str) -> Backend:
-        """The backend of a volume; VolumeNotFound if none can have made that id."""
+    def of(self, volume_id: str, context: Mapping[str, str] | None = None) -> Backend:
+        """The backend of a volume; VolumeNotFound if none can have made that id.
+
+        A static volume's id may be anything: its context says what it is.
+        """
+        if context and context.get("backend") == NfsBackend.name and VOLUME_ID.match(volume_id):
+            return next(one for one in self._backends if one.name == NfsBackend.name)
         if VOLUME_ID.match(volume_id):
             for backend in self._backends:
                 if volume_id.startswith(backend.prefix):

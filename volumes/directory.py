@@ -34,6 +34,7 @@ PREFIX = "dir-"
 QUOTA = "quota"
 _NEW, _OLD = ".new-", ".old-"
 _SMALLEST = 4096
+_BIND = frozenset({"ro", "rw", "defaults"})
 # Projects are numbers that a whole filesystem shares; others count from 1 (projid files, container runtimes).
 FIRST_PROJECT = 1 << 30
 
@@ -191,6 +192,10 @@ class DirectoryBackend:
         if _limited(row):
             quotas.limit(self._path(volume_id), _project(row), row.capacity)
         return self._volume(row)
+
+    def refuses(self, flag: str) -> str | None:
+        """A directory is bound as it lies."""
+        return None if flag in _BIND else f"cannot be given to a directory; it takes {', '.join(sorted(_BIND))}"
 
     def attach(self, volume_id: str, _context: Mapping[str, str] | None = None) -> Source:
         self._known(volume_id)

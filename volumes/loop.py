@@ -172,6 +172,9 @@ class LoopBackend:
 
     # -- the node's verbs
 
+    def refuses(self, _flag: str) -> str | None:
+        return None
+
     def attach(self, volume_id: str, _context: Mapping[str, str] | None = None) -> BlockSource:
         self._known(volume_id)
         path = self._path(volume_id)

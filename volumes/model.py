@@ -141,4 +141,14 @@ class DirectorySource:
     path: str
 
 
-Source = BlockSource | DirectorySource
+@dataclass(frozen=True, kw_only=True)
+class NfsSource:
+    """A directory that an NFS server exports; `options` are the class's own mount options."""
+
+    server: str
+    path: str
+    version: str
+    options: tuple[str, ...] = ()
+
+
+Source = BlockSource | DirectorySource | NfsSource

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from blockdev import filesystems
+from blockdev import filesystems, nfs
 from volumes.errors import InvalidParameter
 
 RESERVED = "csi.storage.k8s.io/"
@@ -19,7 +20,7 @@ _FROM_KUBERNETES = ("csi.storage.k8s.io/", "storage.kubernetes.io/")
 class Parameter:
     """One key: what it means, which values it takes, and whether the node needs it in the volume context.
 
-    `backends`: those that it belongs to; none for all.
+    `backends`: those that it belongs to; none for all. `aliases`: what other drivers' users call it.
     """
 
     key: str
@@ -28,11 +29,30 @@ class Parameter:
     meaning: str
     accepts: Callable[[str], bool]
     backends: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
     in_context: bool = False
 
 
 def _one_of(*values: str) -> Callable[[str], bool]:
     return lambda value: value in values
+
+
+def _is_server(value: str) -> bool:
+    """A DNS name, or an address as a number."""
+    try:
+        ipaddress.ip_address(value)
+    except ValueError:
+        return re.fullmatch(r"[A-Za-z0-9]([-A-Za-z0-9.]{0,251}[A-Za-z0-9])?", value) is not None
+    return True
+
+
+def _is_path(value: str) -> bool:
+    return value.startswith("/") and value.isprintable() and "," not in value and ".." not in value.split("/")
+
+
+def _are_options(value: str) -> bool:
+    words = value.split(",")
+    return value.isprintable() and all(words) and nfs.check_options(words) is None
 
 
 def _is_handler(value: str) -> bool:
@@ -42,11 +62,12 @@ def _is_handler(value: str) -> bool:
 TABLE: tuple[Parameter, ...] = (
     Parameter(
         key="backend",
-        values="loop, directory",
+        values="loop, directory, nfs",
         default="loop",
         meaning="Where the volume's bytes live. `loop`: one file a volume in a directory of the node, a block device. "
-        "`directory`: one directory a volume, shared into sandboxes by virtio-fs.",
-        accepts=_one_of("loop", "directory"),
+        "`directory`: one directory a volume, shared into sandboxes by virtio-fs. `nfs`: a directory of an NFS export.",
+        accepts=_one_of("loop", "directory", "nfs"),
+        in_context=True,
     ),
     Parameter(
         key="runtime",
@@ -75,6 +96,77 @@ TABLE: tuple[Parameter, ...] = (
         backends=("directory",),
     ),
     Parameter(
+        key="server",
+        values="a name or an address",
+        default="(none)",
+        meaning="Backend `nfs`: the server. Required.",
+        accepts=_is_server,
+        backends=("nfs",),
+        in_context=True,
+    ),
+    Parameter(
+        key="path",
+        values="an absolute path",
+        default="(none)",
+        meaning="Backend `nfs`: the exported directory (csi-driver-nfs calls it `share`). Required.",
+        accepts=_is_path,
+        backends=("nfs",),
+        in_context=True,
+        aliases=("share",),
+    ),
+    Parameter(
+        key="volumeAs",
+        values="subpath, sharepath",
+        default="subpath",
+        meaning="Backend `nfs`: whether a volume is a directory of its own below `path`, or `path` itself.",
+        accepts=_one_of("subpath", "sharepath"),
+        backends=("nfs",),
+    ),
+    Parameter(
+        key="vers",
+        values=", ".join(nfs.VERSIONS),
+        default=nfs.DEFAULT_VERSION,
+        meaning="Backend `nfs`: the protocol's version.",
+        accepts=_one_of(*nfs.VERSIONS),
+        backends=("nfs",),
+        in_context=True,
+    ),
+    Parameter(
+        key="options",
+        values="a comma list",
+        default="(none)",
+        meaning="Backend `nfs`: mount options besides those of the StorageClass's `mountOptions`.",
+        accepts=_are_options,
+        backends=("nfs",),
+        in_context=True,
+    ),
+    Parameter(
+        key="mode",
+        values="three or four octal digits",
+        default="0777",
+        meaning="Backend `nfs`: permissions of a new volume's directory (csi-driver-nfs calls it `mountPermissions`).",
+        accepts=lambda value: re.fullmatch(r"0?[0-7]{3}", value) is not None,
+        backends=("nfs",),
+        aliases=("mountPermissions",),
+    ),
+    Parameter(
+        key="archiveOnDelete",
+        values="true, false",
+        default="true",
+        meaning="Backend `nfs`: a deleted volume's directory is renamed to `archived-…` instead of being removed.",
+        accepts=_one_of("true", "false"),
+        backends=("nfs",),
+    ),
+    Parameter(
+        key="inSandbox",
+        values="refuse, share",
+        default="refuse",
+        meaning="Backend `nfs`: what a sandboxed pod gets. `share`: the host's mount, by virtio-fs. `refuse`: none.",
+        accepts=_one_of("refuse", "share"),
+        backends=("nfs",),
+        in_context=True,
+    ),
+    Parameter(
         key=FSTYPE,
         values=", ".join(filesystems.SUPPORTED),
         default=filesystems.DEFAULT,
@@ -85,6 +177,7 @@ TABLE: tuple[Parameter, ...] = (
 )
 SUPPORTED_FSTYPES = filesystems.SUPPORTED
 _BY_KEY = {parameter.key: parameter for parameter in TABLE}
+_ALIASES = {alias: parameter for parameter in TABLE for alias in parameter.aliases}
 
 
 def check(parameters: Mapping[str, str], *, default: str = "loop") -> dict[str, str]:
@@ -92,16 +185,18 @@ def check(parameters: Mapping[str, str], *, default: str = "loop") -> dict[str, 
 
     `default` is the backend of a class that names none.
     """
-    mine = {}
+    mine: dict[str, str] = {}
     for key, value in parameters.items():
-        known = _BY_KEY.get(key)
+        known = _BY_KEY.get(key) or _ALIASES.get(key)
         if known is None:
             if key.startswith(RESERVED):
                 continue
             raise InvalidParameter(key, value, f"is not known; known are {', '.join(sorted(_BY_KEY))}")
         if not known.accepts(value):
             raise InvalidParameter(key, value, f"takes {known.values}")
-        mine[key] = value
+        if mine.get(known.key, value) != value:
+            raise InvalidParameter(key, value, f"contradicts {known.key} = {mine[known.key]!r}")
+        mine[known.key] = value
     backend = mine.get("backend", default)
     for key, value in mine.items():
         if _BY_KEY[key].backends and backend not in _BY_KEY[key].backends:

@@ -1,0 +1,141 @@
+"""NFS mounts without mount.nfs: the options that its kernel side wants, resolved here, and never a wait without an end.
+
+Source: nfs(5) and fs/nfs/fs_context.c. The kernel takes `addr=` as a number and does not resolve names; version 4 wants
+`clientaddr=`; version 3 asks the server's own mountd by itself, and `nolock` spares it a statd that may not run.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from blockdev import syscalls
+from blockdev.deadlines import Deadline, bounded
+from blockdev.detached import filesystem
+from blockdev.errors import BlockdevError, MountFailed
+from blockdev.mounts import parse_options
+
+VERSIONS = ("3", "4.0", "4.1", "4.2")
+DEFAULT_VERSION = "4.1"
+PORT = 2049
+# How long a server may take to accept a connection, in seconds.
+PATIENCE = 3.0
+# Set from the server, the version and the node; an option of these would contradict them.
+OWN_OPTIONS = frozenset({"addr", "clientaddr", "vers", "nfsvers", "minorversion", "mountaddr", "v3", "v4", "fscontext"})
+# A controller's mount gives up: 5 s a try, two tries, then EIO.
+_GIVES_UP = ("soft", "timeo=50", "retrans=1")
+
+
+class ServerSilent(BlockdevError):
+    """Nobody accepts connections at the server's NFS port."""
+
+    def __init__(self, server: str, why: str) -> None:
+        super().__init__(f"the NFS server {server} does not answer on port {PORT}: {why}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """A directory of a server. `server` is a name or an address, `path` absolute."""
+
+    server: str
+    path: str
+    version: str = DEFAULT_VERSION
+    options: tuple[str, ...] = ()
+
+    @property
+    def source(self) -> str:
+        """As mount's tables show it; IPv6 addresses stand in brackets."""
+        return f"[{self.server}]:{self.path}" if ":" in self.server else f"{self.server}:{self.path}"
+
+    @property
+    def fstype(self) -> str:
+        return "nfs" if self.version == "3" else "nfs4"
+
+
+def resolve(server: str, deadline: Deadline) -> str:
+    """The server's address as a number; ServerSilent for a name that nobody knows."""
+    try:
+        return str(ipaddress.ip_address(server))
+    except ValueError:
+        pass
+    try:
+        found = bounded(f"resolving {server}", Deadline.after(min(PATIENCE, deadline.remaining())),
+                        lambda: socket.getaddrinfo(server, PORT, type=socket.SOCK_STREAM))  # fmt: skip
+    except OSError as error:
+        raise ServerSilent(server, f"its name cannot be resolved ({error.strerror or error})") from error
+    return str(found[0][4][0])
+
+
+def probe(server: str, address: str, deadline: Deadline) -> str:
+    """Prove that the server takes connections; this node's address towards it. ServerSilent otherwise.
+
+    A mount of a dead server hangs in the kernel; a connection that is refused, or not answered, costs a moment.
+    """
+    try:
+        with socket.create_connection((address, PORT), min(PATIENCE, max(0.1, deadline.remaining()))) as connection:
+            return str(connection.getsockname()[0])
+    except OSError as error:
+        raise ServerSilent(server, error.strerror or str(error)) from error
+
+
+def kernel_options(export: Export, address: str, client: str) -> list[str]:
+    """What mount(2) wants for this export, from the export's own options and what was found out."""
+    options = [f"vers={export.version}", f"addr={address}"]
+    if export.version == "3":
+        options += [f"mountaddr={address}", "proto=tcp", "mountproto=tcp"]
+        if not {"nolock", "lock"} & set(export.options):
+            options.append("nolock")
+    else:
+        options.append(f"clientaddr={client}")
+    return [*options, *(option for option in export.options if option not in ("nfs", "nfs4"))]
+
+
+def mount(export: Export, target: str, deadline: Deadline) -> None:
+    """Mount an export of a server that answers. ServerSilent, MountFailed or WaitExpired, with the server's name."""
+    address = resolve(export.server, deadline)
+    options = kernel_options(export, address, probe(export.server, address, deadline))
+    flags, data = parse_options(options)
+    try:
+        bounded(f"mounting {export.source} from the NFS server {export.server}", deadline,
+                lambda: syscalls.mount(export.source, target, export.fstype, flags, data))  # fmt: skip
+    except OSError as error:
+        raise MountFailed(export.source, target, _why(error)) from error
+
+
+@contextmanager
+def opened(export: Export, deadline: Deadline) -> Iterator[int]:
+    """An export's root as a descriptor, on a mount that hangs nowhere and gives up by itself; gone at the end."""
+    address = resolve(export.server, deadline)
+    client = probe(export.server, address, deadline)
+    options: dict[str, str | None] = {"source": export.source}
+    flags = [option for option in export.options if "=" in option or option in ("nolock", "noresvport", "resvport")]
+    gentle = Export(server=export.server, path=export.path, version=export.version, options=(*flags, *_GIVES_UP))
+    for option in kernel_options(gentle, address, client):
+        key, equals, value = option.partition("=")
+        options[key] = value if equals else None
+    with ExitStack() as stack:
+        try:
+            root = stack.enter_context(filesystem(export.fstype, options, deadline=deadline))
+        except MountFailed as error:
+            hint = "does the server export this path to this node, in this version?"
+            raise MountFailed(export.source, "nowhere", f"{error}; {hint}") from error
+        yield root
+
+
+def _why(error: OSError) -> str:
+    hints = {
+        "Protocol not supported": "the server does not speak this version; set vers",
+        "No such file or directory": "the server exports no such path",
+        "Permission denied": "the server does not let this node in; see its exports",
+        "Invalid argument": "the kernel refuses an option",
+    }
+    text = str(error.strerror)
+    return f"{text}: {hints[text]}" if text in hints else text
+
+
+def check_options(options: Sequence[str]) -> str | None:
+    """The first option that contradicts what is set here; None if there is none."""
+    return next((option for option in options if option.partition("=")[0] in OWN_OPTIONS), None)

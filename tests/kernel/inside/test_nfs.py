@@ -1,0 +1,239 @@
+"""NFS volumes through the real driver, against the kernel's own server and client: every version, and a server that dies."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from concurrent import futures
+from pathlib import Path
+
+import grpc
+import pytest
+
+from tests.driver import POD, Driver, mount_capability
+from tests.kernel.inside.nfs import ROOT, VERSIONS, KernelNfs
+
+SERVER = "127.0.0.1"
+RWX = mount_capability("MULTI_NODE_MULTI_WRITER")
+
+
+@pytest.fixture(scope="module")
+def nfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KernelNfs]:
+    server = KernelNfs(tmp_path_factory.mktemp("nfs") / "exported")
+    server.start()
+    (ROOT / "share").mkdir()
+    os.chmod(ROOT / "share", 0o777)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def driver(nfs: KernelNfs, tmp_path: Path) -> Iterator[Driver]:
+    nfs.start()
+    with Driver(tmp_path / "d") as running:
+        yield running
+        nfs.start()
+        assert not running.mounts(), "left mounted"
+
+
+def create(driver: Driver, name: str = "one", capability=RWX, **parameters: str):
+    asked = {"backend": "nfs", "server": SERVER, "path": str(ROOT / "share")} | parameters
+    return driver.create(name, capability=capability, **asked)
+
+
+def gone(driver: Driver, volume, *pods: str, capability=RWX) -> None:
+    for pod in pods:
+        driver.unpublish(volume, pod)
+    driver.unstage(volume)
+    driver.delete(volume)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_runc_pods_share_a_volume(driver, version):
+    volume = create(driver, f"v{version}", vers=version)
+    assert not volume.accessible_topology
+    assert volume.volume_context["path"] == f"{ROOT}/share/v{version}"
+    driver.stage(volume, RWX)
+    first = driver.publish(volume, POD.format(1), runtime="runc", capability=RWX)
+    second = driver.publish(volume, POD.format(2), runtime="runc", capability=RWX, read_only=True)
+    (Path(first) / "f").write_text("x")
+    assert (Path(second) / "f").read_text() == "x"
+    with pytest.raises(OSError, match="Read-only"):
+        (Path(second) / "g").write_text("x")
+    mounted = [line for line in Path("/proc/self/mounts").read_text().splitlines() if f"/v{version} " in line]
+    assert len([line for line in mounted if "globalmount" in line]) == 1, "mounted once for the volume"
+    assert f"vers={version}" in mounted[0]
+    assert (ROOT / f"share/v{version}/f").read_text() == "x"
+    gone(driver, volume, POD.format(1), POD.format(2))
+
+
+def test_mount_options_are_carried(driver):
+    capability = mount_capability("MULTI_NODE_MULTI_WRITER", flags=("noatime", "rsize=65536"))
+    volume = create(driver, options="nconnect=2,soft", capability=capability)
+    driver.stage(volume, capability)
+    target = driver.publish(volume, POD.format(1), runtime="runc", capability=capability)
+    (line,) = [one for one in Path("/proc/self/mounts").read_text().splitlines() if f" {target} " in one]
+    for word in ("noatime", "rsize=65536", "nconnect=2", "soft"):
+        assert word in line
+    gone(driver, volume, POD.format(1))
+
+
+def test_a_deleted_volume_is_archived_or_removed_as_the_class_says(driver):
+    kept, removed = create(driver, "kept"), create(driver, "removed", archiveOnDelete="false")
+    for name in ("kept", "removed"):
+        (ROOT / "share" / name / "f").write_text("x")
+        (ROOT / "share" / name / "link").symlink_to("/etc")
+    driver.delete(kept)
+    driver.delete(removed)
+    driver.delete(removed)
+    names = os.listdir(ROOT / "share")
+    assert not [name for name in names if "removed" in name or name == "kept"]
+    (archived,) = [name for name in names if name.startswith("archived-kept")]
+    assert (ROOT / "share" / archived / "f").read_text() == "x"
+    assert Path("/etc/passwd").exists()
+
+
+def test_another_controller_goes_on_where_one_was_killed(driver, tmp_path):
+    volume = create(driver, "shared")
+    driver.kill()
+    for file in driver.state.glob("exports.json"):
+        file.unlink()
+    driver.start()
+    assert create(driver, "shared").volume_id == volume.volume_id
+    with pytest.raises(grpc.RpcError, match="exists already"):
+        create(driver, "shared", mode="0700")
+    driver.delete(volume)
+
+
+def test_names_that_csi_driver_nfs_users_write_are_understood(driver):
+    volume = driver.create(
+        "theirs", capability=RWX, backend="nfs", server=SERVER, share=f"{ROOT}/share", mountPermissions="0750"
+    )
+    assert (ROOT / "share/theirs").stat().st_mode & 0o777 == 0o750
+    driver.delete(volume)
+    with pytest.raises(grpc.RpcError, match="'subDir'"):
+        driver.create("x", capability=RWX, backend="nfs", server=SERVER, share=f"{ROOT}/share", subDir="a")
+    with pytest.raises(grpc.RpcError, match="contradicts path"):
+        driver.create("x", capability=RWX, backend="nfs", server=SERVER, share="/a", path="/b")
+
+
+def test_a_share_as_a_volume_is_never_removed(driver):
+    (ROOT / "whole").mkdir()
+    volume = create(driver, "whole", path=f"{ROOT}/whole", volumeAs="sharepath", archiveOnDelete="false")
+    assert volume.volume_context["path"] == f"{ROOT}/whole"
+    (ROOT / "whole/f").write_text("x")
+    driver.delete(volume)
+    assert (ROOT / "whole/f").read_text() == "x"
+
+
+def test_a_static_volume_needs_no_controller(driver):
+    class Static:
+        volume_id = "nas-of-team-a"
+        volume_context = {"backend": "nfs", "server": SERVER, "path": f"{ROOT}/share"}  # noqa: RUF012
+
+    driver.stage(Static, RWX)
+    target = driver.publish(Static, POD.format(1), runtime="runc", capability=RWX)
+    (Path(target) / "static").write_text("x")
+    assert (ROOT / "share/static").read_text() == "x"
+    usage = driver.client.NodeGetVolumeStats(volume_id=Static.volume_id, volume_path=target)
+    assert usage.usage[0].total > 0
+    driver.unpublish(Static, POD.format(1))
+    driver.unstage(Static)
+
+
+def test_a_sandbox_is_refused_or_shares_the_hosts_mount_as_the_class_says(driver):
+    refused, shared = create(driver, "refused"), create(driver, "shared", inSandbox="share")
+    for volume in (refused, shared):
+        driver.stage(volume, RWX)
+    with pytest.raises(grpc.RpcError, match="inSandbox") as caught:
+        driver.publish(refused, POD.format(1), runtime="kata", capability=RWX)
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    target = driver.publish(shared, POD.format(1), runtime="kata", capability=RWX)
+    (Path(target) / "f").write_text("x")
+    gone(driver, refused)
+    gone(driver, shared, POD.format(1))
+
+
+def test_it_grows_in_the_controller(driver):
+    volume = create(driver, "grows")
+    grown = driver.client.ControllerExpandVolume(volume_id=volume.volume_id, capacity_range={"required_bytes": 1 << 40})
+    assert grown.capacity_bytes == 1 << 40
+    assert not grown.node_expansion_required
+    driver.delete(volume)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [({"server": "nobody.invalid"}, "nobody.invalid"), ({"server": "192.0.2.1"}, "192.0.2.1 does not answer"),
+     ({"path": "/no/such"}, "exports no such path"), ({"path": "relative"}, "'path'"), ({"path": "/a/../b"}, "'path'"),
+     ({"server": "a b"}, "'server'"), ({"options": "addr=1.2.3.4"}, "'options'"), ({"vers": "2"}, "'vers'"),
+     ({"mode": "888"}, "'mode'"), ({"path": ""}, "'path'")],
+)  # fmt: skip
+def test_what_cannot_be_is_told_at_once(driver, parameters, words):
+    started = time.monotonic()
+    with pytest.raises(grpc.RpcError) as caught:
+        create(driver, "no", **parameters)
+    assert words in caught.value.details()
+    assert time.monotonic() - started < 8
+
+
+def test_a_dead_server_costs_each_call_its_patience_and_nobody_else_anything(driver, nfs):
+    volume, local = create(driver, "dies"), driver.create("local", backend="directory", quota="none")
+    driver.stage(volume, RWX)
+    driver.stage(local)
+    target = driver.publish(volume, POD.format(1), runtime="runc", capability=RWX)
+    (Path(target) / "f").write_text("x")
+    nfs.stop()
+    started = time.monotonic()
+    # kubelet comes again for a running pod: it is published, and nobody asks the server.
+    driver.publish(volume, POD.format(1), runtime="runc", capability=RWX)
+    assert time.monotonic() - started < 3
+    with pytest.raises(grpc.RpcError) as caught:
+        driver.client.NodeGetVolumeStats(volume_id=volume.volume_id, volume_path=target, timeout=4)
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    started = time.monotonic()
+    for number in range(5):
+        driver.publish(local, POD.format(2), runtime="runc")
+        driver.unpublish(local, POD.format(2))
+    assert time.monotonic() - started < 5, f"{number} calls for another volume waited"
+    started = time.monotonic()
+    driver.unpublish(volume, POD.format(1))
+    driver.unstage(volume)
+    assert time.monotonic() - started < 5
+    driver.stage(volume, RWX)
+    with pytest.raises(grpc.RpcError, match=f"{SERVER} does not answer"):
+        driver.publish(volume, POD.format(1), runtime="runc", capability=RWX)
+    with pytest.raises(grpc.RpcError, match=f"{SERVER} does not answer"):
+        driver.delete(volume)
+    driver.unstage(volume)
+    nfs.start()
+    until = time.monotonic() + 60
+    while True:
+        try:
+            driver.delete(volume)
+            break
+        except grpc.RpcError:
+            assert time.monotonic() < until
+            time.sleep(1)
+    driver.unstage(local)
+    driver.delete(local)
+
+
+def test_many_at_once(driver):
+    volume = create(driver, "many")
+    driver.stage(volume, RWX)
+
+    def pod(number: int) -> None:
+        name = POD.format(number)
+        for _ in range(20):
+            try:
+                driver.publish(volume, name, runtime="runc", capability=RWX)
+                break
+            except grpc.RpcError as error:
+                assert error.code() is grpc.StatusCode.ABORTED
+                time.sleep(0.1)
+
+    with futures.ThreadPoolExecutor(5) as callers:
+        list(callers.map(pod, range(1, 6)))
+    gone(driver, volume, *[POD.format(number) for number in range(1, 6)])
