@@ -77,6 +77,7 @@ class MountFailed(BlockdevError):
     """mount(2), or one of its newer relatives, refused."""
 
     def __init__(self, source: str, target: str, reason: str) -> None:
+        self.reason = reason
         super().__init__(f"mounting {source} on {target}: {reason}")
 
 

@@ -121,7 +121,7 @@ def opened(export: Export, deadline: Deadline) -> Iterator[int]:
             root = stack.enter_context(filesystem(export.fstype, options, deadline=deadline))
         except MountFailed as error:
             hint = "does the server export this path to this node, in this version?"
-            raise MountFailed(export.source, "nowhere", f"{error}; {hint}") from error
+            raise MountFailed(export.source, "nowhere", f"{error.reason}; {hint}") from error
         yield root
 
 

@@ -193,7 +193,9 @@ class Driver:
 
     def staging(self, name: str) -> str:
         path = self.kubelet / "staging" / name / "globalmount"
-        path.mkdir(parents=True, exist_ok=True)
+        # What is mounted there may have a dead server.
+        if not any(mount.target == str(path) for mount in mountinfo.table()):
+            path.mkdir(parents=True, exist_ok=True)
         return str(path)
 
     def target(self, name: str, pod: str) -> str:

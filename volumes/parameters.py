@@ -211,5 +211,11 @@ def check_context(context: Mapping[str, str]) -> dict[str, str]:
 
 
 def context_of(parameters: Mapping[str, str]) -> dict[str, str]:
-    """What the node needs to know of them, for the volume context."""
-    return {key: value for key, value in parameters.items() if _BY_KEY[key].in_context}
+    """What the node needs to know of them, for the volume context.
+
+    A local volume's backend is told by its id; an export's keys mean nothing without theirs.
+    """
+    found = {key: value for key, value in parameters.items() if _BY_KEY[key].in_context}
+    if found.get("backend") != "nfs":
+        found.pop("backend", None)
+    return found

@@ -228,7 +228,7 @@ def test_a_link_that_leads_out_of_the_root_is_refused(shared_driver, tmp_path):
 
 @pytest.mark.parametrize(
     ("parameters", "words"),
-    [({"colour": "red"}, ("'colour'", "not known", "backend")), ({"backend": "nfs"}, ("'backend'", "'nfs'", "loop")),
+    [({"colour": "red"}, ("'colour'", "not known", "backend")), ({"backend": "cephfs"}, ("'backend'", "'cephfs'", "loop")),
      ({"preallocate": "maybe"}, ("'preallocate'", "'maybe'", "true, false")), ({"csi.storage.k8s.io/fstype": "ntfs"}, ("ntfs", "ext4")),
      ({"k" * 3000: "v" * 3000}, ("parameters", "larger than 4096"))],
 )  # fmt: skip

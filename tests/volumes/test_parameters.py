@@ -17,7 +17,7 @@ def test_known_parameters_pass(given):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("fstype", "ext4"), ("Backend", "loop"), ("backend", "nfs"), ("runtime", ""), ("runtime", "Kata"), ("runtime", "a b"),
+    [("fstype", "ext4"), ("Backend", "loop"), ("backend", "cephfs"), ("runtime", ""), ("runtime", "Kata"), ("runtime", "a b"),
      ("runtime", "x" * 64), ("runtime", "../x"), ("preallocate", "yes"), ("csi.storage.k8s.io/fstype", "ntfs"), ("", "")],
 )  # fmt: skip
 def test_others_are_refused_by_name(key, value):
@@ -39,6 +39,30 @@ def test_kubernetes_own_keys_are_passed_over():
 
 def test_the_context_holds_only_what_the_node_needs():
     assert parameters.context_of({"backend": "loop", "preallocate": "true", "runtime": "runc"}) == {"runtime": "runc"}
+
+
+def test_an_exports_context_says_what_it_is_and_local_ones_leave_it_out():
+    export = {"backend": "nfs", "server": "nas", "path": "/a", "mode": "0700"}
+    assert parameters.context_of(export) == {"backend": "nfs", "server": "nas", "path": "/a"}
+    assert parameters.check_context(parameters.context_of(export))
+    assert parameters.context_of({"backend": "directory", "quota": "none"}) == {}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("server", "a b"), ("server", "-x"), ("server", "a;b"), ("path", "x"), ("path", "/a/../b"), ("path", "/a,b"),
+     ("options", "addr=1.1.1.1"), ("options", "a,,b"), ("options", "vers=3"), ("mode", "9"), ("vers", "4"), ("inSandbox", "guest")],
+)  # fmt: skip
+def test_an_exports_parameters_are_checked(key, value):
+    with pytest.raises(InvalidParameter, match=repr(key)):
+        parameters.check({"backend": "nfs", "server": "nas", "path": "/a"} | {key: value})
+
+
+@pytest.mark.parametrize("server", ["nas", "nas.example.com", "10.0.0.1", "fd00::1"])
+def test_servers_are_names_or_addresses(server):
+    assert parameters.check({"backend": "nfs", "server": server, "share": "/a"}) == {
+        "backend": "nfs", "server": server, "path": "/a",
+    }  # fmt: skip
 
 
 def test_every_parameter_is_documented():

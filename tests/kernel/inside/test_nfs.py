@@ -166,7 +166,7 @@ def test_it_grows_in_the_controller(driver):
 @pytest.mark.parametrize(
     ("parameters", "words"),
     [({"server": "nobody.invalid"}, "nobody.invalid"), ({"server": "192.0.2.1"}, "192.0.2.1 does not answer"),
-     ({"path": "/no/such"}, "exports no such path"), ({"path": "relative"}, "'path'"), ({"path": "/a/../b"}, "'path'"),
+     ({"path": "/no/such"}, "does the server export this path"), ({"path": "relative"}, "'path'"), ({"path": "/a/../b"}, "'path'"),
      ({"server": "a b"}, "'server'"), ({"options": "addr=1.2.3.4"}, "'options'"), ({"vers": "2"}, "'vers'"),
      ({"mode": "888"}, "'mode'"), ({"path": ""}, "'path'")],
 )  # fmt: skip
