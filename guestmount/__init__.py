@@ -12,7 +12,7 @@ from guestmount.errors import (
     RuntimeUnknown,
     Unsupported,
 )
-from guestmount.handoff import Delivered, Dialect, KataDialect
+from guestmount.handoff import Delivered, Dialect, KataDialect, Rund2Dialect, Rund3Dialect, RunvDialect
 from guestmount.kubernetes_api import KubernetesApi
 from guestmount.node import Node
 from guestmount.pods import PodRef
@@ -36,8 +36,11 @@ __all__ = [
     "PodRef",
     "PublishRequest",
     "Refused",
+    "Rund2Dialect",
+    "Rund3Dialect",
     "Runtime",
     "RuntimeUnknown",
+    "RunvDialect",
     "StageRequest",
     "Target",
     "Unsupported",

@@ -63,6 +63,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     pod_name: str = ""
     mount_group: str = ""
     handler: str = ""
+    dialect: str = ""
 
     @property
     def pod(self) -> str:

@@ -28,6 +28,7 @@ class Settings:
     sandbox_handlers: Sequence[str] = ("kata*", "runv*", "rund*")
     default_runtime: str = ""
     sandbox_handler: str = "kata"
+    rund: str = "rund2"
     root: str = "/"
 
 
@@ -126,13 +127,12 @@ class Detector:
             )
         if not sandbox:
             return Runtime(kind=HOST, handler=name, source=source, pod=pod)
-        dialect = _dialect(handler)
+        dialect = self._dialect(handler)
         kata = kata_config.read(handler, root=self._settings.root) if dialect == "kata" else None
         return Runtime(kind=SANDBOX, handler=name, source=source, dialect=dialect, kata=kata, pod=pod)
 
-
-def _dialect(handler: Handler) -> str:
-    for word in ("runv", "rund"):
-        if word in handler.runtime_type or handler.name.startswith(word):
-            return word
-    return "kata"
+    def _dialect(self, handler: Handler) -> str:
+        for word, dialect in (("runv", "runv"), ("rund", self._settings.rund)):
+            if word in handler.runtime_type or handler.name.startswith(word):
+                return dialect
+        return "kata"

@@ -20,7 +20,7 @@ from guestmount import file_delivery, groups, host_delivery, ownership, paths, p
 from guestmount.claims import HOST, SANDBOX, Cell, Claim, Claims, NfsMount, Owner, Target, Use
 from guestmount.detect import Detector, Runtime
 from guestmount.errors import Conflict, Refused
-from guestmount.handoff import Delivery, Dialect
+from guestmount.handoff import Delivery, Dialect, NfsDelivery
 from guestmount.requests import PublishRequest, StageRequest, check_capability, exists
 from volumes import Catalog, NfsSource, SizeRange, Source, VolumeKind, VolumeNotFound, parameters
 from volumes.backend import BlockBackend
@@ -158,24 +158,36 @@ class Node:
         if path not in claim.targets:
             runtime = self.detector.detect(request.pod, request.context.get("runtime", ""), deadline)
             if runtime.kind == SANDBOX:
-                if claim.nfs is not None and request.context.get("inSandbox", "refuse") == "refuse":
-                    raise Refused(
-                        f"volume {claim.volume} is an NFS export, and this release does not have it mounted inside of "
-                        f"the guest of {request.pod}; with the class's parameter `inSandbox: share` the host's mount "
-                        "is shared into the guest by virtio-fs"
-                    )
-                preflight.check_share(runtime, pv_name=claim.volume)
+                target = self._for_guest(claim, request, path, target, runtime)
             ownership.forget_vanished(cell, self._alive)
             claim = _present(cell)
             ownership.admit_files(claim, path)
             target = msgspec.structs.replace(target, handler=runtime.handler)
             claim = cell.write(claim.but(targets={**claim.targets, path: target}))
         try:
-            file_delivery.bind(claim, path, target, deadline)
+            if target.dialect:
+                self._hand_over_export(claim, path, target, deadline)
+            else:
+                file_delivery.bind(claim, path, target, deadline)
         except BaseException:
             with contextlib.suppress(BlockdevError, OSError):
                 self._take_back(cell, path, Deadline.after(5))
             raise
+
+    def _for_guest(
+        self, claim: Claim, request: PublishRequest, path: str, target: Target, runtime: Runtime
+    ) -> Target:  # fmt: skip
+        """How a volume of files reaches this sandbox: mounted by the guest if the target has a dialect, else shared."""
+        if claim.nfs is None or request.context.get("inSandbox") == "share":
+            preflight.check_share(runtime, pv_name=claim.volume)
+            return target
+        self._dialect_of(runtime.dialect, runtime.handler).check_nfs(_export(claim, path, target))
+        return msgspec.structs.replace(target, dialect=runtime.dialect)
+
+    def _hand_over_export(self, claim: Claim, path: str, target: Target, deadline: Deadline) -> None:
+        os.makedirs(path, mode=0o750, exist_ok=True)
+        placeholder.be_placed(path, deadline)
+        self._dialect_of(target.dialect, target.handler).deliver_nfs(_export(claim, path, target))
 
     def _deliver(self, cell: Cell, claim: Claim, path: str, target: Target, deadline: Deadline) -> None:
         """What the claim says is true on the disk and in the kernel."""
@@ -202,16 +214,21 @@ class Node:
         if not mounts.is_mount_point(path):
             os.makedirs(path, mode=0o750, exist_ok=True)
         placeholder.be_placed(path, deadline)
-        self._dialect(claim.owner).deliver(_delivery(claim, path, target))
+        dialect = self._dialect(claim.owner)
+        if dialect.needs_node:
+            claim = host_delivery.be_attached(cell, claim, deadline)
+        dialect.deliver(_delivery(claim, path, target))
 
     def _dialect(self, owner: Owner | None) -> Dialect:
-        name = owner.dialect if owner is not None else ""
+        return self._dialect_of(owner.dialect, owner.handler) if owner is not None else self._dialect_of("", "")
+
+    def _dialect_of(self, name: str, handler: str) -> Dialect:
         for dialect in self.dialects:
             if dialect.name == name:
                 return dialect
         known = ", ".join(dialect.name for dialect in self.dialects)
         raise Refused(
-            f"the runtime handler {owner.handler if owner else ''!r} speaks the hand-off dialect {name!r}, which this "
+            f"the runtime handler {handler!r} speaks the hand-off dialect {name!r}, which this "
             f"release does not write (it writes {known}); run the pod with another RuntimeClass"
         )
 
@@ -401,8 +418,22 @@ def _delivery(claim: Claim, path: str, target: Target) -> Delivery:
     return Delivery(
         volume_id=claim.volume,
         target=path,
-        device=claim.source,
+        device=claim.device or claim.source,
         fstype=claim.use.fstype,
         options=claim.use.mount_flags,
+        read_only=target.read_only,
+    )
+
+
+def _export(claim: Claim, path: str, target: Target) -> NfsDelivery:
+    if claim.nfs is None:
+        raise Refused(f"volume {claim.volume} is no NFS export")
+    return NfsDelivery(
+        volume_id=claim.volume,
+        target=path,
+        server=claim.nfs.server,
+        path=claim.nfs.path,
+        version=claim.nfs.version,
+        options=(*claim.nfs.options, *(flag for flag in claim.use.mount_flags if flag not in ("ro", "rw", "defaults"))),
         read_only=target.read_only,
     )

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import os
 
-from guestmount import Claims, Detector, DetectSettings, KataDialect, KubernetesApi, Node
+from guestmount import (
+    Claims,
+    Detector,
+    DetectSettings,
+    KataDialect,
+    KubernetesApi,
+    Node,
+    Rund2Dialect,
+    Rund3Dialect,
+    RunvDialect,
+)
 from runvol.config import Config
 from volumes import Catalog
 
@@ -30,11 +40,17 @@ def build(config: Config) -> Node:
                 sandbox_handlers=config.words("detect.sandbox_handlers"),
                 default_runtime=config.text("detect.default_runtime"),
                 sandbox_handler=config.text("detect.sandbox_handler"),
+                rund=config.text("detect.rund"),
                 root=config.text("paths.kata_root"),
             ),
             _pods(config),
         ),
-        dialects=(KataDialect(config.text("paths.direct_volumes")),),
+        dialects=(
+            KataDialect(config.text("paths.direct_volumes")),
+            RunvDialect(config.words("node.roots")),
+            Rund2Dialect(config.words("node.roots")),
+            Rund3Dialect(config.words("node.roots")),
+        ),
         roots=config.words("node.roots"),
     )
 

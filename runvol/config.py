@@ -45,6 +45,9 @@ TABLE: Mapping[str, Setting] = {
         default=("kata*", "runv*", "rund*"), meaning="names of runtime handlers that are sandboxes"
     ),
     "detect.sandbox_handler": Setting(default="kata", meaning="the handler that `runtime: sandbox` means"),
+    "detect.rund": Setting(
+        default="rund2", meaning="the hand-off that handlers named rund speak: rund2 or rund3 (RunD's version)"
+    ),
     "detect.default_runtime": Setting(
         default="", meaning="runtime of pods that nobody knows: runc, sandbox, a handler; empty refuses them"
     ),
@@ -93,7 +96,12 @@ TABLE: Mapping[str, Setting] = {
     "log.level": Setting(default="info", meaning="debug, info, warning or error"),
     "log.format": Setting(default="text", meaning="text or json"),
 }
-_LEVELS = ("debug", "info", "warning", "error")
+# Settings that take one of a few words.
+_WORDS = {
+    "log.level": ("debug", "info", "warning", "error"),
+    "log.format": ("text", "json"),
+    "detect.rund": ("rund2", "rund3"),
+}
 # A topology label's value (Kubernetes' limit).
 _NODE_ID = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?\Z")
 
@@ -207,10 +215,9 @@ def _check(config: Config) -> None:
             )
     if not config.words("node.roots"):
         raise ConfigError("node.roots is empty; name kubelet's directory")
-    if config.text("log.level") not in _LEVELS:
-        raise ConfigError(f"log.level = {config.text('log.level')!r}: takes {', '.join(_LEVELS)}")
-    if config.text("log.format") not in ("text", "json"):
-        raise ConfigError(f"log.format = {config.text('log.format')!r}: takes text, json")
+    for key, words in _WORDS.items():
+        if config.text(key) not in words:
+            raise ConfigError(f"{key} = {config.text(key)!r}: takes {', '.join(words)}")
     for key in ("loop.capacity_bytes", "directory.capacity_bytes"):
         if config.number(key) < 0:
             raise ConfigError(f"{key} = {config.number(key)}: must not be negative")

@@ -1,6 +1,18 @@
 """Hand-off dialects: how a runtime is told which device a volume is. One module a dialect."""
 
-from guestmount.handoff.base import Delivered, Delivery, Dialect
+from guestmount.handoff.base import Delivered, Delivery, Dialect, NfsDelivery
 from guestmount.handoff.kata import KataDialect
+from guestmount.handoff.rund2 import Rund2Dialect
+from guestmount.handoff.rund3 import Rund3Dialect
+from guestmount.handoff.runv import RunvDialect
 
-__all__ = ["Delivered", "Delivery", "Dialect", "KataDialect"]
+__all__ = [
+    "Delivered",
+    "Delivery",
+    "Dialect",
+    "KataDialect",
+    "NfsDelivery",
+    "Rund2Dialect",
+    "Rund3Dialect",
+    "RunvDialect",
+]

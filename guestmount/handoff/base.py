@@ -20,6 +20,19 @@ class Delivery:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NfsDelivery:
+    """An NFS export on its way to one guest. `options` without those that each dialect says in its own way."""
+
+    volume_id: str
+    target: str
+    server: str
+    path: str
+    version: str
+    options: tuple[str, ...] = ()
+    read_only: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Delivered:
     """One hand-off as it lies on the disk."""
 
@@ -37,12 +50,20 @@ class Dialect(Protocol):
     """One runtime's format. All verbs can be repeated."""
 
     name: str
+    # Whether the runtime wants a block node, where the volume is a file.
+    needs_node: bool
 
     def check(self, delivery: Delivery) -> None:
         """Raises Unsupported, by name, for what the format cannot carry."""
 
     def deliver(self, delivery: Delivery) -> None:
         """The hand-off lies there, whole, when this returns."""
+
+    def check_nfs(self, delivery: NfsDelivery) -> None:
+        """The same for an export."""
+
+    def deliver_nfs(self, delivery: NfsDelivery) -> None:
+        """The same for an export."""
 
     def withdraw(self, target: str) -> None:
         """Nothing lies there, whatever dialect is configured now."""

@@ -18,7 +18,7 @@ import msgspec
 
 from blockdev import durable
 from guestmount.errors import BadRequest, Unsupported
-from guestmount.handoff.base import Delivered, Delivery
+from guestmount.handoff.base import Delivered, Delivery, NfsDelivery
 
 DEFAULT_ROOT = "/run/kata-containers/shared/direct-volumes"
 # 189 bytes are 252 characters of base64; 190 are 256, more than NAME_MAX, and runtime-rs then shares in silence.
@@ -58,6 +58,7 @@ class KataDialect:
     """Direct volumes under one root."""
 
     name = "kata"
+    needs_node = False
 
     def __init__(self, root: str = DEFAULT_ROOT) -> None:
         self._root = root
@@ -98,6 +99,16 @@ class KataDialect:
             durable.sync_directory(self._root)
         finally:
             shutil.rmtree(new, ignore_errors=True)
+
+    def check_nfs(self, delivery: NfsDelivery) -> None:
+        raise Unsupported(
+            f"a direct volume carries block devices only, and volume {delivery.volume_id} is an NFS export; this "
+            "release does not have it mounted inside of a Kata guest. With the class's parameter `inSandbox: share` the host's "
+            "mount is shared into the guest by virtio-fs"
+        )
+
+    def deliver_nfs(self, delivery: NfsDelivery) -> None:
+        self.check_nfs(delivery)
 
     def withdraw(self, target: str) -> None:
         place = os.path.join(self._root, key_of(target))

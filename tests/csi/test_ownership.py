@@ -423,9 +423,9 @@ def test_a_runtime_that_ignores_block_devices_is_refused_with_the_setting(driver
     driver.unpublish(volume, A)
 
 
-def test_a_dialect_that_is_not_written_is_refused_by_name(driver, volume):
-    with refused("FAILED_PRECONDITION", "'runv'"):
-        driver.publish(volume, A, runtime="runv")
+def test_a_dialect_that_carries_no_block_volumes_is_refused_by_name(driver, volume):
+    with refused("INVALID_ARGUMENT", "rund2"):
+        driver.publish(volume, A, runtime="rund")
 
 
 def test_a_target_path_that_kata_would_not_find_is_refused(driver, volume):

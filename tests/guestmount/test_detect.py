@@ -143,7 +143,7 @@ def test_a_handler_that_nobody_knows_is_no_runc(detect):
 
 
 @pytest.mark.parametrize(
-    ("handler", "dialect"), [("kata-qemu", "kata"), ("runv", "runv"), ("rund", "rund"), ("untrusted", "kata")]
+    ("handler", "dialect"), [("kata-qemu", "kata"), ("runv", "runv"), ("rund", "rund2"), ("untrusted", "kata")]
 )
 def test_the_handler_selects_the_dialect(detect, handler, dialect):
     if handler == "untrusted":

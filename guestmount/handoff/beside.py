@@ -1,0 +1,58 @@
+"""Hand-off files beside a target: what the three dialects of Alibaba Cloud's sandboxes share.
+
+Their consumers are closed; the formats are those that the open writers were seen to write. A file lies in the target's
+parent directory, which for CSI belongs to one volume alone and for FlexVolume to all of a pod.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+from collections.abc import Iterator, Sequence
+
+from blockdev import durable
+from guestmount.errors import BadRequest, Unsupported
+
+_CSI_NAME = "mount"
+
+
+def check_place(target: str, dialect: str) -> None:
+    """Unsupported for a target whose parent directory other volumes share."""
+    if os.path.basename(target) != _CSI_NAME:
+        raise Unsupported(
+            f"the hand-off dialect {dialect} keeps one file in the target's parent directory, which several volumes of "
+            f"a pod share at {target}; use CSI, or a runtime that speaks another dialect"
+        )
+
+
+def check_text(field: str, value: str) -> None:
+    """BadRequest for what would mean something else in a comma list or a line."""
+    if not value.isprintable() or "," in value:
+        raise BadRequest(field, value, "holds a comma or a character that cannot be printed")
+
+
+def replace(path: str, content: bytes, mode: int) -> None:
+    """The file has this content, whole, or is as it was."""
+    new = f"{path}.runvol-{os.getpid()}"
+    try:
+        durable.write(new, content)
+        os.chmod(new, mode)
+        os.rename(new, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(new)
+    durable.sync_directory(os.path.dirname(path))
+
+
+def found(roots: Sequence[str], name: str) -> Iterator[str]:
+    """The files of this name beside the targets of pods under kubelet's directories."""
+    for root in roots:
+        yield from sorted(glob.glob(f"{glob.escape(root)}/pods/*/volumes/kubernetes.io~csi/*/{name}"))
+
+
+def sweep(roots: Sequence[str], name: str) -> None:
+    """Remove what a killed process was writing."""
+    for path in found(roots, f"{name}.runvol-*"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
