@@ -102,9 +102,9 @@ class KataDialect:
 
     def check_nfs(self, delivery: NfsDelivery) -> None:
         raise Unsupported(
-            f"a direct volume carries block devices only, and volume {delivery.volume_id} is an NFS export; this "
-            "release does not have it mounted inside of a Kata guest. With the class's parameter `inSandbox: share` the host's "
-            "mount is shared into the guest by virtio-fs"
+            f"a direct volume carries block devices only, and volume {delivery.volume_id} is an NFS export, which this "
+            "release does not have mounted inside of a Kata guest. With the class's parameter `inSandbox: share` the "
+            "host's mount is shared into the guest by virtio-fs"
         )
 
     def deliver_nfs(self, delivery: NfsDelivery) -> None:
