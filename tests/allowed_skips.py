@@ -7,5 +7,5 @@ ALLOWED: tuple[tuple[str, str], ...] = (
     ("tests/sanity/test_sanity.py::*", "local volume"),
     ("tests/sanity/test_sanity.py::*", "CSI calls alpha"),
     ("tests/sanity/test_sanity.py::*", "pending in csi-sanity"),
-    ("tests/sanity/test_sanity.py::*-directory]", "the backend directory takes no snapshots"),
+    ("tests/sanity/test_sanity.py::*-directory]", "the backend takes no snapshots"),
 )

@@ -23,8 +23,8 @@ ALLOWED: tuple[tuple[str, str], ...] = (
 )
 
 
-_NO_SNAPSHOTS = "the backend directory takes no snapshots and makes no clones, and does not say that it does"
-OF_DIRECTORIES: tuple[tuple[str, str], ...] = tuple(
+_NO_SNAPSHOTS = "the backend takes no snapshots and makes no clones, and does not say that it does"
+OF_FILES: tuple[tuple[str, str], ...] = tuple(
     (pattern, _NO_SNAPSHOTS)
     for pattern in (
         "GroupController Service *",
@@ -38,5 +38,5 @@ OF_DIRECTORIES: tuple[tuple[str, str], ...] = tuple(
 
 def reason(spec: str, backend: str = "loop") -> str | None:
     """Why `spec` may be skipped; None if it must run."""
-    allowed = ALLOWED + (OF_DIRECTORIES if backend == "directory" else ())
+    allowed = ALLOWED + (OF_FILES if backend != "loop" else ())
     return next((why for pattern, why in allowed if fnmatch.fnmatchcase(spec, pattern)), None)

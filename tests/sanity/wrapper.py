@@ -38,6 +38,11 @@ class Configuration:
     def parameters(self) -> str:
         if self.backend == "directory":
             return f"runtime: {self.runtime}\nquota: none\n"
+        if self.backend == "nfs":
+            return (
+                f"runtime: {self.runtime}\nbackend: nfs\nserver: 127.0.0.1\npath: /srv/export/share\ninSandbox: share\n"
+                'archiveOnDelete: "false"\n'
+            )
         return f"runtime: {self.runtime}\ncsi.storage.k8s.io/fstype: {self.fstype}\n"
 
 
