@@ -30,7 +30,7 @@ test-kernel: prepare
 	@.venv/bin/python -m tests.kernel $(ARGS)
 
 test-long: prepare
-	@RUNVOL_SUITES=3 RUNVOL_MANY=10000 RUNVOL_LIVES=100 .venv/bin/python -m tests.kernel $(ARGS)
+	@RUNVOL_SUITES=3 RUNVOL_MANY=10000 RUNVOL_LIVES=100 RUNVOL_ROUNDS=100 .venv/bin/python -m tests.kernel $(ARGS)
 	@RUNVOL_POWER_CUTS=10 .venv/bin/python -m pytest tests/kernel/test_power_cut.py
 	@.venv/bin/python -m tests.kill.load --rounds 200
 

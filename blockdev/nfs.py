@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from blockdev.mounts import parse_options
 VERSIONS = ("3", "4.0", "4.1", "4.2")
 DEFAULT_VERSION = "4.1"
 PORT = 2049
+_PROGRAM, _XID = 100003, 0x72756E76
 # How long a server may take to accept a connection, in seconds.
 PATIENCE = 3.0
 # Set from the server, the version and the node; an option of these would contradict them.
@@ -69,16 +71,44 @@ def resolve(server: str, deadline: Deadline) -> str:
     return str(found[0][4][0])
 
 
-def probe(server: str, address: str, deadline: Deadline) -> str:
-    """Prove that the server takes connections; this node's address towards it. ServerSilent otherwise.
+def probe(server: str, address: str, version: str, deadline: Deadline) -> str:
+    """Prove that the server answers calls of this NFS version; this node's address towards it. ServerSilent otherwise.
 
-    A mount of a dead server hangs in the kernel; a connection that is refused, or not answered, costs a moment.
+    A mount of a dead server hangs in the kernel, and a frozen one still takes connections: so it is asked for nothing
+    (the procedure NULL, RFC 5531 and 7530), and has to say that it did that.
     """
+    patience = min(PATIENCE, max(0.1, deadline.remaining()))
+    program_version = 3 if version == "3" else 4
+    call = struct.pack(">10I", _XID, 0, 2, _PROGRAM, program_version, 0, 0, 0, 0, 0)
     try:
-        with socket.create_connection((address, PORT), min(PATIENCE, max(0.1, deadline.remaining()))) as connection:
-            return str(connection.getsockname()[0])
+        with socket.create_connection((address, PORT), patience) as connection:
+            client = str(connection.getsockname()[0])
+            connection.settimeout(patience)
+            connection.sendall(struct.pack(">I", 0x80000000 | len(call)) + call)
+            reply = _read(connection, 28)
     except OSError as error:
-        raise ServerSilent(server, error.strerror or str(error)) from error
+        why = (
+            "it takes connections and does not reply"
+            if isinstance(error, TimeoutError)
+            else error.strerror or str(error)
+        )
+        raise ServerSilent(server, why) from error
+    _mark, xid, direction, state, _flavour, _length, accepted = struct.unpack(">7I", reply)
+    if (xid, direction, state) != (_XID, 1, 0):
+        raise ServerSilent(server, "what answers there is no NFS server")
+    if accepted:
+        raise ServerSilent(server, f"it does not speak NFS version {program_version}")
+    return client
+
+
+def _read(connection: socket.socket, count: int) -> bytes:
+    data = b""
+    while len(data) < count:
+        part = connection.recv(count - len(data))
+        if not part:
+            raise OSError("it closed the connection")
+        data += part
+    return data
 
 
 def kernel_options(export: Export, address: str, client: str) -> list[str]:
@@ -96,7 +126,7 @@ def kernel_options(export: Export, address: str, client: str) -> list[str]:
 def mount(export: Export, target: str, deadline: Deadline) -> None:
     """Mount an export of a server that answers. ServerSilent, MountFailed or WaitExpired, with the server's name."""
     address = resolve(export.server, deadline)
-    options = kernel_options(export, address, probe(export.server, address, deadline))
+    options = kernel_options(export, address, probe(export.server, address, export.version, deadline))
     flags, data = parse_options(options)
     try:
         bounded(f"mounting {export.source} from the NFS server {export.server}", deadline,
@@ -109,7 +139,7 @@ def mount(export: Export, target: str, deadline: Deadline) -> None:
 def opened(export: Export, deadline: Deadline) -> Iterator[int]:
     """An export's root as a descriptor, on a mount that hangs nowhere and gives up by itself; gone at the end."""
     address = resolve(export.server, deadline)
-    client = probe(export.server, address, deadline)
+    client = probe(export.server, address, export.version, deadline)
     options: dict[str, str | None] = {"source": export.source}
     flags = [option for option in export.options if "=" in option or option in ("nolock", "noresvport", "resvport")]
     gentle = Export(server=export.server, path=export.path, version=export.version, options=(*flags, *_GIVES_UP))

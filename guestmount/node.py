@@ -96,6 +96,9 @@ class Node:
             )
         with _explaining_guest(claim):
             ownership.release(cell, deadline)
+        if claim.nfs is not None:
+            # A mount that hung past its call's deadline may have come about since.
+            mounts.be_let_go(claim.staging_path)
         mounts.be_unmounted(claim.staging_path, deadline)
 
     # -- publish and unpublish

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 INSIDE = "tests/kernel/inside"
 LIMIT = 7200.0
 # How much of what is repeated; `make test-long` sets them.
-PASSED_ON = ("RUNVOL_SUITES", "RUNVOL_MANY", "RUNVOL_LIVES")
+PASSED_ON = ("RUNVOL_SUITES", "RUNVOL_MANY", "RUNVOL_LIVES", "RUNVOL_ROUNDS")
 PROGRAMS = ("conformance", "serve", "measure", "containerd", "ctr", "containerd-shim-runc-v2")
 
 
