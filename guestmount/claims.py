@@ -141,7 +141,7 @@ def _read(path: str) -> Claim | None:
             return msgspec.json.decode(file.read(), type=Claim)
     except FileNotFoundError:
         return None
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise Refused(
             f"the claim {path} cannot be read ({error}); see `runvol doctor`, then remove the file"
         ) from error

@@ -20,6 +20,7 @@ _MODULES = {
     "runvol.snapshot_commands": ("snapshotter", "snapshots", "pool"),
     "runvol.image_commands": ("images",),
     "runvol.flexvolume_commands": ("flexvolume",),
+    "runvol.migrate_commands": ("migrate",),
 }  # fmt: skip
 _NAMES = {"show_config": "config", "show_parameters": "parameters"}
 _COMMANDS = {_NAMES.get(name, name): (module, name) for module, names in _MODULES.items() for name in names}

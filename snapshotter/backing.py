@@ -67,7 +67,7 @@ def load(state_dir: str) -> Description | None:
             return msgspec.json.decode(opened.read(), type=Description)
     except FileNotFoundError:
         return None
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise PoolRefused(f"{path}: {error}; restore it, or describe the pool anew with `runvol pool init`") from None
 
 

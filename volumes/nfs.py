@@ -241,7 +241,7 @@ def _read(root: int, volume_id: str) -> Record | None:
     with open(fd, "rb") as file:
         try:
             return msgspec.json.decode(file.read(65536), type=Record)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise VolumeUnfinished(f"the share's {RECORDS}/{volume_id}.json cannot be read: {error}") from None
 
 

@@ -142,7 +142,7 @@ class KataDialect:
                 info = msgspec.json.decode(file.read(), type=MountInfo)
         except FileNotFoundError:
             problem = "no mountInfo.json: Kata's Rust shim refuses to start a container with it"
-        except (msgspec.MsgspecError, OSError) as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, OSError) as error:
             problem = f"mountInfo.json cannot be read: {error}"
         others: list[str] = []
         with contextlib.suppress(OSError):
