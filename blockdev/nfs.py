@@ -57,6 +57,12 @@ class Export:
         return "nfs" if self.version == "3" else "nfs4"
 
 
+def client_in_kernel() -> bool:
+    """Whether the running kernel can mount NFS now; a module that nobody loaded does not count."""
+    with open("/proc/filesystems") as known:
+        return any(line.split()[-1] == "nfs4" for line in known)
+
+
 def resolve(server: str, deadline: Deadline) -> str:
     """The server's address as a number; ServerSilent for a name that nobody knows."""
     try:

@@ -50,6 +50,11 @@ def check(runtime: Runtime, *, pv_name: str) -> None:
 _VIRTIO_FS = frozenset({"virtio-fs", "virtio-fs-nydus", "inline-virtio-fs"})
 
 
+def shares_by_virtio_fs(shared_fs: str) -> bool:
+    """Whether this value of Kata's `shared_fs` shares the host's directories, and not by 9p."""
+    return shared_fs in _VIRTIO_FS
+
+
 def check_share(runtime: Runtime, *, pv_name: str) -> None:
     """Refused, naming the setting, if a directory of the host would not reach this sandbox by virtio-fs."""
     config = runtime.kata
@@ -58,7 +63,7 @@ def check_share(runtime: Runtime, *, pv_name: str) -> None:
                     extra={"handler": runtime.handler, "volume": pv_name})  # fmt: skip
         return
     shared_fs = config.shared_by(runtime.pod.annotations if runtime.pod is not None else {})
-    if shared_fs not in _VIRTIO_FS:
+    if not shares_by_virtio_fs(shared_fs):
         how = (
             "does not share the host's directories"
             if shared_fs == "none"

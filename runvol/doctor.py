@@ -6,12 +6,14 @@ import os
 import shutil
 from collections.abc import Iterator
 
-from blockdev import Deadline
-from guestmount import Node, kata_config, repair, runtimes
+from blockdev import Deadline, nfs, quotas
+from blockdev.quotas import QuotaUnavailable
+from guestmount import Node, kata_config, preflight, repair, runtimes
 from guestmount.usage import problems
 from runvol import doctor_snapshots
 from runvol.config import Config
 from runvol.diagnosis import BROKEN, OK, WARNING, Diagnosis
+from volumes.directory import FIRST_PROJECT
 
 _CAP_SYS_ADMIN, _CAP_SYS_RESOURCE = 21, 24
 
@@ -22,6 +24,7 @@ def examine(config: Config, node: Node) -> Iterator[Diagnosis]:
     yield from _kernel()
     yield from _directories(config)
     yield from _runtimes(config)
+    yield from _backends(node)
     yield from _volumes(node)
     yield from doctor_snapshots.examine(config)
 
@@ -95,6 +98,34 @@ def _runtimes(config: Config) -> Iterator[Diagnosis]:
                 subject=f"handler {handler.name}",
                 finding=f"takes block volumes ({kata.shim} shim, {kata.path})",
             )
+        if kata is not None and not preflight.shares_by_virtio_fs(kata.shared_fs):
+            yield Diagnosis(
+                state=WARNING,
+                subject=f"handler {handler.name}",
+                finding=f'gets no directories and no NFS: set shared_fs = "virtio-fs" in {kata.path} (it is '
+                f"{kata.shared_fs!r})",
+            )
+
+
+def _backends(node: Node) -> Iterator[Diagnosis]:
+    """What the backends of files need of this node's kernel."""
+    names = [backend.name for backend in node.catalog.backends]
+    if "directory" in names:
+        directory = node.catalog.directory.directory
+        try:
+            quotas.read(directory, FIRST_PROJECT)
+            yield Diagnosis(state=OK, subject="backend directory", finding=f"project quotas are kept on {directory}")
+        except QuotaUnavailable as error:
+            yield Diagnosis(
+                state=WARNING, subject="backend directory", finding=f"{error}; until then classes need `quota: none`"
+            )
+    if "nfs" in names:
+        there = nfs.client_in_kernel()
+        yield Diagnosis(
+            state=OK if there else WARNING,
+            subject="backend nfs",
+            finding="the kernel has an NFS client" if there else "this kernel has no NFS client loaded: modprobe nfs",
+        )
 
 
 def _volumes(node: Node) -> Iterator[Diagnosis]:

@@ -19,9 +19,11 @@ _SHIFT = 56
 class Catalog:
     """The enabled backends; the first is the one of classes that name none. Lookups never make anything."""
 
-    def __init__(self, loop: LoopBackend, *others: Backend, enabled: Sequence[str] = ALL) -> None:
-        self.loop = loop
-        self._backends: tuple[Backend, ...] = (loop, *others)
+    def __init__(
+        self, loop: LoopBackend, directory: DirectoryBackend, *others: Backend, enabled: Sequence[str] = ALL
+    ) -> None:
+        self.loop, self.directory = loop, directory
+        self._backends: tuple[Backend, ...] = (loop, directory, *others)
         self._enabled = [name for name in enabled if any(one.name == name for one in self._backends)]
 
     @classmethod

@@ -116,6 +116,10 @@ def test_doctor_names_what_is_broken_and_what_to_change(driver):
     ill = driver.cli("doctor", "--json", check=False)
     finding = next(row for row in rows(ill) if row["subject"] == "handler kata")
     assert ill.returncode == 1 and finding["state"] == "broken" and "disable_block_device_use" in finding["finding"]
+    config.write_text('[hypervisor.qemu]\nshared_fs = "virtio-9p"\n')
+    findings = [row for row in rows(driver.cli("doctor", "--json", check=False)) if row["subject"] == "handler kata"]
+    assert [row["state"] for row in findings] == ["ok", "warning"] and "shared_fs" in findings[1]["finding"]
+    assert "quota" in subjects["backend directory"]["finding"] and "NFS client" in subjects["backend nfs"]["finding"]
 
 
 def test_config_shows_every_setting_and_its_source(driver, tmp_path):
