@@ -23,6 +23,7 @@ VERSIONS = ("3", "4.0", "4.1", "4.2")
 DEFAULT_VERSION = "4.1"
 PORT = 2049
 _PROGRAM, _XID = 100003, 0x72756E76
+_PORTMAP, _PORTMAP_PORT, _GETPORT, _MOUNTD = 100000, 111, 3, 100005
 # How long a server may take to accept a connection, in seconds.
 PATIENCE = 3.0
 # Set from the server, the version and the node; an option of these would contradict them.
@@ -105,6 +106,22 @@ def probe(server: str, address: str, version: str, deadline: Deadline) -> str:
     if accepted:
         raise ServerSilent(server, f"it does not speak NFS version {program_version}")
     return client
+
+
+def mountd_port(server: str, address: str, deadline: Deadline) -> int:
+    """Where the server's mountd listens, by its portmapper (RFC 1833, version 2); ServerSilent if it does not say."""
+    patience = min(PATIENCE, max(0.1, deadline.remaining()))
+    call = struct.pack(">14I", _XID, 0, 2, _PORTMAP, 2, _GETPORT, 0, 0, 0, 0, _MOUNTD, 3, socket.IPPROTO_TCP, 0)
+    try:
+        with socket.create_connection((address, _PORTMAP_PORT), patience) as connection:
+            connection.settimeout(patience)
+            connection.sendall(struct.pack(">I", 0x80000000 | len(call)) + call)
+            reply = struct.unpack(">8I", _read(connection, 32))
+    except OSError as error:
+        raise ServerSilent(server, f"its portmapper: {error.strerror or error}") from error
+    if reply[1:4] != (_XID, 1, 0) or reply[6] or not reply[7]:
+        raise ServerSilent(server, "its portmapper knows no mountd of version 3 over TCP")
+    return int(reply[7])
 
 
 def _read(connection: socket.socket, count: int) -> bytes:

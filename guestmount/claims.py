@@ -77,6 +77,9 @@ class NfsMount(msgspec.Struct, frozen=True, kw_only=True):
     path: str
     version: str
     options: tuple[str, ...] = ()
+    # What a guest cannot find out by itself: the server's address as a number, and for version 3 its mountd's port.
+    address: str = ""
+    mount_port: int = 0
 
     @property
     def export(self) -> nfs.Export:

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 
 import msgspec
 
-from blockdev import Deadline, DeviceBusy, filesystems, ioctls, loops, mounts
+from blockdev import Deadline, DeviceBusy, filesystems, ioctls, loops, mounts, nfs
 from blockdev.detached import private_mount
 from blockdev.errors import BlockdevError
 from guestmount import file_delivery, groups, host_delivery, ownership, paths, placeholder, preflight
 from guestmount.claims import HOST, SANDBOX, Cell, Claim, Claims, NfsMount, Owner, Target, Use
 from guestmount.detect import Detector, Runtime
 from guestmount.errors import Conflict, Refused
-from guestmount.handoff import Delivery, Dialect, NfsDelivery
+from guestmount.handoff import Delivery, Dialect, KataDialect, NfsDelivery
 from guestmount.requests import PublishRequest, StageRequest, check_capability, exists
 from volumes import Catalog, NfsSource, SizeRange, Source, VolumeKind, VolumeNotFound, parameters
 from volumes.backend import BlockBackend
@@ -161,7 +161,7 @@ class Node:
         if path not in claim.targets:
             runtime = self.detector.detect(request.pod, request.context.get("runtime", ""), deadline)
             if runtime.kind == SANDBOX:
-                target = self._for_guest(claim, request, path, target, runtime)
+                claim, target = self._for_guest(cell, request, path, target, runtime, deadline)
             ownership.forget_vanished(cell, self._alive)
             claim = _present(cell)
             ownership.admit_files(claim, path)
@@ -178,14 +178,22 @@ class Node:
             raise
 
     def _for_guest(
-        self, claim: Claim, request: PublishRequest, path: str, target: Target, runtime: Runtime
-    ) -> Target:  # fmt: skip
+        self, cell: Cell, request: PublishRequest, path: str, target: Target, runtime: Runtime, deadline: Deadline
+    ) -> tuple[Claim, Target]:  # fmt: skip
         """How a volume of files reaches this sandbox: mounted by the guest if the target has a dialect, else shared."""
+        claim = _present(cell)
         if claim.nfs is None or request.context.get("inSandbox") == "share":
             preflight.check_share(runtime, pv_name=claim.volume)
-            return target
+            return claim, target
         self._dialect_of(runtime.dialect, runtime.handler).check_nfs(_export(claim, path, target))
-        return msgspec.structs.replace(target, dialect=runtime.dialect)
+        preflight.check_mounts(runtime, pv_name=claim.volume)
+        if runtime.dialect == KataDialect.name:
+            # No helper runs in the guest, so what it would find out is found out here.
+            address = nfs.resolve(claim.nfs.server, deadline)
+            port = nfs.mountd_port(claim.nfs.server, address, deadline) if claim.nfs.version == "3" else 0
+            found = msgspec.structs.replace(claim.nfs, address=address, mount_port=port)
+            claim = cell.write(claim.but(nfs=found))
+        return claim, msgspec.structs.replace(target, dialect=runtime.dialect)
 
     def _hand_over_export(self, claim: Claim, path: str, target: Target, deadline: Deadline) -> None:
         os.makedirs(path, mode=0o750, exist_ok=True)

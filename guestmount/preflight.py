@@ -26,6 +26,12 @@ def check(runtime: Runtime, *, pv_name: str) -> None:
             f"{config.path}. Set it to false in [hypervisor.{config.hypervisor or 'qemu'}]; until then its pods would "
             "write to the host's disk"
         )
+    check_mounts(runtime, pv_name=pv_name)
+
+
+def check_mounts(runtime: Runtime, *, pv_name: str) -> None:
+    """Refused, naming the container, if it mounts a volume that only the guest has in a way that needs the host."""
+    config = runtime.kata
     if runtime.pod is None:
         log.warning("pod not known: its mounts were not checked", extra={"handler": runtime.handler, "volume": pv_name})
         return

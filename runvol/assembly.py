@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 
 from guestmount import (
     Claims,
@@ -14,6 +15,7 @@ from guestmount import (
     Rund2Dialect,
     Rund3Dialect,
     RunvDialect,
+    registration,
 )
 from runvol.config import Config
 from volumes import Catalog
@@ -46,7 +48,7 @@ def build(config: Config) -> Node:
             _pods(config),
         ),
         dialects=(
-            KataDialect(config.text("paths.direct_volumes")),
+            KataDialect(config.text("paths.direct_volumes"), nri_alive=partial(registration.is_alive, run_dir)),
             RunvDialect(config.words("node.roots")),
             Rund2Dialect(config.words("node.roots")),
             Rund3Dialect(config.words("node.roots")),

@@ -15,7 +15,8 @@ as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSO
 
 _MODULES = {
     "runvol.volume_commands": (
-        "csi", "volumes", "handoffs", "where", "detect", "doctor", "gc", "bench", "show_config", "show_parameters",
+        "csi", "nri", "volumes", "handoffs", "where", "detect", "doctor", "gc", "bench", "show_config",
+        "show_parameters",
     ),
     "runvol.snapshot_commands": ("snapshotter", "snapshots", "pool"),
     "runvol.image_commands": ("images",),

@@ -68,6 +68,7 @@ TABLE: Mapping[str, Setting] = {
         default=0, meaning="bytes that all volumes of the backend directory may promise; 0 for what the disk has"
     ),
     "loop.capacity_bytes": Setting(default=0, meaning="bytes that all volumes may promise; 0 for what the disk has"),
+    "nri.socket": Setting(default="/var/run/nri/nri.sock", meaning="the container runtime's NRI socket"),
     "csi.endpoint": Setting(default="unix:///run/runvol/csi.sock", meaning="the CSI socket"),
     "csi.services": Setting(default=("identity", "controller", "node"), meaning="the CSI services to serve"),
     "snapshotter.endpoint": Setting(default="unix:///run/runvol/snapshotter.sock", meaning="the socket for containerd"),

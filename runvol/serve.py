@@ -14,7 +14,7 @@ from runvol.config import Config
 log = logging.getLogger("runvol")
 
 
-def _signals() -> socket.socket:
+def signals() -> socket.socket:
     """Readable once SIGTERM or SIGINT has come.
 
     The kernel may hand a signal to any thread; Python's handlers run in the main one, which a wait on a lock would
@@ -34,7 +34,7 @@ def csi_plugin(config: Config) -> None:
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     from csi import Server
 
-    told = _signals()
+    told = signals()
     node = assembly.build(config)
     server = Server(
         node,

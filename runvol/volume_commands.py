@@ -33,6 +33,16 @@ def csi(load: Loader, endpoint: str | None, node_id: str | None, services: str |
     serve.csi_plugin(load(**{"csi.endpoint": endpoint, "node.id": node_id, "csi.services": services}))
 
 
+@click.command()
+@click.option("--socket", metavar="PATH", help="The container runtime's NRI socket.")
+@click.pass_obj
+def nri(load: Loader, socket: str | None) -> None:
+    """Have guests mount NFS volumes themselves: the NRI plugin, which stays connected until it is stopped."""
+    from runvol import serve_nri
+
+    serve_nri.serve(load(**{"nri.socket": socket}))
+
+
 @click.group(invoke_without_command=True)
 @_json
 @click.pass_context

@@ -12,12 +12,12 @@ import contextlib
 import os
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
 from blockdev import durable
-from guestmount.errors import BadRequest, Unsupported
+from guestmount.errors import BadRequest, Refused, Unsupported
 from guestmount.handoff.base import Delivered, Delivery, NfsDelivery
 
 DEFAULT_ROOT = "/run/kata-containers/shared/direct-volumes"
@@ -60,8 +60,9 @@ class KataDialect:
     name = "kata"
     needs_node = False
 
-    def __init__(self, root: str = DEFAULT_ROOT) -> None:
-        self._root = root
+    def __init__(self, root: str = DEFAULT_ROOT, *, nri_alive: Callable[[], bool] = lambda: False) -> None:
+        """`nri_alive`: whether the plugin that puts NFS mounts into containers is registered (`guestmount.nri`)."""
+        self._root, self._nri_alive = root, nri_alive
 
     def check(self, delivery: Delivery) -> None:
         length = len(os.fsencode(delivery.target))
@@ -101,13 +102,16 @@ class KataDialect:
             shutil.rmtree(new, ignore_errors=True)
 
     def check_nfs(self, delivery: NfsDelivery) -> None:
-        raise Unsupported(
-            f"a direct volume carries block devices only, and volume {delivery.volume_id} is an NFS export, which this "
-            "release does not have mounted inside of a Kata guest. With the class's parameter `inSandbox: share` the "
-            "host's mount is shared into the guest by virtio-fs"
-        )
+        """A container that is created while the plugin is away would start with the placeholder."""
+        if not self._nri_alive():
+            raise Refused(
+                f"volume {delivery.volume_id} is an NFS export, which an NRI plugin has the guest mount, and none is "
+                "registered with the container runtime: run `runvol nri` on this node. With the class's parameter "
+                "`inSandbox: share` the host's mount is shared into the guest by virtio-fs instead"
+            )
 
     def deliver_nfs(self, delivery: NfsDelivery) -> None:
+        """The claim is the hand-off: the plugin reads it when a container is created."""
         self.check_nfs(delivery)
 
     def withdraw(self, target: str) -> None:

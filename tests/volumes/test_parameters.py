@@ -51,7 +51,7 @@ def test_an_exports_context_says_what_it_is_and_local_ones_leave_it_out():
 @pytest.mark.parametrize(
     ("key", "value"),
     [("server", "a b"), ("server", "-x"), ("server", "a;b"), ("path", "x"), ("path", "/a/../b"), ("path", "/a,b"),
-     ("options", "addr=1.1.1.1"), ("options", "a,,b"), ("options", "vers=3"), ("mode", "9"), ("vers", "4"), ("inSandbox", "guest")],
+     ("options", "addr=1.1.1.1"), ("options", "a,,b"), ("options", "vers=3"), ("mode", "9"), ("vers", "4"), ("inSandbox", "refuse")],
 )  # fmt: skip
 def test_an_exports_parameters_are_checked(key, value):
     with pytest.raises(InvalidParameter, match=repr(key)):

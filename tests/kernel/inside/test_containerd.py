@@ -58,7 +58,9 @@ def layers(*, big: int = 0) -> list[bytes]:
     ]  # fmt: skip
 
 
-def oci_archive(path: Path, blobs: list[bytes], name: str = IMAGE) -> list[str]:
+def oci_archive(
+    path: Path, blobs: list[bytes], name: str = IMAGE, command: tuple[str, ...] = ("/bin/sh",)
+) -> list[str]:
     """An OCI image archive; its diff ids."""
     entries: dict[str, bytes] = {"oci-layout": b'{"imageLayoutVersion":"1.0.0"}'}
 
@@ -69,7 +71,7 @@ def oci_archive(path: Path, blobs: list[bytes], name: str = IMAGE) -> list[str]:
 
     described = [add(blob, "application/vnd.oci.image.layer.v1.tar") for blob in blobs]
     diff_ids = [str(one["digest"]) for one in described]
-    config = {"architecture": "amd64", "os": "linux", "config": {"Cmd": ["/bin/sh"], "Env": ["PATH=/bin"]},
+    config = {"architecture": "amd64", "os": "linux", "config": {"Cmd": list(command), "Env": ["PATH=/bin"]},
               "rootfs": {"type": "layers", "diff_ids": diff_ids}}  # fmt: skip
     manifest = {
         "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",

@@ -142,11 +142,11 @@ def test_a_static_volume_needs_no_controller(driver):
     driver.unstage(Static)
 
 
-def test_a_sandbox_is_refused_or_shares_the_hosts_mount_as_the_class_says(driver):
+def test_a_kata_pod_needs_the_plugin_or_shares_the_hosts_mount(driver):
     refused, shared = create(driver, "refused"), create(driver, "shared", inSandbox="share")
     for volume in (refused, shared):
         driver.stage(volume, RWX)
-    with pytest.raises(grpc.RpcError, match="inSandbox") as caught:
+    with pytest.raises(grpc.RpcError, match="runvol nri") as caught:
         driver.publish(refused, POD.format(1), runtime="kata", capability=RWX)
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
     target = driver.publish(shared, POD.format(1), runtime="kata", capability=RWX)

@@ -1,0 +1,48 @@
+"""Whether the NRI plugin is registered with the container runtime now: it holds a lock as long as it is.
+
+Publish, another process, asks this before it leaves an NFS volume to the plugin.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+
+_FILE = "nri.alive"
+
+
+def is_alive(run_dir: str) -> bool:
+    """Whether a plugin is registered."""
+    try:
+        fd = os.open(os.path.join(run_dir, _FILE), os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def opened(run_dir: str) -> Iterator[int]:
+    """The file that `begun` and `ended` lock and unlock; a process that is killed lets go of it."""
+    fd = os.open(os.path.join(run_dir, _FILE), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def begun(fd: int) -> None:
+    """Registered from now on. BlockingIOError if another plugin of this node is."""
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def ended(fd: int) -> None:
+    """Not registered any more."""
+    fcntl.flock(fd, fcntl.LOCK_UN)

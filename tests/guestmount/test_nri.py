@@ -1,0 +1,264 @@
+"""The NRI plugin against the protocol's vectors, and against a runtime's side that splits, joins, dies and comes back."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from blockdev import Deadline
+from guestmount import Claims, nri, registration, ttrpc
+from guestmount.claims import Claim, NfsMount, Target, Use
+from guestmount.nri_mux import PLUGIN, RUNTIME, Mux
+from runvol_proto import nri_pb2 as pb
+from volumes import VolumeKind
+
+TARGET = "/var/lib/kubelet/pods/u/volumes/kubernetes.io~csi/pv/mount"
+SERVICE = "nri.pkg.api.v1alpha1.Plugin"
+
+
+def claim(*, dialect: str = "kata", version: str = "4.2", read_only: bool = False, **more) -> Claim:
+    mount = NfsMount(server="nas", path="/e", version=version, options=("nconnect=2",), address="10.0.0.5", **more)
+    return Claim(
+        volume="nfs-1", source="nas:/e", staging_path="/s", kind=VolumeKind.FILES, nfs=mount,
+        use=Use(mode="multi_node_multi_writer", mount_flags=("noatime", "ro")),
+        targets={TARGET: Target(read_only=read_only, pod_uid="u", dialect=dialect)},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def claims(tmp_path: Path) -> Claims:
+    return Claims(str(tmp_path / "run"))
+
+
+def write(claims: Claims, one: Claim) -> None:
+    with claims.locked(one.volume, Deadline.after(5)) as cell:
+        cell.write(one)
+
+
+def asked(*mounts: pb.Mount, ips: tuple[str, ...] = ("10.1.1.1",)) -> pb.CreateContainerRequest:
+    return pb.CreateContainerRequest(
+        pod=pb.PodSandbox(uid="u", name="p", namespace="d", runtime_handler="kata", ips=ips),
+        container=pb.Container(name="c", mounts=mounts),
+    )
+
+
+def bind(source: str = TARGET, *options: str) -> pb.Mount:
+    return pb.Mount(
+        destination="/data", type="bind", source=source, options=["rbind", "rprivate", *(options or ("rw",))]
+    )
+
+
+class RuntimeSide:
+    """The runtime's end of the socket: it accepts, answers the registration, and calls the plugin."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.listener.bind(str(path))
+        self.listener.listen(1)
+        self.registered = threading.Event()
+        self.mux: Mux | None = None
+
+    def RegisterPlugin(self, request: pb.RegisterPluginRequest) -> pb.Empty:
+        assert (request.plugin_name, request.plugin_idx) == ("runvol", "10")
+        self.registered.set()
+        return pb.Empty()
+
+    def accept(self) -> ttrpc.Client:
+        self.listener.settimeout(15)
+        connection, _ = self.listener.accept()
+        self.mux = Mux(connection)
+        service = ttrpc.Service(pb.DESCRIPTOR.services_by_name["Runtime"], self)
+        threading.Thread(target=ttrpc.Server(self.mux.stream(RUNTIME), [service]).serve, daemon=True).start()
+        return ttrpc.Client(self.mux.stream(PLUGIN))
+
+    def hang_up(self) -> None:
+        assert self.mux is not None
+        self.mux.close()
+        self.registered.clear()
+
+    def close(self) -> None:
+        if self.mux is not None:
+            self.mux.close()
+        self.listener.close()
+        self.path.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def runtime(tmp_path: Path) -> Iterator[RuntimeSide]:
+    side = RuntimeSide(tmp_path / "nri.sock")
+    yield side
+    side.close()
+
+
+@pytest.fixture
+def plugin(tmp_path: Path, claims: Claims) -> Iterator[threading.Thread]:
+    stop = threading.Event()
+    arguments = (claims, str(tmp_path / "run"), str(tmp_path / "nri.sock"), stop)
+    thread = threading.Thread(target=nri.serve, args=arguments)
+    thread.start()
+    yield thread
+    stop.set()
+    thread.join(15)
+    assert not thread.is_alive()
+
+
+def test_the_vectors_of_the_protocol() -> None:
+    request = pb.RegisterPluginRequest(plugin_name="runvol", plugin_idx="10")
+    from runvol_proto import ttrpc_pb2
+
+    envelope = ttrpc_pb2.Request(
+        service="nri.pkg.api.v1alpha1.Runtime", method="RegisterPlugin", payload=request.SerializeToString()
+    )
+    data = ttrpc.frame(1, ttrpc.REQUEST, envelope.SerializeToString())
+    assert (struct.pack(">II", RUNTIME, len(data)) + data).hex() == (
+        "00000002000000460000003c0000000101000a1c6e72692e706b672e6170692e7631616c706861312e52756e74696d65120e5265676973746572506c75"
+        "67696e1a0c0a0672756e766f6c12023130"
+    )
+    assert pb.ConfigureResponse(events=15).SerializeToString().hex() == "100f"
+    mount = pb.Mount(destination="/data", type="nfs4", source="10.0.0.5:/e", options=["vers=4.2"])
+    adjust = pb.CreateContainerResponse(adjust=pb.ContainerAdjustment(mounts=[mount]))
+    assert (
+        adjust.SerializeToString().hex()
+        == "0a261a240a052f6461746112046e6673341a0b31302e302e302e353a2f652208766572733d342e32"
+    )
+    removal = pb.CreateContainerResponse(adjust=pb.ContainerAdjustment(mounts=[pb.Mount(destination="-/data")]))
+    assert removal.SerializeToString().hex() == "0a0a1a080a062d2f64617461"
+
+
+def test_the_placeholders_bind_becomes_the_guests_own_mount(claims):
+    write(claims, claim())
+    response = nri.Plugin(claims).CreateContainer(
+        asked(bind(), bind("/other/path"), pb.Mount(destination="/proc", type="proc", source="proc"))
+    )
+    (mount,) = response.adjust.mounts
+    assert (mount.destination, mount.type, mount.source) == ("/data", "nfs4", "nas:/e")
+    assert list(mount.options) == ["vers=4.2", "addr=10.0.0.5", "clientaddr=10.1.1.1", "nconnect=2", "noatime", "rw"]
+    assert not {"bind", "rbind", "rprivate"} & set(mount.options)
+
+
+@pytest.mark.parametrize(("options", "read_only"), [(("ro",), False), (("rw",), True)])
+def test_read_only_is_carried_over(claims, options, read_only):
+    write(claims, claim(read_only=read_only))
+    (mount,) = nri.Plugin(claims).CreateContainer(asked(bind(TARGET, *options))).adjust.mounts
+    assert mount.options[-1] == "ro"
+
+
+def test_version_3_knows_what_no_helper_finds_out_in_a_guest(claims):
+    write(claims, claim(version="3", mount_port=20048))
+    (mount,) = nri.Plugin(claims).CreateContainer(asked(bind())).adjust.mounts
+    assert mount.type == "nfs"
+    for word in ("mountaddr=10.0.0.5", "mountport=20048", "proto=tcp", "nolock", "addr=10.0.0.5"):
+        assert word in mount.options
+
+
+def test_mounts_that_are_not_ours_are_left_alone(claims):
+    write(claims, claim(dialect=""))
+    assert not nri.Plugin(claims).CreateContainer(asked(bind(), bind(TARGET + "/sub"))).adjust.mounts
+    assert not nri.Plugin(claims).CreateContainer(asked()).HasField("adjust")
+
+
+def test_a_damaged_claim_stops_no_container(claims, tmp_path):
+    write(claims, claim())
+    (tmp_path / "run/claims/other.json").write_bytes(b"\xff{")
+    assert nri.Plugin(claims).CreateContainer(asked(bind())) is not None
+
+
+def test_it_is_fast_among_many_claims(claims):
+    for number in range(200):
+        write(
+            claims,
+            claim().but(
+                volume=f"nfs-{number}",
+                targets={f"{TARGET}{number}": Target(read_only=False, pod_uid="u", dialect="kata")},
+            ),
+        )
+    write(claims, claim().but(volume="nfs-x"))
+    started = time.monotonic()
+    assert nri.Plugin(claims).CreateContainer(asked(bind())).adjust.mounts
+    assert time.monotonic() - started < 0.5
+
+
+def test_a_life_with_a_runtime(plugin, runtime, claims, tmp_path):
+    write(claims, claim())
+    client = runtime.accept()
+    # As the real runtime does at times: Configure before the registration is answered.
+    events = client.call(
+        SERVICE, "Configure", pb.ConfigureRequest(runtime_name="containerd"), pb.ConfigureResponse, 5
+    ).events
+    assert events == 1 << 3
+    assert runtime.registered.wait(5)
+    first = client.call(SERVICE, "Synchronize", pb.SynchronizeRequest(more=True), pb.SynchronizeResponse, 5)
+    last = client.call(SERVICE, "Synchronize", pb.SynchronizeRequest(), pb.SynchronizeResponse, 5)
+    assert (first.more, last.more) == (True, False)
+    assert client.call(SERVICE, "CreateContainer", asked(bind()), pb.CreateContainerResponse, 5).adjust.mounts
+    client.call(SERVICE, "StateChange", pb.StateChangeEvent(event=1), pb.Empty, 5)
+    with pytest.raises(ttrpc.RpcError) as caught:
+        client.call(SERVICE, "RunPodSandbox", pb.Empty(), pb.Empty, 5)
+    assert caught.value.code == ttrpc.UNIMPLEMENTED
+
+
+def test_it_says_when_it_is_registered_and_comes_back_for_ever(plugin, runtime, tmp_path):
+    run = str(tmp_path / "run")
+    for _ in range(3):
+        assert not registration.is_alive(run)
+        runtime.accept()
+        assert runtime.registered.wait(5)
+        until = time.monotonic() + 5
+        while not registration.is_alive(run):
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        runtime.hang_up()
+        while registration.is_alive(run):
+            assert time.monotonic() < until + 5
+            time.sleep(0.02)
+
+
+def test_large_messages_go_in_frames_that_a_go_peer_takes_and_come_in_any() -> None:
+    mine, theirs = socket.socketpair()
+    mux = Mux(mine)
+    sent = bytes(range(256)) * 100
+    threading.Thread(target=mux.stream(PLUGIN).write, args=(sent,), daemon=True).start()
+    got, largest = b"", 0
+    while len(got) < len(sent):
+        header = theirs.recv(8, socket.MSG_WAITALL)
+        number, length = struct.unpack(">II", header)
+        assert number == PLUGIN
+        largest = max(largest, length)
+        got += theirs.recv(length, socket.MSG_WAITALL)
+    assert got == sent
+    assert largest <= 4096
+    # Split in the middle of headers, joined with frames of an unknown connection, and one of a megabyte.
+    data = (
+        struct.pack(">II", 9, 3)
+        + b"xyz"
+        + struct.pack(">II", RUNTIME, 1 << 20)
+        + b"a" * (1 << 20)
+        + struct.pack(">II", RUNTIME, 2)
+        + b"bc"
+    )
+
+    def dribble() -> None:
+        for at in range(0, len(data), 70_001):
+            theirs.sendall(data[at : at + 70_001])
+        theirs.close()
+
+    threading.Thread(target=dribble, daemon=True).start()
+    assert ttrpc.read_exactly(mux.stream(RUNTIME), (1 << 20) + 2) == b"a" * (1 << 20) + b"bc"
+    assert mux.stream(RUNTIME).read(1) == b""
+    assert mux.stream(PLUGIN).read(1) == b""
+
+
+@pytest.mark.parametrize("garbage", [b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 64, b"\0" * 7])
+def test_what_is_no_multiplexer_ends_the_connection(garbage):
+    mine, theirs = socket.socketpair()
+    mux = Mux(mine)
+    theirs.sendall(garbage)
+    theirs.close()
+    assert mux.stream(PLUGIN).read(1) == b""
