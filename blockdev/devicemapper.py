@@ -167,6 +167,16 @@ class Mapper:
         """Drop the inactive table."""
         self._call(_CLEAR, "clear", name)
 
+    def establish(self, name: str, targets: Sequence[Target], *, uuid: str = "", read_only: bool = False) -> Device:
+        """A new device with this table; nothing is left of one whose table is refused."""
+        self.create(name, uuid)
+        try:
+            self.load(name, targets, read_only=read_only)
+            return self.resume(name)
+        except MapperError:
+            self.remove(name)
+            raise
+
     def resume(self, name: str) -> Device:
         """Swap the inactive table in, if there is one, and let I/O through; the device has a node afterwards.
 

@@ -274,13 +274,7 @@ class Images:
         table = Verity(length=manifest.size // SECTOR, data=image, hashes=hashes,
                        data_blocks=manifest.size // verity.BLOCK, hash_start=0, root=manifest.root,
                        salt=manifest.salt)  # fmt: skip
-        self._mapper.create(name, f"RUNVOL-IMAGE-{chain[7:]}")
-        try:
-            self._mapper.load(name, [table], read_only=True)
-            self._mapper.resume(name)
-        except MapperError:
-            self._mapper.remove(name)
-            raise
+        self._mapper.establish(name, [table], uuid=f"RUNVOL-IMAGE-{chain[7:]}", read_only=True)
 
     def release_unused(self) -> list[str]:
         """Unmap images that no snapshot needs; their chains."""

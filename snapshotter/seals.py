@@ -98,13 +98,8 @@ class Seals:
             hashes=hashes[0] if hashes else loops.attach(path, deadline=deadline, read_only=True),
             data_blocks=view.size // verity.BLOCK, hash_start=0, root=seal[0], salt=seal[1],
         )  # fmt: skip
-        self._mapper.create(name, f"RUNVOL-SEAL-{self._pool.identity}-{view.device}")
-        try:
-            self._mapper.load(name, [table], read_only=True)
-            self._mapper.resume(name)
-        except MapperError:
-            self._mapper.remove(name)
-            raise
+        uuid = f"RUNVOL-SEAL-{self._pool.identity}-{view.device}"
+        self._mapper.establish(name, [table], uuid=uuid, read_only=True)
 
     def release(self, device: int) -> bool:
         """Nothing of ours stands on this thin device any more; False while somebody has it open."""

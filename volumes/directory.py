@@ -100,10 +100,7 @@ class DirectoryBackend:
     def _same(self, old: Row, size: SizeRange, parameters: Mapping[str, str], source: ContentSource | None) -> Volume:
         if source is not None:
             raise VolumeConflict(old.name, f"was made empty, not from {source}")
-        if old.capacity < size.required or (size.limit and old.capacity > size.limit):
-            raise VolumeConflict(
-                old.name, f"has {old.capacity} bytes, outside of {size.required} to {size.limit or '∞'}"
-            )
+        sizes.check_fits(old.name, old.capacity, size)
         if dict(old.parameters) != dict(parameters):
             raise VolumeConflict(old.name, f"was made with the parameters {dict(old.parameters)}")
         return self._volume(old)
@@ -173,15 +170,9 @@ class DirectoryBackend:
 
     def check_expand(self, volume_id: str, size: SizeRange) -> int:
         volume = self._known(volume_id)
-        sizes.check(size)
-        if size.limit and volume.capacity_bytes > size.limit:
-            raise SizeNotAllowed(
-                f"limit_bytes = {size.limit}: volume {volume_id} has {volume.capacity_bytes} bytes and never shrinks"
-            )
-        if size.required <= volume.capacity_bytes:
-            return volume.capacity_bytes
-        capacity = sizes.choose(size, smallest=volume.capacity_bytes)
-        self._reserve(capacity - volume.capacity_bytes)
+        capacity = sizes.grown(volume_id, volume.capacity_bytes, size)
+        if capacity > volume.capacity_bytes:
+            self._reserve(capacity - volume.capacity_bytes)
         return capacity
 
     def expand(self, volume_id: str, size: SizeRange) -> Volume:

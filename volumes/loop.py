@@ -146,15 +146,9 @@ class LoopBackend:
 
     def check_expand(self, volume_id: str, size: SizeRange) -> int:
         volume = self._known(volume_id)
-        sizes.check(size)
-        if size.limit and volume.capacity_bytes > size.limit:
-            raise SizeNotAllowed(
-                f"limit_bytes = {size.limit}: volume {volume_id} has {volume.capacity_bytes} bytes and never shrinks"
-            )
-        if size.required <= volume.capacity_bytes:
-            return volume.capacity_bytes
-        capacity = sizes.choose(size, smallest=volume.capacity_bytes)
-        self._reserve(capacity - volume.capacity_bytes)
+        capacity = sizes.grown(volume_id, volume.capacity_bytes, size)
+        if capacity > volume.capacity_bytes:
+            self._reserve(capacity - volume.capacity_bytes)
         return capacity
 
     def expand(self, volume_id: str, size: SizeRange) -> Volume:
@@ -347,8 +341,7 @@ def _same(
 ) -> Volume:
     if old.source != str(source or ""):
         raise VolumeConflict(old.name, f"was made from {old.source or 'nothing'}, not from {source or 'nothing'}")
-    if old.capacity < size.required or (size.limit and old.capacity > size.limit):
-        raise VolumeConflict(old.name, f"has {old.capacity} bytes, outside of {size.required} to {size.limit or '∞'}")
+    sizes.check_fits(old.name, old.capacity, size)
     if dict(old.parameters) != dict(parameters):
         raise VolumeConflict(old.name, f"was made with the parameters {dict(old.parameters)}, not {dict(parameters)}")
     return volume

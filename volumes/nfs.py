@@ -124,13 +124,7 @@ class NfsBackend:
         return sizes.LARGEST
 
     def check_expand(self, volume_id: str, size: SizeRange) -> int:
-        volume = self._ready(volume_id)
-        sizes.check(size)
-        if size.limit and volume.capacity_bytes > size.limit:
-            raise SizeNotAllowed(
-                f"limit_bytes = {size.limit}: volume {volume_id} has {volume.capacity_bytes} bytes and never shrinks"
-            )
-        return max(volume.capacity_bytes, sizes.choose(size, smallest=volume.capacity_bytes))
+        return sizes.grown(volume_id, self._ready(volume_id).capacity_bytes, size)
 
     def expand(self, volume_id: str, size: SizeRange) -> Volume:
         capacity = self.check_expand(volume_id, size)
@@ -293,8 +287,7 @@ def _take_away(root: int, record: Record) -> None:
 def _check_same(old: Record, name: str, size: SizeRange, parameters: Mapping[str, str]) -> None:
     if old.parameters != dict(parameters):
         raise VolumeConflict(name, f"was made with the parameters {old.parameters}")
-    if old.capacity < size.required or (size.limit and old.capacity > size.limit):
-        raise VolumeConflict(name, f"has {old.capacity} bytes, outside of {size.required} to {size.limit or '∞'}")
+    sizes.check_fits(name, old.capacity, size)
 
 
 def _volume(record: Record, share: nfs.Export) -> Volume:

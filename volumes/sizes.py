@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from volumes.errors import SizeNotAllowed
+from volumes.errors import SizeNotAllowed, VolumeConflict
 from volumes.model import GIBIBYTE, MEBIBYTE, SizeRange
 
 DEFAULT_BYTES = GIBIBYTE
@@ -34,3 +34,17 @@ def choose(size: SizeRange, *, smallest: int) -> int:
     raise SizeNotAllowed(
         f"limit_bytes = {size.limit} leaves no size that fits: at least {smallest} bytes, in steps of {_SECTOR}"
     )
+
+
+def grown(volume_id: str, capacity: int, size: SizeRange) -> int:
+    """Bytes of a volume of `capacity` after it was grown into a range; its own if it is large enough already."""
+    check(size)
+    if size.limit and capacity > size.limit:
+        raise SizeNotAllowed(f"limit_bytes = {size.limit}: volume {volume_id} has {capacity} bytes and never shrinks")
+    return choose(size, smallest=capacity) if size.required > capacity else capacity
+
+
+def check_fits(name: str, capacity: int, size: SizeRange) -> None:
+    """VolumeConflict if the volume that has this name already lies outside of the range."""
+    if capacity < size.required or (size.limit and capacity > size.limit):
+        raise VolumeConflict(name, f"has {capacity} bytes, outside of {size.required} to {size.limit or '∞'}")
