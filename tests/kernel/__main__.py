@@ -77,7 +77,8 @@ def run(arguments: list[str], *, show: bool = True) -> tuple[int, str]:
             disks.append(scratch / name)
             with open(disks[-1], "wb") as opened:
                 opened.truncate(8 << 30)
-        with Machine(disks=disks) as machine:
+        # Half of it is what the tests' directories may hold; it is taken from the machine as it is used.
+        with Machine(disks=disks, memory="6G") as machine:
             result = machine.run(command(arguments), limit=LIMIT, ok=None, show=show)
             return result.code, result.output
     finally:

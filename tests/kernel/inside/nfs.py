@@ -43,6 +43,7 @@ class KernelNfs:
         return str(next(path for place in ("usr/sbin", "sbin") if (path := self.tree / place / name).exists()))
 
     def _prepare(self, disk: Path, size: int) -> None:
+        self._disk = disk
         if not Path("/run/etc").exists():
             etc = Path("/run/etc")
             etc.mkdir()
@@ -108,6 +109,7 @@ class KernelNfs:
             os.kill(pid, signal.SIGTERM)
         for _ in range(50):
             if subprocess.run(["umount", str(ROOT)], check=False, capture_output=True).returncode == 0:
+                self._disk.unlink()
                 return
             time.sleep(0.2)
         raise RuntimeError(f"{ROOT} is still in use")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -193,6 +194,7 @@ def cri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cri]:
     one.load(one.directory / "image.tar")
     yield one
     one.kill()
+    shutil.rmtree(one.directory, ignore_errors=True)
 
 
 @pytest.fixture
