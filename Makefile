@@ -46,6 +46,7 @@ bench-kernel: prepare
 
 bench: venv
 	@.venv/bin/python -m tests.bench $(ARGS)
+	@.venv/bin/python -m tests.bench.flexvolume
 
 clean:
 	rm -rf .venv runvol_proto build dist *.egg-info demo-results bench-results
