@@ -84,44 +84,47 @@ def probe(server: str, address: str, version: str, deadline: Deadline) -> str:
     A mount of a dead server hangs in the kernel, and a frozen one still takes connections: so it is asked for nothing
     (the procedure NULL, RFC 5531 and 7530), and has to say that it did that.
     """
-    patience = min(PATIENCE, max(0.1, deadline.remaining()))
     program_version = 3 if version == "3" else 4
-    call = struct.pack(">10I", _XID, 0, 2, _PROGRAM, program_version, 0, 0, 0, 0, 0)
     try:
-        with socket.create_connection((address, PORT), patience) as connection:
-            client = str(connection.getsockname()[0])
-            connection.settimeout(patience)
-            connection.sendall(struct.pack(">I", 0x80000000 | len(call)) + call)
-            reply = _read(connection, 28)
+        client, words = _called(address, PORT, (_PROGRAM, program_version, 0), (), deadline)
     except OSError as error:
-        why = (
-            "it takes connections and does not reply"
-            if isinstance(error, TimeoutError)
-            else error.strerror or str(error)
-        )
+        silent = isinstance(error, TimeoutError)
+        why = "it takes connections and does not reply" if silent else error.strerror or str(error)
         raise ServerSilent(server, why) from error
-    _mark, xid, direction, state, _flavour, _length, accepted = struct.unpack(">7I", reply)
-    if (xid, direction, state) != (_XID, 1, 0):
+    if words[:3] != (_XID, 1, 0):
         raise ServerSilent(server, "what answers there is no NFS server")
-    if accepted:
+    if words[5]:
         raise ServerSilent(server, f"it does not speak NFS version {program_version}")
     return client
 
 
 def mountd_port(server: str, address: str, deadline: Deadline) -> int:
     """Where the server's mountd listens, by its portmapper (RFC 1833, version 2); ServerSilent if it does not say."""
-    patience = min(PATIENCE, max(0.1, deadline.remaining()))
-    call = struct.pack(">14I", _XID, 0, 2, _PORTMAP, 2, _GETPORT, 0, 0, 0, 0, _MOUNTD, 3, socket.IPPROTO_TCP, 0)
+    asked = (_MOUNTD, 3, socket.IPPROTO_TCP, 0)
     try:
-        with socket.create_connection((address, _PORTMAP_PORT), patience) as connection:
-            connection.settimeout(patience)
-            connection.sendall(struct.pack(">I", 0x80000000 | len(call)) + call)
-            reply = struct.unpack(">8I", _read(connection, 32))
+        _, words = _called(address, _PORTMAP_PORT, (_PORTMAP, 2, _GETPORT), asked, deadline, results=1)
     except OSError as error:
         raise ServerSilent(server, f"its portmapper: {error.strerror or error}") from error
-    if reply[1:4] != (_XID, 1, 0) or reply[6] or not reply[7]:
+    if words[:3] != (_XID, 1, 0) or words[5] or not words[6]:
         raise ServerSilent(server, "its portmapper knows no mountd of version 3 over TCP")
-    return int(reply[7])
+    return words[6]
+
+
+def _called(
+    address: str, port: int, procedure: tuple[int, int, int], arguments: tuple[int, ...], deadline: Deadline, *,
+    results: int = 0,
+) -> tuple[str, tuple[int, ...]]:  # fmt: skip
+    """One call over TCP without credentials (RFC 5531); this node's address, and the reply's words after its mark: xid,
+    direction, state, the verifier's two, how it was accepted, and `results` more. OSError, TimeoutError among them."""
+    patience = min(PATIENCE, max(0.1, deadline.remaining()))
+    words = (_XID, 0, 2, *procedure, 0, 0, 0, 0, *arguments)
+    call = struct.pack(f">{len(words)}I", *words)
+    with socket.create_connection((address, port), patience) as connection:
+        client = str(connection.getsockname()[0])
+        connection.settimeout(patience)
+        connection.sendall(struct.pack(">I", 0x80000000 | len(call)) + call)
+        count = 7 + results
+        return client, struct.unpack(f">{count}I", _read(connection, 4 * count))[1:]
 
 
 def _read(connection: socket.socket, count: int) -> bytes:

@@ -278,8 +278,8 @@ class Node:
                 ownership.drop_leftovers(backend.attach(volume_id).path, deadline)
 
     def _alive(self, path: str) -> bool:
-        """Whether anything of a publish is left at its target. By the table: a dead server is not asked."""
-        return mounts.in_table(path) or any(one.target == path for d in self.dialects for one in d.delivered())
+        """Whether anything of a publish is left at its target."""
+        return mounts.is_mount_point(path) or any(one.target == path for d in self.dialects for one in d.delivered())
 
     # -- expansion and deletion
 

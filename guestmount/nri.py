@@ -19,14 +19,13 @@ from blockdev import nfs
 from guestmount import registration, ttrpc
 from guestmount.claims import Claim, Claims, Target
 from guestmount.errors import Refused
+from guestmount.handoff import KataDialect
 from guestmount.nri_mux import PLUGIN, RUNTIME, Mux
 from runvol_proto import nri_pb2 as pb
 
 log = logging.getLogger("runvol.nri")
 
-DEFAULT_SOCKET = "/var/run/nri/nri.sock"
 NAME, INDEX = "runvol", "10"
-DIALECT = "kata"
 _CREATE_CONTAINER = 4
 # The runtime waits two seconds, and then starts the container unchanged.
 _SLOW = 0.5
@@ -90,7 +89,7 @@ class Plugin:
             return
         for claim in claims:
             for path, target in claim.targets.items():
-                if claim.nfs is not None and target.dialect == DIALECT:
+                if claim.nfs is not None and target.dialect == KataDialect.name:
                     yield path, (claim, target)
 
 

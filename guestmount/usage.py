@@ -121,7 +121,7 @@ def _delivery_problems(node: Node, claim: Claim) -> list[Problem]:
     handed = {one.target: one for dialect in node.dialects for one in dialect.delivered()}
     for path in claim.targets:
         if claim.owner is None or claim.owner.kind == HOST:
-            if not mounts.in_table(path):
+            if not mounts.is_mount_point(path):
                 found.append(Problem(reason="MountMissing", message=f"nothing is mounted at {path}", unreachable=True))
             continue
         if not placeholder.stands(path):

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from blockdev import durable
 from guestmount.errors import BadRequest, Unsupported
+from guestmount.handoff.base import NfsDelivery
 
 _CSI_NAME = "mount"
 
@@ -24,6 +27,33 @@ def check_place(target: str, dialect: str) -> None:
             f"the hand-off dialect {dialect} keeps one file in the target's parent directory, which several volumes of "
             f"a pod share at {target}; use CSI, or a runtime that speaks another dialect"
         )
+
+
+def check_export(delivery: NfsDelivery, dialect: str) -> None:
+    """What every such file needs of an export. Unsupported or BadRequest."""
+    check_place(delivery.target, dialect)
+    for field, value in (("server", delivery.server), ("path", delivery.path)):
+        check_text(field, value)
+
+
+def options(delivery: NfsDelivery) -> list[str]:
+    """The export's mount options, with `ro` among them for a read-only one."""
+    return [*delivery.options, *(["ro"] if delivery.read_only else [])]
+
+
+def encoded(content: Mapping[str, object]) -> bytes:
+    """JSON as the open writers put it: without blanks."""
+    return json.dumps(content, separators=(",", ":")).encode()
+
+
+def read(path: str) -> dict[str, Any] | None:
+    """The file's object; None for one that is not there or is something else."""
+    try:
+        with open(path, "rb") as file:
+            content = json.loads(file.read(65536))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def check_text(field: str, value: str) -> None:

@@ -7,7 +7,6 @@ on one filesystem for a moment: refused.
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from collections.abc import Sequence
@@ -37,9 +36,7 @@ class Rund2Dialect:
         )
 
     def check_nfs(self, delivery: NfsDelivery) -> None:
-        beside.check_place(delivery.target, self.name)
-        for field, value in (("server", delivery.server), ("path", delivery.path)):
-            beside.check_text(field, value)
+        beside.check_export(delivery, self.name)
 
     def deliver(self, delivery: Delivery) -> None:
         self.check(delivery)
@@ -50,10 +47,9 @@ class Rund2Dialect:
         before = _read(path)
         if before is None:
             raise Refused(f"kubelet's {path} is missing or holds something else than texts; RunD 2 is told by it")
-        options = [*delivery.options, *(["ro"] if delivery.read_only else [])]
         ours = {
             "version": delivery.version,
-            "options": ",".join(options),
+            "options": ",".join(beside.options(delivery)),
             "server": delivery.server,
             "path": delivery.path,
         }
@@ -99,15 +95,10 @@ def _without_ours(content: dict[str, str]) -> dict[str, str]:
 
 
 def _replace(path: str, content: dict[str, str]) -> None:
-    beside.replace(path, json.dumps(content, separators=(",", ":")).encode(), stat.S_IMODE(os.stat(path).st_mode))
+    beside.replace(path, beside.encoded(content), stat.S_IMODE(os.stat(path).st_mode))
 
 
 def _read(path: str) -> dict[str, str] | None:
-    try:
-        with open(path, "rb") as file:
-            content = json.loads(file.read(65536))
-    except (OSError, ValueError, RecursionError):
-        return None
-    if not isinstance(content, dict) or not all(isinstance(value, str) for value in content.values()):
-        return None
-    return content
+    """kubelet's file; None if it is not there or holds something else than texts."""
+    content = beside.read(path)
+    return content if content is not None and all(isinstance(value, str) for value in content.values()) else None

@@ -7,7 +7,6 @@ guest's mount(2) needs it. Block volumes are PCI functions bound to VFIO there: 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -35,24 +34,21 @@ class Rund3Dialect:
         )
 
     def check_nfs(self, delivery: NfsDelivery) -> None:
-        beside.check_place(delivery.target, self.name)
-        for field, value in (("server", delivery.server), ("path", delivery.path)):
-            beside.check_text(field, value)
+        beside.check_export(delivery, self.name)
 
     def deliver(self, delivery: Delivery) -> None:
         self.check(delivery)
 
     def deliver_nfs(self, delivery: NfsDelivery) -> None:
         self.check_nfs(delivery)
-        options = [f"vers={delivery.version}", *delivery.options, *(["ro"] if delivery.read_only else [])]
         content = {
             "Source": f"{delivery.server}:{delivery.path}",
             "DeviceType": "nfs",
-            "MountOpts": options,
+            "MountOpts": [f"vers={delivery.version}", *beside.options(delivery)],
             "Extra": {},
             "FSType": "",
         }
-        beside.replace(_place(delivery.target), json.dumps(content, separators=(",", ":")).encode(), 0o600)
+        beside.replace(_place(delivery.target), beside.encoded(content), 0o600)
 
     def withdraw(self, target: str) -> None:
         path = _place(target)
@@ -89,10 +85,6 @@ def _place(target: str) -> str:
 def _read(path: str) -> dict[str, Any]:
     """What the file says, if root wrote it and nothing is mounted there: a workload could plant one otherwise."""
     try:
-        if os.lstat(path).st_uid != 0:
-            return {}
-        with open(path, "rb") as file:
-            content = json.loads(file.read(65536))
-    except (OSError, ValueError, RecursionError):
+        return (beside.read(path) if os.lstat(path).st_uid == 0 else None) or {}
+    except OSError:
         return {}
-    return content if isinstance(content, dict) else {}

@@ -7,7 +7,6 @@ not lower-cased. So nothing with a capital letter is handed over: it would be co
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Sequence
 
@@ -63,7 +62,6 @@ class RunvDialect:
 
     def deliver_nfs(self, delivery: NfsDelivery) -> None:
         self.check_nfs(delivery)
-        options = [*delivery.options, *(["ro"] if delivery.read_only else [])]
         self._write(
             delivery.target,
             {
@@ -72,7 +70,7 @@ class RunvDialect:
                 "vers": delivery.version,
                 "mode": "",
                 "modeType": "",
-                "options": ",".join(options),
+                "options": ",".join(beside.options(delivery)),
                 "runtime": self.name,
                 "mountfile": _place(delivery.target),
                 "volumeType": "nfs",
@@ -80,7 +78,7 @@ class RunvDialect:
         )
 
     def _write(self, target: str, content: dict[str, str]) -> None:
-        beside.replace(_place(target), json.dumps(content, separators=(",", ":")).encode(), 0o644)
+        beside.replace(_place(target), beside.encoded(content), 0o644)
 
     def withdraw(self, target: str) -> None:
         path = _place(target)
@@ -117,9 +115,4 @@ def _place(target: str) -> str:
 
 def _read(path: str) -> dict[str, str]:
     """The file's texts; nothing for one that is not there or not ours to understand."""
-    try:
-        with open(path, "rb") as file:
-            content = json.loads(file.read(65536))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return {key: value for key, value in content.items() if isinstance(value, str)} if isinstance(content, dict) else {}
+    return {key: value for key, value in (beside.read(path) or {}).items() if isinstance(value, str)}
