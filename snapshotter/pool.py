@@ -11,7 +11,6 @@ import errno
 import fcntl
 import os
 import struct
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -56,7 +55,6 @@ class Pool:
     def __init__(self, mapper: Mapper, name: str, identity: str, metadata: str, limits: Limits | None = None) -> None:
         self.mapper, self.name, self.identity, self.metadata = mapper, name, identity, metadata
         self.limits = limits or Limits()
-        self._metadata_snapshot = threading.Lock()
         self._number = ""
         self._seen: tuple[float, PoolStatus] | None = None
 
@@ -335,9 +333,13 @@ class Pool:
     # -- the pool's own truth -----------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def metadata_snapshot(self) -> Iterator[None]:
-        """The tools may read the live pool's metadata inside; a snapshot that a killed process left is dropped."""
-        with self._metadata_snapshot:
+    def metadata_snapshot(self, deadline: Deadline) -> Iterator[None]:
+        """The tools may read the live pool's metadata inside; a snapshot that a killed process left is dropped.
+
+        A pool has one metadata snapshot: the server and the command line take turns, by a lock on the metadata device
+        that goes with its process. WaitExpired at the deadline.
+        """
+        with self._metadata_turn(deadline):
             if self.status().held_root:
                 self._send("release_metadata_snap")
             self._send("reserve_metadata_snap")
@@ -346,20 +348,30 @@ class Pool:
             finally:
                 self._send("release_metadata_snap")
 
+    @contextlib.contextmanager
+    def _metadata_turn(self, deadline: Deadline) -> Iterator[None]:
+        fd = os.open(self.metadata, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            deadline.poll(f"the metadata snapshot of pool {self.name}, which another call or process uses",
+                          lambda: _locked(fd))  # fmt: skip
+            yield
+        finally:
+            os.close(fd)
+
     def ids(self, deadline: Deadline) -> set[int]:
         """Every device that the pool has."""
-        with self.metadata_snapshot():
+        with self.metadata_snapshot(deadline):
             _, output = run("thin_ls", "-m", "--no-headers", "-o", "DEV", self.metadata, deadline=deadline)
         return {int(line) for line in output.split()}
 
     def check_live(self, deadline: Deadline) -> None:
         """thin_check on the pool as it runs; CommandFailed with its words."""
-        with self.metadata_snapshot():
+        with self.metadata_snapshot(deadline):
             run("thin_check", "-q", "-m", self.metadata, deadline=deadline)
 
     def added_bytes(self, device: int, origin: int, deadline: Deadline) -> int:
         """Bytes in blocks of `device` that are not those of `origin`."""
-        with self.metadata_snapshot():
+        with self.metadata_snapshot(deadline):
             _, output = run(
                 "thin_delta", "-m", "--snap1", str(origin), "--snap2", str(device), self.metadata, deadline=deadline
             )
@@ -370,11 +382,19 @@ class Pool:
 
     def mapped_bytes(self, deadline: Deadline) -> dict[int, tuple[int, int]]:
         """Id to (bytes that only it maps, bytes that it shares)."""
-        with self.metadata_snapshot():
+        with self.metadata_snapshot(deadline):
             _, output = run("thin_ls", "-m", "--no-headers", "-o", "DEV,EXCLUSIVE_BYTES,SHARED_BYTES", self.metadata,
                             deadline=deadline)  # fmt: skip
         rows = (line.split() for line in output.splitlines() if line.strip())
         return {int(row[0]): (int(row[1]), int(row[2])) for row in rows}
+
+
+def _locked(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -8,18 +8,19 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from blockdev import CommandFailed, Deadline, loops
+from blockdev import CommandFailed, Deadline, WaitExpired, loops
 from blockdev.devicemapper import Mapper, MapperError, node
 from blockdev.dm_targets import SECTOR, Error, Flakey, Linear
 from snapshotter import assembly, backing
 from snapshotter.assembly import Wish
 from snapshotter.errors import BadRequest, PoolFull, PoolRefused, SnapshotterError, Unavailable
 from snapshotter.node import STORE, Node
-from snapshotter.pool import Limits
+from snapshotter.pool import Limits, Pool
 from tests.kernel.inside.lab import MIB, Lab, mounted, soon
 
 
@@ -438,3 +439,16 @@ def test_a_stale_metadata_snapshot_is_released(lab: Lab) -> None:
     assert not lab.status().held_root
     with pytest.raises(MapperError):
         lab.node.mapper.message(lab.name, "release_metadata_snap")
+
+
+def test_readers_of_the_metadata_take_turns_within_their_deadlines(lab: Lab) -> None:
+    """A pool has one metadata snapshot; the command line reads it beside the server."""
+    lab.layer("layer", files={"f": b"x"})
+    mine = lab.node.pool
+    other = Pool(mine.mapper, mine.name, mine.identity, mine.metadata)
+    with ThreadPoolExecutor(8) as threads:
+        read = list(threads.map(lambda number: (mine, other)[number % 2].ids(soon()), range(24)))
+    assert all(one == read[0] for one in read)
+    with other.metadata_snapshot(soon()), pytest.raises(WaitExpired, match=mine.name):
+        mine.ids(Deadline.after(0.2))
+    assert not lab.status().held_root
