@@ -441,6 +441,7 @@ def test_a_stale_metadata_snapshot_is_released(lab: Lab) -> None:
         lab.node.mapper.message(lab.name, "release_metadata_snap")
 
 
+@pytest.mark.short
 def test_readers_of_the_metadata_take_turns_within_their_deadlines(lab: Lab) -> None:
     """A pool has one metadata snapshot; the command line reads it beside the server."""
     lab.layer("layer", files={"f": b"x"})
