@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
-from blockdev import exclusivity, loops, syscalls
+from blockdev import exclusivity, isolated, loops, syscalls
 from blockdev.deadlines import Deadline, bounded
 from blockdev.errors import MountFailed
 from blockdev.ioctls import is_block
@@ -18,15 +18,22 @@ from blockdev.ioctls import is_block
 
 @contextmanager
 def filesystem(
-    fstype: str, options: Mapping[str, str | None], *, attributes: int = 0, deadline: Deadline
+    fstype: str, options: Mapping[str, str | None], *, attributes: int = 0, deadline: Deadline, remote: bool = False
 ) -> Iterator[int]:
-    """A detached mount as a descriptor of its root; MountFailed with the kernel's own words."""
+    """A detached mount as a descriptor of its root; MountFailed with the kernel's own words.
+
+    One that is `remote` may hang for ever, and is made by a process of its own.
+    """
     context = syscalls.fsopen(fstype)
     try:
         try:
             for key, value in options.items():
                 syscalls.fsconfig_set(context, key, value)
-            bounded(f"mounting {fstype}", deadline, lambda: syscalls.fsconfig_create(context))
+            what = f"mounting {options.get('source') or fstype}"
+            if remote:
+                isolated.create(context, what, deadline)
+            else:
+                bounded(what, deadline, lambda: syscalls.fsconfig_create(context))
             root = syscalls.fsmount(context, attributes)
         except OSError as error:
             said = syscalls.fs_messages(context)

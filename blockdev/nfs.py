@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from blockdev import syscalls
+from blockdev import isolated
 from blockdev.deadlines import Deadline, bounded
 from blockdev.detached import filesystem
 from blockdev.errors import BlockdevError, MountFailed
@@ -155,8 +155,8 @@ def mount(export: Export, target: str, deadline: Deadline) -> None:
     options = kernel_options(export, address, probe(export.server, address, export.version, deadline))
     flags, data = parse_options(options)
     try:
-        bounded(f"mounting {export.source} from the NFS server {export.server}", deadline,
-                lambda: syscalls.mount(export.source, target, export.fstype, flags, data))  # fmt: skip
+        isolated.mount(export.source, target, export.fstype, flags, data, deadline=deadline,
+                       what=f"mounting {export.source} from the NFS server {export.server}")  # fmt: skip
     except OSError as error:
         raise MountFailed(export.source, target, _why(error)) from error
 
@@ -174,7 +174,7 @@ def opened(export: Export, deadline: Deadline) -> Iterator[int]:
         options[key] = value if equals else None
     with ExitStack() as stack:
         try:
-            root = stack.enter_context(filesystem(export.fstype, options, deadline=deadline))
+            root = stack.enter_context(filesystem(export.fstype, options, deadline=deadline, remote=True))
         except MountFailed as error:
             hint = "does the server export this path to this node, in this version?"
             raise MountFailed(export.source, "nowhere", f"{error.reason}; {hint}") from error

@@ -31,7 +31,7 @@ class Identity:
         if self._with_controller:
             kinds = csi_pb2.PluginCapability.Service
             services.append(kinds.CONTROLLER_SERVICE)
-            if self._catalog.takes_snapshots:
+            if self._catalog.takes_groups:
                 services.append(kinds.GROUP_CONTROLLER_SERVICE)
         response = csi_pb2.GetPluginCapabilitiesResponse()
         for service in services:

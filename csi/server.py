@@ -50,7 +50,7 @@ class Server:
         ]
         if "controller" in services:
             handlers.append(service_handler("Controller", Controller(node, node_id)))
-            if node.catalog.takes_snapshots:
+            if node.catalog.takes_groups:
                 handlers.append(service_handler("GroupController", GroupController(node, node_id)))
         if "node" in services:
             handlers.append(service_handler("Node", NodeService(node, node_id)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import grpc
@@ -16,7 +15,8 @@ from csi.pages import page
 from csi.topology import here, segments
 from guestmount import BadRequest, Node
 from runvol_proto import csi_pb2
-from volumes import InvalidParameter, Snapshot, SnapshotGroup, VolumeKind, VolumeNotFound, parameters
+from volumes import InvalidParameter, Snapshot, SnapshotGroup, VolumeNotFound, parameters
+from volumes.backend import SnapshotBackend
 
 
 class SnapshotCalls:
@@ -24,7 +24,6 @@ class SnapshotCalls:
 
     def __init__(self, node: Node, node_id: str) -> None:
         self._node, self._node_id = node, node_id
-        self._snapshots = node.catalog.loop.snapshots
 
     def CreateSnapshot(
         self, request: csi_pb2.CreateSnapshotRequest, deadline: Deadline
@@ -32,21 +31,20 @@ class SnapshotCalls:
         name = checks.required("name", request.name)
         volume_id = checks.required("source_volume_id", request.source_volume_id)
         _check_parameters(request)
-        if not here(request.accessibility_requirements, self._node_id):
+        self._node.catalog.get(volume_id)
+        backend = _snapshot_backend(self._node, volume_id)
+        if not backend.multi_node and not here(request.accessibility_requirements, self._node_id):
             raise CallError(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
                 f"accessibility_requirements leave out node {self._node_id}, where a snapshot of {volume_id} has to be",
             )
-        with self._still(volume_id, deadline) as path:
-            made = self._snapshots.create(name, volume_id, path, deadline)
-        return csi_pb2.CreateSnapshotResponse(snapshot=_message(made, self._node_id))
-
-    @contextlib.contextmanager
-    def _still(self, volume_id: str, deadline: Deadline) -> Iterator[str]:
-        self._node.catalog.get(volume_id)
-        _check_can_snapshot(self._node, volume_id)
         with self._node.still([volume_id], deadline):
-            yield self._node.catalog.loop.attach(volume_id).path
+            made = backend.take_snapshot(name, volume_id, deadline)
+        return csi_pb2.CreateSnapshotResponse(snapshot=self._snapshot(made))
+
+    def _snapshot(self, snapshot: Snapshot) -> csi_pb2.Snapshot:
+        one_node = not self._node.catalog.of_snapshot(snapshot.snapshot_id).multi_node
+        return _message(snapshot, self._node_id if one_node else "")
 
     def DeleteSnapshot(
         self, request: csi_pb2.DeleteSnapshotRequest, _deadline: Deadline
@@ -54,16 +52,19 @@ class SnapshotCalls:
         snapshot_id = checks.required("snapshot_id", request.snapshot_id)
         checks.bounded_map("secrets", request.secrets, secret=True)
         with contextlib.suppress(VolumeNotFound):
-            group = self._snapshots.get(snapshot_id).group
-            if group:
-                raise BadRequest("snapshot_id", snapshot_id, f"belongs to the group {group}; delete the group")
-        self._snapshots.delete(snapshot_id)
+            backend = self._node.catalog.of_snapshot(snapshot_id)
+            with contextlib.suppress(VolumeNotFound):
+                group = backend.snapshot(snapshot_id).group
+                if group:
+                    raise BadRequest("snapshot_id", snapshot_id, f"belongs to the group {group}; delete the group")
+            backend.delete_snapshot(snapshot_id)
         return csi_pb2.DeleteSnapshotResponse()
 
     def GetSnapshot(self, request: csi_pb2.GetSnapshotRequest, _deadline: Deadline) -> csi_pb2.GetSnapshotResponse:
         snapshot_id = checks.required("snapshot_id", request.snapshot_id)
         checks.bounded_map("secrets", request.secrets, secret=True)
-        return csi_pb2.GetSnapshotResponse(snapshot=_message(self._snapshots.get(snapshot_id), self._node_id))
+        found = self._node.catalog.of_snapshot(snapshot_id).snapshot(snapshot_id)
+        return csi_pb2.GetSnapshotResponse(snapshot=self._snapshot(found))
 
     def ListSnapshots(
         self, request: csi_pb2.ListSnapshotsRequest, _deadline: Deadline
@@ -72,18 +73,18 @@ class SnapshotCalls:
         if request.snapshot_id:
             response = csi_pb2.ListSnapshotsResponse()
             with contextlib.suppress(VolumeNotFound):
-                found = self._snapshots.get(request.snapshot_id)
+                found = self._node.catalog.of_snapshot(request.snapshot_id).snapshot(request.snapshot_id)
                 if request.source_volume_id in ("", found.source):
-                    response.entries.add(snapshot=_message(found, self._node_id))
+                    response.entries.add(snapshot=self._snapshot(found))
             return response
 
         def some(after: int, limit: int) -> Any:
-            return self._snapshots.list(after=after, limit=limit, source=request.source_volume_id)
+            return self._node.catalog.snapshots(after=after, limit=limit, source=request.source_volume_id)
 
         found_page, token = page(request.max_entries, request.starting_token, some)
         response = csi_pb2.ListSnapshotsResponse(next_token=token)
         for snapshot in found_page:
-            response.entries.add(snapshot=_message(snapshot, self._node_id))
+            response.entries.add(snapshot=self._snapshot(snapshot))
         return response
 
 
@@ -92,7 +93,7 @@ class GroupController:
 
     def __init__(self, node: Node, node_id: str) -> None:
         self._node, self._node_id = node, node_id
-        self._snapshots = node.catalog.loop.snapshots
+        self._snapshots = node.catalog.loop.image_snapshots
 
     def GroupControllerGetCapabilities(
         self, _request: csi_pb2.GroupControllerGetCapabilitiesRequest, _deadline: Deadline
@@ -112,7 +113,7 @@ class GroupController:
         _check_parameters(request)
         for volume_id in volume_ids:
             self._node.catalog.get(volume_id)
-            _check_can_snapshot(self._node, volume_id)
+            _check_can_be_grouped(self._node, volume_id)
         with self._node.still(volume_ids, deadline):
             sources = [(one, self._node.catalog.loop.attach(one).path) for one in volume_ids]
             for volume_id in volume_ids:
@@ -148,10 +149,17 @@ class GroupController:
         )
 
 
-def _check_can_snapshot(node: Node, volume_id: str) -> None:
+def _snapshot_backend(node: Node, volume_id: str) -> SnapshotBackend:
     backend = node.catalog.of(volume_id)
-    if backend.kind is not VolumeKind.BLOCK:
+    if not isinstance(backend, SnapshotBackend):
         raise BadRequest("source_volume_id", volume_id, f"the backend {backend.name} takes no snapshots")
+    return backend
+
+
+def _check_can_be_grouped(node: Node, volume_id: str) -> None:
+    backend = node.catalog.of(volume_id)
+    if backend is not node.catalog.loop:
+        raise BadRequest("source_volume_ids", volume_id, f"the backend {backend.name} takes no snapshots of groups")
 
 
 def _check_parameters(request: Any) -> None:
@@ -168,14 +176,15 @@ def _check_members(group: SnapshotGroup, wanted: Any) -> None:
 
 
 def _message(snapshot: Snapshot, node_id: str) -> csi_pb2.Snapshot:
+    """`node_id`: the only node that has it; empty if every node reaches it."""
     return csi_pb2.Snapshot(
         snapshot_id=snapshot.snapshot_id,
         source_volume_id=snapshot.source,
         size_bytes=snapshot.size_bytes,
         creation_time=_time(snapshot.created),
-        ready_to_use=True,
+        ready_to_use=snapshot.ready,
         group_snapshot_id=snapshot.group,
-        accessible_topology=[csi_pb2.Topology(segments=segments(node_id))],
+        accessible_topology=[csi_pb2.Topology(segments=segments(node_id))] if node_id else [],
     )
 
 

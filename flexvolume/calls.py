@@ -6,9 +6,12 @@ The others are answered "Not supported", which makes kubelet do nothing for them
 
 from __future__ import annotations
 
+import contextlib
 import enum
+import hashlib
+import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +21,9 @@ from flexvolume.options import Options, parse
 from flexvolume.targets import Targets
 from guestmount import BadRequest, GuestmountError, Node, PublishRequest, StageRequest, paths
 from volumes import AccessMode, Capability, SizeRange, VolumeError, VolumeNotFound, parameters
+from volumes.given import GivenDevice, GivenDirectory
+
+NFS = "nfs"
 
 
 class Status(enum.StrEnum):
@@ -89,24 +95,46 @@ class Driver:
     def _mount(self, target: str, text: str, deadline: Deadline) -> Reply:
         asked = parse(text, driver=self._name)
         path = paths.check("the target", target, self._roots)
-        use, context = _capability(asked), _context(asked)
-        staging = self._staging_of(asked.volume)
-        self._node.catalog.get(asked.volume)
-        self._targets.remember(path, asked.volume)
+        volume, context = self._meant(asked)
+        use = _capability(asked)
+        staging = self._staging_of(volume, context)
+        if asked.volume:
+            self._node.catalog.get(volume)
+        self._targets.remember(path, volume)
         try:
             self._node.stage(
-                StageRequest(volume_id=asked.volume, staging_path=staging, capability=use, context=context), deadline
+                StageRequest(volume_id=volume, staging_path=staging, capability=use, context=context), deadline
             )
             self._node.publish(
-                PublishRequest(volume_id=asked.volume, staging_path=staging, target=path, capability=use,
+                PublishRequest(volume_id=volume, staging_path=staging, target=path, capability=use,
                                read_only=asked.read_only, pod=asked.pod, context=context), deadline)  # fmt: skip
         except BaseException:
             # Another call may have mounted it here before, and then the record is still true.
             if not mounts.is_mount_point(path):
                 self._targets.forget(path)
                 os.makedirs(path, mode=0o750, exist_ok=True)
+                with contextlib.suppress(BlockdevError, GuestmountError, VolumeError):
+                    self._unstage_if_unused(volume, Deadline.after(5))
             raise
         return Reply(status=Status.SUCCESS)
+
+    def _meant(self, asked: Options) -> tuple[str, dict[str, str]]:
+        """The volume's id and its context; that of a described volume is made of what describes it."""
+        runtime = parameters.check_context({"runtime": asked.runtime}) if asked.runtime else {}
+        if asked.volume:
+            return asked.volume, runtime
+        described = dict(asked.described)
+        if described["backend"] == NFS:
+            described = parameters.check_context(described)
+            # Another version or option is another mount: two pods may want both.
+            words = json.dumps([described, asked.mount_flags], sort_keys=True)
+            volume = f"nfs-given-{hashlib.sha256(words.encode()).hexdigest()[:32]}"
+        else:
+            backend = self._node.catalog.named(described["backend"])
+            if not isinstance(backend, GivenDirectory | GivenDevice):
+                raise BadRequest("the options", described["backend"], "describe no volume of this node")
+            volume = backend.id_of(described[backend.key])
+        return volume, {**described, **runtime}
 
     def _unmount(self, target: str, deadline: Deadline) -> Reply:
         """Nothing of the volume is at the target; unknown ones succeed, as kubelet asks until it hears so."""
@@ -114,9 +142,7 @@ class Driver:
         volume = self._targets.volume_at(path) or self._claimed_at(path)
         if volume:
             self._node.unpublish(volume, path, deadline)
-            claim = self._node.claims.peek(volume)
-            if claim is not None and not claim.targets and claim.owner is None:
-                self._node.unstage(volume, claim.staging_path, deadline)
+            self._unstage_if_unused(volume, deadline)
         else:
             for dialect in self._node.dialects:
                 dialect.withdraw(path)
@@ -124,26 +150,37 @@ class Driver:
         self._targets.forget(path)
         return Reply(status=Status.SUCCESS)
 
+    def _unstage_if_unused(self, volume: str, deadline: Deadline) -> None:
+        claim = self._node.claims.peek(volume)
+        if claim is not None and not claim.targets and claim.owner is None:
+            self._node.unstage(volume, claim.staging_path, deadline)
+
     def _claimed_at(self, path: str) -> str:
-        """After a lost record: the claims know their targets too."""
-        return next((claim.volume for claim in self._node.claims.all() if path in claim.targets), "")
+        """After a lost record: the claims know their targets too. Refused if the one that may can't be read."""
+        claims, damaged = self._node.claims.readable()
+        volume = next((claim.volume for claim in claims if path in claim.targets), "")
+        if not volume and damaged:
+            raise damaged[0]
+        return volume
 
     def _name_of(self, text: str, _deadline: Deadline) -> Reply:
-        return Reply(status=Status.SUCCESS, more={"volumeName": parse(text, driver=self._name).volume})
+        volume, _ = self._meant(parse(text, driver=self._name))
+        return Reply(status=Status.SUCCESS, more={"volumeName": volume})
 
     def _expand(self, text: str, _device: str, _place: str, new: str, _old: str, deadline: Deadline) -> Reply:
         asked = parse(text, driver=self._name)
         if not (new.isascii() and new.isdigit() and len(new) < 19):
             raise BadRequest("the new size", new[:40], "must be a number of bytes")
-        claim = self._node.claims.peek(asked.volume)
+        volume, _ = self._meant(asked)
+        claim = self._node.claims.peek(volume)
         if claim is None:
-            raise VolumeNotFound(f"{asked.volume} (it is not mounted on this node)")
-        self._node.expand(asked.volume, claim.staging_path, SizeRange(required=int(new)), deadline)
+            raise VolumeNotFound(f"{volume} (it is not mounted on this node)")
+        self._node.expand(volume, claim.staging_path, SizeRange(required=int(new)), deadline)
         return Reply(status=Status.SUCCESS)
 
-    def _staging_of(self, volume: str) -> str:
+    def _staging_of(self, volume: str, context: Mapping[str, str]) -> str:
         """Where the volume is staged already, else a place of our own. VolumeNotFound for what is no volume's id."""
-        self._node.catalog.of(volume)
+        self._node.catalog.of(volume, context)
         claim = self._node.claims.peek(volume)
         if claim is not None and claim.staging_path.startswith(self._staging + "/"):
             return claim.staging_path
@@ -152,13 +189,10 @@ class Driver:
 
 
 def _capability(asked: Options) -> Capability:
+    shared = asked.described.get("backend") == NFS
     return Capability(
-        mode=AccessMode.SINGLE_NODE_MULTI_WRITER,
+        mode=AccessMode.MULTI_NODE_MULTI_WRITER if shared else AccessMode.SINGLE_NODE_MULTI_WRITER,
         fstype=asked.fstype,
         mount_flags=asked.mount_flags,
         mount_group=asked.group,
     )
-
-
-def _context(asked: Options) -> dict[str, str]:
-    return parameters.check_context({"runtime": asked.runtime}) if asked.runtime else {}

@@ -5,15 +5,19 @@ A PersistentVolume's source cannot be changed, so each becomes a new one; its cl
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flexvolume.options import COMPATIBLE, KNOWN
+from flexvolume.options import parse
+from guestmount import BadRequest
+from volumes import InvalidParameter, parameters
 
 CSI_DRIVER = "csi.runvol.io"
 # By FlexVolume driver: the name whose options it reads.
-DRIVERS: Mapping[str, str] = {"runvol/runvol": "runvol", "alicloud/disk": "disk"}
+DRIVERS: Mapping[str, str] = {"runvol/runvol": "runvol", "alicloud/disk": "disk", "alicloud/nas": "nas"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +46,7 @@ def _one(document: Mapping[str, Any], known_volumes: frozenset[str] | None) -> O
     spec = document["spec"]
     flex = spec["flexVolume"] or {}
     try:
-        handle, attributes, flags = _mapped(flex)
-        if known_volumes is not None and handle not in known_volumes:
-            raise ValueError(
-                f"the volume {handle!r} is not on this node; run the migration where it is, or adopt it first"
-            )
+        handle, attributes, flags = _mapped(flex, known_volumes)
     except ValueError as error:
         return Outcome(name=name, refused=str(error))
     kept = ("accessModes", "capacity", "nodeAffinity", "volumeMode")
@@ -78,21 +78,36 @@ def _one(document: Mapping[str, Any], known_volumes: frozenset[str] | None) -> O
     return Outcome(name=name, manifests=(new, _claim(claim, new)))
 
 
-def _mapped(flex: Mapping[str, Any]) -> tuple[str, dict[str, str], list[str]]:
+def _mapped(flex: Mapping[str, Any], known_volumes: frozenset[str] | None) -> tuple[str, dict[str, str], list[str]]:
+    """Handle, attributes and mount options; ValueError says why there are none."""
     driver = str(flex.get("driver", ""))
     if driver not in DRIVERS:
         raise ValueError(f"driver {driver!r} is not runvol's; known are {', '.join(DRIVERS)}")
     if flex.get("secretRef"):
         raise ValueError("it names a secret (secretRef), and no volume of runvol's takes one")
-    renamed = COMPATIBLE.get(DRIVERS[driver], {})
-    options = {renamed.get(key, key): str(value) for key, value in (flex.get("options") or {}).items()}
-    unknown = sorted(set(options) - set(KNOWN))
-    if unknown:
-        raise ValueError(f"option {unknown[0]!r} means nothing to CSI; known are {', '.join(KNOWN)}")
-    if not options.get("volume"):
-        raise ValueError("it names no volume (option volume)")
-    attributes = {"runtime": options["runtime"]} if options.get("runtime") else {}
-    return options["volume"], attributes, [word for word in options.get("mountOptions", "").split(",") if word]
+    try:
+        asked = parse(json.dumps({key: str(value) for key, value in (flex.get("options") or {}).items()}),
+                      driver=DRIVERS[driver])  # fmt: skip
+        attributes = parameters.check_context({"runtime": asked.runtime}) if asked.runtime else {}
+        if asked.described.get("backend") == "nfs":
+            for key in ("server", "path"):
+                if not asked.described.get(key):
+                    raise InvalidParameter(key, "", "must be given")
+            attributes |= parameters.check_context(asked.described)
+            named = f"{asked.described.get('server')} {asked.described.get('path')} {sorted(attributes.items())}"
+            return f"nfs-{hashlib.sha256(named.encode()).hexdigest()[:32]}", attributes, list(asked.mount_flags)
+    except (BadRequest, InvalidParameter) as error:
+        raise ValueError(str(error)) from None
+    if asked.described:
+        raise ValueError(
+            f"it is described by a path of its node ({asked.described}), which CSI has no volumes for; take an image "
+            "file over by `runvol volumes adopt`"
+        )
+    if known_volumes is not None and asked.volume not in known_volumes:
+        raise ValueError(
+            f"the volume {asked.volume!r} is not on this node; run the migration where it is, or adopt it first"
+        )
+    return asked.volume, attributes, list(asked.mount_flags)
 
 
 def _claim(claim: Mapping[str, Any], volume: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,22 +7,46 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from guestmount import BadRequest, PodRef
+from volumes.given import GivenDevice, GivenDirectory
 
 _OWN = "kubernetes.io/"
 _SECRET = "kubernetes.io/secret/"  # noqa: S105 - the prefix of the keys, not a secret
 _GROUP_KEYS = ("kubernetes.io/mounterArgs.FsGroup", "kubernetes.io/fsGroup")
 # kubelet's limit for one argument is the kernel's (128 KiB).
 _LARGEST = 128 << 10
-KNOWN = ("volume", "runtime", "mountOptions")
-# Options of the drivers that ours takes the place of, by the name that it is installed under.
-COMPATIBLE: Mapping[str, Mapping[str, str]] = {"disk": {"volumeId": "volume", "volumeID": "volume"}}
+# What describes a volume that nobody has to make, by the backend whose options they are.
+DESCRIBED: Mapping[str, tuple[str, ...]] = {
+    "nfs": ("server", "path", "vers", "options", "mode", "modeType", "inSandbox", "probe"),
+    GivenDirectory.name: (GivenDirectory.key,),
+    GivenDevice.name: (GivenDevice.key,),
+}
+COMMON = ("runtime", "mountOptions")
+KNOWN = ("volume", *COMMON, *(key for keys in DESCRIBED.values() for key in keys))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dialect:
+    """The options under another driver's name: which are known, what they are called here, what holds without them."""
+
+    known: tuple[str, ...] = KNOWN
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    defaults: Mapping[str, str] = field(default_factory=dict)
+
+
+# Drivers that ours takes the place of, by the name that it is installed under.
+COMPATIBLE: Mapping[str, Dialect] = {
+    "disk": Dialect(known=("volume", *COMMON), renamed={"volumeId": "volume", "volumeID": "volume"}),
+    "nas": Dialect(known=(*COMMON, *DESCRIBED["nfs"]), defaults={"vers": "3"}),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What a call asks for. `volume` is an id that `runvol volumes create` or `adopt` gave."""
+    """What a call asks for. `volume` is an id that `runvol volumes create` or `adopt` gave; without one, `described`
+    holds a backend's name and its options."""
 
-    volume: str
+    volume: str = ""
+    described: Mapping[str, str] = field(default_factory=dict)
     runtime: str = ""
     fstype: str = ""
     read_only: bool = False
@@ -34,24 +58,13 @@ class Options:
 def parse(text: str, *, driver: str = "runvol") -> Options:
     """BadRequest names the first option that is wrong. Secrets are dropped here and are nowhere afterwards."""
     given = _strings(text)
-    mine = {}
-    renamed = COMPATIBLE.get(driver, {})
-    for key, value in given.items():
-        if key.startswith(_OWN):
-            continue
-        name = renamed.get(key, key)
-        if name not in KNOWN:
-            raise BadRequest(f"option {key[:80]!r}", value[:80], f"is not known; known are {', '.join(KNOWN)}")
-        if name in mine:
-            raise BadRequest(f"option {key!r}", value[:80], f"says again what {name!r} says")
-        mine[name] = value
-    if not mine.get("volume"):
-        raise BadRequest("option 'volume'", "", "must name a volume; `runvol volumes` lists them")
+    mine = translated({key: value for key, value in given.items() if not key.startswith(_OWN)}, driver)
     read_write = given.get("kubernetes.io/readwrite", "rw")
     if read_write not in ("ro", "rw"):
         raise BadRequest("kubernetes.io/readwrite", read_write, "takes ro and rw")
     return Options(
-        volume=mine["volume"],
+        volume=mine.get("volume", ""),
+        described=_described(mine),
         runtime=mine.get("runtime", ""),
         fstype=given.get("kubernetes.io/fsType", ""),
         read_only=read_write == "ro",
@@ -63,6 +76,35 @@ def parse(text: str, *, driver: str = "runvol") -> Options:
             uid=given.get("kubernetes.io/pod.uid", ""),
         ),
     )
+
+
+def translated(options: Mapping[str, str], driver: str) -> dict[str, str]:
+    """A person's options under our names, with what holds without them; BadRequest for one that is not known."""
+    dialect = COMPATIBLE.get(driver, Dialect())
+    mine: dict[str, str] = {}
+    for key, value in options.items():
+        name = dialect.renamed.get(key, key)
+        if name not in dialect.known:
+            raise BadRequest(f"option {key[:80]!r}", value[:80], f"is not known; known are {', '.join(dialect.known)}")
+        if name in mine:
+            raise BadRequest(f"option {key!r}", value[:80], f"says again what {name!r} says")
+        mine[name] = value
+    return {**dialect.defaults, **mine}
+
+
+def _described(mine: Mapping[str, str]) -> dict[str, str]:
+    """Backend and options of a volume that is named by none; BadRequest unless it is exactly one volume."""
+    found = {backend: {key: mine[key] for key in keys if mine.get(key)} for backend, keys in DESCRIBED.items()}
+    found = {backend: options for backend, options in found.items() if options}
+    ways = (["volume"] if mine.get("volume") else []) + [next(iter(options)) for options in found.values()]
+    if not ways:
+        raise BadRequest(
+            "option 'volume'", "", "must name a volume (`runvol volumes` lists them), or the options must describe "
+            f"one: server and path, {GivenDirectory.key}, or {GivenDevice.key}"
+        )  # fmt: skip
+    if len(ways) > 1:
+        raise BadRequest(f"option {ways[1]!r}", "", f"describes another volume than {ways[0]!r}; give one of them")
+    return next(({"backend": backend, **options} for backend, options in found.items()), {})
 
 
 def _strings(text: str) -> dict[str, str]:

@@ -177,6 +177,8 @@ class Claims:
             if cell is not None and cell.claim is None:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(path)
+            # Said, not left to close(2): a child between fork and exec has a copy of the descriptor.
+            fcntl.flock(fd, fcntl.LOCK_UN)
             os.close(fd)
 
     def peek(self, volume_id: str) -> Claim | None:
@@ -185,10 +187,24 @@ class Claims:
         return _read(os.path.join(self._directory, f"{volume_id}.json"))
 
     def all(self) -> list[Claim]:
-        """Every record, by volume."""
-        names = sorted(name for name in os.listdir(self._directory) if name.endswith(".json"))
-        found = (_read(os.path.join(self._directory, name)) for name in names)
-        return [claim for claim in found if claim is not None]
+        """Every record, by volume. Refused, naming the file, if one cannot be read."""
+        found, damaged = self.readable()
+        if damaged:
+            raise damaged[0]
+        return found
+
+    def readable(self) -> tuple[list[Claim], list[Refused]]:
+        """Every record that can be read, by volume, and what is wrong with the others."""
+        found, damaged = [], []
+        for name in sorted(name for name in os.listdir(self._directory) if name.endswith(".json")):
+            try:
+                claim = _read(os.path.join(self._directory, name))
+            except Refused as error:
+                damaged.append(error)
+                continue
+            if claim is not None:
+                found.append(claim)
+        return found, damaged
 
     def sweep(self) -> None:
         """Remove what a killed process was writing."""

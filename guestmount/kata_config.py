@@ -40,6 +40,8 @@ class KataConfig:
     disable_block_device_use: bool = False
     shared_fs: str = "virtio-fs"
     enable_annotations: tuple[str, ...] = ()
+    # The guest's kernel image; empty if the configuration names none.
+    kernel: str = ""
 
     def blocks_disabled(self, annotations: Mapping[str, str]) -> bool:
         """Whether this pod's shim will leave block devices alone; a pod's annotation counts if it is enabled."""
@@ -90,6 +92,7 @@ def read(handler: Handler, *, root: str = "/") -> KataConfig | None:
         disable_block_device_use=bool(settings.get("disable_block_device_use", False)),
         shared_fs=str(settings.get("shared_fs", "virtio-fs")),
         enable_annotations=tuple(map(str, settings.get("enable_annotations", ()))),
+        kernel=os.path.join(root, str(settings["kernel"]).lstrip("/")) if settings.get("kernel") else "",
     )
 
 

@@ -24,6 +24,7 @@ from guestmount.handoff import Delivery, Dialect, KataDialect, NfsDelivery
 from guestmount.requests import PublishRequest, StageRequest, check_capability, exists
 from volumes import Catalog, NfsSource, SizeRange, Source, VolumeKind, VolumeNotFound, parameters
 from volumes.backend import BlockBackend
+from volumes.nfs import set_mode
 
 log = logging.getLogger("runvol.node")
 
@@ -63,6 +64,9 @@ class Node:
                 ownership.acquire(claim or new, deadline)
                 backend.format(request.volume_id, fstype, deadline)
             if claim is None:
+                if isinstance(attached, NfsSource) and request.context.get("mode"):
+                    set_mode(attached, int(request.context["mode"], 8), deadline,
+                             recursive=request.context.get("modeType") == "recursive")  # fmt: skip
                 cell.write(new)
 
     def _fstype(self, request: StageRequest, source: str, deadline: Deadline) -> str:
@@ -187,7 +191,11 @@ class Node:
             return claim, target
         self._dialect_of(runtime.dialect, runtime.handler).check_nfs(_export(claim, path, target))
         preflight.check_mounts(runtime, pv_name=claim.volume)
+        if request.context.get("probe", "host") == "host":
+            # Said here in words; a guest that waits for a dead server says nothing for minutes.
+            nfs.probe(claim.nfs.server, nfs.resolve(claim.nfs.server, deadline), claim.nfs.version, deadline)
         if runtime.dialect == KataDialect.name:
+            preflight.check_guest_nfs(runtime, claim.nfs.version, pv_name=claim.volume)
             # No helper runs in the guest, so what it would find out is found out here.
             address = nfs.resolve(claim.nfs.server, deadline)
             port = nfs.mountd_port(claim.nfs.server, address, deadline) if claim.nfs.version == "3" else 0

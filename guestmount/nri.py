@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from blockdev import nfs
 from guestmount import registration, ttrpc
 from guestmount.claims import Claim, Claims, Target
-from guestmount.errors import Refused
 from guestmount.handoff import KataDialect
 from guestmount.nri_mux import PLUGIN, RUNTIME, Mux
 from runvol_proto import nri_pb2 as pb
@@ -82,11 +81,9 @@ class Plugin:
 
     def _exports(self) -> Iterator[tuple[str, tuple[Claim, Target]]]:
         """Targets whose NFS volume a Kata guest mounts."""
-        try:
-            claims = self._claims.all()
-        except Refused as error:
-            log.error("a claim cannot be read", extra={"why": str(error)})
-            return
+        claims, damaged = self._claims.readable()
+        for error in damaged:
+            log.error("a claim cannot be read: a container of its pods has the placeholder", extra={"why": str(error)})
         for claim in claims:
             for path, target in claim.targets.items():
                 if claim.nfs is not None and target.dialect == KataDialect.name:

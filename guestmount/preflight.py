@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from guestmount import guest_kernel
 from guestmount.detect import Runtime
 from guestmount.errors import Refused
 from guestmount.kata_config import RUST
@@ -50,6 +51,20 @@ def check_mounts(runtime: Runtime, *, pv_name: str) -> None:
     if config is not None and config.shim == RUST:
         _refuse_mixed(mounts)
         _refuse_under_dev(mounts)
+
+
+def check_guest_nfs(runtime: Runtime, version: str, *, pv_name: str) -> None:
+    """Refused, naming what is missing, if the guest's kernel certainly cannot mount this version of NFS."""
+    config = runtime.kata
+    if config is None or not config.kernel:
+        return
+    missing = guest_kernel.missing(config.kernel, version)
+    if missing:
+        raise Refused(
+            f"volume {pv_name}: the guest's kernel of the runtime handler {runtime.handler!r} ({config.kernel}) cannot "
+            f"mount NFS {version}: it has no {', '.join(missing)}. Build it with them, or set inSandbox: share in the "
+            "StorageClass, which shares a mount of the host"
+        )
 
 
 # Values of Kata's `shared_fs` that are virtio-fs, whoever serves it.

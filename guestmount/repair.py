@@ -113,25 +113,32 @@ def _placeholders(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Find
 def _claims(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
     found = []
     for claim in node.claims.all():
-        try:
-            volume = node.catalog.of(claim.volume).get(claim.volume)
-        except VolumeError:
-            volume = None
-        if volume is not None and not claim.lingers:
+        gone = _volume_is_gone(node, claim)
+        if not gone and not claim.lingers:
             continue
-        why = "its volume is gone" if volume is None else "its pod is gone"
+        why = "its volume is gone" if gone else "its pod is gone"
         done = False
         if not dry_run:
             try:
                 with node.claims.locked(claim.volume, deadline) as cell:
                     ownership.release(cell, deadline)
-                    if volume is None:
+                    if gone:
                         cell.remove()
                 done = True
             except (BlockdevError, GuestmountError) as error:
                 why += f", but {error}"
         found.append(Finding(kind="claim", place=claim.volume, why=why, done=done))
     return found
+
+
+def _volume_is_gone(node: Node, claim: Claim) -> bool:
+    """Only a volume of this node's own stores can be: what an export or a given path is, its claim alone says."""
+    if claim.nfs is not None:
+        return False
+    try:
+        return node.catalog.of(claim.volume).get(claim.volume) is None
+    except VolumeError:
+        return True
 
 
 def _loop_devices(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:

@@ -34,6 +34,8 @@ def build(config: Config) -> Node:
             directory=config.text("directory.path"),
             directory_limit=config.number("directory.capacity_bytes"),
             enabled=config.words("volumes.backends"),
+            given_directories=config.words("flexvolume.directories"),
+            given_devices=config.words("flexvolume.devices"),
         ),
         claims=Claims(run_dir),
         detector=Detector(

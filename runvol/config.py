@@ -68,6 +68,12 @@ TABLE: Mapping[str, Setting] = {
         default=0, meaning="bytes that all volumes of the backend directory may promise; 0 for what the disk has"
     ),
     "loop.capacity_bytes": Setting(default=0, meaning="bytes that all volumes may promise; 0 for what the disk has"),
+    "flexvolume.directories": Setting(
+        default=(), meaning="where directories may lie that FlexVolume volumes name by `directory`; empty for none"
+    ),
+    "flexvolume.devices": Setting(
+        default=(), meaning="where devices and images may lie that FlexVolume volumes name by `device`; empty for none"
+    ),
     "nri.socket": Setting(default="/var/run/nri/nri.sock", meaning="the container runtime's NRI socket"),
     "csi.endpoint": Setting(default="unix:///run/runvol/csi.sock", meaning="the CSI socket"),
     "csi.services": Setting(default=("identity", "controller", "node"), meaning="the CSI services to serve"),

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from blockdev import Deadline, nfs, quotas
 from blockdev.quotas import QuotaUnavailable
-from guestmount import Node, kata_config, preflight, repair, runtimes
+from guestmount import Node, guest_kernel, kata_config, preflight, repair, runtimes
 from guestmount.usage import problems
 from runvol import doctor_snapshots
 from runvol.config import Config
@@ -98,6 +98,8 @@ def _runtimes(config: Config) -> Iterator[Diagnosis]:
                 subject=f"handler {handler.name}",
                 finding=f"takes block volumes ({kata.shim} shim, {kata.path})",
             )
+        if kata is not None and kata.kernel and "nfs" in config.words("volumes.backends"):
+            yield _guest_nfs(handler.name, kata.kernel)
         if kata is not None and not preflight.shares_by_virtio_fs(kata.shared_fs):
             yield Diagnosis(
                 state=WARNING,
@@ -105,6 +107,21 @@ def _runtimes(config: Config) -> Iterator[Diagnosis]:
                 finding=f'gets no directories and no NFS: set shared_fs = "virtio-fs" in {kata.path} (it is '
                 f"{kata.shared_fs!r})",
             )
+
+
+def _guest_nfs(handler: str, kernel: str) -> Diagnosis:
+    """Whether the guests of a handler can mount NFS themselves."""
+    lacking = {version: guest_kernel.missing(kernel, version) for version in guest_kernel.NEEDED}
+    can = [version for version, options in lacking.items() if options == []]
+    subject = f"handler {handler}"
+    if any(options is None for options in lacking.values()):
+        finding = f"whether its guests can mount NFS is not known: {kernel} has no configuration in it nor beside it"
+        return Diagnosis(state=WARNING, subject=subject, finding=finding)
+    if can:
+        return Diagnosis(state=OK, subject=subject, finding=f"its guests can mount NFS {', '.join(can)} ({kernel})")
+    options = sorted({option for found in lacking.values() for option in found or ()})
+    finding = f"its guests cannot mount NFS: {kernel} has no {', '.join(options)}; classes need inSandbox: share"
+    return Diagnosis(state=WARNING, subject=subject, finding=finding)
 
 
 def _backends(node: Node) -> Iterator[Diagnosis]:

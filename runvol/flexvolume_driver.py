@@ -94,13 +94,18 @@ def _work(words: Sequence[str]) -> str:
     # The process ends with the call: what its imports make is not worth looking through for garbage.
     gc.disable()
     try:
-        from blockdev import Deadline
-        from flexvolume import Driver
-        from runvol import assembly, config
+        from runvol import config
 
         loaded = config.load(file=os.environ.get("RUNVOL_CONFIG"))
-        directory = os.path.join(loaded.text("paths.run_dir"), "flexvolume")
-        name = os.path.basename(sys.argv[0])
+        run_dir, name = loaded.text("paths.run_dir"), os.path.basename(sys.argv[0])
+        answer = _of_plugin(words, name, os.path.join(run_dir, "flexvolume.sock"))
+        if answer:
+            return answer
+        from blockdev import Deadline
+        from flexvolume import Driver
+        from runvol import assembly
+
+        directory = os.path.join(run_dir, "flexvolume")
         driver = Driver(assembly.build(loaded), directory=directory, name=name)
         reply = driver.answer(words, Deadline.after(_limit()))
         return json.dumps(reply.document())
@@ -110,6 +115,28 @@ def _work(words: Sequence[str]) -> str:
         # Only where it happened: the values in it may hold a secret.
         where = traceback.extract_tb(error.__traceback__)[-1]
         return _failure(f"{type(error).__name__} in {os.path.basename(where.filename)}:{where.lineno}: {error}")
+
+
+def _of_plugin(words: Sequence[str], name: str, path: str) -> str:
+    """The reply of the node plugin, which has everything loaded; empty if it is not there or ends in the middle.
+
+    Every call may be repeated, so what it began is then finished alone.
+    """
+    import socket
+
+    request = json.dumps({"version": 1, "words": list(words), "name": name, "seconds": _limit()})
+    text = b""
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.connect(path)
+            connection.settimeout(_limit() + _GRACE)
+            connection.sendall(request.encode())
+            connection.shutdown(socket.SHUT_WR)
+            while part := connection.recv(_LARGEST_REPLY):
+                text += part
+        return text.decode() if isinstance(json.loads(text), dict) else ""
+    except (OSError, ValueError):
+        return ""
 
 
 def _open_log(path: str) -> int:

@@ -33,6 +33,7 @@ def csi_plugin(config: Config) -> None:
     # mkfs and fsck are forked; gRPC's own fork handlers would stop every call for that.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     from csi import Server
+    from flexvolume.service import Service
 
     told = signals()
     node = assembly.build(config)
@@ -46,9 +47,14 @@ def csi_plugin(config: Config) -> None:
     for done in repair.at_start(node):
         log.warning("repaired", extra={"what": done})
     server.start()
+    flexvolume = Service(node, config.text("paths.run_dir")) if "node" in config.words("csi.services") else None
+    if flexvolume is not None:
+        flexvolume.start()
     log.info("serving", extra={"endpoint": config.text("csi.endpoint"), "node": config.node_id,
                                "services": list(config.words("csi.services")), "version": version()})  # fmt: skip
     told.recv(1)
     log.info("stopping")
+    if flexvolume is not None:
+        flexvolume.stop()
     server.stop()
     node.catalog.close()

@@ -9,6 +9,7 @@ import msgspec
 
 from blockdev import Deadline
 from guestmount import Node, PodRef, repair
+from guestmount.claims import Claim
 from runvol import assembly, config, tables
 from runvol.cli import Loader, as_json_option
 from volumes import AccessMode, Capability, SizeRange, parameters
@@ -118,13 +119,21 @@ def volumes_delete(load: Loader, volume_id: str, yes: bool) -> None:
     click.echo(f"deleted {volume_id}")
 
 
+def _claims(node: Node) -> list[Claim]:
+    """Those that can be read; what is wrong with the others is said."""
+    found, damaged = node.claims.readable()
+    for error in damaged:
+        click.echo(f"warning: {error}", err=True)
+    return found
+
+
 @click.command()
 @_json
 @click.pass_obj
 def handoffs(load: Loader, as_json: bool) -> None:
     """List what was handed to sandboxes, this driver's and others'."""
     node = _node(load)
-    claims = {path: claim for claim in node.claims.all() for path in claim.targets}
+    claims = {path: claim for claim in _claims(node) for path in claim.targets}
     rows = []
     for dialect in node.dialects:
         for one in dialect.delivered():
@@ -162,7 +171,7 @@ def where(load: Loader, pod: str, as_json: bool) -> None:
             "read_only": target.read_only,
             "target": path,
         }
-        for claim in node.claims.all()
+        for claim in _claims(node)
         for path, target in claim.targets.items()
         if pod in (target.pod_uid, target.pod)
     ]

@@ -356,6 +356,8 @@ class Pool:
                           lambda: _locked(fd))  # fmt: skip
             yield
         finally:
+            # Said, not left to close(2): a child between fork and exec has a copy of the descriptor.
+            fcntl.flock(fd, fcntl.LOCK_UN)
             os.close(fd)
 
     def ids(self, deadline: Deadline) -> set[int]:

@@ -74,7 +74,11 @@ def block_capability(mode: str = "SINGLE_NODE_WRITER") -> Any:
 class Driver:
     """`runvol csi` with directories of its own; a context manager that leaves nothing behind."""
 
-    def __init__(self, directory: Path | None = None, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, directory: Path | None = None, environment: dict[str, str] | None = None, *, prefix: tuple[str, ...] = ()
+    ) -> None:
+        # What its programs are started by, for those in a network namespace.
+        self.prefix = prefix
         # Short, since Kata finds a volume only by a path of at most 189 bytes.
         self.directory = directory or Path(
             tempfile.mkdtemp(prefix="rv-", dir=os.environ.get("RUNVOL_TEST_DIR", "/var/tmp"))
@@ -111,7 +115,7 @@ class Driver:
     def start(self) -> None:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "runvol", "csi", "--endpoint", f"unix://{self.socket}"],
+                [*self.prefix, sys.executable, "-m", "runvol", "csi", "--endpoint", f"unix://{self.socket}"],
                 env={**os.environ, **self.environment}, stdout=log, stderr=log, cwd=Path(__file__).resolve().parents[1],
             )  # fmt: skip
         until = time.monotonic() + 20
@@ -155,7 +159,7 @@ class Driver:
     def cli(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """`runvol …` with this driver's directories, as an operator on the node would type it."""
         return subprocess.run(
-            [sys.executable, "-m", "runvol", *arguments], env={**os.environ, **self.environment}, check=check,
+            [*self.prefix, sys.executable, "-m", "runvol", *arguments], env={**os.environ, **self.environment}, check=check,
             capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1],
         )  # fmt: skip
 

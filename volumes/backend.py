@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from blockdev import Deadline
-from volumes.model import Capability, ContentSource, SizeRange, Source, Volume, VolumeKind
+from volumes.model import Capability, ContentSource, SizeRange, Snapshot, Source, Volume, VolumeKind
 
 
 class Backend(Protocol):
@@ -79,3 +79,23 @@ class BlockBackend(Backend, Protocol):
 
         A volume that already holds `fstype` is left alone. Raises WrongFilesystem or NotBlank.
         """
+
+
+@runtime_checkable
+class SnapshotBackend(Backend, Protocol):
+    """One that takes snapshots of its volumes, and makes volumes from them and from others."""
+
+    # What the ids of its snapshots begin with.
+    snapshot_prefix: str
+
+    def take_snapshot(self, name: str, volume_id: str, deadline: Deadline) -> Snapshot:
+        """The snapshot called `name`, taken now or before. VolumeConflict if the name is another volume's."""
+
+    def snapshot(self, snapshot_id: str) -> Snapshot:
+        """VolumeNotFound where there is none."""
+
+    def delete_snapshot(self, snapshot_id: str) -> None:
+        """No such snapshot afterwards, whether there was one or not."""
+
+    def snapshots(self, *, after: int = 0, limit: int = -1, source: str = "") -> Sequence[tuple[int, Snapshot]]:
+        """Snapshots with their places, as `list` has volumes; of one volume only, if `source` names it."""

@@ -22,4 +22,6 @@ class Busy:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB if exclusive else fcntl.LOCK_SH)
             yield
         finally:
+            # Said, not left to close(2): a child between fork and exec has a copy of the descriptor.
+            fcntl.flock(fd, fcntl.LOCK_UN)
             os.close(fd)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Protocol, TypeVar
 
-from volumes.backend import Backend
+from volumes.backend import Backend, SnapshotBackend
 from volumes.directory import DirectoryBackend
 from volumes.errors import InvalidParameter, VolumeNotFound
+from volumes.given import GivenDevice, GivenDirectory
 from volumes.loop import LoopBackend
-from volumes.model import VOLUME_ID, Volume
+from volumes.model import VOLUME_ID, Snapshot, Volume
 from volumes.nfs import NfsBackend
 
 ALL = (LoopBackend.name, DirectoryBackend.name, NfsBackend.name)
+# Those whose volumes may be described by their context alone.
+_STATIC = frozenset({NfsBackend.name, GivenDirectory.name, GivenDevice.name})
 # A place in the list of all volumes: the backend above, the place in its own list below.
 _SHIFT = 56
+E_co = TypeVar("E_co", covariant=True)
 
 
 class Catalog:
@@ -24,27 +30,35 @@ class Catalog:
     ) -> None:
         self.loop, self.directory = loop, directory
         self._backends: tuple[Backend, ...] = (loop, directory, *others)
+        self._by_name = {backend.name: backend for backend in self._backends}
         self._enabled = [name for name in enabled if any(one.name == name for one in self._backends)]
 
     @classmethod
     def open(
         cls, state_dir: str, *, capacity_limit: int = 0, directory: str = "", directory_limit: int = 0,
-        enabled: Sequence[str] = ALL,
+        enabled: Sequence[str] = ALL, given_directories: Sequence[str] = (), given_devices: Sequence[str] = (),
     ) -> Catalog:  # fmt: skip
         """The backends of a node under its state directory; limits in bytes, 0 for none.
 
-        One that is not enabled makes no volumes, but those that it has made are still served.
+        One that is not enabled makes no volumes, but those that it has made are still served. `given_…`: where volumes
+        that are described by a path may lie.
         """
         return cls(
             LoopBackend(state_dir, capacity_limit=capacity_limit),
             DirectoryBackend(state_dir, directory=directory, capacity_limit=directory_limit),
             NfsBackend(state_dir),
+            GivenDirectory(allowed=tuple(given_directories)),
+            GivenDevice(allowed=tuple(given_devices)),
             enabled=enabled,
         )
 
     def close(self) -> None:
         for backend in self._backends:
             backend.close()
+
+    def named(self, name: str) -> Backend:
+        """One of the backends, by its name."""
+        return self._by_name[name]
 
     @property
     def backends(self) -> Sequence[Backend]:
@@ -59,7 +73,28 @@ class Catalog:
     @property
     def takes_snapshots(self) -> bool:
         """Whether an enabled backend can snapshot and clone."""
+        return any(isinstance(backend, SnapshotBackend) for backend in self.backends)
+
+    @property
+    def takes_groups(self) -> bool:
+        """Whether an enabled backend can take snapshots of several volumes at one moment."""
         return self.loop.name in self._enabled
+
+    def of_snapshot(self, snapshot_id: str) -> SnapshotBackend:
+        """The backend of a snapshot; VolumeNotFound if none can have made that id."""
+        if VOLUME_ID.match(snapshot_id):
+            for backend in self._backends:
+                if isinstance(backend, SnapshotBackend) and snapshot_id.startswith(backend.snapshot_prefix):
+                    return backend
+        raise VolumeNotFound(snapshot_id)
+
+    def snapshots(self, *, after: int = 0, limit: int = -1, source: str = "") -> Sequence[tuple[int, Snapshot]]:
+        """All snapshots with their places, those after the place `after`; of one volume, if `source` names it."""
+        listers = [
+            partial(backend.snapshots, source=source) if isinstance(backend, SnapshotBackend) else None
+            for backend in self._backends
+        ]
+        return _joined(listers, after, limit)
 
     def for_parameters(self, parameters: Mapping[str, str]) -> Backend:
         """The backend that a StorageClass names; its parameters are checked already."""
@@ -74,8 +109,9 @@ class Catalog:
 
         A static volume's id may be anything: its context says what it is.
         """
-        if context and context.get("backend") == NfsBackend.name and VOLUME_ID.match(volume_id):
-            return next(one for one in self._backends if one.name == NfsBackend.name)
+        named = context.get("backend", "") if context else ""
+        if named in _STATIC and named in self._by_name and VOLUME_ID.match(volume_id):
+            return self._by_name[named]
         if VOLUME_ID.match(volume_id):
             for backend in self._backends:
                 if volume_id.startswith(backend.prefix):
@@ -91,14 +127,7 @@ class Catalog:
 
     def list(self, *, after: int = 0, limit: int = -1) -> Sequence[tuple[int, Volume]]:
         """All volumes with their places, those after the place `after`."""
-        found: list[tuple[int, Volume]] = []
-        for number, backend in enumerate(self._backends):
-            first = number << _SHIFT
-            if after >= first + (1 << _SHIFT) or 0 <= limit <= len(found):
-                continue
-            rest = limit - len(found) if limit >= 0 else -1
-            found += [(first + place, one) for place, one in backend.list(after=max(0, after - first), limit=rest)]
-        return found
+        return _joined([backend.list for backend in self._backends], after, limit)
 
     def recover(self) -> Sequence[str]:
         """What was finished or undone after a crash, in words."""
@@ -107,3 +136,19 @@ class Catalog:
     def unknown_files(self) -> Sequence[str]:
         """What lies among the volumes although no store knows it."""
         return [path for backend in self._backends for path in backend.unknown_files()]
+
+
+class _Lister(Protocol[E_co]):
+    def __call__(self, *, after: int, limit: int) -> Sequence[tuple[int, E_co]]: ...
+
+
+def _joined(listers: Sequence[_Lister[E_co] | None], after: int, limit: int) -> Sequence[tuple[int, E_co]]:
+    """One list of several, in which every entry keeps its place whatever comes and goes in the others."""
+    found: list[tuple[int, E_co]] = []
+    for number, lister in enumerate(listers):
+        first = number << _SHIFT
+        if lister is None or after >= first + (1 << _SHIFT) or 0 <= limit <= len(found):
+            continue
+        rest = limit - len(found) if limit >= 0 else -1
+        found += [(first + place, one) for place, one in lister(after=max(0, after - first), limit=rest)]
+    return found

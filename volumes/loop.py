@@ -26,7 +26,8 @@ from volumes.errors import (
     VolumeNotFound,
     VolumeUnfinished,
 )
-from volumes.model import VOLUME_ID, BlockSource, Capability, ContentSource, SizeRange, Volume, VolumeKind
+from volumes.model import VOLUME_ID, BlockSource, Capability, ContentSource, SizeRange, Snapshot, Volume, VolumeKind
+from volumes.snapshots import PREFIX as SNAPSHOT_PREFIX
 from volumes.snapshots import Snapshots
 from volumes.store import Row, State, Store
 
@@ -50,7 +51,7 @@ class LoopBackend:
         self._limit = capacity_limit
         self._store = Store(os.path.join(state_dir, "volumes.db"))
         self._busy = Busy(os.path.join(state_dir, "volumes.lock"))
-        self.snapshots = Snapshots(self._store, self._directory, busy=self._busy, room=self.available_bytes)
+        self.image_snapshots = Snapshots(self._store, self._directory, busy=self._busy, room=self.available_bytes)
 
     def close(self) -> None:
         self._store.close()
@@ -109,7 +110,7 @@ class LoopBackend:
         if source is None:
             return ""
         if source.kind == "snapshot":
-            return self.snapshots.path(self.snapshots.get(source.source_id).snapshot_id)
+            return self.image_snapshots.path(self.image_snapshots.get(source.source_id).snapshot_id)
         return self.attach(source.source_id).path
 
     def delete(self, volume_id: str) -> None:
@@ -192,6 +193,23 @@ class LoopBackend:
         filesystems.make(path, fstype, deadline)
         self._store.set_formatting(volume_id, False)
 
+    # -- snapshots
+
+    snapshot_prefix = SNAPSHOT_PREFIX
+
+    def take_snapshot(self, name: str, volume_id: str, deadline: Deadline) -> Snapshot:
+        """The caller keeps the volume still."""
+        return self.image_snapshots.create(name, volume_id, self.attach(volume_id).path, deadline)
+
+    def snapshot(self, snapshot_id: str) -> Snapshot:
+        return self.image_snapshots.get(snapshot_id)
+
+    def delete_snapshot(self, snapshot_id: str) -> None:
+        self.image_snapshots.delete(snapshot_id)
+
+    def snapshots(self, *, after: int = 0, limit: int = -1, source: str = "") -> Sequence[tuple[int, Snapshot]]:
+        return self.image_snapshots.list(after=after, limit=limit, source=source)
+
     # -- static volumes and repair
 
     def adopt(self, path: str, name: str) -> Volume:
@@ -222,7 +240,7 @@ class LoopBackend:
         try:
             with self._busy(exclusive=True):
                 done = [said for row in self._store.rows() if (said := self._settle(row))]
-                done += self.snapshots.recover()
+                done += self.image_snapshots.recover()
                 rows = {row.volume_id for row in self._store.rows()}
                 for name in os.listdir(self._directory):
                     if name.endswith(_NEW) and name.removesuffix(_NEW) not in rows:
@@ -234,7 +252,7 @@ class LoopBackend:
 
     def unknown_files(self) -> Sequence[str]:
         """Files in the directory that no row speaks of; never removed by runvol."""
-        rows = {row.volume_id + _SUFFIX for row in self._store.rows()} | self.snapshots.known_files()
+        rows = {row.volume_id + _SUFFIX for row in self._store.rows()} | self.image_snapshots.known_files()
         names = sorted(set(os.listdir(self._directory)) - rows)
         return [os.path.join(self._directory, name) for name in names if not name.endswith(_NEW)]
 

@@ -99,13 +99,18 @@ class Volume:
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """A volume as it was; `created` in seconds since 1970, `group` empty for one that was taken alone."""
+    """A volume as it was; `created` in seconds since 1970, `group` empty for one that was taken alone.
+
+    One that is not `ready` is still being copied; `percent` says how far it is.
+    """
 
     snapshot_id: str
     source: str
     size_bytes: int
     created: float
     group: str = ""
+    ready: bool = True
+    percent: int = 100
 
 
 @dataclass(frozen=True, kw_only=True)

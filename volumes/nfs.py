@@ -1,41 +1,44 @@
 """The backend `nfs`: a directory of an NFS export for each volume (`volumeAs: subpath`), or the export (`sharepath`).
 
-What a volume is stands beside it on the share, in `<share>/.runvol/<id>.json`, so that any controller can go on where
-another one ended, and nothing is lost with a node. Work on the share goes through a mount that hangs nowhere.
+What a volume is stands beside it on the share (`volumes.share`), so that any controller can go on where another one
+ended. Work on the share goes through a mount that hangs nowhere.
 """
 
 from __future__ import annotations
 
 import builtins
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import msgspec
 
 from blockdev import Deadline, durable, nfs
-from volumes import sizes
-from volumes.errors import InvalidParameter, SizeNotAllowed, VolumeConflict, VolumeNotFound, VolumeUnfinished
-from volumes.model import Capability, ContentSource, NfsSource, SizeRange, Source, Volume, VolumeKind
+from volumes import archives, share, sizes
+from volumes.archives import Jobs, Progress
+from volumes.errors import (
+    InvalidParameter,
+    NoSpace,
+    VolumeConflict,
+    VolumeNotFound,
+    VolumeUnfinished,
+)
+from volumes.model import Capability, ContentSource, NfsSource, SizeRange, Snapshot, Source, Volume, VolumeKind
+from volumes.share import RECORDS, Record, SnapshotRecord
 
-PREFIX = "nfs-"
-RECORDS, ARCHIVE = ".runvol", "archived-"
+PREFIX, SNAPSHOT_PREFIX = "nfs-", "nfssnap-"
+ARCHIVE = "archived-"
 _SMALLEST = 4096
 _CALL = 60.0
-
-
-class Record(msgspec.Struct, frozen=True, kw_only=True):
-    """`<share>/.runvol/<id>.json`. `directory` is below the share; empty for the share itself."""
-
-    volume_id: str
-    name: str
-    directory: str
-    capacity: int
-    parameters: dict[str, str]
-    ready: bool
+T = TypeVar("T", Volume, Snapshot)
+# Seconds that a call waits for a copy; it goes on, and the caller asks again.
+_PATIENCE = 8.0
 
 
 class NfsBackend:
@@ -48,6 +51,7 @@ class NfsBackend:
 
     def __init__(self, state_dir: str) -> None:
         self._known = os.path.join(state_dir, "exports.json")
+        self._jobs = Jobs()
 
     def close(self) -> None:
         """Nothing is held."""
@@ -62,62 +66,218 @@ class NfsBackend:
         _uses: Sequence[Capability],
         source: ContentSource | None = None,
     ) -> Volume:
-        share = _share(parameters)
-        volume_id = _id(share, name)
-        capacity = sizes.choose(size, smallest=_SMALLEST)
+        """VolumeUnfinished, with how far it is, while the content of `source` is still being copied."""
+        export = _share(parameters)
+        volume_id = _id(export, name)
+        self._remember(export)
+        with self._root(export) as root:
+            record = share.read(root, volume_id, Record)
+            if record is None:
+                smallest = _SMALLEST if source is None else self._size_of(root, export, source, parameters)
+                record = Record(
+                    volume_id=volume_id, name=name, capacity=sizes.choose(size, smallest=smallest),
+                    directory="" if parameters.get("volumeAs") == "sharepath" else _directory(name),
+                    parameters=dict(parameters), ready=False, source=str(source or ""),
+                )  # fmt: skip
+                if source is not None:
+                    _check_free(root, record)
+                share.write(root, record)
+            _check_same(record, name, size, parameters, source)
+            if not record.ready:
+                self._make(root, export, record, source)
+            return _volume(record, export)
+
+    def _make(self, root: int, export: nfs.Export, record: Record, source: ContentSource | None) -> None:
         if source is not None:
-            raise SizeNotAllowed(f"volume_content_source {source}: the backend nfs makes empty volumes only")
-        self._remember(share)
-        with self._root(share) as root:
-            old = _read(root, volume_id)
-            if old is not None:
-                _check_same(old, name, size, parameters)
-                if old.ready:
-                    return _volume(old, share)
-                capacity = old.capacity
-            directory = "" if parameters.get("volumeAs") == "sharepath" else _directory(name)
-            record = Record(volume_id=volume_id, name=name, directory=directory, capacity=capacity,
-                            parameters=dict(parameters), ready=False)  # fmt: skip
-            _write(root, record)
-            if directory:
-                with contextlib.suppress(FileExistsError):
-                    os.mkdir(directory, 0o777, dir_fd=root)
-                os.chmod(directory, int(parameters.get("mode", "0777"), 8), dir_fd=root)
-            _write(root, msgspec.structs.replace(record, ready=True))
-            return _volume(record, share)
+            work = self._filling(export, record, source)
+            self._jobs.finished(record.volume_id, f"volume {record.name} from {source}", work, _PATIENCE)
+            record = share.read(root, record.volume_id, Record) or record
+        elif record.directory:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(record.directory, 0o777, dir_fd=root)
+        if record.directory and (source is None or "mode" in record.parameters):
+            _chmod(root, record.directory, int(record.parameters.get("mode", "0777"), 8))
+        share.write(root, msgspec.structs.replace(record, ready=True))
+
+    def _size_of(
+        self, root: int, export: nfs.Export, source: ContentSource, parameters: Mapping[str, str]
+    ) -> int:  # fmt: skip
+        """The least that a volume with this content must have."""
+        if parameters.get("volumeAs") == "sharepath":
+            raise InvalidParameter("volumeAs", "sharepath", "cannot be made from another volume: the share is there")
+        prefix = SNAPSHOT_PREFIX if source.kind == "snapshot" else PREFIX
+        if not source.source_id.startswith(prefix + _key(export)):
+            if not source.source_id.startswith(prefix):
+                raise VolumeNotFound(source.source_id)
+            raise InvalidParameter("path", export.path, f"is another share than that of {source}; use a class of that")
+        if source.kind == "snapshot":
+            snapshot = share.read(root, source.source_id, SnapshotRecord)
+            if snapshot is None:
+                raise VolumeNotFound(source.source_id)
+            if not snapshot.ready:
+                raise VolumeUnfinished(f"snapshot {source.source_id} is still being made")
+            return snapshot.capacity
+        volume = share.read(root, source.source_id, Record)
+        if volume is None or not volume.ready:
+            raise VolumeNotFound(source.source_id)
+        return volume.capacity
+
+    def _filling(self, export: nfs.Export, record: Record, source: ContentSource) -> Callable[[Progress], None]:
+        """The work that copies the content beside its place, and then puts it there."""
+
+        def work(progress: Progress) -> None:
+            with self._root(export) as root, _no_space(record.volume_id):
+                new = f"{RECORDS}/new-{record.volume_id}"
+                at = share.read(root, record.volume_id, Record) or record
+                if not at.filled:
+                    _remove_tree(root, new)
+                    os.mkdir(new, 0o700, dir_fd=root)
+                    with _opened(root, new) as target:
+                        if source.kind == "snapshot":
+                            with open(_archive(root, source.source_id, os.O_RDONLY), "rb") as archive:
+                                archives.unpack(archive, target, progress)
+                        else:
+                            old = share.read(root, source.source_id, Record)
+                            if old is None:
+                                raise VolumeNotFound(source.source_id)
+                            with _opened(root, old.directory or ".") as directory:
+                                archives.copy(directory, target, progress, without=_ours(old))
+                    share.write(root, msgspec.structs.replace(at, filled=True))
+                # Without it a killed process has come past this already.
+                with contextlib.suppress(FileNotFoundError):
+                    os.rename(new, record.directory, src_dir_fd=root, dst_dir_fd=root)
+
+        return work
 
     def delete(self, volume_id: str) -> None:
         """The directory is archived, or removed with its content if the class says so. A share itself is left."""
-        share = self._share_of(volume_id)
-        if share is None:
+        export = self._share_of(volume_id)
+        if export is None:
             return
-        with self._root(share) as root:
-            record = _read(root, volume_id)
+        with self._root(export) as root:
+            record = share.read(root, volume_id, Record)
             if record is None:
                 return
-            _write(root, msgspec.structs.replace(record, ready=False))
-            if record.directory:
+            self._check_not_copied(root, record)
+            share.write(root, msgspec.structs.replace(record, ready=False))
+            if record.directory and (record.ready or not record.source or record.filled):
                 _take_away(root, record)
-            os.unlink(f"{RECORDS}/{volume_id}.json", dir_fd=root)
+            _remove_tree(root, f"{RECORDS}/new-{volume_id}")
+            share.remove(root, volume_id)
+
+    def _check_not_copied(self, root: int, record: Record) -> None:
+        """VolumeUnfinished while something is being made from this volume, or it from something."""
+        if self._jobs.progress(record.volume_id) is not None:
+            raise VolumeUnfinished(f"volume {record.volume_id} is being filled from {record.source}")
+        made = [one.volume_id for one in share.records(root, PREFIX, Record)
+                if not one.ready and not one.filled and one.source == f"volume:{record.volume_id}"]  # fmt: skip
+        made += [one.snapshot_id for one in share.records(root, SNAPSHOT_PREFIX, SnapshotRecord)
+                 if not one.ready and one.source == record.volume_id]  # fmt: skip
+        if made:
+            raise VolumeUnfinished(f"volume {record.volume_id} is being copied to {made[0]}; wait, or delete that")
+
+    # -- snapshots
+
+    snapshot_prefix = SNAPSHOT_PREFIX
+
+    def take_snapshot(self, name: str, volume_id: str, deadline: Deadline) -> Snapshot:
+        """The snapshot called `name` of the volume, as an archive on its share; not `ready` while it is being made."""
+        export = self._share_of(volume_id)
+        if export is None:
+            raise VolumeNotFound(volume_id)
+        snapshot_id = _id(export, name, SNAPSHOT_PREFIX)
+        with self._root(export) as root:
+            volume = share.read(root, volume_id, Record)
+            if volume is None or not volume.ready:
+                raise VolumeNotFound(volume_id)
+            record = share.read(root, snapshot_id, SnapshotRecord)
+            if record is None:
+                record = SnapshotRecord(snapshot_id=snapshot_id, name=name, source=volume_id, capacity=volume.capacity,
+                                        created=time.time(), ready=False)  # fmt: skip
+                share.write(root, record)
+            if (record.name, record.source) != (name, volume_id):
+                raise VolumeConflict(name, f"is a snapshot of {record.source}, not of {volume_id}")
+            if not record.ready:
+                work = self._archiving(export, record, volume)
+                patience = max(0.0, min(_PATIENCE, deadline.remaining() - 1))
+                with contextlib.suppress(VolumeUnfinished):
+                    self._jobs.finished(snapshot_id, f"snapshot {name} of {volume_id}", work, patience)
+                record = share.read(root, snapshot_id, SnapshotRecord) or record
+        return self._snapshot(record)
+
+    def _archiving(self, export: nfs.Export, record: SnapshotRecord, volume: Record) -> Callable[[Progress], None]:
+        def work(progress: Progress) -> None:
+            with self._root(export) as root, _no_space(record.snapshot_id):
+                new = f"{record.snapshot_id}.new"
+                with (
+                    _opened(root, volume.directory or ".") as directory,
+                    open(_archive(root, new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as archive,
+                ):
+                    archives.pack(directory, archive, progress, without=_ours(volume))
+                    os.fsync(archive.fileno())
+                whole = f"{RECORDS}/{record.snapshot_id}.tar"
+                os.rename(f"{RECORDS}/{new}.tar", whole, src_dir_fd=root, dst_dir_fd=root)
+                share.write(root, msgspec.structs.replace(record, ready=True))
+
+        return work
+
+    def snapshot(self, snapshot_id: str) -> Snapshot:
+        """VolumeNotFound where there is none."""
+        export = self._share_of(snapshot_id, SNAPSHOT_PREFIX)
+        if export is not None:
+            with self._root(export) as root:
+                record = share.read(root, snapshot_id, SnapshotRecord)
+            if record is not None:
+                return self._snapshot(record)
+        raise VolumeNotFound(snapshot_id)
+
+    def delete_snapshot(self, snapshot_id: str) -> None:
+        """No such snapshot afterwards; VolumeUnfinished while it is being made, or a volume from it."""
+        export = self._share_of(snapshot_id, SNAPSHOT_PREFIX)
+        if export is None:
+            return
+        if self._jobs.progress(snapshot_id) is not None:
+            raise VolumeUnfinished(f"snapshot {snapshot_id} is being made")
+        with self._root(export) as root:
+            made = [one.volume_id for one in share.records(root, PREFIX, Record)
+                    if not one.ready and not one.filled and one.source == f"snapshot:{snapshot_id}"]  # fmt: skip
+            if made:
+                raise VolumeUnfinished(f"volume {made[0]} is being made from snapshot {snapshot_id}")
+            for name in (f"{snapshot_id}.tar", f"{snapshot_id}.new.tar"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(f"{RECORDS}/{name}", dir_fd=root)
+            share.remove(root, snapshot_id)
+
+    def snapshots(self, *, after: int = 0, limit: int = -1, source: str = "") -> Sequence[tuple[int, Snapshot]]:
+        found: builtins.list[Snapshot] = []
+        for export in self._shares():
+            with contextlib.suppress(nfs.ServerSilent), self._root(export) as root:
+                found += [self._snapshot(one) for one in share.records(root, SNAPSHOT_PREFIX, SnapshotRecord)
+                          if source in ("", one.source)]  # fmt: skip
+        return _part([(_place(one.snapshot_id), one) for one in found], after, limit)
+
+    def _snapshot(self, record: SnapshotRecord) -> Snapshot:
+        progress = self._jobs.progress(record.snapshot_id)
+        return Snapshot(
+            snapshot_id=record.snapshot_id, source=record.source, size_bytes=record.capacity, created=record.created,
+            ready=record.ready, percent=100 if record.ready else progress.percent if progress else 0,
+        )  # fmt: skip
 
     def get(self, volume_id: str) -> Volume | None:
-        share = self._share_of(volume_id)
-        if share is None:
+        export = self._share_of(volume_id)
+        if export is None:
             return None
-        with self._root(share) as root:
-            record = _read(root, volume_id)
-        return _volume(record, share) if record is not None and record.ready else None
+        with self._root(export) as root:
+            record = share.read(root, volume_id, Record)
+        return _volume(record, export) if record is not None and record.ready else None
 
     def list(self, *, after: int = 0, limit: int = -1) -> Sequence[tuple[int, Volume]]:
         """Volumes of the shares that this controller knows, in a stable order; a share that is away has none."""
         found: builtins.list[Volume] = []
-        for share in self._shares():
-            with contextlib.suppress(nfs.ServerSilent), self._root(share) as root:
-                found += [_volume(record, share) for record in _records(root) if record.ready]
-        numbered = [(_place(one.volume_id), one) for one in found]
-        numbered.sort(key=lambda pair: pair[0])
-        rest = [pair for pair in numbered if pair[0] > after]
-        return rest if limit < 0 else rest[:limit]
+        for export in self._shares():
+            with contextlib.suppress(nfs.ServerSilent), self._root(export) as root:
+                found += [_volume(one, export) for one in share.records(root, PREFIX, Record) if one.ready]
+        return _part([(_place(one.volume_id), one) for one in found], after, limit)
 
     def available_bytes(self) -> int:
         """Nobody counts what a server has: a class without a server is not asked."""
@@ -128,16 +288,16 @@ class NfsBackend:
 
     def expand(self, volume_id: str, size: SizeRange) -> Volume:
         capacity = self.check_expand(volume_id, size)
-        share = self._share_of(volume_id)
-        if share is None:
+        export = self._share_of(volume_id)
+        if export is None:
             raise VolumeNotFound(volume_id)
-        with self._root(share) as root:
-            record = _read(root, volume_id)
+        with self._root(export) as root:
+            record = share.read(root, volume_id, Record)
             if record is None:
                 raise VolumeNotFound(volume_id)
             record = msgspec.structs.replace(record, capacity=capacity)
-            _write(root, record)
-            return _volume(record, share)
+            share.write(root, record)
+            return _volume(record, export)
 
     # -- the node's verbs
 
@@ -148,6 +308,9 @@ class NfsBackend:
     def attach(self, volume_id: str, context: Mapping[str, str] | None = None) -> Source:
         """From the volume's context, which any node has; else from the share."""
         facts = context if context and context.get("server") else self._ready(volume_id).parameters
+        for key in ("server", "path"):
+            if not facts.get(key):
+                raise InvalidParameter(key, "", "must be given with the backend nfs")
         return NfsSource(
             server=facts["server"],
             path=facts["path"],
@@ -171,8 +334,8 @@ class NfsBackend:
         return found
 
     @contextlib.contextmanager
-    def _root(self, share: nfs.Export) -> Iterator[int]:
-        with nfs.opened(share, Deadline.after(_CALL)) as root:
+    def _root(self, export: nfs.Export) -> Iterator[int]:
+        with nfs.opened(export, Deadline.after(_CALL)) as root:
             yield root
 
     def _shares(self) -> builtins.list[nfs.Export]:
@@ -182,16 +345,41 @@ class NfsBackend:
         except FileNotFoundError:
             return []
 
-    def _remember(self, share: nfs.Export) -> None:
+    def _remember(self, export: nfs.Export) -> None:
         known = self._shares()
-        if share in known:
+        if export in known:
             return
         new = f"{self._known}.{os.getpid()}.new"
-        durable.write(new, msgspec.json.encode([*known, share]))
+        durable.write(new, msgspec.json.encode([*known, export]))
         os.rename(new, self._known)
 
-    def _share_of(self, volume_id: str) -> nfs.Export | None:
-        return next((share for share in self._shares() if volume_id.startswith(PREFIX + _key(share))), None)
+    def _share_of(self, one_id: str, prefix: str = PREFIX) -> nfs.Export | None:
+        return next((export for export in self._shares() if one_id.startswith(prefix + _key(export))), None)
+
+
+def set_mode(source: NfsSource, mode: int, deadline: Deadline, *, recursive: bool) -> None:
+    """Give an export's directory these permissions, and with `recursive` what it holds: directories the same, files
+    without the bits for execution. Links are left alone. ServerSilent, MountFailed, OSError."""
+    export = nfs.Export(server=source.server, path=source.path, version=source.version, options=source.options)
+    with nfs.opened(export, deadline) as root:
+        os.fchmod(root, mode)
+        if not recursive:
+            return
+        for _path, directories, files, fd in os.fwalk(".", dir_fd=root):
+            deadline.check(f"setting mode {mode:o} below {export.source}")
+            for name, wanted in [*((name, mode) for name in directories), *((name, mode & ~0o111) for name in files)]:
+                with contextlib.suppress(FileNotFoundError):
+                    _chmod(fd, name, wanted)
+
+
+def _chmod(directory: int, name: str, mode: int) -> None:
+    """Not through a link, even one that is put there in this moment: it would lead to this machine's own files."""
+    fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        if not stat.S_ISLNK(os.fstat(fd).st_mode):
+            os.chmod(f"/proc/self/fd/{fd}", mode)
+    finally:
+        os.close(fd)
 
 
 def _share(parameters: Mapping[str, str]) -> nfs.Export:
@@ -205,13 +393,13 @@ def _share(parameters: Mapping[str, str]) -> nfs.Export:
     )
 
 
-def _key(share: nfs.Export) -> str:
-    return hashlib.sha256(f"{share.server}\0{share.path}".encode()).hexdigest()[:12]
+def _key(export: nfs.Export) -> str:
+    return hashlib.sha256(f"{export.server}\0{export.path}".encode()).hexdigest()[:12]
 
 
-def _id(share: nfs.Export, name: str) -> str:
+def _id(export: nfs.Export, name: str, prefix: str = PREFIX) -> str:
     """The same for the same name on the same share, so that a creation may be repeated by another controller."""
-    return f"{PREFIX}{_key(share)}-{hashlib.sha256(name.encode()).hexdigest()[:20]}"
+    return f"{prefix}{_key(export)}-{hashlib.sha256(name.encode()).hexdigest()[:20]}"
 
 
 def _place(volume_id: str) -> int:
@@ -227,46 +415,60 @@ def _directory(name: str) -> str:
     return plain
 
 
-def _read(root: int, volume_id: str) -> Record | None:
-    try:
-        fd = os.open(f"{RECORDS}/{volume_id}.json", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=root)
-    except FileNotFoundError:
-        return None
-    with open(fd, "rb") as file:
-        try:
-            return msgspec.json.decode(file.read(65536), type=Record)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise VolumeUnfinished(f"the share's {RECORDS}/{volume_id}.json cannot be read: {error}") from None
+def _part(numbered: list[tuple[int, T]], after: int, limit: int) -> Sequence[tuple[int, T]]:
+    """Those after the place `after`, in order."""
+    rest = sorted((pair for pair in numbered if pair[0] > after), key=lambda pair: pair[0])
+    return rest if limit < 0 else rest[:limit]
 
 
-def _write(root: int, record: Record) -> None:
-    """Replace the record, whole or not at all."""
-    with contextlib.suppress(FileExistsError):
-        os.mkdir(RECORDS, 0o700, dir_fd=root)
-    new = f"{RECORDS}/.{record.volume_id}.{os.getpid()}.new"
-    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600, dir_fd=root)
+def _ours(volume: Record) -> tuple[str, ...]:
+    """What lies in the volume and is not its own: a whole share holds our records."""
+    return () if volume.directory else (RECORDS,)
+
+
+@contextlib.contextmanager
+def _opened(root: int, path: str) -> Iterator[int]:
+    fd = share.directory(root, path)
     try:
-        os.write(fd, msgspec.json.encode(record))
-        os.fsync(fd)
+        yield fd
     finally:
         os.close(fd)
-    os.rename(new, f"{RECORDS}/{record.volume_id}.json", src_dir_fd=root, dst_dir_fd=root)
 
 
-def _records(root: int) -> Iterator[Record]:
+def _archive(root: int, name: str, flags: int) -> int:
+    share.make(root)
+    return os.open(f"{RECORDS}/{name}.tar", flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=root)
+
+
+@contextlib.contextmanager
+def _no_space(what: str) -> Iterator[None]:
     try:
-        fd = os.open(RECORDS, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=root)
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpace(f"{what} could not be written to its share: {error.strerror}") from error
+        raise
+
+
+def _check_free(root: int, record: Record) -> None:
+    """VolumeConflict if something of somebody else's lies where the content would go."""
+    try:
+        os.stat(record.directory, dir_fd=root, follow_symlinks=False)
     except FileNotFoundError:
         return
+    raise VolumeConflict(record.name, f"its directory {record.directory!r} is on the share already")
+
+
+def _remove_tree(root: int, path: str) -> None:
+    """Nothing is at `path`. Links are removed, not followed."""
     try:
-        names = sorted(os.listdir(fd))
-    finally:
-        os.close(fd)
-    for name in names:
-        if name.startswith(PREFIX) and name.endswith(".json"):
-            record = _read(root, name.removesuffix(".json"))
-            if record is not None:
-                yield record
+        facts = os.stat(path, dir_fd=root, follow_symlinks=False)
+    except FileNotFoundError:
+        return
+    if stat.S_ISDIR(facts.st_mode):
+        shutil.rmtree(path, dir_fd=root)
+    else:
+        os.unlink(path, dir_fd=root)
 
 
 def _take_away(root: int, record: Record) -> None:
@@ -276,26 +478,26 @@ def _take_away(root: int, record: Record) -> None:
         os.rename(record.directory, archived, src_dir_fd=root, dst_dir_fd=root)
     if record.parameters.get("archiveOnDelete", "true") == "true":
         return
-    try:
-        facts = os.stat(archived, dir_fd=root, follow_symlinks=False)
-    except FileNotFoundError:
-        return
-    if stat.S_ISDIR(facts.st_mode):
-        shutil.rmtree(archived, dir_fd=root)
+    _remove_tree(root, archived)
 
 
-def _check_same(old: Record, name: str, size: SizeRange, parameters: Mapping[str, str]) -> None:
+def _check_same(
+    old: Record, name: str, size: SizeRange, parameters: Mapping[str, str], source: ContentSource | None
+) -> None:
     if old.parameters != dict(parameters):
         raise VolumeConflict(name, f"was made with the parameters {old.parameters}")
+    if old.source != str(source or ""):
+        raise VolumeConflict(name, f"was made from {old.source or 'nothing'}, not from {source or 'nothing'}")
     sizes.check_fits(name, old.capacity, size)
 
 
-def _volume(record: Record, share: nfs.Export) -> Volume:
-    path = os.path.join(share.path, record.directory) if record.directory else share.path
+def _volume(record: Record, export: nfs.Export) -> Volume:
+    path = os.path.join(export.path, record.directory) if record.directory else export.path
     return Volume(
         volume_id=record.volume_id,
         name=record.name,
         backend=NfsBackend.name,
         capacity_bytes=record.capacity,
         parameters={**record.parameters, "path": path},
+        source=record.source,
     )

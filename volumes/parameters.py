@@ -144,10 +144,20 @@ TABLE: tuple[Parameter, ...] = (
         key="mode",
         values="three or four octal digits",
         default="0777",
-        meaning="Backend `nfs`: permissions of a new volume's directory (csi-driver-nfs calls it `mountPermissions`).",
+        meaning="Backend `nfs`: permissions of a new volume's directory (csi-driver-nfs calls it `mountPermissions`). "
+        "Of a static volume: set for its directory when it is staged; left as they are without it.",
         accepts=lambda value: re.fullmatch(r"0?[0-7]{3}", value) is not None,
         backends=("nfs",),
         aliases=("mountPermissions",),
+    ),
+    Parameter(
+        key="modeType",
+        values="non-recursive, recursive",
+        default="non-recursive",
+        meaning="Backend `nfs`: whether `mode` is set for what a static volume's directory holds, too (files: "
+        "without the bits for execution).",
+        accepts=_one_of("non-recursive", "recursive"),
+        backends=("nfs",),
     ),
     Parameter(
         key="archiveOnDelete",
@@ -163,6 +173,16 @@ TABLE: tuple[Parameter, ...] = (
         default="guest",
         meaning="Backend `nfs`: who mounts for a sandboxed pod: its guest, or the host, whose mount is shared.",
         accepts=_one_of("guest", "share"),
+        backends=("nfs",),
+        in_context=True,
+    ),
+    Parameter(
+        key="probe",
+        values="host, none",
+        default="host",
+        meaning="Backend `nfs`: whether the node asks the server before a guest mounts it. `none` where only the pods' "
+        "network reaches the server.",
+        accepts=_one_of("host", "none"),
         backends=("nfs",),
         in_context=True,
     ),

@@ -51,10 +51,24 @@ def test_the_disk_driver_of_alicloud():
     assert one.manifests[0]["spec"]["csi"]["volumeHandle"] == "loop-9"
 
 
+@pytest.mark.parametrize(("driver", "vers"), [("alicloud/nas", "3"), ("runvol/runvol", "")])
+def test_an_export_becomes_a_static_volume(driver, vers):
+    options = {"server": "nas.example.com", "path": "/k8s", "options": "noresvport", "mode": "755"}
+    one, again = migrate([volume(driver=driver, flex={"options": options}) for _ in range(2)])
+    source = one.manifests[0]["spec"]["csi"]
+    attributes = {"backend": "nfs", **options, **({"vers": vers} if vers else {})}
+    assert source["volumeAttributes"] == attributes
+    assert source["volumeHandle"].startswith("nfs-")
+    assert source["volumeHandle"] == again.manifests[0]["spec"]["csi"]["volumeHandle"]
+
+
 @pytest.mark.parametrize(
     ("made", "words"),
     [(volume(driver="other/x"), "'other/x' is not runvol's"), (volume(flex={"secretRef": {"name": "s"}}), "secret"),
-     (volume(flex={"options": {"volume": "v", "color": "red"}}), "'color'"), (volume(flex={"options": {}}), "no volume")],
+     (volume(flex={"options": {"volume": "v", "color": "red"}}), "'color'"), (volume(flex={"options": {}}), "must name a volume"),
+     (volume(flex={"options": {"directory": "/data/x"}}), "runvol volumes adopt"),
+     (volume(driver="alicloud/nas", flex={"options": {"server": "nas", "path": "/k8s", "vers": "5"}}), "vers"),
+     (volume(driver="alicloud/nas", flex={"options": {"server": "nas"}}), "path")],
 )  # fmt: skip
 def test_what_cannot_be_mapped_is_refused_with_the_reason(made, words):
     (one,) = migrate([made])

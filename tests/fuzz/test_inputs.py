@@ -8,16 +8,23 @@ from __future__ import annotations
 import json
 import os
 import random
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from google.protobuf.message import DecodeError
 
+from blockdev import Deadline
 from flexvolume.options import parse
-from guestmount import BadRequest, Rund2Dialect, Rund3Dialect, RunvDialect, paths, ttrpc
+from guestmount import BadRequest, Claims, Rund2Dialect, Rund3Dialect, RunvDialect, nri, paths, ttrpc
+from guestmount.claims import Claim, NfsMount, Target, Use
 from guestmount.handoff import KataDialect
 from guestmount.handoff.kata import key_of, target_of
+from guestmount.nri_mux import HEADER, PLUGIN, RUNTIME, Mux
+from runvol_proto import nri_pb2
+from volumes import VolumeKind
 
 TOTAL = int(os.environ.get("RUNVOL_FUZZ", "10000"))
 SEED = 20261124
@@ -82,7 +89,7 @@ def test_flexvolume_options(capsys: pytest.CaptureFixture[str]) -> None:
         assert found.volume
         assert "\0" not in found.volume + found.runtime + found.fstype
 
-    fuzz(45, one, capsys, "FlexVolume options")
+    fuzz(40, one, capsys, "FlexVolume options")
 
 
 def test_ttrpc_frames(capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,7 +117,58 @@ def test_ttrpc_frames(capsys: pytest.CaptureFixture[str]) -> None:
         except ttrpc.Closed:
             pass
 
-    fuzz(25, one, capsys, "ttrpc frames")
+    fuzz(20, one, capsys, "ttrpc frames")
+
+
+def test_nri_messages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = str(tmp_path / "pods/p/volumes/kubernetes.io~csi/pv/mount")
+    claims = Claims(str(tmp_path / "run"))
+    export = NfsMount(server="nas", path="/e", version="4.2", options=("nconnect=2",), address="10.0.0.5")
+    use = Use(mode="multi_node_multi_writer", mount_flags=("noatime",))
+    with claims.locked("nfs-1", Deadline.after(5)) as cell:
+        cell.write(Claim(volume="nfs-1", source="nas:/e", staging_path="/s", kind=VolumeKind.FILES, nfs=export, use=use,
+                         targets={target: Target(read_only=False, pod_uid="u", dialect="kata")}))  # fmt: skip
+    plugin = nri.Plugin(claims)
+    mounts = [nri_pb2.Mount(destination=d, type="bind", source=s, options=["rbind", "rw"])
+              for d, s in (("/data", target), ("/etc/hosts", "/var/lib/hosts"))]  # fmt: skip
+    seed = nri_pb2.CreateContainerRequest(
+        pod=nri_pb2.PodSandbox(uid="u", name="p", namespace="d", runtime_handler="kata", ips=["10.1.1.1"]),
+        container=nri_pb2.Container(name="c", mounts=mounts),
+    ).SerializeToString()
+    adjusted = 0
+
+    def one(chance: random.Random) -> None:
+        nonlocal adjusted
+        try:
+            request = nri_pb2.CreateContainerRequest.FromString(mutated(chance, seed))
+        except DecodeError:
+            return
+        binds = {(m.destination, m.type) for m in request.container.mounts if m.source == target}
+        for mount in plugin.CreateContainer(request).adjust.mounts:
+            adjusted += 1
+            assert (mount.destination, "bind") in binds
+            assert (mount.type, mount.source) == ("nfs4", "nas:/e")
+            assert "addr=10.0.0.5" in mount.options
+            assert not {"bind", "rbind"} & set(mount.options)
+
+    fuzz(10, one, capsys, "NRI messages")
+    assert adjusted
+
+
+def test_nri_multiplexer(capsys: pytest.CaptureFixture[str]) -> None:
+    seed = b"".join(HEADER.pack(number, len(FRAME)) + FRAME for number in (PLUGIN, RUNTIME, 9))
+
+    def one(chance: random.Random) -> None:
+        mine, theirs = socket.socketpair()
+        mux = Mux(mine)
+        theirs.sendall(mutated(chance, seed))
+        theirs.close()
+        for number in (PLUGIN, RUNTIME):
+            while mux.stream(number).read(4096):
+                pass
+        mux.close()
+
+    fuzz(2, one, capsys, "streams of NRI's multiplexer")
 
 
 def test_paths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,7 +185,7 @@ def test_paths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             return
         assert os.path.realpath(os.path.dirname(found)).startswith(root)
 
-    fuzz(20, one, capsys, "paths")
+    fuzz(18, one, capsys, "paths")
 
 
 def test_kata_keys(capsys: pytest.CaptureFixture[str]) -> None:

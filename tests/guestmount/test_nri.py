@@ -16,6 +16,7 @@ from guestmount import Claims, nri, registration, ttrpc
 from guestmount.claims import Claim, NfsMount, Target, Use
 from guestmount.nri_mux import PLUGIN, RUNTIME, Mux
 from runvol_proto import nri_pb2 as pb
+from tests.nri_runtime import RuntimeSide
 from volumes import VolumeKind
 
 TARGET = "/var/lib/kubelet/pods/u/volumes/kubernetes.io~csi/pv/mount"
@@ -52,42 +53,6 @@ def bind(source: str = TARGET, *options: str) -> pb.Mount:
     return pb.Mount(
         destination="/data", type="bind", source=source, options=["rbind", "rprivate", *(options or ("rw",))]
     )
-
-
-class RuntimeSide:
-    """The runtime's end of the socket: it accepts, answers the registration, and calls the plugin."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.listener.bind(str(path))
-        self.listener.listen(1)
-        self.registered = threading.Event()
-        self.mux: Mux | None = None
-
-    def RegisterPlugin(self, request: pb.RegisterPluginRequest) -> pb.Empty:
-        assert (request.plugin_name, request.plugin_idx) == ("runvol", "10")
-        self.registered.set()
-        return pb.Empty()
-
-    def accept(self) -> ttrpc.Client:
-        self.listener.settimeout(15)
-        connection, _ = self.listener.accept()
-        self.mux = Mux(connection)
-        service = ttrpc.Service(pb.DESCRIPTOR.services_by_name["Runtime"], self)
-        threading.Thread(target=ttrpc.Server(self.mux.stream(RUNTIME), [service]).serve, daemon=True).start()
-        return ttrpc.Client(self.mux.stream(PLUGIN))
-
-    def hang_up(self) -> None:
-        assert self.mux is not None
-        self.mux.close()
-        self.registered.clear()
-
-    def close(self) -> None:
-        if self.mux is not None:
-            self.mux.close()
-        self.listener.close()
-        self.path.unlink(missing_ok=True)
 
 
 @pytest.fixture
@@ -167,7 +132,8 @@ def test_mounts_that_are_not_ours_are_left_alone(claims):
 def test_a_damaged_claim_stops_no_container(claims, tmp_path):
     write(claims, claim())
     (tmp_path / "run/claims/other.json").write_bytes(b"\xff{")
-    assert nri.Plugin(claims).CreateContainer(asked(bind())) is not None
+    (mount,) = nri.Plugin(claims).CreateContainer(asked(bind())).adjust.mounts
+    assert mount.type == "nfs4"
 
 
 def test_it_is_fast_among_many_claims(claims):

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from blockdev import devicemapper
+from tests import ganesha
 from tests.kernel.uml import Machine
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,19 +35,11 @@ def programs() -> Path:
     return found
 
 
-def nfs_tree() -> Path:
-    """Where tests/prepare/nfs.sh has unpacked the NFS servers."""
-    found = sorted((cache() / "nfs").glob("*/.whole"))
-    if not found:
-        raise SystemExit("the NFS servers are not unpacked yet: run tests/prepare/nfs.sh")
-    return found[-1].parent
-
-
 def command(arguments: list[str]) -> str:
     """The script that runs the tier; it is the same in both kernels."""
     pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *(arguments or [INSIDE])]
     variables = {"RUNVOL_KERNEL_TIER": "1", "RUNVOL_PROGRAMS": str(programs()),
-                 "RUNVOL_NFS": str(nfs_tree())}  # fmt: skip
+                 "RUNVOL_NFS": str(ganesha.tree())}  # fmt: skip
     variables |= {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     exports = " ".join(f"{key}={shlex.quote(value)}" for key, value in variables.items())
     return f"cd {shlex.quote(str(ROOT))} && exec env {exports} {shlex.join(pytest)}"

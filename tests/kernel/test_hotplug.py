@@ -5,56 +5,43 @@ The thin device exists in the user-mode kernel, the guest is QEMU's; between the
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.kernel.__main__ import ROOT, compile_all
 from tests.kernel.uml import Machine
+from tests.namespaces import GUEST, TAP, Network, network
 from tests.sandbox.shim import GO, RUST, Sandbox, Settings, write_bundle
 from tests.sandbox.vm import VM
-
-ADDRESS = "10.77.0.2"
-
-
-@pytest.fixture
-def network() -> Iterator[tuple[str, ...]]:
-    name = f"runvol{os.getpid()}"
-    inside = ["ip", "netns", "exec", name]
-    subprocess.run(["ip", "netns", "add", name], check=True)
-    try:
-        for command in (["tuntap", "add", "dev", "rvtap", "mode", "tap"], ["addr", "add", "10.77.0.1/24", "dev", "rvtap"],
-                        ["link", "set", "rvtap", "up"], ["link", "set", "lo", "up"]):  # fmt: skip
-            subprocess.run([*inside, "ip", *command], check=True)
-        yield tuple(inside)
-    finally:
-        subprocess.run(["ip", "netns", "del", name], check=True)
 
 
 @pytest.mark.kernel
 @pytest.mark.guest
-def test_a_guest_runs_a_process_on_a_thin_device(network: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_guest_runs_a_process_on_a_thin_device(tmp_path: Path) -> None:
+    with network() as joined:
+        _run(joined, tmp_path)
+
+
+def _run(joined: Network, tmp_path: Path) -> None:
     compile_all()
     disks = [tmp_path / "a", tmp_path / "b"]
     for disk in disks:
         with open(disk, "wb") as opened:
             opened.truncate(1 << 30)
-    link = "vec0:transport=tap,ifname=rvtap,depth=128,gro=1"
+    link = f"vec0:transport=tap,ifname={TAP},depth=128,gro=1"
     python = f"cd {ROOT} && exec {sys.executable} -m tests.kernel.inside_hotplug"
-    with Machine(disks=disks, network=link, prefix=network) as machine:
-        machine.run(f"ip addr add {ADDRESS}/24 dev vec0 && ip link set vec0 up")
-        told = machine.wait_for(machine.start(f"{python} serve {ADDRESS}"), "ready", limit=120).split()
+    with Machine(disks=disks, network=link, prefix=joined.prefix) as machine:
+        machine.run(f"ip addr add {GUEST}/24 dev vec0 && ip link set vec0 up")
+        told = machine.wait_for(machine.start(f"{python} serve {GUEST}"), "ready", limit=120).split()
         mount = {
             "type": told[1],
-            "source": f"nbd://{ADDRESS}:10809",
+            "source": f"nbd://{GUEST}:10809",
             "options": told[2].split(",") if len(told) > 2 else [],
         }
         left = []
-        with VM(prefix=network) as vm:
+        with VM(prefix=joined.prefix) as vm:
             for number, shim in enumerate((GO, RUST)):
                 sandbox = Sandbox(vm=vm, settings=Settings(shim=shim, direct_volumes=tmp_path / "none"))
                 if number == 0:

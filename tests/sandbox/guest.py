@@ -24,6 +24,7 @@ PROGRAMS = ("fio", "mkfs.ext4", "mkfs.xfs", "e2fsck", "modprobe", "python3", "bl
 MODULES = (
     "virtio_pci", "virtio_console", "virtio_scsi", "virtio_blk", "sd_mod", "ext4", "xfs",
     "crc32c_generic", "9pnet_virtio", "9p", "virtiofs", "overlay", "loop",
+    "virtio_net", "nfs", "nfsv3", "nfsv4",
 )  # fmt: skip
 # Parts of Python's library that no agent needs.
 _PYTHON_WITHOUT = (

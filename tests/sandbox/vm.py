@@ -99,8 +99,11 @@ class VM:
         drives: list[Path] | None = None,
         guest: Guest | None = None,
         prefix: tuple[str, ...] = (),
+        network: tuple[str, str] | None = None,
     ) -> None:
         self._guest = guest or build()
+        # A tap device, and the guest's address with its prefix length.
+        self._network = network
         # What QEMU is started by, for one in a network namespace.
         self._prefix = prefix
         self._memory, self._virtiofs, self._shares, self._drives = memory, virtiofs, shares or {}, drives or []
@@ -144,7 +147,8 @@ class VM:
             "-display", "none", "-no-reboot",
             "-object", f"memory-backend-memfd,id=mem,size={self._memory},share=on",
             "-kernel", str(self._guest.kernel), "-initrd", str(self._guest.initramfs),
-            "-append", "console=ttyS0 panic=-1 scsi_mod.scan=none mitigations=off tsc=reliable random.trust_cpu=on",
+            "-append", "console=ttyS0 panic=-1 scsi_mod.scan=none mitigations=off tsc=reliable random.trust_cpu=on"
+            + (f" runvol.ip={self._network[1]}" if self._network else ""),
             "-chardev", f"file,id=console,path={self.directory}/console.log", "-serial", "chardev:console",
             "-qmp", f"unix:{self.directory}/qmp.sock,server=on,wait=off",
             "-device", "pci-bridge,bus=pcie.0,id=pci-bridge-0,chassis_nr=1,shpc=off,addr=2,io-reserve=4k,mem-reserve=1m,pref64-reserve=1m",
@@ -153,7 +157,7 @@ class VM:
             "-chardev", f"socket,id=agent,path={self.directory}/agent.sock,server=on,wait=off",
             "-device", "virtserialport,bus=serial0.0,chardev=agent,name=agent.channel.0",
             "-object", "rng-random,id=rng0,filename=/dev/urandom", "-device", "virtio-rng-pci,rng=rng0",
-            "-nic", "user,model=virtio-net-pci,restrict=on",
+            *self._nic(),
         ]  # fmt: skip
         if self._virtiofs is not None:
             command += ["-chardev", f"socket,id=fs,path={self.directory}/virtiofs.sock",
@@ -168,6 +172,12 @@ class VM:
                         "-device", f"pcie-root-port,id=port{number},chassis={number + 10}",
                         "-device", f"virtio-blk-pci,bus=port{number},drive=cold{number},iothread=io{number},num-queues=2,id=vd{number}"]  # fmt: skip
         return command
+
+    def _nic(self) -> list[str]:
+        if self._network is None:
+            return ["-nic", "user,model=virtio-net-pci,restrict=on"]
+        return ["-netdev", f"tap,id=net0,ifname={self._network[0]},script=no,downscript=no",
+                "-device", "virtio-net-pci,netdev=net0"]  # fmt: skip
 
     def _connect_qmp(self) -> None:
         path = str(self.directory / "qmp.sock")

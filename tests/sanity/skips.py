@@ -36,7 +36,11 @@ OF_FILES: tuple[tuple[str, str], ...] = tuple(
 )
 
 
+_NO_GROUPS = "the backend takes no snapshots of groups, and does not say that it does"
+OF_NFS: tuple[tuple[str, str], ...] = (("GroupController Service *", _NO_GROUPS),)
+
+
 def reason(spec: str, backend: str = "loop") -> str | None:
     """Why `spec` may be skipped; None if it must run."""
-    allowed = ALLOWED + (OF_FILES if backend != "loop" else ())
+    allowed = ALLOWED + {"loop": (), "nfs": OF_NFS}.get(backend, OF_FILES)
     return next((why for pattern, why in allowed if fnmatch.fnmatchcase(spec, pattern)), None)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from blockdev import syscalls
+from tests import ganesha
 
 ROOT = Path("/srv/export")
 VERSIONS = ("3", "4.0", "4.1", "4.2")
@@ -115,63 +116,23 @@ class KernelNfs:
         raise RuntimeError(f"{ROOT} is still in use")
 
 
-class Ganesha:
-    """nfs-ganesha, a server that is a process, so that it can be killed and frozen. NFS 4 only, on the usual port."""
+class Ganesha(ganesha.Ganesha):
+    """nfs-ganesha over a disk of its own. NFS 4 only, on the usual port."""
 
     def __init__(self, directory: Path) -> None:
         if not in_user_mode_kernel():
-            pytest.skip("the NFS server covers /etc and /var/lib, which only a kernel of the tests' own allows")
-        self.tree = Path(os.environ["RUNVOL_NFS"])
-        self.directory, self.root = directory, directory / "export"
-        library = self.tree / "usr/lib/x86_64-linux-gnu"
-        places = (library, self.tree / "lib/x86_64-linux-gnu", self.tree / "usr/lib/ganesha", library / "libnfsidmap")
-        self._environment = {**os.environ, "LD_LIBRARY_PATH": ":".join(map(str, places))}
-        self.root.mkdir(parents=True)
+            pytest.skip("the NFS client's modules are loaded here, which only a kernel of the tests' own allows")
+        root = directory / "export"
+        root.mkdir(parents=True)
+        super().__init__(directory, root, tree=Path(os.environ["RUNVOL_NFS"]))
         with open(directory / "disk", "wb") as opened:
             opened.truncate(256 << 20)
         subprocess.run(["mkfs.ext4", "-q", directory / "disk"], check=True)
-        subprocess.run(["mount", "-o", "loop", directory / "disk", self.root], check=True)
+        subprocess.run(["mount", "-o", "loop", directory / "disk", root], check=True)
         subprocess.run(["modprobe", "-d", "/run/kernel", "-a", "nfs", "nfsv4"], check=True)
-        if not Path("/etc/netconfig").exists():
-            subprocess.run(
-                ["mount", "-t", "overlay", "-o", f"lowerdir={self.tree}/etc:/etc", "none", "/etc"], check=True
-            )
-        for place in ("/run/ganesha", "/var/lib/nfs/ganesha"):
-            os.makedirs(place, exist_ok=True)
-        (directory / "idmapd.conf").write_text("[General]\nDomain=localdomain\n[Translation]\nMethod=static\n")
-        (directory / "conf").write_text(f"""
-NFS_CORE_PARAM {{ Plugins_Dir = {library}/ganesha; Protocols = 4; Enable_NLM = false; Enable_RQUOTA = false; }}
-NFSv4 {{ Lease_Lifetime = 10; Graceless = true; Minor_Versions = 0,1,2; RecoveryRoot = {directory};
-  IdmapConf = {directory}/idmapd.conf; Only_Numeric_Owners = true; }}
-EXPORT {{ Export_Id = 1; Path = {self.root}; Pseudo = /exp; Access_Type = RW; Squash = No_Root_Squash; SecType = sys;
-  FSAL {{ Name = VFS; }} }}
-""")
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        program = self.tree / "usr/bin/ganesha.nfsd"
-        log = self.directory / "log"
-        self.process = subprocess.Popen(
-            [program, "-F", "-f", self.directory / "conf", "-L", log, "-N", "EVENT", "-p", self.directory / "pid"],
-            env=self._environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        until = time.monotonic() + 30
-        while not (log.exists() and "NFS SERVER INITIALIZED" in log.read_text()):
-            assert time.monotonic() < until, log.read_text()[-2000:]
-            assert self.process.poll() is None, log.read_text()[-2000:]
-            time.sleep(0.1)
-        log.rename(self.directory / "log.old")
-
-    def signal(self, number: int) -> None:
-        assert self.process is not None
-        self.process.send_signal(number)
-        if number == signal.SIGKILL:
-            self.process.wait()
 
     def close(self) -> None:
-        if self.process is not None and self.process.poll() is None:
-            self.signal(signal.SIGCONT)
-            self.signal(signal.SIGKILL)
+        self.end()
         with open("/proc/self/mounts") as mounts:
             left = [line.split()[1] for line in mounts if line.startswith("127.0.0.1:")]
         for place in left:

@@ -1,0 +1,118 @@
+"""The node plugin does a FlexVolume call, asked over a socket: no imports, no stores to open, one process that knows.
+
+One JSON document each way, ended by closing the sending side. What cannot be answered here is done by the caller
+alone, so nothing depends on this.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import struct
+import threading
+import time
+from collections.abc import Sequence
+
+from blockdev import Deadline
+from flexvolume.calls import Driver, Status
+from guestmount import Node
+
+log = logging.getLogger("runvol.flexvolume")
+
+SOCKET = "flexvolume.sock"
+VERSION = 1
+_LARGEST = 1 << 20
+_AT_ONCE = 64
+_PATIENCE = 5.0
+
+
+class Service:
+    """Listens on `<run_dir>/flexvolume.sock` from `start` to `stop`; only the user that runs it is answered."""
+
+    def __init__(self, node: Node, run_dir: str) -> None:
+        self._node, self._directory = node, os.path.join(run_dir, "flexvolume")
+        self._path = os.path.join(run_dir, SOCKET)
+        self._free = threading.Semaphore(_AT_ONCE)
+
+    def start(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path)
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        before = os.umask(0o177)
+        try:
+            self._listener.bind(self._path)
+        finally:
+            os.umask(before)
+        self._listener.listen(_AT_ONCE)
+        threading.Thread(target=self._accept, name="flexvolume", daemon=True).start()
+
+    def stop(self) -> None:
+        """No further call; those under way end with the process, and their callers go on alone."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path)
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            if _peer(connection) != os.geteuid() or not self._free.acquire(blocking=False):
+                connection.close()
+                continue
+            threading.Thread(target=self._serve, args=[connection], name="flexvolume call", daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        try:
+            with connection:
+                connection.settimeout(_PATIENCE)
+                request = _request(_all_of(connection))
+                if request is not None:
+                    connection.sendall(self._answer(*request).encode())
+        except (OSError, ValueError) as error:
+            log.warning("a call was not answered", extra={"why": str(error)})
+        finally:
+            self._free.release()
+
+    def _answer(self, words: Sequence[str], name: str, seconds: float) -> str:
+        started = time.monotonic()
+        reply = Driver(self._node, directory=self._directory, name=name).answer(words, Deadline.after(seconds))
+        level = logging.INFO if reply.status is Status.SUCCESS else logging.WARNING
+        target = words[1] if words[0] in ("mount", "unmount") and len(words) > 1 else ""
+        took = round((time.monotonic() - started) * 1000, 1)
+        log.log(level, "call done", extra={"call": words[0][:40], "target": target[:4096], "ms": took,
+                                           "status": reply.status.value, "reason": reply.message})  # fmt: skip
+        return json.dumps(reply.document())
+
+
+def _peer(connection: socket.socket) -> int:
+    _pid, uid, _gid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return int(uid)
+
+
+def _all_of(connection: socket.socket) -> bytes:
+    data = b""
+    while part := connection.recv(1 << 16):
+        data += part
+        if len(data) > _LARGEST:
+            raise ValueError(f"a request of more than {_LARGEST} bytes")
+    return data
+
+
+def _request(data: bytes) -> tuple[list[str], str, float] | None:
+    """Words, the driver's name and the seconds that the call may take; None for a version that is not ours."""
+    found = json.loads(data)
+    if not isinstance(found, dict) or found.get("version") != VERSION:
+        return None
+    words, name, seconds = found.get("words"), found.get("name"), found.get("seconds")
+    if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
+        return None
+    if not isinstance(name, str) or not isinstance(seconds, int | float):
+        return None
+    return words, name, max(1.0, min(float(seconds), 3600.0))

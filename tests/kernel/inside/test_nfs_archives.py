@@ -1,0 +1,256 @@
+"""Snapshots and clones of NFS volumes: archives on the share, made by whoever asks again, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from tests.driver import POD, Driver, mount_capability
+from tests.kernel.inside.nfs import ROOT, KernelNfs
+
+RWX = mount_capability("MULTI_NODE_MULTI_WRITER")
+SHARE = ROOT / "share"
+
+
+@pytest.fixture(scope="module")
+def nfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KernelNfs]:
+    server = KernelNfs(tmp_path_factory.mktemp("nfs") / "exported", size=512 << 20)
+    server.start()
+    for name in ("share", "other"):
+        (ROOT / name).mkdir(mode=0o777)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def driver(nfs: KernelNfs, tmp_path: Path) -> Iterator[Driver]:
+    with Driver(tmp_path / "d") as running:
+        yield running
+        for entry in running.client.ListSnapshots().entries:
+            running.client.DeleteSnapshot(snapshot_id=entry.snapshot.snapshot_id)
+        for entry in running.client.ListVolumes().entries:
+            running.delete(entry.volume)
+        assert not running.mounts(), "left mounted"
+        assert os.listdir(SHARE / ".runvol") == [] if (SHARE / ".runvol").exists() else True
+    for name in os.listdir(SHARE):
+        if name.startswith("archived-"):
+            subprocess.run(["rm", "-rf", SHARE / name], check=True)
+
+
+def create(
+    driver: Driver, name: str, size: int = 64 << 20, share: str = "share", timeout: float = 60, **more: Any
+) -> Any:
+    content = {"volume_content_source": more.pop("source")} if "source" in more else {}
+    parameters = {"backend": "nfs", "server": "127.0.0.1", "path": str(ROOT / share), **more}
+    return driver.client.CreateVolume(
+        timeout=timeout, name=name, capacity_range={"required_bytes": size}, volume_capabilities=[RWX], parameters=parameters,
+        **content,
+    ).volume  # fmt: skip
+
+
+def snapshot(driver: Driver, name: str, volume: Any) -> Any:
+    return driver.client.CreateSnapshot(name=name, source_volume_id=volume.volume_id).snapshot
+
+
+def fill(volume: Any, mib: int = 0) -> Path:
+    place = Path(volume.volume_context["path"])
+    (place / "d").mkdir()
+    (place / "d/f").write_text("old")
+    (place / "link").symlink_to("/etc/passwd")
+    os.chown(place / "d/f", 1000, 2000)
+    for number in range(mib):
+        (place / f"big-{number}").write_bytes(os.urandom(1 << 20))
+    return place
+
+
+def same(place: Path) -> None:
+    assert (place / "d/f").read_text() == "old"
+    assert ((place / "d/f").stat().st_uid, (place / "d/f").stat().st_gid) == (1000, 2000)
+    assert os.readlink(place / "link") == "/etc/passwd"
+
+
+def test_a_snapshot_outlives_its_volume_and_becomes_a_new_one(driver):
+    volume = create(driver, "one")
+    place = fill(volume)
+    taken = snapshot(driver, "s", volume)
+    assert taken.ready_to_use
+    assert taken.size_bytes == volume.capacity_bytes
+    assert not taken.accessible_topology
+    assert snapshot(driver, "s", volume) == taken
+    (place / "d/f").write_text("new")
+    driver.delete(volume)
+    restored = create(driver, "two", source={"snapshot": {"snapshot_id": taken.snapshot_id}})
+    same(Path(restored.volume_context["path"]))
+    assert restored.content_source.snapshot.snapshot_id == taken.snapshot_id
+    driver.stage(restored, RWX)
+    target = driver.publish(restored, POD.format(1), runtime="runc", capability=RWX)
+    assert (Path(target) / "d/f").read_text() == "old"
+    driver.unpublish(restored, POD.format(1))
+    driver.unstage(restored)
+    again = create(driver, "two", source={"snapshot": {"snapshot_id": taken.snapshot_id}})
+    assert again == restored
+
+
+def test_a_clone_has_its_own_content(driver):
+    volume = create(driver, "one")
+    place = fill(volume)
+    cloned = create(driver, "two", source={"volume": {"volume_id": volume.volume_id}})
+    same(Path(cloned.volume_context["path"]))
+    (place / "d/f").write_text("new")
+    same(Path(cloned.volume_context["path"]))
+
+
+def test_a_whole_share_is_copied_without_our_records(driver):
+    share = create(driver, "whole", volumeAs="sharepath")
+    (SHARE / "f").write_text("x")
+    cloned = create(driver, "two", source={"volume": {"volume_id": share.volume_id}})
+    assert os.listdir(cloned.volume_context["path"]) == ["f"]
+    (SHARE / "f").unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        ({"size": 4096}, "OUT_OF_RANGE", "bytes"),
+        ({"share": "other"}, "INVALID_ARGUMENT", "another share"),
+        ({"volumeAs": "sharepath"}, "INVALID_ARGUMENT", "volumeAs"),
+        ({"source": {"snapshot": {"snapshot_id": "nfssnap-0123456789ab-0"}}}, "INVALID_ARGUMENT", "another share"),
+        ({"source": {"snapshot": {"snapshot_id": "snap-1"}}}, "NOT_FOUND", "snap-1"),
+        ({"source": {"volume": {"volume_id": "loop-1"}}}, "NOT_FOUND", "loop-1"),
+    ],
+)
+def test_what_a_source_cannot_become(driver, change, code, words):
+    volume = create(driver, "one")
+    taken = snapshot(driver, "s", volume)
+    asked = {"source": {"snapshot": {"snapshot_id": taken.snapshot_id}}} | change
+    with pytest.raises(grpc.RpcError) as refused:
+        create(driver, "two", **asked)
+    assert refused.value.code().name == code, refused.value.details()
+    assert words in refused.value.details()
+    with pytest.raises(grpc.RpcError) as refused:
+        driver.client.CreateSnapshot(name="s", source_volume_id=create(driver, "three").volume_id)
+    assert refused.value.code().name == "ALREADY_EXISTS"
+
+
+def test_a_directory_of_somebody_else_is_not_taken(driver):
+    volume = create(driver, "one")
+    (SHARE / "two").mkdir()
+    (SHARE / "two/theirs").write_text("x")
+    with pytest.raises(grpc.RpcError) as refused:
+        create(driver, "two", source={"volume": {"volume_id": volume.volume_id}})
+    assert refused.value.code().name == "ALREADY_EXISTS"
+    assert (SHARE / "two/theirs").read_text() == "x"
+    subprocess.run(["rm", "-rf", SHARE / "two"], check=True)
+
+
+def test_a_link_in_a_volumes_place_leads_nowhere(driver):
+    """Pods that have the whole share can put one there."""
+    volume = create(driver, "one")
+    place = Path(volume.volume_context["path"])
+    place.rmdir()
+    place.symlink_to("/etc")
+    with pytest.raises(grpc.RpcError):
+        snapshot(driver, "s", volume)
+    place.unlink()
+    place.mkdir()
+    assert snapshot(driver, "s", volume).ready_to_use
+
+
+def test_nothing_is_deleted_that_is_being_copied_and_a_killed_copy_is_begun_again(driver):
+    volume = create(driver, "one")
+    place = fill(volume, 120)
+    for number in range(6):
+        asked = {"name": f"s{number}", "source_volume_id": volume.volume_id}
+        call = driver.client.channel  # the call is left behind by the kill
+        del call
+        try:
+            driver.client.CreateSnapshot(timeout=0.15 + 0.15 * number, **asked)
+        except grpc.RpcError as error:
+            assert error.code().name in ("DEADLINE_EXCEEDED", "ABORTED"), error
+        driver.process.send_signal(signal.SIGKILL)
+        driver.process.wait()
+        driver.start()
+        listed = {one.snapshot.snapshot_id: one.snapshot.ready_to_use for one in driver.client.ListSnapshots().entries}
+        if not all(listed.values()):
+            with pytest.raises(grpc.RpcError) as refused:
+                driver.delete(volume)
+            assert refused.value.code().name == "ABORTED"
+            assert "being copied" in refused.value.details()
+        until = time.monotonic() + 60
+        while not driver.client.CreateSnapshot(timeout=30, **asked).snapshot.ready_to_use:
+            assert time.monotonic() < until
+    snapshots = [one.snapshot for one in driver.client.ListSnapshots().entries]
+    assert len(snapshots) == 6
+    (SHARE / ".runvol" / f"{snapshots[0].snapshot_id}.new.tar").write_text("left by a kill")
+    source = {"snapshot": {"snapshot_id": snapshots[-1].snapshot_id}}
+    for number in range(3):
+        try:
+            create(driver, f"r{number}", source=source, timeout=0.2 + 0.2 * number)
+        except grpc.RpcError as error:
+            assert error.code().name in ("DEADLINE_EXCEEDED", "ABORTED"), error
+        driver.process.send_signal(signal.SIGKILL)
+        driver.process.wait()
+        driver.start()
+        until = time.monotonic() + 60
+        while True:
+            try:
+                restored = create(driver, f"r{number}", source=source)
+                break
+            except grpc.RpcError as error:
+                assert error.code().name == "ABORTED"
+                assert time.monotonic() < until
+        new = Path(restored.volume_context["path"])
+        same(new)
+        assert (new / "big-119").read_bytes() == (place / "big-119").read_bytes()
+        assert sorted(os.listdir(new)) == sorted(os.listdir(place))
+        driver.delete(restored)
+        subprocess.run(["rm", "-rf", *SHARE.glob("archived-r*")], check=True)
+
+
+def test_a_long_copy_says_how_far_it_is(driver, nfs):
+    """The server stops in the middle: the call answers all the same, and the copy ends once the server is back."""
+    volume = create(driver, "one")
+    fill(volume, 100)
+    nfs.stop()
+    try:
+        with pytest.raises(grpc.RpcError) as refused:
+            create(driver, "two", source={"volume": {"volume_id": volume.volume_id}}, timeout=20)
+        assert "127.0.0.1" in refused.value.details()
+    finally:
+        nfs.start()
+    until = time.monotonic() + 60
+    while True:
+        try:
+            cloned = create(driver, "two", source={"volume": {"volume_id": volume.volume_id}})
+            break
+        except grpc.RpcError as error:
+            assert time.monotonic() < until, error
+            time.sleep(0.5)
+    same(Path(cloned.volume_context["path"]))
+
+
+def test_a_full_share_leaves_nothing_half(driver):
+    volume = create(driver, "one")
+    fill(volume, 150)
+    filler = ROOT / "filler"
+    with filler.open("wb") as file:
+        free = os.statvfs(ROOT)
+        os.posix_fallocate(file.fileno(), 0, max(1, free.f_bavail * free.f_frsize - (60 << 20)))
+    try:
+        for call in (lambda: snapshot(driver, "s", volume),
+                     lambda: create(driver, "two", source={"volume": {"volume_id": volume.volume_id}})):  # fmt: skip
+            with pytest.raises(grpc.RpcError) as refused:
+                call()
+            assert refused.value.code().name == "RESOURCE_EXHAUSTED", refused.value.details()
+    finally:
+        filler.unlink()
+    assert snapshot(driver, "s", volume).ready_to_use
+    same(Path(create(driver, "two", source={"volume": {"volume_id": volume.volume_id}}).volume_context["path"]))

@@ -1,0 +1,197 @@
+"""Trees of files copied by tar, with progress: into an archive, out of one, or from one directory to another.
+
+tar keeps owners, modes, times, links, sparse files and extended attributes, never follows a link on its way in, and is
+a process of its own: what hangs on a dead server is not this one. Directories come as descriptors, so that nobody can
+put a link in their place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import IO
+
+from volumes.errors import NoSpace, StoreFailed, VolumeUnfinished
+
+log = logging.getLogger("runvol.archives")
+
+_TAR = ("tar", "--numeric-owner", "--xattrs", "--sparse", "-f", "-")
+_ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
+_PART = 1 << 20
+_TELL_EVERY = 10.0
+
+
+@dataclass
+class Progress:
+    """Bytes that have been copied, and how many there are; an estimate, as files change meanwhile."""
+
+    what: str
+    total: int = 0
+    done: int = 0
+    _told: float = field(default_factory=time.monotonic)
+
+    @property
+    def percent(self) -> int:
+        return min(99, self.done * 100 // self.total) if self.total else 0
+
+    def add(self, count: int) -> None:
+        self.done += count
+        if time.monotonic() - self._told > _TELL_EVERY:
+            self._told = time.monotonic()
+            log.info("copying", extra={"what": self.what, "percent": self.percent, "bytes": self.done})
+
+
+def pack(source: int, archive: IO[bytes], progress: Progress, *, without: Sequence[str] = ()) -> None:
+    """All that is in the directory `source`, as an archive. Files that change meanwhile are as they were when read.
+
+    `without` are names at the top that are left out.
+    """
+    progress.total = _size(source)
+    with _reading(source, without) as tar:
+        _pump(tar.pipe, archive, progress)
+
+
+def unpack(archive: IO[bytes], target: int, progress: Progress) -> None:
+    """An archive's content into the empty directory `target`."""
+    progress.total = os.fstat(archive.fileno()).st_size
+    with _writing(target) as tar:
+        _pump(archive, tar.pipe, progress)
+
+
+def copy(source: int, target: int, progress: Progress, *, without: Sequence[str] = ()) -> None:
+    """All that is in the directory `source`, into the empty directory `target`."""
+    progress.total = _size(source)
+    with _writing(target) as writing, _reading(source, without) as reading:
+        _pump(reading.pipe, writing.pipe, progress)
+
+
+def _reading(directory: int, without: Sequence[str]) -> _Tar:
+    excluded = [f"--exclude=./{name}" for name in without]
+    return _Tar(directory, "-c", "--anchored", "--no-wildcards", *excluded, ".", stdout=subprocess.PIPE, tolerated=1)
+
+
+def _writing(directory: int) -> _Tar:
+    return _Tar(directory, "-x", "-p", stdin=subprocess.PIPE)
+
+
+class _Tar:
+    """One tar in a directory; StoreFailed or NoSpace with its words at the end unless it ended well."""
+
+    def __init__(
+        self, directory: int, *arguments: str, stdin: int = subprocess.DEVNULL, stdout: int = subprocess.DEVNULL,
+        tolerated: int = 0,
+    ) -> None:  # fmt: skip
+        self._tolerated = tolerated
+        with ExitStack() as stack:
+            self._said = stack.enter_context(tempfile.TemporaryFile())
+            self.process = subprocess.Popen(
+                [*_TAR, "-C", f"/proc/self/fd/{directory}", *arguments], pass_fds=[directory], env=_ENVIRONMENT,
+                stdin=stdin, stdout=stdout, stderr=self._said, start_new_session=True,
+            )  # fmt: skip
+            stack.pop_all()
+
+    @property
+    def pipe(self) -> IO[bytes]:
+        """Where its archive comes out, or goes in."""
+        pipe = self.process.stdin or self.process.stdout
+        if pipe is None:
+            raise StoreFailed("tar has no pipe")
+        return pipe
+
+    def __enter__(self) -> _Tar:
+        return self
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        """The tar that is written to tells why it took no more; one that is read from is only ended."""
+        with self._said:
+            broken = isinstance(error, BrokenPipeError) and self.process.stdin is not None
+            if error is not None and not broken:
+                self.process.kill()
+            for pipe in (self.process.stdin, self.process.stdout):
+                if pipe is not None:
+                    with contextlib.suppress(BrokenPipeError):
+                        pipe.close()
+            status = self.process.wait()
+            if error is not None and not broken:
+                return
+            if not 0 <= status <= self._tolerated or broken:
+                self._said.seek(0)
+                words = self._said.read(2000).decode("utf-8", "replace").strip()
+                if "No space left" in words or "quota exceeded" in words:
+                    raise NoSpace(f"tar: {words}")
+                raise StoreFailed(f"tar ended with status {status}: {words}")
+
+
+def _pump(source: IO[bytes], target: IO[bytes], progress: Progress) -> None:
+    while data := source.read(_PART):
+        target.write(data)
+        progress.add(len(data))
+    target.flush()
+
+
+def _size(directory: int) -> int:
+    done = subprocess.run(
+        ["du", "-s", "-B1", "--apparent-size", f"/proc/self/fd/{directory}/."], pass_fds=[directory], env=_ENVIRONMENT,
+        capture_output=True, check=False,
+    )  # fmt: skip
+    words = done.stdout.split()
+    return int(words[0]) if words and words[0].isdigit() else 0
+
+
+class Jobs:
+    """Long work by key: who asks again joins it instead of beginning another."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._jobs: dict[str, _Job] = {}
+
+    def finished(self, key: str, what: str, work: Callable[[Progress], None], patience: float) -> None:
+        """Return once `work` has ended well. Raises what it raised; VolumeUnfinished, with how far it is, if it
+        takes longer than `patience` seconds: it goes on, and the next call waits for it again."""
+        with self._lock:
+            job = self._jobs.get(key)
+            if job is None:
+                job = self._jobs[key] = _Job(Progress(what), work)
+                job.thread.start()
+        if not job.over.wait(patience):
+            raise VolumeUnfinished(f"{what}: {job.progress.percent}% ({job.progress.done} bytes) done; ask again")
+        with self._lock:
+            if self._jobs.get(key) is job:
+                del self._jobs[key]
+        if job.error is not None:
+            raise job.error
+
+    def progress(self, key: str) -> Progress | None:
+        """How far the work under `key` is; None if there is none."""
+        with self._lock:
+            job = self._jobs.get(key)
+        return job.progress if job is not None and not job.over.is_set() else None
+
+
+class _Job:
+    def __init__(self, progress: Progress, work: Callable[[Progress], None]) -> None:
+        self.progress, self.over = progress, threading.Event()
+        self.error: BaseException | None = None
+        self._work = work
+        # A daemon: the next process begins the work again.
+        self.thread = threading.Thread(target=self._run, name=progress.what, daemon=True)
+
+    def _run(self) -> None:
+        started = time.monotonic()
+        try:
+            self._work(self.progress)
+            log.info("copied", extra={"what": self.progress.what, "bytes": self.progress.done,
+                                      "seconds": round(time.monotonic() - started, 1)})  # fmt: skip
+        except BaseException as error:
+            log.warning("not copied", extra={"what": self.progress.what, "why": str(error)})
+            self.error = error
+        finally:
+            self.over.set()

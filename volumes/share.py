@@ -1,0 +1,107 @@
+"""What runvol keeps on an NFS share beside the volumes: `<share>/.runvol`, one JSON record a volume or snapshot.
+
+Any controller can go on where another one ended, and nothing is lost with a node. Pods that have the whole share can
+write here too, so nothing that is read is trusted to be a path, and links are not followed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import TypeVar
+
+import msgspec
+
+from volumes.errors import VolumeUnfinished
+
+RECORDS = ".runvol"
+_LONGEST = 65536
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """`<id>.json` of a volume. `directory` is below the share; empty for the share itself. `source`: what it was made
+    from; `filled`: its content is whole in `new-<id>`, or in its place already."""
+
+    volume_id: str
+    name: str
+    directory: str
+    capacity: int
+    parameters: dict[str, str]
+    ready: bool
+    source: str = ""
+    filled: bool = False
+
+
+class SnapshotRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """`<id>.json` of a snapshot, whose content is `<id>.tar`. `capacity`: what a volume of it needs; `created`: seconds
+    since 1970."""
+
+    snapshot_id: str
+    name: str
+    source: str
+    capacity: int
+    created: float
+    ready: bool
+
+
+R = TypeVar("R", Record, SnapshotRecord)
+
+
+def read(root: int, name: str, kind: type[R]) -> R | None:
+    """The record of this id; VolumeUnfinished if it cannot be read."""
+    try:
+        fd = os.open(f"{RECORDS}/{name}.json", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=root)
+    except FileNotFoundError:
+        return None
+    with open(fd, "rb") as file:
+        try:
+            return msgspec.json.decode(file.read(_LONGEST), type=kind)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise VolumeUnfinished(f"the share's {RECORDS}/{name}.json cannot be read: {error}") from None
+
+
+def write(root: int, record: Record | SnapshotRecord) -> None:
+    """Replace the record, whole or not at all."""
+    make(root)
+    name = record.volume_id if isinstance(record, Record) else record.snapshot_id
+    new = f"{RECORDS}/.{name}.{os.getpid()}.new"
+    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600, dir_fd=root)
+    try:
+        os.write(fd, msgspec.json.encode(record))
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    os.rename(new, f"{RECORDS}/{name}.json", src_dir_fd=root, dst_dir_fd=root)
+
+
+def make(root: int) -> None:
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(RECORDS, 0o700, dir_fd=root)
+
+
+def remove(root: int, name: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(f"{RECORDS}/{name}.json", dir_fd=root)
+
+
+def records(root: int, prefix: str, kind: type[R]) -> Iterator[R]:
+    """Those whose id begins with `prefix`."""
+    try:
+        fd = directory(root, RECORDS)
+    except FileNotFoundError:
+        return
+    try:
+        names = sorted(os.listdir(fd))
+    finally:
+        os.close(fd)
+    for name in names:
+        if name.startswith(prefix) and name.endswith(".json"):
+            record = read(root, name.removesuffix(".json"), kind)
+            if record is not None:
+                yield record
+
+
+def directory(root: int, path: str) -> int:
+    """A directory of the share as a descriptor; a link is none."""
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=root)
