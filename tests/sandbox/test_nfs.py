@@ -53,8 +53,8 @@ def test_the_guests_kernel_mounts_the_export(nas: Nas, version: str) -> None:
     code, said = nas.sandbox.run(container, "sh", "-c", f"echo {version} > /mnt/data/from-{version} && sync")
     assert code == 0, said
     assert (nas.export / f"from-{version}").read_text() == f"{version}\n"
-    (nas.export / "from-host").write_text(version)
-    assert nas.sandbox.run(container, "cat", "/mnt/data/from-host") == (0, version)
+    (nas.export / f"host-{version}").write_text(version)
+    assert nas.sandbox.run(container, "cat", f"/mnt/data/host-{version}") == (0, version)
     nas.sandbox.remove_container(container)
     nas.taken_back(volume)
     assert not os.path.exists(target)
