@@ -37,6 +37,7 @@ class Nas:
 
     directory: Path
     protocols: str = "4"
+    processors: int = 2
     _stack: ExitStack = field(default_factory=ExitStack)
     containers: int = 0
 
@@ -59,7 +60,13 @@ class Nas:
             ganesha.Ganesha(self.directory / "ganesha", self.export, tree=ganesha.tree(), prefix=joined.prefix,
                             protocols=self.protocols))  # fmt: skip
         self.vm = stack.enter_context(
-            VM(prefix=joined.prefix, network=(TAP, f"{GUEST}/24"), virtiofs=shared, shares={"export": self.export, "cached": self.export})
+            VM(
+                prefix=joined.prefix,
+                network=(TAP, f"{GUEST}/24"),
+                processors=self.processors,
+                virtiofs=shared,
+                shares={"export": self.export, "cached": self.export},
+            )
         )
         socket = self.directory / "nri.sock"
         self.driver = stack.enter_context(Driver(environment={"RUNVOL_NRI_SOCKET": str(socket)}, prefix=joined.prefix))

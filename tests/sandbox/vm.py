@@ -100,10 +100,11 @@ class VM:
         guest: Guest | None = None,
         prefix: tuple[str, ...] = (),
         network: tuple[str, str] | None = None,
+        processors: int = 2,
     ) -> None:
         self._guest = guest or build()
         # A tap device, and the guest's address with its prefix length.
-        self._network = network
+        self._network, self._processors = network, processors
         # What QEMU is started by, for one in a network namespace.
         self._prefix = prefix
         self._memory, self._virtiofs, self._shares, self._drives = memory, virtiofs, shares or {}, drives or []
@@ -143,7 +144,7 @@ class VM:
         kvm = accelerator() == "kvm"
         command = [
             *self._prefix, "qemu-system-x86_64", "-machine", "q35,memory-backend=mem", "-accel", "kvm" if kvm else "tcg,thread=multi",
-            "-cpu", "host" if kvm else "max,la57=off", "-smp", "2", "-m", self._memory, "-nodefaults", "-no-user-config",
+            "-cpu", "host" if kvm else "max,la57=off", "-smp", str(self._processors), "-m", self._memory, "-nodefaults", "-no-user-config",
             "-display", "none", "-no-reboot",
             "-object", f"memory-backend-memfd,id=mem,size={self._memory},share=on",
             "-kernel", str(self._guest.kernel), "-initrd", str(self._guest.initramfs),
