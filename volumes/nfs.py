@@ -70,7 +70,7 @@ class NfsBackend:
         export = _share(parameters)
         volume_id = _id(export, name)
         self._remember(export)
-        with self._root(export) as root:
+        with self._root(export) as root, _no_space(f"volume {name}"):
             record = share.read(root, volume_id, Record)
             if record is None:
                 smallest = _SMALLEST if source is None else self._size_of(root, export, source, parameters)
@@ -126,8 +126,8 @@ class NfsBackend:
         """The work that copies the content beside its place, and then puts it there."""
 
         def work(progress: Progress) -> None:
-            with self._root(export) as root, _no_space(record.volume_id):
-                new = f"{RECORDS}/new-{record.volume_id}"
+            new = f"{RECORDS}/new-{record.volume_id}"
+            with self._root(export) as root, _no_space(f"volume {record.name}"), _unless_whole(root, new):
                 at = share.read(root, record.volume_id, Record) or record
                 if not at.filled:
                     _remove_tree(root, new)
@@ -186,7 +186,7 @@ class NfsBackend:
         if export is None:
             raise VolumeNotFound(volume_id)
         snapshot_id = _id(export, name, SNAPSHOT_PREFIX)
-        with self._root(export) as root:
+        with self._root(export) as root, _no_space(f"snapshot {name}"):
             volume = share.read(root, volume_id, Record)
             if volume is None or not volume.ready:
                 raise VolumeNotFound(volume_id)
@@ -207,8 +207,12 @@ class NfsBackend:
 
     def _archiving(self, export: nfs.Export, record: SnapshotRecord, volume: Record) -> Callable[[Progress], None]:
         def work(progress: Progress) -> None:
-            with self._root(export) as root, _no_space(record.snapshot_id):
-                new = f"{record.snapshot_id}.new"
+            new = f"{record.snapshot_id}.new"
+            with (
+                self._root(export) as root,
+                _no_space(f"snapshot {record.name}"),
+                _unless_whole(root, f"{RECORDS}/{new}.tar"),
+            ):
                 with (
                     _opened(root, volume.directory or ".") as directory,
                     open(_archive(root, new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as archive,
@@ -447,6 +451,17 @@ def _no_space(what: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise NoSpace(f"{what} could not be written to its share: {error.strerror}") from error
+        raise
+
+
+@contextlib.contextmanager
+def _unless_whole(root: int, path: str) -> Iterator[None]:
+    """What was half-made at `path` goes with the failure."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            _remove_tree(root, path)
         raise
 
 
