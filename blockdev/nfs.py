@@ -27,7 +27,8 @@ _PORTMAP, _PORTMAP_PORT, _GETPORT, _MOUNTD = 100000, 111, 3, 100005
 # How long a server may take to accept a connection, in seconds.
 PATIENCE = 3.0
 # Set from the server, the version and the node; an option of these would contradict them.
-OWN_OPTIONS = frozenset({"addr", "clientaddr", "vers", "nfsvers", "minorversion", "mountaddr", "v3", "v4", "fscontext"})
+OWN_OPTIONS = frozenset({"addr", "clientaddr", "minorversion", "mountaddr", "v3", "v4", "fscontext"})
+_VERSION_KEYS = frozenset({"vers", "nfsvers"})
 # A controller's mount gives up: 5 s a try, two tries, then EIO.
 _GIVES_UP = ("soft", "timeo=50", "retrans=1")
 
@@ -193,5 +194,19 @@ def _why(error: OSError) -> str:
 
 
 def check_options(options: Sequence[str]) -> str | None:
-    """The first option that contradicts what is set here; None if there is none."""
-    return next((option for option in options if option.partition("=")[0] in OWN_OPTIONS), None)
+    """The first option that contradicts what is set here, or is no version; None if there is none."""
+    for option in options:
+        key, _, value = option.partition("=")
+        if key in OWN_OPTIONS or (key in _VERSION_KEYS and value not in VERSIONS):
+            return option
+    return None
+
+
+def version_among(options: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    """The version that `vers=` or `nfsvers=` asks for, the last one counting as for mount(8), and the other options.
+
+    The version is empty if none does.
+    """
+    asked = [option.partition("=")[2] for option in options if option.partition("=")[0] in _VERSION_KEYS]
+    rest = tuple(option for option in options if option.partition("=")[0] not in _VERSION_KEYS)
+    return (asked[-1] if asked else ""), rest

@@ -53,7 +53,8 @@ def capability(field: str, message: csi_pb2.VolumeCapability, *, given: bool = T
     return Capability(
         mode=access_mode,
         fstype=message.mount.fs_type,
-        mount_flags=tuple(message.mount.mount_flags),
+        # mount(8) takes several in one word, so people write them like that.
+        mount_flags=tuple(word for flag in message.mount.mount_flags for word in flag.split(",")),
         mount_group=message.mount.volume_mount_group,
     )
 

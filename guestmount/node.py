@@ -6,6 +6,7 @@ Every verb may be repeated, comes in any order, and knows nothing but the claim,
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ from blockdev.errors import BlockdevError
 from guestmount import file_delivery, groups, host_delivery, ownership, paths, placeholder, preflight
 from guestmount.claims import HOST, SANDBOX, Cell, Claim, Claims, NfsMount, Owner, Target, Use
 from guestmount.detect import Detector, Runtime
-from guestmount.errors import Conflict, Refused
+from guestmount.errors import BadRequest, Conflict, Refused
 from guestmount.handoff import Delivery, Dialect, KataDialect, NfsDelivery
 from guestmount.requests import PublishRequest, StageRequest, check_capability, exists
 from volumes import Catalog, NfsSource, SizeRange, Source, VolumeKind, VolumeNotFound, parameters
@@ -52,6 +53,8 @@ class Node:
             claim = cell.claim
             fstype = self._fstype(request, source, deadline) if backend.kind is VolumeKind.BLOCK else ""
             use = Use.of(request.capability, fstype)
+            if isinstance(attached, NfsSource):
+                attached, use = _with_version(attached, use, request.context.get("vers", ""))
             if claim is not None and claim.staging_path != staging and not claim.targets:
                 self._let_go(cell, deadline)
                 claim = cell.claim
@@ -371,6 +374,16 @@ def _new_claim(request: StageRequest, source: Source, use: Use, kind: VolumeKind
     return Claim(
         volume=request.volume_id, source=name, staging_path=request.staging_path, use=use, kind=kind, nfs=mount
     )
+
+
+def _with_version(source: NfsSource, use: Use, named: str) -> tuple[NfsSource, Use]:
+    """An NFS version that stands among the mount options, as mount(8) takes it, becomes the mount's."""
+    asked, flags = nfs.version_among(use.mount_flags)
+    if not asked:
+        return source, use
+    if named and named != asked:
+        raise BadRequest("mount_flags", f"vers={asked}", f"contradicts the volume's parameter vers = {named}")
+    return dataclasses.replace(source, version=asked), msgspec.structs.replace(use, mount_flags=flags)
 
 
 def _check_same_stage(claim: Claim, staging: str, use: Use) -> None:

@@ -57,7 +57,7 @@ class PublishRequest:
 def check_capability(capability: Capability, backend: Backend) -> None:
     """BadRequest or Refused for what no volume of this backend can be."""
     for flag in capability.mount_flags:
-        if flag in mounts.FORBIDDEN or "\0" in flag or "," in flag or not flag.isprintable():
+        if not flag or flag in mounts.FORBIDDEN or "\0" in flag or "," in flag or not flag.isprintable():
             raise BadRequest("mount_flags", flag, "is not a mount option that a volume can have")
         refusal = backend.refuses(flag)
         if refusal is not None:

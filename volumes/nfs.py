@@ -63,11 +63,11 @@ class NfsBackend:
         name: str,
         size: SizeRange,
         parameters: Mapping[str, str],
-        _uses: Sequence[Capability],
+        uses: Sequence[Capability],
         source: ContentSource | None = None,
     ) -> Volume:
         """VolumeUnfinished, with how far it is, while the content of `source` is still being copied."""
-        export = _share(parameters)
+        export = _share(parameters, [flag for use in uses for flag in use.mount_flags])
         volume_id = _id(export, name)
         self._remember(export)
         with self._root(export) as root, _no_space(f"volume {name}"):
@@ -76,7 +76,7 @@ class NfsBackend:
                 smallest = _SMALLEST if source is None else self._size_of(root, export, source, parameters)
                 record = Record(
                     volume_id=volume_id, name=name, capacity=sizes.choose(size, smallest=smallest),
-                    directory="" if parameters.get("volumeAs") == "sharepath" else _directory(name),
+                    directory=_place_of(name, parameters),
                     parameters=dict(parameters), ready=False, source=str(source or ""),
                 )  # fmt: skip
                 if source is not None:
@@ -93,10 +93,11 @@ class NfsBackend:
             self._jobs.finished(record.volume_id, f"volume {record.name} from {source}", work, _PATIENCE)
             record = share.read(root, record.volume_id, Record) or record
         elif record.directory:
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(record.directory, 0o777, dir_fd=root)
+            with share.parent(root, record.directory, made=True) as (fd, name), contextlib.suppress(FileExistsError):
+                os.mkdir(name, 0o777, dir_fd=fd)
         if record.directory and (source is None or "mode" in record.parameters):
-            _chmod(root, record.directory, int(record.parameters.get("mode", "0777"), 8))
+            with share.parent(root, record.directory) as (fd, name):
+                _chmod(fd, name, int(record.parameters.get("mode", "0777"), 8))
         share.write(root, msgspec.structs.replace(record, ready=True))
 
     def _size_of(
@@ -144,8 +145,11 @@ class NfsBackend:
                                 archives.copy(directory, target, progress, without=_ours(old))
                     share.write(root, msgspec.structs.replace(at, filled=True))
                 # Without it a killed process has come past this already.
-                with contextlib.suppress(FileNotFoundError):
-                    os.rename(new, record.directory, src_dir_fd=root, dst_dir_fd=root)
+                with (
+                    share.parent(root, record.directory, made=True) as (fd, name),
+                    contextlib.suppress(FileNotFoundError),
+                ):
+                    os.rename(new, name, src_dir_fd=root, dst_dir_fd=fd)
 
         return work
 
@@ -160,7 +164,8 @@ class NfsBackend:
                 return
             self._check_not_copied(root, record)
             share.write(root, msgspec.structs.replace(record, ready=False))
-            if record.directory and (record.ready or not record.source or record.filled):
+            made = record.ready or not record.source or record.filled
+            if record.directory and made and not _has_others(root, record):
                 _take_away(root, record)
             _remove_tree(root, f"{RECORDS}/new-{volume_id}")
             share.remove(root, volume_id)
@@ -307,20 +312,18 @@ class NfsBackend:
 
     def refuses(self, flag: str) -> str | None:
         wrong = nfs.check_options([flag])
-        return None if wrong is None else "is set by runvol from the server, the version and the node"
+        if wrong is None:
+            return None
+        if "vers" in wrong:
+            return f"takes {', '.join(nfs.VERSIONS)}"
+        return "is set by runvol from the server, the version and the node"
 
     def attach(self, volume_id: str, context: Mapping[str, str] | None = None) -> Source:
         """From the volume's context, which any node has; else from the share."""
         facts = context if context and context.get("server") else self._ready(volume_id).parameters
-        for key in ("server", "path"):
-            if not facts.get(key):
-                raise InvalidParameter(key, "", "must be given with the backend nfs")
-        return NfsSource(
-            server=facts["server"],
-            path=facts["path"],
-            version=facts.get("vers", nfs.DEFAULT_VERSION),
-            options=tuple(word for word in facts.get("options", "").split(",") if word),
-        )
+        export = _share(facts, [])
+        _, options = nfs.version_among([word for word in facts.get("options", "").split(",") if word])
+        return NfsSource(server=export.server, path=export.path, version=export.version, options=options)
 
     def recover(self) -> Sequence[str]:
         """A creation or deletion that was interrupted is finished by the same call, made again."""
@@ -386,14 +389,19 @@ def _chmod(directory: int, name: str, mode: int) -> None:
         os.close(fd)
 
 
-def _share(parameters: Mapping[str, str]) -> nfs.Export:
+def _share(parameters: Mapping[str, str], flags: Sequence[str]) -> nfs.Export:
+    """The export, in the version that the parameter `vers`, or else one of the mount options, names."""
     for key in ("server", "path"):
         if not parameters.get(key):
             raise InvalidParameter(key, "", "must be given with the backend nfs")
+    asked, _ = nfs.version_among([*flags, *parameters.get("options", "").split(",")])
+    named = parameters.get("vers", "")
+    if asked and named and asked != named:
+        raise InvalidParameter("vers", named, f"contradicts the mount option for version {asked}")
     return nfs.Export(
         server=parameters["server"],
         path=parameters["path"].rstrip("/") or "/",
-        version=parameters.get("vers", nfs.DEFAULT_VERSION),
+        version=named or asked or nfs.DEFAULT_VERSION,
     )
 
 
@@ -409,6 +417,21 @@ def _id(export: nfs.Export, name: str, prefix: str = PREFIX) -> str:
 def _place(volume_id: str) -> int:
     """A stable place among all volumes of this backend, below 2^56."""
     return int(hashlib.sha256(volume_id.encode()).hexdigest()[:13], 16) + 1
+
+
+def _place_of(name: str, parameters: Mapping[str, str]) -> str:
+    """The volume's directory below the share; empty for the share itself."""
+    if parameters.get("volumeAs") == "sharepath":
+        if parameters.get("subDir"):
+            raise InvalidParameter("subDir", parameters["subDir"], "means nothing with volumeAs: sharepath")
+        return ""
+    return parameters.get("subDir") or _directory(name)
+
+
+def _has_others(root: int, record: Record) -> bool:
+    """Whether another volume has this directory too, or one in it: a subDir may be the same for several."""
+    others = [one for one in share.records(root, PREFIX, Record) if one.volume_id != record.volume_id]
+    return any(f"{one.directory}/".startswith(f"{record.directory}/") for one in others)
 
 
 def _directory(name: str) -> str:
@@ -468,7 +491,8 @@ def _unless_whole(root: int, path: str) -> Iterator[None]:
 def _check_free(root: int, record: Record) -> None:
     """VolumeConflict if something of somebody else's lies where the content would go."""
     try:
-        os.stat(record.directory, dir_fd=root, follow_symlinks=False)
+        with share.parent(root, record.directory) as (fd, name):
+            os.stat(name, dir_fd=fd, follow_symlinks=False)
     except FileNotFoundError:
         return
     raise VolumeConflict(record.name, f"its directory {record.directory!r} is on the share already")
@@ -488,9 +512,9 @@ def _remove_tree(root: int, path: str) -> None:
 
 def _take_away(root: int, record: Record) -> None:
     """Archive the directory, or remove it. Links in it are removed, not followed."""
-    archived = f"{ARCHIVE}{record.directory}-{record.volume_id[-8:]}"
-    with contextlib.suppress(FileNotFoundError):
-        os.rename(record.directory, archived, src_dir_fd=root, dst_dir_fd=root)
+    archived = f"{ARCHIVE}{record.directory.replace('/', '-')[:200]}-{record.volume_id[-8:]}"
+    with contextlib.suppress(FileNotFoundError), share.parent(root, record.directory) as (fd, name):
+        os.rename(name, archived, src_dir_fd=fd, dst_dir_fd=root)
     if record.parameters.get("archiveOnDelete", "true") == "true":
         return
     _remove_tree(root, archived)

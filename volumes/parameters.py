@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from blockdev import filesystems, nfs
@@ -48,6 +48,14 @@ def _is_server(value: str) -> bool:
 
 def _is_path(value: str) -> bool:
     return value.startswith("/") and value.isprintable() and "," not in value and ".." not in value.split("/")
+
+
+def _is_relative(value: str) -> bool:
+    """Below the share, and nothing that is runvol's own there."""
+    parts = value.split("/")
+    return value.isprintable() and all(
+        part and not part.startswith((".", "archived-")) and len(part.encode()) <= 200 for part in parts
+    )
 
 
 def _are_options(value: str) -> bool:
@@ -99,7 +107,7 @@ TABLE: tuple[Parameter, ...] = (
         key="server",
         values="a name or an address",
         default="(none)",
-        meaning="Backend `nfs`: the server. Required.",
+        meaning="Backend `nfs`: the server; `name:/path` says the path as well. Required.",
         accepts=_is_server,
         backends=("nfs",),
         in_context=True,
@@ -113,6 +121,16 @@ TABLE: tuple[Parameter, ...] = (
         backends=("nfs",),
         in_context=True,
         aliases=("share",),
+    ),
+    Parameter(
+        key="subDir",
+        values="a relative path",
+        default="(the PersistentVolume's name)",
+        meaning="Backend `nfs`: the volume's directory below `path`. `${pvc.metadata.name}`, "
+        "`${pvc.metadata.namespace}` and `${pv.metadata.name}` stand for what external-provisioner's "
+        "`--extra-create-metadata` tells.",
+        accepts=_is_relative,
+        backends=("nfs",),
     ),
     Parameter(
         key="volumeAs",
@@ -206,7 +224,7 @@ def check(parameters: Mapping[str, str], *, default: str = "loop") -> dict[str, 
     `default` is the backend of a class that names none.
     """
     mine: dict[str, str] = {}
-    for key, value in parameters.items():
+    for key, value in _spelled_out(parameters):
         known = _BY_KEY.get(key) or _ALIASES.get(key)
         if known is None:
             if key.startswith(RESERVED):
@@ -222,6 +240,35 @@ def check(parameters: Mapping[str, str], *, default: str = "loop") -> dict[str, 
         if _BY_KEY[key].backends and backend not in _BY_KEY[key].backends:
             raise InvalidParameter(key, value, f"is not a parameter of the backend {backend}")
     return mine
+
+
+# What a subDir may speak of, by the reserved parameter that tells it.
+_TEMPLATES = {
+    "${pvc.metadata.name}": f"{RESERVED}pvc/name",
+    "${pvc.metadata.namespace}": f"{RESERVED}pvc/namespace",
+    "${pv.metadata.name}": f"{RESERVED}pv/name",
+}
+
+
+def _spelled_out(parameters: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """The parameters with what others' short forms stand for: a server with its path, names of the claim in subDir."""
+    for key, value in parameters.items():
+        if key == "server" and ":/" in value and not value.startswith("["):
+            server, _, path = value.partition(":")
+            yield "server", server
+            yield "path", path.rstrip("/") or "/"
+        elif key == "subDir":
+            yield key, _filled_in(value, parameters)
+        else:
+            yield key, value
+
+
+def _filled_in(value: str, parameters: Mapping[str, str]) -> str:
+    for word, told in _TEMPLATES.items():
+        if word in value and not parameters.get(told):
+            raise InvalidParameter("subDir", value, f"needs {told}: give external-provisioner --extra-create-metadata")
+        value = value.replace(word, parameters.get(told, ""))
+    return value
 
 
 def check_context(context: Mapping[str, str]) -> dict[str, str]:

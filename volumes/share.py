@@ -7,13 +7,14 @@ write here too, so nothing that is read is trusted to be a path, and links are n
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from typing import TypeVar
 
 import msgspec
 
-from volumes.errors import VolumeUnfinished
+from volumes.errors import StoreFailed, VolumeUnfinished
 
 RECORDS = ".runvol"
 _LONGEST = 65536
@@ -103,5 +104,35 @@ def records(root: int, prefix: str, kind: type[R]) -> Iterator[R]:
 
 
 def directory(root: int, path: str) -> int:
-    """A directory of the share as a descriptor; a link is none."""
-    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=root)
+    """A directory of the share as a descriptor; a link in the path is none. FileNotFoundError, or StoreFailed."""
+    with parent(root, path) as (fd, name):
+        return _opened(fd, name, path)
+
+
+@contextlib.contextmanager
+def parent(root: int, path: str, *, made: bool = False) -> Iterator[tuple[int, str]]:
+    """The directory that holds `path`, and the last name of it; `made` makes what is missing on the way."""
+    *way, name = path.split("/")
+    if ".." in (*way, name) or path.startswith("/"):
+        raise StoreFailed(f"a record on the share speaks of {path!r}, which is no place in it")
+    fd = os.dup(root)
+    try:
+        for part in way:
+            if made:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(part, 0o755, dir_fd=fd)
+            new = _opened(fd, part, path)
+            os.close(fd)
+            fd = new
+        yield fd, name
+    finally:
+        os.close(fd)
+
+
+def _opened(fd: int, name: str, path: str) -> int:
+    try:
+        return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR):
+            raise StoreFailed(f"{path!r} on the share is no directory, or leads through a link") from None
+        raise

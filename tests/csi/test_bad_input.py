@@ -257,7 +257,8 @@ def test_a_capacity_that_cannot_be_is_out_of_range(shared_driver, required, limi
      (csi_pb2.VolumeCapability(mount={}, access_mode={"mode": 42}), ("access_mode", "42")), (mount_capability(fstype="btrfs"), ("btrfs", "ext4, xfs")),
      (mount_capability(group="nobody"), ("volume_mount_group",)), (mount_capability(group="0"), ("volume_mount_group",)),
      (mount_capability(group="4294967296"), ("volume_mount_group",)), (mount_capability(flags=("loop",)), ("mount_flags", "loop")),
-     (mount_capability(flags=("a,b",)), ("mount_flags",)), (mount_capability(flags=("remount",)), ("mount_flags",)),
+     (mount_capability(flags=("a,,b",)), ("mount_flags",)),
+     (mount_capability(flags=("noatime,loop",)), ("mount_flags", "loop")), (mount_capability(flags=("remount",)), ("mount_flags",)),
      (mount_capability(flags=("x" * 5000,)), ("mount_flags", "4096"))],
 )  # fmt: skip
 def test_a_capability_that_cannot_be_is_named(shared_driver, capability, words):

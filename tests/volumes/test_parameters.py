@@ -51,7 +51,8 @@ def test_an_exports_context_says_what_it_is_and_local_ones_leave_it_out():
 @pytest.mark.parametrize(
     ("key", "value"),
     [("server", "a b"), ("server", "-x"), ("server", "a;b"), ("path", "x"), ("path", "/a/../b"), ("path", "/a,b"),
-     ("options", "addr=1.1.1.1"), ("options", "a,,b"), ("options", "vers=3"), ("mode", "9"), ("vers", "4"), ("inSandbox", "refuse")],
+     ("options", "addr=1.1.1.1"), ("options", "a,,b"), ("options", "vers=5"), ("options", "nfsvers=4"), ("subDir", "/a"), ("subDir", "a/../b"),
+     ("subDir", ".runvol"), ("subDir", "a//b"), ("subDir", "archived-x"), ("mode", "9"), ("vers", "4"), ("inSandbox", "refuse")],
 )  # fmt: skip
 def test_an_exports_parameters_are_checked(key, value):
     with pytest.raises(InvalidParameter, match=repr(key)):
@@ -68,3 +69,17 @@ def test_servers_are_names_or_addresses(server):
 def test_every_parameter_is_documented():
     for parameter in parameters.TABLE:
         assert parameter.meaning.endswith(".") and parameter.values and parameter.default
+
+
+def test_short_forms_of_other_drivers_are_spelled_out():
+    asked = {"backend": "nfs", "server": "nas.example.com:/k8s/", "subDir": "${pvc.metadata.namespace}/${pvc.metadata.name}",
+             "csi.storage.k8s.io/pvc/name": "data", "csi.storage.k8s.io/pvc/namespace": "team-a"}  # fmt: skip
+    assert parameters.check(asked) == {
+        "backend": "nfs", "server": "nas.example.com", "path": "/k8s", "subDir": "team-a/data"
+    }  # fmt: skip
+    with pytest.raises(InvalidParameter, match="contradicts path"):
+        parameters.check({"backend": "nfs", "server": "nas:/a", "path": "/b"})
+    with pytest.raises(InvalidParameter, match="extra-create-metadata"):
+        parameters.check({"backend": "nfs", "server": "nas", "path": "/b", "subDir": "${pv.metadata.name}"})
+    with pytest.raises(InvalidParameter, match="relative path"):
+        parameters.check(asked | {"csi.storage.k8s.io/pvc/name": "../x"})

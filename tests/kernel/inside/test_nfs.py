@@ -112,10 +112,91 @@ def test_names_that_csi_driver_nfs_users_write_are_understood(driver):
     )
     assert (ROOT / "share/theirs").stat().st_mode & 0o777 == 0o750
     driver.delete(volume)
-    with pytest.raises(grpc.RpcError, match="'subDir'"):
-        driver.create("x", capability=RWX, backend="nfs", server=SERVER, share=f"{ROOT}/share", subDir="a")
+    with pytest.raises(grpc.RpcError, match="'onDelete'"):
+        driver.create("x", capability=RWX, backend="nfs", server=SERVER, share=f"{ROOT}/share", onDelete="retain")
     with pytest.raises(grpc.RpcError, match="contradicts path"):
         driver.create("x", capability=RWX, backend="nfs", server=SERVER, share="/a", path="/b")
+
+
+def test_a_sub_directory_is_named_and_may_be_shared(driver):
+    one, two = (create(driver, name, subDir="teams/a") for name in ("one", "two"))
+    assert one.volume_context["path"] == f"{ROOT}/share/teams/a"
+    place = ROOT / "share/teams/a"
+    (place / "f").write_text("x")
+    driver.delete(one)
+    assert (place / "f").read_text() == "x", "another volume has it too"
+    below = create(driver, "below", subDir="teams/a/b")
+    driver.delete(two)
+    assert (place / "b").is_dir(), "another volume lies in it"
+    driver.delete(below)
+    three = create(driver, "three", subDir="teams/a")
+    driver.delete(three)
+    assert not place.exists()
+    (archived,) = [
+        name for name in os.listdir(ROOT / "share") if name.startswith("archived-teams-a-") and "-b-" not in name
+    ]
+    assert (ROOT / "share" / archived / "f").read_text() == "x"
+
+
+def test_a_link_on_the_way_leads_nowhere(driver):
+    (ROOT / "share/way").symlink_to("/etc")
+    with pytest.raises(grpc.RpcError, match="leads through a link"):
+        create(driver, "one", subDir="way/a")
+    (ROOT / "share/way").unlink()
+    assert not Path("/etc/a").exists()
+    driver.delete(create(driver, "one", subDir="way/a"))
+
+
+@pytest.mark.parametrize("word", ["nfsvers=4.0", "vers=3", "nolock,tcp,nfsvers=4.2"])
+def test_the_version_may_stand_among_the_mount_options(driver, word):
+    capability = mount_capability("MULTI_NODE_MULTI_WRITER", flags=(word,))
+    volume = create(driver, "one", capability=capability)
+    driver.stage(volume, capability)
+    target = driver.publish(volume, POD.format(1), runtime="runc", capability=capability)
+    (line,) = [one for one in Path("/proc/self/mounts").read_text().splitlines() if f" {target} " in one]
+    assert f"vers={word.rpartition('=')[2]}," in line
+    driver.stage(volume, capability)
+    gone(driver, volume, POD.format(1))
+    with pytest.raises(grpc.RpcError, match="contradicts"):
+        create(driver, "two", capability=capability, vers="4.1")
+
+
+def test_a_static_volumes_mode_is_set_when_it_is_staged(driver):
+    place = ROOT / "moded"
+    (place / "d").mkdir(parents=True)
+    (place / "d/f").write_text("x")
+    (place / "link").symlink_to("/etc/shadow")
+    before = os.stat("/etc/shadow").st_mode
+
+    class Static:
+        volume_id = "nas-moded"
+        volume_context = {"backend": "nfs", "server": SERVER, "path": str(place), "mode": "770"}  # noqa: RUF012
+
+    driver.stage(Static, RWX)
+    assert [path.stat().st_mode & 0o777 for path in (place, place / "d")] == [0o770, 0o755]
+    driver.unstage(Static)
+    Static.volume_context |= {"mode": "750", "modeType": "recursive"}
+    driver.stage(Static, RWX)
+    assert [path.stat().st_mode & 0o777 for path in (place, place / "d", place / "d/f")] == [0o750, 0o750, 0o640]
+    assert os.stat("/etc/shadow").st_mode == before
+    place.chmod(0o700)
+    driver.stage(Static, RWX)
+    assert place.stat().st_mode & 0o777 == 0o700, "set once, not again by kubelet's restart"
+    driver.unstage(Static)
+
+
+def test_gc_leaves_the_claims_of_exports_alone(driver):
+    class Static:
+        volume_id = "nas-of-team-a"
+        volume_context = {"backend": "nfs", "server": SERVER, "path": f"{ROOT}/share"}  # noqa: RUF012
+
+    driver.stage(Static, RWX)
+    target = driver.publish(Static, POD.format(1), runtime="runc", capability=RWX)
+    driver.cli("gc")
+    assert driver.left_over()["claims and locks"]
+    (Path(target) / "still").write_text("x")
+    driver.unpublish(Static, POD.format(1))
+    driver.unstage(Static)
 
 
 def test_a_share_as_a_volume_is_never_removed(driver):
@@ -237,3 +318,40 @@ def test_many_at_once(driver):
     with futures.ThreadPoolExecutor(5) as callers:
         list(callers.map(pod, range(1, 6)))
     gone(driver, volume, *[POD.format(number) for number in range(1, 6)])
+
+
+def test_ten_dead_mounts_hold_up_nobody(driver, nfs):
+    dead = [create(driver, f"dead-{number}", options="hard") for number in range(10)]
+    targets = []
+    for number, volume in enumerate(dead):
+        driver.stage(volume, RWX)
+        targets.append(driver.publish(volume, POD.format(number), runtime="runc", capability=RWX))
+    local = driver.create("local", backend="directory", quota="none")
+    nfs.stop()
+
+    def asked(number: int) -> str:
+        try:
+            driver.client.NodeGetVolumeStats(timeout=6, volume_id=dead[number].volume_id, volume_path=targets[number])
+            return "OK"
+        except grpc.RpcError as error:
+            return error.code().name
+
+    slowest = 0.0
+    with futures.ThreadPoolExecutor(10) as callers:
+        hanging = [callers.submit(asked, number) for number in range(10)]
+        time.sleep(0.5)
+        for _ in range(3):
+            for call in (lambda: driver.stage(local), lambda: driver.publish(local, POD.format(1), runtime="runc"),
+                         lambda: driver.unpublish(local, POD.format(1)), lambda: driver.unstage(local)):  # fmt: skip
+                started = time.monotonic()
+                call()
+                slowest = max(slowest, time.monotonic() - started)
+        assert {one.result() for one in hanging} <= {"DEADLINE_EXCEEDED", "UNAVAILABLE", "FAILED_PRECONDITION", "OK"}
+    assert slowest < 2, slowest
+    for number, volume in enumerate(dead):
+        driver.unpublish(volume, POD.format(number), timeout=10)
+        driver.unstage(volume, timeout=10)
+    nfs.start()
+    for volume in dead:
+        driver.delete(volume)
+    driver.delete(local)

@@ -83,6 +83,8 @@ def test_a_server_killed_and_frozen_at_random(tmp_path: Path, capsys: pytest.Cap
                 driver.unstage(volume)
                 left = {what: found for what, found in driver.left_over().items() if found and what != "rows"}
                 assert not left, f"after round {number}: {left}"
+                helpers = [path.parent.name for path in Path("/proc").glob("[0-9]*/cmdline") if _is_helper(path)]
+                assert not helpers, f"after round {number}: processes that mount: {helpers}"
             driver.delete(volume)
             assert driver.process is not None
             assert driver.process.poll() is None
@@ -91,3 +93,10 @@ def test_a_server_killed_and_frozen_at_random(tmp_path: Path, capsys: pytest.Cap
     with capsys.disabled():
         told = ", ".join(f"{what}: {count}" for what, count in sorted(outcomes.items()))
         print(f"\n  {rounds} rounds, seed {seed}: {told}; the slowest call {slowest:.1f} s ", end="")
+
+
+def _is_helper(path: Path) -> bool:
+    try:
+        return b"one_syscall" in path.read_bytes()
+    except OSError:
+        return False
