@@ -4,7 +4,6 @@ this one with it. One that the kernel does not let go even then is left to it, a
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import threading
 from collections.abc import Sequence
@@ -27,6 +26,8 @@ def mount(source: str, target: str, fstype: str, flags: int, data: str, *, what:
 
 
 def _make(*words: str, what: str, deadline: Deadline, keep: Sequence[int] = ()) -> None:
+    import subprocess
+
     deadline.check(what)
     process = subprocess.Popen(
         [sys.executable, "-I", "-S", _PROGRAM, str(os.getpid()), *words], pass_fds=keep, stdin=subprocess.DEVNULL,

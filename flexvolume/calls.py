@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -125,6 +124,8 @@ class Driver:
             return asked.volume, runtime
         described = dict(asked.described)
         if described["backend"] == NFS:
+            import hashlib
+
             described = parameters.check_context(described)
             # Another version or option is another mount: two pods may want both.
             words = json.dumps([described, asked.mount_flags], sort_keys=True)

@@ -1,17 +1,19 @@
 """Which volume was mounted at a target: kubelet's unmount says nothing but the path.
 
-One small file a target, named by the path's hash, in a directory that a reboot empties, as it empties what the files
+One small file a target, named by the path, in a directory that a reboot empties, as it empties what the files
 speak of.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 
 from blockdev import durable
+
+# NAME_MAX, less what a new record's name has besides.
+_LONGEST = 230
 
 
 class Targets:
@@ -42,4 +44,9 @@ class Targets:
             os.unlink(self._path(target))
 
     def _path(self, target: str) -> str:
-        return os.path.join(self._directory, hashlib.sha256(os.fsencode(target)).hexdigest()[:40])
+        name = target.replace("%", "%25").replace("/", "%2F")
+        if len(os.fsencode(name)) > _LONGEST:
+            import hashlib
+
+            name = hashlib.sha256(os.fsencode(target)).hexdigest()
+        return os.path.join(self._directory, name)

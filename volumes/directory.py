@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import shutil
-import uuid
 from collections.abc import Mapping, Sequence
 
 from blockdev import durable, quotas
@@ -83,7 +81,7 @@ class DirectoryBackend:
             capacity = sizes.choose(size, smallest=_SMALLEST)
             if old is not None:
                 self._drop(old)
-            volume_id = PREFIX + uuid.uuid4().hex
+            volume_id = PREFIX + os.urandom(16).hex()
             with self._store.transaction():
                 self._reserve(capacity)
                 self._store.insert(volume_id=volume_id, name=name, backend=self.name, capacity=capacity,
@@ -136,10 +134,10 @@ class DirectoryBackend:
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
-                shutil.rmtree(old)
+                _remove_tree(old)
                 os.rename(path, old)
         if os.path.lexists(old):
-            shutil.rmtree(old)
+            _remove_tree(old)
         if _limited(row):
             # Where there are no quotas there was never a limit.
             with contextlib.suppress(QuotaUnavailable):
@@ -260,6 +258,12 @@ class DirectoryBackend:
                 f"{more} bytes are asked for and {available} can still be promised in {self._directory}; "
                 "delete volumes, or give the directory a larger disk"
             )
+
+
+def _remove_tree(path: str) -> None:
+    import shutil
+
+    shutil.rmtree(path)
 
 
 def _limited(row: Row) -> bool:

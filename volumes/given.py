@@ -7,7 +7,6 @@ formatted or deleted here.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 from collections.abc import Mapping, Sequence
@@ -34,6 +33,8 @@ class _Given:
 
     def id_of(self, path: str) -> str:
         """The volume's id; InvalidParameter for a path that is not allowed."""
+        import hashlib
+
         real = self._real(path)
         return f"{self.prefix}{hashlib.sha256(os.fsencode(real)).hexdigest()[:32]}"
 

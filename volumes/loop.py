@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import uuid
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
@@ -82,7 +81,7 @@ class LoopBackend:
             capacity = sizes.choose(size, smallest=smallest)
             if old is not None:
                 self._settle(old)
-            volume_id = PREFIX + uuid.uuid4().hex
+            volume_id = PREFIX + os.urandom(16).hex()
             with self._store.transaction():
                 self._reserve(capacity)
                 self._store.insert(
@@ -221,7 +220,7 @@ class LoopBackend:
             raise SizeNotAllowed(f"{path} has {facts.st_size} bytes, which is no whole number of 512-byte sectors")
         exclusivity.prove_free(path, past_known=False)
         with self._busy():
-            volume_id = PREFIX + uuid.uuid4().hex
+            volume_id = PREFIX + os.urandom(16).hex()
             with self._store.transaction():
                 if self._store.by_name(name) is not None:
                     raise VolumeConflict(name, "belongs to another volume")

@@ -9,9 +9,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import errno
-import hashlib
 import os
-import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,8 +18,7 @@ from typing import TypeVar
 import msgspec
 
 from blockdev import Deadline, durable, nfs
-from volumes import archives, share, sizes
-from volumes.archives import Jobs, Progress
+from volumes import share, sizes
 from volumes.errors import (
     InvalidParameter,
     NoSpace,
@@ -29,6 +26,7 @@ from volumes.errors import (
     VolumeNotFound,
     VolumeUnfinished,
 )
+from volumes.jobs import Jobs, Progress
 from volumes.model import Capability, ContentSource, NfsSource, SizeRange, Snapshot, Source, Volume, VolumeKind
 from volumes.share import RECORDS, Record, SnapshotRecord
 
@@ -127,6 +125,9 @@ class NfsBackend:
         """The work that copies the content beside its place, and then puts it there."""
 
         def work(progress: Progress) -> None:
+            # Most processes never copy anything.
+            from volumes import archives
+
             new = f"{RECORDS}/new-{record.volume_id}"
             with self._root(export) as root, _no_space(f"volume {record.name}"), _unless_whole(root, new):
                 at = share.read(root, record.volume_id, Record) or record
@@ -212,6 +213,9 @@ class NfsBackend:
 
     def _archiving(self, export: nfs.Export, record: SnapshotRecord, volume: Record) -> Callable[[Progress], None]:
         def work(progress: Progress) -> None:
+            # Most processes never copy anything.
+            from volumes import archives
+
             new = f"{record.snapshot_id}.new"
             with (
                 self._root(export) as root,
@@ -405,18 +409,24 @@ def _share(parameters: Mapping[str, str], flags: Sequence[str]) -> nfs.Export:
     )
 
 
+def _digest(text: str) -> str:
+    import hashlib
+
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _key(export: nfs.Export) -> str:
-    return hashlib.sha256(f"{export.server}\0{export.path}".encode()).hexdigest()[:12]
+    return _digest(f"{export.server}\0{export.path}")[:12]
 
 
 def _id(export: nfs.Export, name: str, prefix: str = PREFIX) -> str:
     """The same for the same name on the same share, so that a creation may be repeated by another controller."""
-    return f"{prefix}{_key(export)}-{hashlib.sha256(name.encode()).hexdigest()[:20]}"
+    return f"{prefix}{_key(export)}-{_digest(name)[:20]}"
 
 
 def _place(volume_id: str) -> int:
     """A stable place among all volumes of this backend, below 2^56."""
-    return int(hashlib.sha256(volume_id.encode()).hexdigest()[:13], 16) + 1
+    return int(_digest(volume_id)[:13], 16) + 1
 
 
 def _place_of(name: str, parameters: Mapping[str, str]) -> str:
@@ -438,7 +448,7 @@ def _directory(name: str) -> str:
     """The name itself where it can be one; a person looks for it on the server."""
     plain = name.replace("/", "-").replace("\0", "-")
     if plain.startswith(".") or plain.startswith(ARCHIVE) or len(plain.encode()) > 200 or plain != name:
-        return f"v-{hashlib.sha256(name.encode()).hexdigest()[:32]}"
+        return f"v-{_digest(name)[:32]}"
     return plain
 
 
@@ -505,6 +515,8 @@ def _remove_tree(root: int, path: str) -> None:
     except FileNotFoundError:
         return
     if stat.S_ISDIR(facts.st_mode):
+        import shutil
+
         shutil.rmtree(path, dir_fd=root)
     else:
         os.unlink(path, dir_fd=root)

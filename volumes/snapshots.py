@@ -10,7 +10,6 @@ import contextlib
 import errno
 import os
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
@@ -54,7 +53,7 @@ class Snapshots:
         facts, room = os.stat(source_path), self._room()
         if facts.st_blocks * 512 > room:
             raise NoSpace(f"a snapshot of {source} takes {facts.st_blocks * 512} bytes; {room} can still be promised")
-        snapshot_id = PREFIX + uuid.uuid4().hex
+        snapshot_id = PREFIX + os.urandom(16).hex()
         self._store.insert_snapshot(
             snapshot_id=snapshot_id, name=name, source=source, size=facts.st_size, created=time.time(), group=group
         )
@@ -73,6 +72,8 @@ class Snapshots:
 
     def create_group(self, name: str, sources: Sequence[tuple[str, str]], deadline: Deadline) -> SnapshotGroup:
         """Snapshots of all `sources` (volume id and path), or of none. The callers keep the volumes still meanwhile."""
+        import uuid
+
         group_id = GROUP_PREFIX + uuid.uuid5(uuid.NAMESPACE_OID, name).hex
         members = self._store.snapshots(group=group_id)
         if members and all(row.state is State.READY for row in members):

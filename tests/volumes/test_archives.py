@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from volumes import NoSpace, StoreFailed, VolumeUnfinished
-from volumes.archives import Jobs, Progress, copy, pack, unpack
+from volumes.archives import copy, pack, unpack
+from volumes.jobs import Jobs, Progress
 
 
 @pytest.fixture
