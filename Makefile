@@ -44,9 +44,10 @@ lint: venv
 bench-kernel: prepare
 	@.venv/bin/python -m tests.kernel.bench $(ARGS)
 
-bench: venv
+bench: prepare
 	@.venv/bin/python -m tests.bench $(ARGS)
 	@.venv/bin/python -m tests.bench.flexvolume
+	@.venv/bin/python -m tests.bench.nfs
 
 clean:
 	rm -rf .venv runvol_proto build dist *.egg-info demo-results bench-results

@@ -30,11 +30,21 @@ def examine(config: Config, node: Node) -> Iterator[Diagnosis]:
 
 
 def _programs() -> Iterator[Diagnosis]:
-    for program, needed in (("mkfs.ext4", True), ("e2fsck", True), ("blkid", True), ("mkfs.xfs", False)):
+    wanted = (
+        ("mkfs.ext4", True),
+        ("e2fsck", True),
+        ("blkid", True),
+        ("mkfs.xfs", False),
+        ("tar", False),
+        ("du", False),
+    )
+    for program, needed in wanted:
         found = shutil.which(program, path="/usr/sbin:/sbin:/usr/bin:/bin")
         state = OK if found else (BROKEN if needed else WARNING)
         yield Diagnosis(
-            state=state, subject=program, finding=found or "not installed; install e2fsprogs, util-linux, xfsprogs"
+            state=state,
+            subject=program,
+            finding=found or "not installed; install e2fsprogs, util-linux, xfsprogs, tar, coreutils",
         )
 
 
