@@ -22,6 +22,7 @@ from volumes import share, sizes
 from volumes.errors import (
     InvalidParameter,
     NoSpace,
+    StoreFailed,
     VolumeConflict,
     VolumeNotFound,
     VolumeUnfinished,
@@ -129,28 +130,28 @@ class NfsBackend:
             from volumes import archives
 
             new = f"{RECORDS}/new-{record.volume_id}"
-            with self._root(export) as root, _no_space(f"volume {record.name}"), _unless_whole(root, new):
+            with (
+                self._root(export) as root,
+                _no_space(f"volume {record.name}"),
+                share.alone(root, record.volume_id),
+            ):
                 at = share.read(root, record.volume_id, Record) or record
                 if not at.filled:
-                    _remove_tree(root, new)
-                    os.mkdir(new, 0o700, dir_fd=root)
-                    with _opened(root, new) as target:
-                        if source.kind == "snapshot":
-                            with open(_archive(root, source.source_id, os.O_RDONLY), "rb") as archive:
-                                archives.unpack(archive, target, progress)
-                        else:
-                            old = share.read(root, source.source_id, Record)
-                            if old is None:
-                                raise VolumeNotFound(source.source_id)
-                            with _opened(root, old.directory or ".") as directory:
-                                archives.copy(directory, target, progress, without=_ours(old))
+                    with _unless_whole(root, new):
+                        _remove_tree(root, new)
+                        os.mkdir(new, 0o700, dir_fd=root)
+                        with _opened(root, new) as target:
+                            if source.kind == "snapshot":
+                                with open(_archive(root, source.source_id, os.O_RDONLY), "rb") as archive:
+                                    archives.unpack(archive, target, progress)
+                            else:
+                                old = share.read(root, source.source_id, Record)
+                                if old is None:
+                                    raise VolumeNotFound(source.source_id)
+                                with _opened(root, old.directory or ".") as directory:
+                                    archives.copy(directory, target, progress, without=_ours(old))
                     share.write(root, msgspec.structs.replace(at, filled=True))
-                # Without it a killed process has come past this already.
-                with (
-                    share.parent(root, record.directory, made=True) as (fd, name),
-                    contextlib.suppress(FileNotFoundError),
-                ):
-                    os.rename(new, name, src_dir_fd=root, dst_dir_fd=fd)
+                _put_in_place(root, new, at)
 
         return work
 
@@ -169,6 +170,7 @@ class NfsBackend:
             if record.directory and made and not _has_others(root, record):
                 _take_away(root, record)
             _remove_tree(root, f"{RECORDS}/new-{volume_id}")
+            _remove_tree(root, f"{RECORDS}/{volume_id}.lock")
             share.remove(root, volume_id)
 
     def _check_not_copied(self, root: int, record: Record) -> None:
@@ -220,6 +222,7 @@ class NfsBackend:
             with (
                 self._root(export) as root,
                 _no_space(f"snapshot {record.name}"),
+                share.alone(root, record.snapshot_id),
                 _unless_whole(root, f"{RECORDS}/{new}.tar"),
             ):
                 with (
@@ -256,7 +259,7 @@ class NfsBackend:
                     if not one.ready and not one.filled and one.source == f"snapshot:{snapshot_id}"]  # fmt: skip
             if made:
                 raise VolumeUnfinished(f"volume {made[0]} is being made from snapshot {snapshot_id}")
-            for name in (f"{snapshot_id}.tar", f"{snapshot_id}.new.tar"):
+            for name in (f"{snapshot_id}.tar", f"{snapshot_id}.new.tar", f"{snapshot_id}.lock"):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(f"{RECORDS}/{name}", dir_fd=root)
             share.remove(root, snapshot_id)
@@ -265,8 +268,8 @@ class NfsBackend:
         found: builtins.list[Snapshot] = []
         for export in self._shares():
             with contextlib.suppress(nfs.ServerSilent), self._root(export) as root:
-                found += [self._snapshot(one) for one in share.records(root, SNAPSHOT_PREFIX, SnapshotRecord)
-                          if source in ("", one.source)]  # fmt: skip
+                known = share.records(root, SNAPSHOT_PREFIX, SnapshotRecord, strict=False)
+                found += [self._snapshot(one) for one in known if source in ("", one.source)]
         return _part([(_place(one.snapshot_id), one) for one in found], after, limit)
 
     def _snapshot(self, record: SnapshotRecord) -> Snapshot:
@@ -289,7 +292,9 @@ class NfsBackend:
         found: builtins.list[Volume] = []
         for export in self._shares():
             with contextlib.suppress(nfs.ServerSilent), self._root(export) as root:
-                found += [_volume(one, export) for one in share.records(root, PREFIX, Record) if one.ready]
+                found += [
+                    _volume(one, export) for one in share.records(root, PREFIX, Record, strict=False) if one.ready
+                ]
         return _part([(_place(one.volume_id), one) for one in found], after, limit)
 
     def available_bytes(self) -> int:
@@ -496,6 +501,23 @@ def _unless_whole(root: int, path: str) -> Iterator[None]:
         with contextlib.suppress(OSError):
             _remove_tree(root, path)
         raise
+
+
+def _put_in_place(root: int, new: str, record: Record) -> None:
+    """The whole content becomes the volume's directory, unless a process that was killed then had done it."""
+    with share.parent(root, record.directory, made=True) as (fd, name):
+        try:
+            os.rename(new, name, src_dir_fd=root, dst_dir_fd=fd)
+        except FileNotFoundError:
+            try:
+                os.stat(name, dir_fd=fd, follow_symlinks=False)
+            except FileNotFoundError:
+                share.write(root, msgspec.structs.replace(record, filled=False))
+                raise StoreFailed(f"the content of volume {record.name} is gone from the share; ask again") from None
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise VolumeConflict(record.name, f"something else took its place {record.directory!r}") from None
+            raise
 
 
 def _check_free(root: int, record: Record) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import logging
 import os
 from collections.abc import Iterator
 from typing import TypeVar
@@ -18,6 +20,7 @@ from volumes.errors import StoreFailed, VolumeUnfinished
 
 RECORDS = ".runvol"
 _LONGEST = 65536
+log = logging.getLogger("runvol.share")
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,8 +89,9 @@ def remove(root: int, name: str) -> None:
         os.unlink(f"{RECORDS}/{name}.json", dir_fd=root)
 
 
-def records(root: int, prefix: str, kind: type[R]) -> Iterator[R]:
-    """Those whose id begins with `prefix`."""
+def records(root: int, prefix: str, kind: type[R], *, strict: bool = True) -> Iterator[R]:
+    """Those whose id begins with `prefix`. One that cannot be read is VolumeUnfinished, or, for a list of what there is
+    (not `strict`), a line in the log."""
     try:
         fd = directory(root, RECORDS)
     except FileNotFoundError:
@@ -98,9 +102,46 @@ def records(root: int, prefix: str, kind: type[R]) -> Iterator[R]:
         os.close(fd)
     for name in names:
         if name.startswith(prefix) and name.endswith(".json"):
-            record = read(root, name.removesuffix(".json"), kind)
+            try:
+                record = read(root, name.removesuffix(".json"), kind)
+            except VolumeUnfinished as error:
+                if strict:
+                    raise
+                log.warning("left out of a list", extra={"why": str(error)})
+                continue
             if record is not None:
                 yield record
+
+
+@contextlib.contextmanager
+def alone(root: int, name: str) -> Iterator[None]:
+    """Nobody else works on this volume or snapshot, also no controller of another node where the export has locks
+    (NFS 4). VolumeUnfinished if somebody does; a process that is killed lets go."""
+    path = f"{RECORDS}/{name}.lock"
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=root)
+    try:
+        try:
+            _lock(fd)
+            # Who held it before may have removed the file: a lock on a name that is gone locks nothing.
+            current = os.path.samestat(os.fstat(fd), os.stat(path, dir_fd=root, follow_symlinks=False))
+        except (BlockingIOError, PermissionError, FileNotFoundError):
+            current = False
+        if not current:
+            raise VolumeUnfinished(f"{name} is being worked on by another controller; ask again")
+        yield
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path, dir_fd=root)
+    finally:
+        os.close(fd)
+
+
+def _lock(fd: int) -> None:
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        # A server without locks: one controller is then all that keeps two from meeting.
+        if error.errno != errno.ENOLCK:
+            raise
 
 
 def directory(root: int, path: str) -> int:

@@ -259,3 +259,57 @@ def test_a_full_share_leaves_nothing_half(driver):
         filler.unlink()
     assert snapshot(driver, "s", volume).ready_to_use
     same(Path(create(driver, "two", source={"volume": {"volume_id": volume.volume_id}}).volume_context["path"]))
+
+
+def test_another_controller_waits_for_the_one_that_copies(driver, tmp_path):
+    """Locks of NFS 4 hold between machines; here it is another process with a mount of its own."""
+    volume = create(driver, "one", vers="4.1")
+    fill(volume)
+    taken = snapshot(driver, "s", volume)
+    locks = SHARE / ".runvol"
+    holder = subprocess.Popen(
+        ["python3", "-c", "import fcntl, sys\nf = open(sys.argv[1], 'w')\nfcntl.lockf(f, fcntl.LOCK_EX)\nprint('held', flush=True)\n"
+         "sys.stdin.read()", str(locks / f"{_id_of('two', volume)}.lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert holder.stdout.readline() == b"held\n"
+    source = {"snapshot": {"snapshot_id": taken.snapshot_id}}
+    with pytest.raises(grpc.RpcError) as refused:
+        create(driver, "two", source=source, vers="4.1")
+    assert refused.value.code().name == "ABORTED"
+    assert "another controller" in refused.value.details()
+    holder.kill()
+    holder.wait()
+    same(Path(create(driver, "two", source=source, vers="4.1").volume_context["path"]))
+
+
+def _id_of(name: str, beside: Any) -> str:
+    import hashlib
+
+    return f"{beside.volume_id.rpartition('-')[0]}-{hashlib.sha256(name.encode()).hexdigest()[:20]}"
+
+
+def test_a_damaged_record_stops_no_list_and_is_never_taken_for_nothing(driver):
+    volume, other = create(driver, "one"), create(driver, "two")
+    record = SHARE / ".runvol" / f"{volume.volume_id}.json"
+    good = record.read_bytes()
+    record.write_bytes(b'{"volume_id": ')
+    assert [entry.volume.volume_id for entry in driver.client.ListVolumes().entries] == [other.volume_id]
+    for call in (lambda: create(driver, "one"), lambda: driver.delete(volume), lambda: driver.delete(other)):
+        with pytest.raises(grpc.RpcError) as refused:
+            call()
+        assert refused.value.code().name == "ABORTED"
+        assert record.name in refused.value.details()
+    record.write_bytes(good)
+
+
+def test_content_that_vanished_before_it_was_in_place_is_copied_again(driver):
+    volume = create(driver, "one")
+    fill(volume)
+    cloned = create(driver, "two", source={"volume": {"volume_id": volume.volume_id}})
+    record = SHARE / ".runvol" / f"{cloned.volume_id}.json"
+    # As if the controller had been killed between the copy and its end, and somebody had tidied up.
+    record.write_text(record.read_text().replace('"ready":true', '"ready":false'))
+    subprocess.run(["rm", "-rf", cloned.volume_context["path"]], check=True)
+    with pytest.raises(grpc.RpcError, match="ask again"):
+        create(driver, "two", source={"volume": {"volume_id": volume.volume_id}})
+    same(Path(create(driver, "two", source={"volume": {"volume_id": volume.volume_id}}).volume_context["path"]))
