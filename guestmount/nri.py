@@ -96,7 +96,9 @@ def replacement(mount: pb.Mount, claim: Claim, target: Target, *, ips: list[str]
         raise ttrpc.RpcError(ttrpc.INTERNAL, f"volume {claim.volume} is no NFS export")
     export, address = claim.nfs.export, claim.nfs.address
     flags = [flag for flag in claim.use.mount_flags if flag not in ("ro", "rw", "defaults")]
-    options = nfs.kernel_options(export, address, ips[0] if ips else _any(address))
+    # Of the pod's addresses the one of the server's family, for callbacks of version 4.0.
+    client = next((ip for ip in ips if (":" in ip) == (":" in address)), _any(address))
+    options = nfs.kernel_options(export, address, client)
     if export.version == "3" and claim.nfs.mount_port:
         options += [f"mountport={claim.nfs.mount_port}", "mountvers=3"]
     kept = [option for option in mount.options if option not in _OF_BINDS and option not in ("ro", "rw")]

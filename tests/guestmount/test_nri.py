@@ -108,6 +108,26 @@ def test_the_placeholders_bind_becomes_the_guests_own_mount(claims):
     assert not {"bind", "rbind", "rprivate"} & set(mount.options)
 
 
+def test_security_and_transport_options_reach_the_guest_as_they_stand(claims):
+    options = ("sec=krb5p", "xprtsec=mtls", "nconnect=8")
+    one = claim()
+    write(claims, one.but(nfs=NfsMount(server="nas", path="/e", version="4.2", options=options, address="10.0.0.5")))
+    (mount,) = nri.Plugin(claims).CreateContainer(asked(bind())).adjust.mounts
+    assert set(options) <= set(mount.options)
+
+
+@pytest.mark.parametrize(
+    ("address", "ips", "client"),
+    [("10.0.0.5", ("fd00::7", "10.1.1.1"), "10.1.1.1"), ("fd00::5", ("10.1.1.1", "fd00::7"), "fd00::7"),
+     ("10.0.0.5", ("fd00::7",), "0.0.0.0"), ("fd00::5", (), "::")],
+)  # fmt: skip
+def test_the_clients_address_is_of_the_servers_family(claims, address, ips, client):
+    write(claims, claim().but(nfs=NfsMount(server="nas", path="/e", version="4.0", address=address)))
+    (mount,) = nri.Plugin(claims).CreateContainer(asked(bind(), ips=ips)).adjust.mounts
+    assert f"clientaddr={client}" in mount.options
+    assert f"addr={address}" in mount.options
+
+
 @pytest.mark.parametrize(("options", "read_only"), [(("ro",), False), (("rw",), True)])
 def test_read_only_is_carried_over(claims, options, read_only):
     write(claims, claim(read_only=read_only))

@@ -122,6 +122,32 @@ def test_doctor_names_what_is_broken_and_what_to_change(driver):
     assert "quota" in subjects["backend directory"]["finding"] and "NFS client" in subjects["backend nfs"]["finding"]
 
 
+def test_doctor_tells_whether_guests_can_mount_nfs(driver):
+    (driver.directory / "containerd.toml").write_text(
+        '[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.kata]\nruntime_type = "io.containerd.kata.v2"\n'
+    )
+    root = driver.directory / "kata"
+    share = root / "opt/kata/share/kata-containers"
+    for place in (root / "etc/kata-containers", share):
+        place.mkdir(parents=True)
+    kernel = "/opt/kata/share/kata-containers/vmlinux.container"
+    (root / "etc/kata-containers/configuration.toml").write_text(f'[hypervisor.qemu]\nkernel = "{kernel}"\n')
+    (share / "vmlinux-6.12.47").write_bytes(b"ELF")
+    (share / "vmlinux.container").symlink_to("vmlinux-6.12.47")
+    told = {}
+    for config in ("", "CONFIG_NFS_FS=y\nCONFIG_NFS_V4=y\n", "# CONFIG_NFS_FS is not set\n"):
+        if config:
+            (share / "config-6.12.47").write_text(config)
+        found = [row for row in rows(driver.cli("doctor", "--json", check=False)) if "NFS" in row["finding"]]
+        told[config] = next(row for row in found if row["subject"] == "handler kata")
+    assert [row["state"] for row in told.values()] == ["warning", "ok", "warning"]
+    unknown, can, cannot = (row["finding"] for row in told.values())
+    assert "not known" in unknown
+    assert "can mount NFS 4.0 (" in can
+    assert "CONFIG_NFS_FS" in cannot
+    assert "inSandbox: share" in cannot
+
+
 def test_config_shows_every_setting_and_its_source(driver, tmp_path):
     file = tmp_path / "runvol.toml"
     file.write_text('[log]\nlevel = "debug"\n')
