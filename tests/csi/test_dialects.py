@@ -19,7 +19,7 @@ RWX = mount_capability("MULTI_NODE_MULTI_WRITER")
 
 class Static:
     volume_id = "nas-1"
-    volume_context = {"backend": "nfs", "server": "nas.example.com", "path": "/k8s", "vers": "4.0"}  # noqa: RUF012
+    volume_context = {"backend": "nfs", "server": "nas.example.com", "probe": "none", "path": "/k8s", "vers": "4.0"}  # noqa: RUF012
 
 
 @pytest.fixture
