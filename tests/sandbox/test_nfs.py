@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ import grpc
 import pytest
 
 from tests.driver import POD
+from tests.flexvolume.test_driver import Flex
 from tests.namespaces import GUEST, HOST
 from tests.nas import RWX, Nas
 from tests.sandbox.shim import ContainerFailed, volume_mount
@@ -129,3 +131,19 @@ def test_a_running_guest_goes_on_when_its_server_comes_back(nas: Nas) -> None:
     assert (code, said) == (0, "before\nafter\n")
     nas.sandbox.remove_container(container)
     nas.driver.unstage(volume)
+
+
+def test_a_flexvolume_that_describes_an_export_is_mounted_by_the_guest_too(nas: Nas) -> None:
+    flex = Flex(nas.driver)
+    target = flex.target("team-a")
+    options = {"server": HOST, "path": "/exp", "vers": "4.2", "runtime": "kata", "kubernetes.io/readwrite": "rw",
+               "kubernetes.io/pod.uid": POD.format(3)}  # fmt: skip
+    flex.ok("mount", target, json.dumps(options))
+    flex.ok("mount", target, json.dumps(options))
+    container = nas.with_volume(target)
+    assert mounted(nas, container)[:2] == ("nfs4", f"{HOST}:/exp")
+    assert nas.sandbox.run(container, "sh", "-c", "echo flex > /mnt/data/flex")[0] == 0
+    assert (nas.export / "flex").read_text() == "flex\n"
+    nas.sandbox.remove_container(container)
+    flex.ok("unmount", target)
+    assert not nas.driver.left_over()["claims and locks"]
