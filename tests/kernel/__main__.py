@@ -37,7 +37,8 @@ def programs() -> Path:
 
 def command(arguments: list[str]) -> str:
     """The script that runs the tier; it is the same in both kernels."""
-    pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *(arguments or [INSIDE])]
+    chosen = [one for one in arguments if one.startswith(INSIDE)]
+    pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments, *([] if chosen else [INSIDE])]
     variables = {"RUNVOL_KERNEL_TIER": "1", "RUNVOL_PROGRAMS": str(programs()),
                  "RUNVOL_NFS": str(ganesha.tree())}  # fmt: skip
     variables |= {name: os.environ[name] for name in PASSED_ON if name in os.environ}
