@@ -46,12 +46,14 @@ class _Given:
             real = os.path.realpath(path, strict=True)
         except OSError as error:
             raise InvalidParameter(self.key, path, f"{os.strerror(error.errno or 0)}") from None
-        roots = [os.path.realpath(root) for root in self.allowed]
-        if not any(real.startswith(root.rstrip("/") + "/") for root in roots):
+        if not self._is_allowed(path, real):
             where = f"must lie below {' or '.join(self.allowed)}" if self.allowed else "is not allowed on this node"
             leads = f" (it leads to {real})" if real != path else ""
             raise InvalidParameter(self.key, path, f"{where}{leads}; see the setting {self.setting}")
         return real
+
+    def _is_allowed(self, _path: str, real: str) -> bool:
+        return any(_below(real, os.path.realpath(root)) for root in self.allowed)
 
     def _path_in(self, volume_id: str, context: Mapping[str, str] | None) -> str:
         path = (context or {}).get(self.key, "")
@@ -120,6 +122,14 @@ class GivenDevice(_Given):
     def refuses(self, _flag: str) -> str | None:
         return None
 
+    def _is_allowed(self, path: str, real: str) -> bool:
+        """Below an allowed directory, or named there by a link of udev's: nobody else makes links below /dev."""
+        if super()._is_allowed(path, real):
+            return True
+        place = os.path.realpath(os.path.dirname(path))
+        roots = [os.path.realpath(root) for root in self.allowed]
+        return _below(real, "/dev") and any(_below(f"{place}/x", root) and _below(root, "/dev") for root in roots)
+
     def attach(self, volume_id: str, context: Mapping[str, str] | None = None) -> Source:
         path = self._path_in(volume_id, context)
         mode = os.stat(path).st_mode
@@ -130,3 +140,7 @@ class GivenDevice(_Given):
             made = " or ".join(f"mkfs.{fstype}" for fstype in filesystems.SUPPORTED)
             raise InvalidParameter(self.key, path, f"holds {found or 'no filesystem'}; make one by {made} first")
         return BlockSource(path=path)
+
+
+def _below(path: str, root: str) -> bool:
+    return path.startswith(root.rstrip("/") + "/")

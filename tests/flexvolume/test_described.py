@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from blockdev import Deadline, loops
 from tests.driver import Driver
 from tests.flexvolume.test_driver import Flex
 
@@ -99,6 +101,28 @@ def test_the_same_disk_under_another_name_is_the_same_volume(flex):
     flex.ok("mount", target, described(device=str(link)))
     flex.ok("mount", target, described(device=str(disk)))
     flex.ok("unmount", target)
+
+
+def test_a_disk_by_its_name_of_udevs(flex):
+    disk = image(flex)
+    device = loops.attach(str(disk), deadline=Deadline.after(10))
+    names = Path(f"/dev/runvol-test-{os.getpid()}/by-id")
+    names.mkdir(parents=True)
+    try:
+        (names / "data-1").symlink_to(device)
+        flex.environment["RUNVOL_FLEXVOLUME_DEVICES"] = f"{names},{flex.driver.directory}/disks"
+        target = flex.target("v")
+        for runtime in ("runc", "kata"):
+            flex.ok("mount", target, described(device=str(names / "data-1"), runtime=runtime))
+            flex.ok("unmount", target)
+        # A link in a directory that others may write to is not believed.
+        (flex.driver.directory / "disks/link").symlink_to(device)
+        said = flex.fails("mount", target, described(device=str(flex.driver.directory / "disks/link")))
+        assert f"it leads to {device}" in said
+        assert "must lie below" in flex.fails("mount", target, described(device=device))
+    finally:
+        shutil.rmtree(names.parent)
+        loops.detach(device, str(disk), Deadline.after(10))
 
 
 @pytest.mark.parametrize("fstype", ["", "vfat"])
