@@ -378,7 +378,7 @@ def set_mode(source: NfsSource, mode: int, deadline: Deadline, *, recursive: boo
     without the bits for execution. Links are left alone. ServerSilent, MountFailed, OSError."""
     export = nfs.Export(server=source.server, path=source.path, version=source.version, options=source.options)
     with nfs.opened(export, deadline) as root:
-        os.fchmod(root, mode)
+        os.chmod(f"/proc/self/fd/{root}", mode)
         if not recursive:
             return
         for _path, directories, files, fd in os.fwalk(".", dir_fd=root):
