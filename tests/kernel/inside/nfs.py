@@ -5,6 +5,7 @@ Its root is exported with fsid=0, and holds a link that makes the same path mean
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -141,5 +142,10 @@ class Ganesha(ganesha.Ganesha):
 
 
 def _pids() -> set[int]:
-    return {int(name) for name in os.listdir("/proc") if name.isdigit()
-            and Path(f"/proc/{name}/comm").read_text().strip() in ("rpcbind", "rpc.mountd")}  # fmt: skip
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/comm"):
+        # A process may end between the two looks.
+        with contextlib.suppress(OSError):
+            if path.read_text().strip() in ("rpcbind", "rpc.mountd"):
+                found.add(int(path.parent.name))
+    return found
