@@ -22,7 +22,6 @@ from volumes import share, sizes
 from volumes.errors import (
     InvalidParameter,
     NoSpace,
-    StoreFailed,
     VolumeConflict,
     VolumeNotFound,
     VolumeUnfinished,
@@ -51,6 +50,8 @@ class NfsBackend:
     def __init__(self, state_dir: str) -> None:
         self._known = os.path.join(state_dir, "exports.json")
         self._jobs = Jobs()
+        # In the names of what is being made, so that two controllers never write to the same.
+        self._own = os.urandom(6).hex()
 
     def close(self) -> None:
         """Nothing is held."""
@@ -129,29 +130,25 @@ class NfsBackend:
             # Most processes never copy anything.
             from volumes import archives
 
-            new = f"{RECORDS}/new-{record.volume_id}"
-            with (
-                self._root(export) as root,
-                _no_space(f"volume {record.name}"),
-                share.alone(root, record.volume_id),
-            ):
-                at = share.read(root, record.volume_id, Record) or record
-                if not at.filled:
-                    with _unless_whole(root, new):
-                        _remove_tree(root, new)
-                        os.mkdir(new, 0o700, dir_fd=root)
-                        with _opened(root, new) as target:
-                            if source.kind == "snapshot":
-                                with open(_archive(root, source.source_id, os.O_RDONLY), "rb") as archive:
-                                    archives.unpack(archive, target, progress)
-                            else:
-                                old = share.read(root, source.source_id, Record)
-                                if old is None:
-                                    raise VolumeNotFound(source.source_id)
-                                with _opened(root, old.directory or ".") as directory:
-                                    archives.copy(directory, target, progress, without=_ours(old))
-                    share.write(root, msgspec.structs.replace(at, filled=True))
-                _put_in_place(root, new, at)
+            with self._root(export) as root, _no_space(f"volume {record.name}"):
+                if _is_there(root, record.directory):
+                    return  # a process that was killed then, or another controller, has done it
+                new = f"{RECORDS}/new-{record.volume_id}.{self._own}"
+                with _unless_whole(root, new):
+                    _remove_tree(root, new)
+                    os.mkdir(new, 0o700, dir_fd=root)
+                    with _opened(root, new) as target:
+                        if source.kind == "snapshot":
+                            with open(_archive(root, source.source_id, os.O_RDONLY), "rb") as archive:
+                                archives.unpack(archive, target, progress)
+                        else:
+                            old = share.read(root, source.source_id, Record)
+                            if old is None:
+                                raise VolumeNotFound(source.source_id)
+                            with _opened(root, old.directory or ".") as directory:
+                                archives.copy(directory, target, progress, without=_ours(old))
+                    _put_in_place(root, new, record)
+                _tidy(root, f"new-{record.volume_id}.")
 
         return work
 
@@ -166,11 +163,9 @@ class NfsBackend:
                 return
             self._check_not_copied(root, record)
             share.write(root, msgspec.structs.replace(record, ready=False))
-            made = record.ready or not record.source or record.filled
-            if record.directory and made and not _has_others(root, record):
+            if record.directory and not _has_others(root, record):
                 _take_away(root, record)
-            _remove_tree(root, f"{RECORDS}/new-{volume_id}")
-            _remove_tree(root, f"{RECORDS}/{volume_id}.lock")
+            _tidy(root, f"new-{volume_id}.")
             share.remove(root, volume_id)
 
     def _check_not_copied(self, root: int, record: Record) -> None:
@@ -178,7 +173,7 @@ class NfsBackend:
         if self._jobs.progress(record.volume_id) is not None:
             raise VolumeUnfinished(f"volume {record.volume_id} is being filled from {record.source}")
         made = [one.volume_id for one in share.records(root, PREFIX, Record)
-                if not one.ready and not one.filled and one.source == f"volume:{record.volume_id}"]  # fmt: skip
+                if not one.ready and one.source == f"volume:{record.volume_id}"]  # fmt: skip
         made += [one.snapshot_id for one in share.records(root, SNAPSHOT_PREFIX, SnapshotRecord)
                  if not one.ready and one.source == record.volume_id]  # fmt: skip
         if made:
@@ -218,11 +213,11 @@ class NfsBackend:
             # Most processes never copy anything.
             from volumes import archives
 
-            new = f"{record.snapshot_id}.new"
+            new = f"{record.snapshot_id}.{self._own}.new"
             with (
                 self._root(export) as root,
                 _no_space(f"snapshot {record.name}"),
-                share.alone(root, record.snapshot_id),
+                _unless_tidied(f"snapshot {record.name}"),
                 _unless_whole(root, f"{RECORDS}/{new}.tar"),
             ):
                 with (
@@ -234,6 +229,7 @@ class NfsBackend:
                 whole = f"{RECORDS}/{record.snapshot_id}.tar"
                 os.rename(f"{RECORDS}/{new}.tar", whole, src_dir_fd=root, dst_dir_fd=root)
                 share.write(root, msgspec.structs.replace(record, ready=True))
+                _tidy(root, f"{record.snapshot_id}.", ".new.tar")
 
         return work
 
@@ -256,12 +252,10 @@ class NfsBackend:
             raise VolumeUnfinished(f"snapshot {snapshot_id} is being made")
         with self._root(export) as root:
             made = [one.volume_id for one in share.records(root, PREFIX, Record)
-                    if not one.ready and not one.filled and one.source == f"snapshot:{snapshot_id}"]  # fmt: skip
+                    if not one.ready and one.source == f"snapshot:{snapshot_id}"]  # fmt: skip
             if made:
                 raise VolumeUnfinished(f"volume {made[0]} is being made from snapshot {snapshot_id}")
-            for name in (f"{snapshot_id}.tar", f"{snapshot_id}.new.tar", f"{snapshot_id}.lock"):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(f"{RECORDS}/{name}", dir_fd=root)
+            _tidy(root, f"{snapshot_id}.", ".tar")
             share.remove(root, snapshot_id)
 
     def snapshots(self, *, after: int = 0, limit: int = -1, source: str = "") -> Sequence[tuple[int, Snapshot]]:
@@ -503,31 +497,49 @@ def _unless_whole(root: int, path: str) -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def _unless_tidied(what: str) -> Iterator[None]:
+    """VolumeUnfinished where another controller was faster, and has removed what was being written here."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ESTALE):
+            raise VolumeUnfinished(f"{what}: another controller was at work on it; ask again") from None
+        raise
+
+
 def _put_in_place(root: int, new: str, record: Record) -> None:
-    """The whole content becomes the volume's directory, unless a process that was killed then had done it."""
+    """The whole content becomes the volume's directory, unless another controller was faster."""
     with share.parent(root, record.directory, made=True) as (fd, name):
         try:
             os.rename(new, name, src_dir_fd=root, dst_dir_fd=fd)
-        except FileNotFoundError:
-            try:
-                os.stat(name, dir_fd=fd, follow_symlinks=False)
-            except FileNotFoundError:
-                share.write(root, msgspec.structs.replace(record, filled=False))
-                raise StoreFailed(f"the content of volume {record.name} is gone from the share; ask again") from None
         except OSError as error:
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                raise VolumeConflict(record.name, f"something else took its place {record.directory!r}") from None
-            raise
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT) or not _is_there(
+                root, record.directory
+            ):
+                raise
+
+
+def _is_there(root: int, path: str) -> bool:
+    try:
+        with share.parent(root, path) as (fd, name):
+            os.stat(name, dir_fd=fd, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _tidy(root: int, prefix: str, suffix: str = "") -> None:
+    """Nothing that was half-made is left under such names."""
+    for name in share.names(root, prefix):
+        if name.endswith(suffix):
+            _remove_tree(root, f"{RECORDS}/{name}")
 
 
 def _check_free(root: int, record: Record) -> None:
     """VolumeConflict if something of somebody else's lies where the content would go."""
-    try:
-        with share.parent(root, record.directory) as (fd, name):
-            os.stat(name, dir_fd=fd, follow_symlinks=False)
-    except FileNotFoundError:
-        return
-    raise VolumeConflict(record.name, f"its directory {record.directory!r} is on the share already")
+    if _is_there(root, record.directory):
+        raise VolumeConflict(record.name, f"its directory {record.directory!r} is on the share already")
 
 
 def _remove_tree(root: int, path: str) -> None:

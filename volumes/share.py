@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import logging
 import os
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ log = logging.getLogger("runvol.share")
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
     """`<id>.json` of a volume. `directory` is below the share; empty for the share itself. `source`: what it was made
-    from; `filled`: its content is whole in `new-<id>`, or in its place already."""
+    from: its directory then appears with all its content, or not at all."""
 
     volume_id: str
     name: str
@@ -34,7 +33,6 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     parameters: dict[str, str]
     ready: bool
     source: str = ""
-    filled: bool = False
 
 
 class SnapshotRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -113,35 +111,13 @@ def records(root: int, prefix: str, kind: type[R], *, strict: bool = True) -> It
                 yield record
 
 
-@contextlib.contextmanager
-def alone(root: int, name: str) -> Iterator[None]:
-    """Nobody else works on this volume or snapshot, also no controller of another node where the export has locks
-    (NFS 4). VolumeUnfinished if somebody does; a process that is killed lets go."""
-    path = f"{RECORDS}/{name}.lock"
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=root)
+def names(root: int, prefix: str) -> list[str]:
+    """What lies among the records under names that begin so."""
+    fd = directory(root, RECORDS)
     try:
-        try:
-            _lock(fd)
-            # Who held it before may have removed the file: a lock on a name that is gone locks nothing.
-            current = os.path.samestat(os.fstat(fd), os.stat(path, dir_fd=root, follow_symlinks=False))
-        except (BlockingIOError, PermissionError, FileNotFoundError):
-            current = False
-        if not current:
-            raise VolumeUnfinished(f"{name} is being worked on by another controller; ask again")
-        yield
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path, dir_fd=root)
+        return [name for name in os.listdir(fd) if name.startswith(prefix)]
     finally:
         os.close(fd)
-
-
-def _lock(fd: int) -> None:
-    try:
-        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        # A server without locks: one controller is then all that keeps two from meeting.
-        if error.errno != errno.ENOLCK:
-            raise
 
 
 def directory(root: int, path: str) -> int:
