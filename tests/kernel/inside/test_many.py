@@ -55,7 +55,7 @@ def _fields(row: object) -> dict[str, object]:
 
 def test_ten_thousand_snapshots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Whole calls to the real process, as a client sees them; the figures are printed."""
-    count = int(os.environ.get("RUNVOL_MANY", "2000"))
+    count = int(os.environ.get("RUNVOL_MANY", "1000"))
     with Server(tmp_path, data=4 << 30) as server:
         measure = program("measure")
         times = []

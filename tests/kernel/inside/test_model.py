@@ -188,4 +188,4 @@ def test_a_few_lives() -> None:
 
 
 def test_many_lives() -> None:
-    _run(int(os.environ.get("RUNVOL_LIVES", "10")), 40)
+    _run(int(os.environ.get("RUNVOL_LIVES", "5")), 40)
