@@ -246,9 +246,8 @@ def test_kill_9_in_the_middle_of_an_import(containerd: Containerd, server: Serve
             containerd.start()
         importing.wait(60)
         containerd.import_image(tmp_path / "image.tar")
-        said = containerd.run_container(f"c{number}", "/bin/cat", "/etc/changed")
-        # Lost output and a lost file look the same without a second look.
-        assert said == "new", containerd.run_container(f"d{number}", "/bin/ls", "-l", "/etc", "/")
+        # By the exit status: ctr gives up on the output of a container that ends before it has opened the pipe.
+        containerd.run_container(f"c{number}", "/bin/sh", "-c", '[ "$(cat /etc/changed)" = new ]')
         _unmount_left_overs(tmp_path)
         _remove_everything(containerd, server)
 
