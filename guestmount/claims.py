@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from blockdev import Deadline, durable, nfs
+from blockdev import Deadline, durable, flocks, nfs
 from guestmount.errors import BadRequest, Busy, Refused
 from volumes import VOLUME_ID, AccessMode, Capability, VolumeKind
 
@@ -177,9 +177,7 @@ class Claims:
             if cell is not None and cell.claim is None:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(path)
-            # Said, not left to close(2): a child between fork and exec has a copy of the descriptor.
-            fcntl.flock(fd, fcntl.LOCK_UN)
-            os.close(fd)
+            flocks.release(fd)
 
     def peek(self, volume_id: str) -> Claim | None:
         """The record as it is now, without the lock: for showing, never for deciding."""

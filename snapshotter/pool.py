@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from blockdev import Deadline, holders
+from blockdev import Deadline, flocks, holders
 from blockdev.commands import run
 from blockdev.devicemapper import Device, Mapper, MapperError, node
 from blockdev.dm_targets import SECTOR, PoolStatus, Thin
@@ -356,9 +356,7 @@ class Pool:
                           lambda: _locked(fd))  # fmt: skip
             yield
         finally:
-            # Said, not left to close(2): a child between fork and exec has a copy of the descriptor.
-            fcntl.flock(fd, fcntl.LOCK_UN)
-            os.close(fd)
+            flocks.release(fd)
 
     def ids(self, deadline: Deadline) -> set[int]:
         """Every device that the pool has."""

@@ -7,6 +7,8 @@ import fcntl
 import os
 from collections.abc import Iterator
 
+from blockdev import flocks
+
 
 class Busy:
     """One file, locked shared by whoever makes or deletes, exclusively by whoever recovers."""
@@ -22,6 +24,4 @@ class Busy:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB if exclusive else fcntl.LOCK_SH)
             yield
         finally:
-            # Said, not left to close(2): a child between fork and exec has a copy of the descriptor.
-            fcntl.flock(fd, fcntl.LOCK_UN)
-            os.close(fd)
+            flocks.release(fd)

@@ -101,7 +101,7 @@ class Volume:
 class Snapshot:
     """A volume as it was; `created` in seconds since 1970, `group` empty for one that was taken alone.
 
-    One that is not `ready` is still being copied; `percent` says how far it is.
+    One that is not `ready` is still being copied.
     """
 
     snapshot_id: str
@@ -110,7 +110,6 @@ class Snapshot:
     created: float
     group: str = ""
     ready: bool = True
-    percent: int = 100
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,6 @@ import builtins
 import contextlib
 import errno
 import os
-import stat
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
@@ -97,7 +96,7 @@ class NfsBackend:
                 os.mkdir(name, 0o777, dir_fd=fd)
         if record.directory and (source is None or "mode" in record.parameters):
             with share.parent(root, record.directory) as (fd, name):
-                _chmod(fd, name, int(record.parameters.get("mode", "0777"), 8))
+                share.chmod(fd, name, int(record.parameters.get("mode", "0777"), 8))
         share.write(root, msgspec.structs.replace(record, ready=True))
 
     def _size_of(
@@ -131,24 +130,24 @@ class NfsBackend:
             from volumes import archives
 
             with self._root(export) as root, _no_space(f"volume {record.name}"):
-                if _is_there(root, record.directory):
+                if share.is_there(root, record.directory):
                     return  # a process that was killed then, or another controller, has done it
                 new = f"{RECORDS}/new-{record.volume_id}.{self._own}"
-                with _unless_whole(root, new):
-                    _remove_tree(root, new)
+                with share.unless_whole(root, new):
+                    share.remove_tree(root, new)
                     os.mkdir(new, 0o700, dir_fd=root)
-                    with _opened(root, new) as target:
+                    with share.opened(root, new) as target:
                         if source.kind == "snapshot":
-                            with open(_archive(root, source.source_id, os.O_RDONLY), "rb") as archive:
+                            with open(share.archive(root, source.source_id, os.O_RDONLY), "rb") as archive:
                                 archives.unpack(archive, target, progress)
                         else:
                             old = share.read(root, source.source_id, Record)
                             if old is None:
                                 raise VolumeNotFound(source.source_id)
-                            with _opened(root, old.directory or ".") as directory:
+                            with share.opened(root, old.directory or ".") as directory:
                                 archives.copy(directory, target, progress, without=_ours(old))
                     _put_in_place(root, new, record)
-                _tidy(root, f"new-{record.volume_id}.")
+                share.tidy(root, f"new-{record.volume_id}.")
 
         return work
 
@@ -165,7 +164,7 @@ class NfsBackend:
             share.write(root, msgspec.structs.replace(record, ready=False))
             if record.directory and not _has_others(root, record):
                 _take_away(root, record)
-            _tidy(root, f"new-{volume_id}.")
+            share.tidy(root, f"new-{volume_id}.")
             share.remove(root, volume_id)
 
     def _check_not_copied(self, root: int, record: Record) -> None:
@@ -218,18 +217,18 @@ class NfsBackend:
                 self._root(export) as root,
                 _no_space(f"snapshot {record.name}"),
                 _unless_tidied(f"snapshot {record.name}"),
-                _unless_whole(root, f"{RECORDS}/{new}.tar"),
+                share.unless_whole(root, f"{RECORDS}/{new}.tar"),
             ):
                 with (
-                    _opened(root, volume.directory or ".") as directory,
-                    open(_archive(root, new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as archive,
+                    share.opened(root, volume.directory or ".") as directory,
+                    open(share.archive(root, new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as archive,
                 ):
                     archives.pack(directory, archive, progress, without=_ours(volume))
                     os.fsync(archive.fileno())
                 whole = f"{RECORDS}/{record.snapshot_id}.tar"
                 os.rename(f"{RECORDS}/{new}.tar", whole, src_dir_fd=root, dst_dir_fd=root)
                 share.write(root, msgspec.structs.replace(record, ready=True))
-                _tidy(root, f"{record.snapshot_id}.", ".new.tar")
+                share.tidy(root, f"{record.snapshot_id}.", ".new.tar")
 
         return work
 
@@ -255,7 +254,7 @@ class NfsBackend:
                     if not one.ready and one.source == f"snapshot:{snapshot_id}"]  # fmt: skip
             if made:
                 raise VolumeUnfinished(f"volume {made[0]} is being made from snapshot {snapshot_id}")
-            _tidy(root, f"{snapshot_id}.", ".tar")
+            share.tidy(root, f"{snapshot_id}.", ".tar")
             share.remove(root, snapshot_id)
 
     def snapshots(self, *, after: int = 0, limit: int = -1, source: str = "") -> Sequence[tuple[int, Snapshot]]:
@@ -266,11 +265,11 @@ class NfsBackend:
                 found += [self._snapshot(one) for one in known if source in ("", one.source)]
         return _part([(_place(one.snapshot_id), one) for one in found], after, limit)
 
-    def _snapshot(self, record: SnapshotRecord) -> Snapshot:
-        progress = self._jobs.progress(record.snapshot_id)
+    @staticmethod
+    def _snapshot(record: SnapshotRecord) -> Snapshot:
         return Snapshot(
             snapshot_id=record.snapshot_id, source=record.source, size_bytes=record.capacity, created=record.created,
-            ready=record.ready, percent=100 if record.ready else progress.percent if progress else 0,
+            ready=record.ready,
         )  # fmt: skip
 
     def get(self, volume_id: str) -> Volume | None:
@@ -379,17 +378,7 @@ def set_mode(source: NfsSource, mode: int, deadline: Deadline, *, recursive: boo
             deadline.check(f"setting mode {mode:o} below {export.source}")
             for name, wanted in [*((name, mode) for name in directories), *((name, mode & ~0o111) for name in files)]:
                 with contextlib.suppress(FileNotFoundError):
-                    _chmod(fd, name, wanted)
-
-
-def _chmod(directory: int, name: str, mode: int) -> None:
-    """Not through a link, even one that is put there in this moment: it would lead to this machine's own files."""
-    fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
-    try:
-        if not stat.S_ISLNK(os.fstat(fd).st_mode):
-            os.chmod(f"/proc/self/fd/{fd}", mode)
-    finally:
-        os.close(fd)
+                    share.chmod(fd, name, wanted)
 
 
 def _share(parameters: Mapping[str, str], flags: Sequence[str]) -> nfs.Export:
@@ -463,37 +452,12 @@ def _ours(volume: Record) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def _opened(root: int, path: str) -> Iterator[int]:
-    fd = share.directory(root, path)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def _archive(root: int, name: str, flags: int) -> int:
-    share.make(root)
-    return os.open(f"{RECORDS}/{name}.tar", flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=root)
-
-
-@contextlib.contextmanager
 def _no_space(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise NoSpace(f"{what} could not be written to its share: {error.strerror}") from error
-        raise
-
-
-@contextlib.contextmanager
-def _unless_whole(root: int, path: str) -> Iterator[None]:
-    """What was half-made at `path` goes with the failure."""
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(OSError):
-            _remove_tree(root, path)
         raise
 
 
@@ -514,46 +478,16 @@ def _put_in_place(root: int, new: str, record: Record) -> None:
         try:
             os.rename(new, name, src_dir_fd=root, dst_dir_fd=fd)
         except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT) or not _is_there(
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT) or not share.is_there(
                 root, record.directory
             ):
                 raise
 
 
-def _is_there(root: int, path: str) -> bool:
-    try:
-        with share.parent(root, path) as (fd, name):
-            os.stat(name, dir_fd=fd, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def _tidy(root: int, prefix: str, suffix: str = "") -> None:
-    """Nothing that was half-made is left under such names."""
-    for name in share.names(root, prefix):
-        if name.endswith(suffix):
-            _remove_tree(root, f"{RECORDS}/{name}")
-
-
 def _check_free(root: int, record: Record) -> None:
     """VolumeConflict if something of somebody else's lies where the content would go."""
-    if _is_there(root, record.directory):
+    if share.is_there(root, record.directory):
         raise VolumeConflict(record.name, f"its directory {record.directory!r} is on the share already")
-
-
-def _remove_tree(root: int, path: str) -> None:
-    """Nothing is at `path`. Links are removed, not followed."""
-    try:
-        facts = os.stat(path, dir_fd=root, follow_symlinks=False)
-    except FileNotFoundError:
-        return
-    if stat.S_ISDIR(facts.st_mode):
-        import shutil
-
-        shutil.rmtree(path, dir_fd=root)
-    else:
-        os.unlink(path, dir_fd=root)
 
 
 def _take_away(root: int, record: Record) -> None:
@@ -563,7 +497,7 @@ def _take_away(root: int, record: Record) -> None:
         os.rename(name, archived, src_dir_fd=fd, dst_dir_fd=root)
     if record.parameters.get("archiveOnDelete", "true") == "true":
         return
-    _remove_tree(root, archived)
+    share.remove_tree(root, archived)
 
 
 def _check_same(

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import logging
 import os
+import stat
 from collections.abc import Iterator
 from typing import TypeVar
 
@@ -123,7 +124,7 @@ def names(root: int, prefix: str) -> list[str]:
 def directory(root: int, path: str) -> int:
     """A directory of the share as a descriptor; a link in the path is none. FileNotFoundError, or StoreFailed."""
     with parent(root, path) as (fd, name):
-        return _opened(fd, name, path)
+        return _stepped_into(fd, name, path)
 
 
 @contextlib.contextmanager
@@ -138,7 +139,7 @@ def parent(root: int, path: str, *, made: bool = False) -> Iterator[tuple[int, s
             if made:
                 with contextlib.suppress(FileExistsError):
                     os.mkdir(part, 0o755, dir_fd=fd)
-            new = _opened(fd, part, path)
+            new = _stepped_into(fd, part, path)
             os.close(fd)
             fd = new
         yield fd, name
@@ -146,10 +147,78 @@ def parent(root: int, path: str, *, made: bool = False) -> Iterator[tuple[int, s
         os.close(fd)
 
 
-def _opened(fd: int, name: str, path: str) -> int:
+def _stepped_into(fd: int, name: str, path: str) -> int:
     try:
         return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENOTDIR):
             raise StoreFailed(f"{path!r} on the share is no directory, or leads through a link") from None
         raise
+
+
+@contextlib.contextmanager
+def opened(root: int, path: str) -> Iterator[int]:
+    """`directory`, closed at the end."""
+    fd = directory(root, path)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def archive(root: int, name: str, flags: int) -> int:
+    """A descriptor of the archive `<name>.tar` among the records."""
+    make(root)
+    return os.open(f"{RECORDS}/{name}.tar", flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=root)
+
+
+@contextlib.contextmanager
+def unless_whole(root: int, path: str) -> Iterator[None]:
+    """What was half-made at `path` goes with the failure."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            remove_tree(root, path)
+        raise
+
+
+def is_there(root: int, path: str) -> bool:
+    """Whether anything lies at `path`, a link among it."""
+    try:
+        with parent(root, path) as (fd, name):
+            os.stat(name, dir_fd=fd, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def tidy(root: int, prefix: str, suffix: str = "") -> None:
+    """Nothing that was half-made is left under such names."""
+    for name in names(root, prefix):
+        if name.endswith(suffix):
+            remove_tree(root, f"{RECORDS}/{name}")
+
+
+def remove_tree(root: int, path: str) -> None:
+    """Nothing is at `path`. Links are removed, not followed."""
+    try:
+        facts = os.stat(path, dir_fd=root, follow_symlinks=False)
+    except FileNotFoundError:
+        return
+    if stat.S_ISDIR(facts.st_mode):
+        import shutil
+
+        shutil.rmtree(path, dir_fd=root)
+    else:
+        os.unlink(path, dir_fd=root)
+
+
+def chmod(directory: int, name: str, mode: int) -> None:
+    """Not through a link, even one that is put there in this moment: it would lead to this machine's own files."""
+    fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        if not stat.S_ISLNK(os.fstat(fd).st_mode):
+            os.chmod(f"/proc/self/fd/{fd}", mode)
+    finally:
+        os.close(fd)
