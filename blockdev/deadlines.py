@@ -24,6 +24,11 @@ class Deadline:
     def after(cls, seconds: float) -> Deadline:
         return cls(time.monotonic() + seconds, seconds)
 
+    @property
+    def began(self) -> float:
+        """When it was given, without a look at the clock."""
+        return self.at - self.given
+
     def remaining(self) -> float:
         """Seconds left; never negative."""
         return max(0.0, self.at - time.monotonic())

@@ -94,6 +94,9 @@ TABLE: Mapping[str, Setting] = {
     "snapshotter.verity": Setting(
         default=0, meaning="1: hash committed layers behind, and let Views read through dm-verity; 0: do not"
     ),
+    "snapshotter.unmap_idle_seconds": Setting(
+        default=600, meaning="unmap a snapshot's device that nobody has had open for so long; 0 for never"
+    ),
     "snapshotter.metrics": Setting(default="", meaning="HOST:PORT of the metrics (loopback); empty for none"),
     "pool.data_reserve_percent": Setting(
         default=3, meaning="free data that new snapshots leave to those that run, in percent"
@@ -247,6 +250,7 @@ _RANGES = {
     "snapshotter.call_seconds": (1, 3600),
     "snapshotter.discard": (0, 1),
     "snapshotter.verity": (0, 1),
+    "snapshotter.unmap_idle_seconds": (0, 1 << 30),
     "pool.data_reserve_percent": (0, 50),
     "pool.autoextend_threshold": (10, 100),
     "pool.autoextend_percent": (0, 1000),

@@ -35,6 +35,9 @@ class _Pool:
         ):
             yield GaugeMetricFamily(f"runvol_recovery_{name}", f"What the last start found: {name}.", value=value)
         yield CounterMetricFamily("runvol_devices_deleted", "Devices deleted behind.", value=node.reaper.deleted)
+        yield CounterMetricFamily(
+            "runvol_devices_unmapped_idle", "Devices unmapped as nobody had them open.", value=node.reaper.idled
+        )
         yield CounterMetricFamily("runvol_devices_busy", "Deletions put off.", value=node.reaper.failed)
         yield GaugeMetricFamily("runvol_snapshots", "Snapshots in the store.", value=node.store.count())
         yield GaugeMetricFamily("runvol_devices_doomed", "Waiting for deletion.", value=len(node.store.doomed()))

@@ -17,6 +17,7 @@ from snapshotter import assembly, backing, recovery
 from snapshotter.assembly import Extender
 from snapshotter.bases import Bases
 from snapshotter.errors import PoolRefused, SnapshotterError, Unavailable
+from snapshotter.idle import Idle
 from snapshotter.pool import Limits, Pool
 from snapshotter.reaper import Reaper
 from snapshotter.snapshots import Sizes, Snapshotter
@@ -44,6 +45,8 @@ class Settings:
     discard: bool = True
     images: str = ""
     verity: bool = False
+    # Seconds after which a mapped device that nobody has open is unmapped; 0 is never.
+    unmap_idle: float = 600
 
 
 class Activity:
@@ -55,9 +58,9 @@ class Activity:
     def begin(self) -> None:
         self._running += 1
 
-    def end(self) -> None:
+    def end(self, now: float) -> None:
         self._running -= 1
-        self._last = time.monotonic()
+        self._last = now
 
     def quiet_for(self) -> float:
         """Seconds without a call; 0 while one runs."""
@@ -80,13 +83,15 @@ class Node:
         self.bases = Bases(self.store, self.pool, os.path.join(settings.state_dir, "bases"))
         self.images = self._shared_images()
         self.seals, self.sealer = self._verified_layers()
-        self.reaper = Reaper(self.store, self.pool, discard=settings.discard, busy=self.activity.quiet_for,
+        self.idle = Idle(settings.unmap_idle)
+        self.reaper = Reaper(self.store, self.pool, self.idle, discard=settings.discard, busy=self.activity.quiet_for,
                              release_images=self.images.release_unused if self.images else None,
                              seals=self.seals)  # fmt: skip
         self.snapshots = Snapshotter(
             self.store, self.pool, self.bases,
             Sizes(fstype=settings.fstype, size=settings.size, by_namespace=settings.by_namespace),
-            self._done_with, self.images, self.seals, self.sealer.tell if self.sealer else lambda _name: None,
+            self._done_with, self.images, self.seals, self.idle,
+            self.sealer.tell if self.sealer else lambda _name: None,
         )  # fmt: skip
         self._usable, self._stop = threading.Event(), threading.Event()
         self._why_not = f"pool {description.name} is being assembled"

@@ -144,6 +144,11 @@ class Pool:
             self._number = self._checked(self.name).number
         return self._number
 
+    def in_use(self, device: int) -> bool:
+        """Whether somebody has the mapped device open."""
+        found = self.mapper.find(self.device_name(device))
+        return found is not None and found.open_count > 0
+
     def deactivate(self, device: int) -> bool:
         """Unmap the device if nobody has it open; whether it is unmapped now."""
         name = self.device_name(device)

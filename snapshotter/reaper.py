@@ -10,11 +10,12 @@ import errno
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from blockdev.devicemapper import MapperError
 from snapshotter.errors import SnapshotterError
+from snapshotter.idle import Idle
 from snapshotter.pool import DeviceMissing, Pool
 from snapshotter.store import Store
 
@@ -33,16 +34,16 @@ class Reaper:
     """A thread; `busy` says how many calls are under way, so that they go first."""
 
     def __init__(
-        self, store: Store, pool: Pool, *, discard: bool, busy: Callable[[], float],
+        self, store: Store, pool: Pool, idle: Idle, *, discard: bool, busy: Callable[[], float],
         release_images: Callable[[], object] | None = None, seals: Seals | None = None,
     ) -> None:  # fmt: skip
-        self._store, self._pool, self._discard, self._busy = store, pool, discard, busy
+        self._store, self._pool, self._idle, self._discard, self._busy = store, pool, idle, discard, busy
         self._release_images, self._seals = release_images or (lambda: None), seals
         self._lock = threading.Lock()
         self._done_with: set[int] = set()
         self._wake, self._stop = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="reaper", daemon=True)
-        self.deleted = self.failed = 0
+        self.deleted = self.failed = self.idled = 0
 
     def start(self) -> None:
         self._thread.start()
@@ -60,6 +61,10 @@ class Reaper:
             if device:
                 self._done_with.add(device)
         self._wake.set()
+
+    def found_mapped(self, devices: Iterable[int]) -> None:
+        """These were mapped before this process began, and are needed."""
+        self._idle.found(devices, time.monotonic())
 
     def _run(self) -> None:
         while not self._stop.is_set():
@@ -90,8 +95,8 @@ class Reaper:
         self._store.write_made()
         doomed = self._store.doomed()
         with self._lock:
-            idle = self._done_with - doomed.keys()
-        for device in idle:
+            done_with = self._done_with - doomed.keys()
+        for device in done_with:
             if self._unmap(device):
                 with self._lock:
                     self._done_with.discard(device)
@@ -102,9 +107,10 @@ class Reaper:
             with self._lock:
                 self._done_with.difference_update(gone)
             self.deleted += len(gone)
+        more = self._unmap_idle()
         self._release_images()
         self._store.tidy()
-        return bool(gone) and len(doomed) > len(gone)
+        return more or (bool(gone) and len(doomed) > len(gone))
 
     def _delete(self, device: int, size: int) -> bool:
         """Whether the device is gone from the pool."""
@@ -123,9 +129,33 @@ class Reaper:
             return False
         return True
 
+    def _unmap_idle(self) -> bool:
+        """Unmap some of those that nobody needs for long; whether there may be more."""
+        now = time.monotonic()
+        due = self._idle.due(now, _BATCH)
+        for device in due:
+            if self._stop.is_set():
+                return False
+            if self._idle.leave(device, now, self._unmap_written):
+                self.idled += 1
+        return len(due) == _BATCH
+
+    def _unmap_written(self, device: int) -> bool:
+        """Unmap; what was written is on the disk before, as a Commit cannot flush what is not mapped."""
+        try:
+            if (self._seals is None or self._seals.release(device)) and not self._pool.in_use(device):
+                self._pool.flush(device)
+                return self._unmap(device)
+        except (MapperError, SnapshotterError, OSError) as error:
+            log.warning("idle device is not unmapped", extra={"device": device, "why": str(error)})
+        return False
+
     def _unmap(self, device: int) -> bool:
         """Whether the device is unmapped, and what stood on it."""
-        return (self._seals is None or self._seals.release(device)) and self._pool.deactivate(device)
+        gone = (self._seals is None or self._seals.release(device)) and self._pool.deactivate(device)
+        if gone:
+            self._idle.forget(device)
+        return gone
 
     def _give_blocks_back(self, device: int, size: int) -> None:
         try:

@@ -58,6 +58,7 @@ def _unmap(store: Store, pool: Pool, reaper: Reaper) -> int:
     if not mapped:
         return 0
     needed = {row.device for page in store.pages() for row in page if row.kind is not Kind.COMMITTED}
+    reaper.found_mapped(mapped & needed)
     needed |= {base.device for base in store.bases() if not base.ready}
     for device in mapped - needed:
         reaper.tell(device)

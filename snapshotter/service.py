@@ -106,19 +106,22 @@ class Service:
         self, name: str, method: Callable[[Any, Deadline], Message]
     ) -> Callable[[Any, grpc.ServicerContext], Message]:
         def call(request: Any, context: grpc.ServicerContext) -> Message:
-            started, number = time.perf_counter(), next(self._numbers)
+            # One look at the clock before and one after: in a virtual machine a look may be a system call.
+            started, number = time.monotonic(), next(self._numbers)
             key = getattr(request, "key", "")
-            deadline = Deadline.after(self._limit)
+            deadline = Deadline(started + self._limit, self._limit)
             running = self._running[number] = _Running(name, key, deadline.at, context)
             self._node.activity.begin()
             try:
-                response = method(request, deadline)
+                try:
+                    response = method(request, deadline)
+                finally:
+                    ended = time.monotonic()
+                    self._node.activity.end(ended)
+                    self._ended(number, running)
             except Exception as error:
-                self._refuse(name, key, number, started, error, context)
-            finally:
-                self._node.activity.end()
-                self._ended(number, running)
-            self._done(name, key, started)
+                self._refuse(name, key, number, ended - started, error, context)
+            self._done(name, key, ended - started)
             return response
 
         return call
@@ -144,8 +147,7 @@ class Service:
             log.warning("a call that hung in the kernel has ended", extra={"rpc": running.name, "key": running.key})
             self._workers.came_back()
 
-    def _done(self, name: str, key: str, started: float) -> None:
-        seconds = time.perf_counter() - started
+    def _done(self, name: str, key: str, seconds: float) -> None:
         if self._observe is not None:
             self._observe(name, "OK", seconds)
         level = logging.WARNING if seconds > _SLOW else logging.DEBUG
@@ -153,10 +155,9 @@ class Service:
             log.log(level, "call done", extra={"rpc": name, "key": key, "ms": round(seconds * 1000, 2)})
 
     def _refuse(
-        self, name: str, key: str, number: int, started: float, error: Exception, context: grpc.ServicerContext
+        self, name: str, key: str, number: int, seconds: float, error: Exception, context: grpc.ServicerContext
     ) -> NoReturn:
         code = wire.code_of(error)
-        seconds = time.perf_counter() - started
         if self._observe is not None:
             self._observe(name, code.name, seconds)
         facts = {"rpc": name, "key": key, "code": code.name, "ms": round(seconds * 1000, 2)}
@@ -212,11 +213,11 @@ class Service:
         return Empty()
 
     def _listing(self, request: Any, context: grpc.ServicerContext) -> Iterator[pb.ListSnapshotsResponse]:
-        started, number = time.perf_counter(), next(self._numbers)
+        started, number = time.monotonic(), next(self._numbers)
         try:
             for page in self._node.snapshots.list(list(request.filters)):
                 for start in range(0, len(page), _PAGE):
                     yield pb.ListSnapshotsResponse(info=[wire.info(row) for row in page[start : start + _PAGE]])
         except SnapshotterError as error:
-            self._refuse("List", "", number, started, error, context)
-        self._done("List", "", started)
+            self._refuse("List", "", number, time.monotonic() - started, error, context)
+        self._done("List", "", time.monotonic() - started)

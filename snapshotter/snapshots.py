@@ -26,6 +26,7 @@ from snapshotter.errors import (
     Unavailable,
     WrongState,
 )
+from snapshotter.idle import Idle
 from snapshotter.locks import Locks
 from snapshotter.model import LABEL_FSTYPE, LABEL_PREFIX, LABEL_REF, LABEL_SIZE, Kind, Mount, Snapshot, State
 from snapshotter.pool import DeviceMissing, Pool
@@ -85,12 +86,12 @@ class Snapshotter:
 
     def __init__(
         self, store: Store, pool: Pool, golden: Bases, sizes: Sizes, after: Callable[[int], None],
-        images: Images | None = None, seals: Seals | None = None,
+        images: Images | None = None, seals: Seals | None = None, idle: Idle | None = None,
         committed: Callable[[str], None] = lambda _name: None,
     ) -> None:  # fmt: skip
         self._store, self._pool, self._bases, self._sizes, self._after = store, pool, golden, sizes, after
         self._images: Images = images or NoImages()
-        self._seals, self._committed = seals, committed
+        self._seals, self._committed, self._idle = seals, committed, idle or Idle(0)
         self._locks, self._devices = Locks(), Locks()
 
     def prepare(
@@ -180,6 +181,8 @@ class Snapshotter:
 
     def _activate(self, row: Snapshot, deadline: Deadline) -> None:
         below = self._images.origin(row.image, deadline) if row.image else ""
+        self._idle.handed(row.device, deadline.began)
+        self._idle.wait(row.device, deadline)
         self._pool.activate(row.device, row.size, read_only=row.kind is Kind.VIEW, origin=below)
 
     def _drop(self, row: Snapshot) -> None:
@@ -225,8 +228,10 @@ class Snapshotter:
     def mounts(self, key: str, deadline: Deadline) -> list[Mount]:
         """The mount of an active snapshot or view; its device is there when the call returns."""
         row = self._seen(key, deadline)
-        if row.state is State.READY and row.kind is not Kind.COMMITTED and self._pool.find(row.device) is not None:
-            return self._mounts(row, deadline)
+        if row.state is State.READY and row.kind is not Kind.COMMITTED:
+            self._idle.handed(row.device, deadline.began)
+            if not self._idle.leaving(row.device) and self._pool.find(row.device) is not None:
+                return self._mounts(row, deadline)
         with self._locks.held(key, deadline=deadline):
             row = self._seen_now(key)
             if row.kind is Kind.COMMITTED:

@@ -28,6 +28,8 @@ TURNS = 9
 # What a request to the second disk takes: 32 at a time are 3,200 a second, as a small cloud disk has.
 SERVICE_MS = 10
 PAIRS = 60
+# Seconds after which the many devices are idle; a node's default is 600.
+IDLE = 20
 FIO = (("randread", "4k", 32), ("randwrite", "4k", 32), ("read", "1M", 8), ("write", "1M", 8))
 
 
@@ -60,6 +62,7 @@ class Peers:
 
     def __init__(self, mapper: Mapper, parts: dict[str, str]) -> None:
         self.sockets: dict[str, str] = {}
+        self.commands: dict[str, list[str]] = {}
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.environment = {
             **os.environ, "RUNVOL_SNAPSHOTTER_STATE_DIR": str(WORK / "ours"),
@@ -84,6 +87,7 @@ class Peers:
         self.start("overlayfs", [serve, f"{WORK}/ov.sock", str(WORK / "overlayfs"), "overlayfs"], f"{WORK}/ov.sock")
 
     def start(self, name: str, command: list[str], socket: str) -> None:
+        self.commands[name] = command
         log = open(WORK / f"{name}.log", "ab")
         self.processes[name] = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)
         self.sockets[name] = socket
@@ -91,6 +95,15 @@ class Peers:
         while not os.path.exists(socket):
             assert time.monotonic() < until, (WORK / f"{name}.log").read_text()
             time.sleep(0.05)
+
+    def restart(self, name: str) -> float:
+        """kill -9 and start; the time at which it was started."""
+        self.processes[name].kill()
+        self.processes[name].wait()
+        os.unlink(self.sockets[name])
+        started = time.monotonic()
+        self.start(name, self.commands[name], self.sockets[name])
+        return started
 
     def stop(self) -> None:
         for process in self.processes.values():
@@ -194,10 +207,13 @@ def _fio(place: Path, pattern: str, block: str, depth: int, seconds: int) -> flo
     return float(job["read" if "read" in pattern else "write"]["iops"])
 
 
-def many(peers: Peers, count: int) -> dict[str, float]:
+def many(peers: Peers, mapper: Mapper, count: int) -> dict[str, float]:
     """Prepare among few and among many, and a start with many."""
     say(f"{count} snapshots")
     socket, measure = peers.sockets["runvol"], program("measure")
+    peers.environment["RUNVOL_SNAPSHOTTER_UNMAP_IDLE_SECONDS"] = str(IDLE)
+    peers.restart("runvol")
+    time.sleep(5)
 
     def fifty() -> float:
         done = subprocess.run([measure, "prepare", socket, "", "50"], check=True, capture_output=True)
@@ -211,15 +227,19 @@ def many(peers: Peers, count: int) -> dict[str, float]:
 
     found = {"Prepare among few (ms)": min(timed() for _ in range(3))}
     subprocess.run([measure, "prepare", socket, "", str(count - 300)], check=True)
-    found["Prepare among many (ms)"] = min(timed() for _ in range(3))
+    found["Prepare among many, mapped (ms)"] = min(timed() for _ in range(3))
+    found["mapped then"] = _mapped(mapper)
+    say(f"until nothing was used for {IDLE} s")
+    until = time.monotonic() + 600
+    while _mapped(mapper) > count / 100 and time.monotonic() < until:
+        time.sleep(2)
+    time.sleep(5)
+    found["mapped after the wait"] = _mapped(mapper)
+    found["Prepare among many, unmapped (ms)"] = min(timed() for _ in range(3))
     found["resident (MiB)"] = _resident(peers)
     # Three times, as what an import costs in this kernel varies most.
     for turn in range(1, 4):
-        peers.processes["runvol"].kill()
-        peers.processes["runvol"].wait()
-        os.unlink(socket)
-        started = time.monotonic()
-        peers.start("runvol", [sys.executable, "-m", "runvol", "snapshotter"], socket)
+        started = peers.restart("runvol")
         subprocess.run([measure, "empty", socket, "1"], check=True)
         found[f"start {turn} to the first answer (s)"] = time.monotonic() - started
         subprocess.run([measure, "prepare", socket, "", "1"], check=True)
@@ -227,6 +247,10 @@ def many(peers: Peers, count: int) -> dict[str, float]:
         time.sleep(5)
     found["snapshots"] = count
     return found
+
+
+def _mapped(mapper: Mapper) -> int:
+    return sum(entry.name.startswith("runvol-") for entry in mapper.devices())
 
 
 def _resident(peers: Peers) -> float:
@@ -254,7 +278,7 @@ def main(out: str, rounds: int, count: int, seconds: int) -> None:
             result["fio"] = root_filesystems(peers, mapper, seconds)
             Path(out).write_text(json.dumps(result))
         if count:
-            result["many"] = many(peers, count)
+            result["many"] = many(peers, mapper, count)
         Path(out).write_text(json.dumps(result))
         peers.processes["runvol"].kill()
         os._exit(0)

@@ -133,6 +133,12 @@ class Lab:
         while self.node.reaper.round():
             pass
 
+    def reap_idle(self) -> None:
+        """Let the time go by after which a device that nobody has open is unmapped."""
+        before, self.node.idle.after = self.node.idle.after, 1e-9
+        self.reap()
+        self.node.idle.after = before
+
     def layer(self, name: str, parent: str = "", *, files: dict[str, bytes]) -> None:
         """A committed snapshot with these files."""
         with mounted(self.prepare(f"making {name}", parent)) as root:

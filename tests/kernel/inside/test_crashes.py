@@ -91,6 +91,17 @@ SCENES = {
         lambda lab: lab.mounts("k"),
         lambda lab: _active(lab, "k"),
     ),
+    "unmapping what is idle": Scene(
+        lambda lab: lab.prepare("k", "layer"),
+        lambda lab: (lab.mounts("k"), lab.reap_idle()),
+        lambda lab: _active(lab, "k"),
+    ),
+    "unmapping an idle view of a sealed layer": Scene(
+        lambda lab: (lab.seal("layer"), lab.view("k", "layer")),
+        lambda lab: (lab.mounts("k"), lab.reap_idle()),
+        lambda lab: _active(lab, "k") and lab.mounts("k")[0].source.startswith("/dev/loop"),
+        verity=True,
+    ),
     "a start": Scene(
         lambda lab: (lab.prepare("k", "layer"), lab.prepare("gone", "layer"), lab.remove("gone")),
         lambda lab: (lab.restart(), lab.reap()),
