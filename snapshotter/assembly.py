@@ -110,7 +110,7 @@ def _make_backing(description: Description, wish: Wish, deadline: Deadline) -> N
             try:
                 run("lvs", "--noheadings", f"{description.group}/{volume}", deadline=deadline)
             except CommandFailed:
-                run("lvcreate", "-q", "-Wn", "-Zn", "-an", "-n", volume, "-L", f"{size}b", description.group,
+                run("lvcreate", "-Wn", "-Zn", "-an", "-n", volume, "-L", f"{size}b", description.group,
                     deadline=deadline)  # fmt: skip
 
 

@@ -143,7 +143,7 @@ class Backing:
                 loops.resize(device)
         elif it.kind == "lvm":
             volume = f"{it.group}/{it.data if part == 'data' else it.metadata}"
-            run("lvextend", "-q", "-L", f"+{more}b", volume, deadline=deadline)
+            run("lvextend", "-L", f"+{more}b", volume, deadline=deadline)
         elif part == "metadata":
             raise Unavailable(f"the metadata of pool {it.name} lies at the start of {it.data} and cannot grow; make a "
                               "larger pool with `--metadata-size`")  # fmt: skip

@@ -13,6 +13,8 @@ from volumes.errors import VolumeUnfinished
 log = logging.getLogger("runvol.jobs")
 
 _TELL_EVERY = 10.0
+# Seconds that a call waits for a copy; it goes on, and the caller asks again.
+PATIENCE = 8.0
 
 
 @dataclass

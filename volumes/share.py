@@ -16,9 +16,11 @@ from typing import TypeVar
 
 import msgspec
 
-from volumes.errors import StoreFailed, VolumeUnfinished
+from volumes.errors import NoSpace, StoreFailed, VolumeUnfinished
 
 RECORDS = ".runvol"
+# What the ids of volumes and of snapshots begin with.
+NFS_VOLUME, NFS_SNAPSHOT = "nfs-", "nfssnap-"
 _LONGEST = 65536
 log = logging.getLogger("runvol.share")
 
@@ -222,3 +224,19 @@ def chmod(directory: int, name: str, mode: int) -> None:
             os.chmod(f"/proc/self/fd/{fd}", mode)
     finally:
         os.close(fd)
+
+
+def not_its_own(volume: Record) -> tuple[str, ...]:
+    """What lies at the top of the volume and does not belong to it: a whole share holds our records."""
+    return () if volume.directory else (RECORDS,)
+
+
+@contextlib.contextmanager
+def enough_space(what: str) -> Iterator[None]:
+    """NoSpace, naming `what`, where the share has no room for what is written inside."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpace(f"{what} could not be written to its share: {error.strerror}") from error
+        raise

@@ -50,7 +50,12 @@ class KernelNfs:
             etc = Path("/run/etc")
             etc.mkdir()
             (etc / "passwd").write_text(f"{Path('/etc/passwd').read_text()}_rpc:x:0:0::/run/rpcbind:/bin/false\n")
-            self._run("mount", "-t", "overlay", "-o", f"lowerdir={etc}:{self.tree}/etc:/etc", "none", "/etc")
+            # Others write below /etc as well, LVM for one.
+            upper, work = Path("/run/etc-upper"), Path("/run/etc-work")
+            upper.mkdir()
+            work.mkdir()
+            options = f"lowerdir={etc}:{self.tree}/etc:/etc,upperdir={upper},workdir={work}"
+            self._run("mount", "-t", "overlay", "-o", options, "none", "/etc")
             self._run("modprobe", "-d", "/run/kernel", "-a", "nfsd", "nfs", "nfsv3", "nfsv4")
             self._run("mount", "-t", "nfsd", "nfsd", "/proc/fs/nfsd")
         for place in ("/var/lib/nfs/v4recovery", "/var/lib/nfs/sm", "/run/rpcbind", str(ROOT)):
