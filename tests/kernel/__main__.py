@@ -1,8 +1,11 @@
 """`make test-kernel`: the tests that need device-mapper, in the machine's own kernel if it has that, else in a
-user-mode one. Arguments go to pytest; `-m short` is the round that `make test` has."""
+user-mode one. Arguments go to pytest; `-m short` is the round that `make test` has.
+
+A user-mode kernel has one processor, so a machine with several runs two of them."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -12,10 +15,12 @@ from pathlib import Path
 
 from blockdev import devicemapper
 from tests import ganesha
-from tests.kernel.uml import Machine
+from tests.kernel.uml import Machine, finish_all
 
 ROOT = Path(__file__).resolve().parents[2]
 INSIDE = "tests/kernel/inside"
+# Where machines that share the tests see which files of tests were begun.
+TAKEN = "/mnt/taken"
 LIMIT = 7200.0
 # How much of what is repeated; `make test-long` sets them.
 PASSED_ON = ("RUNVOL_SUITES", "RUNVOL_MANY", "RUNVOL_LIVES", "RUNVOL_ROUNDS")
@@ -61,22 +66,45 @@ def run(arguments: list[str], *, show: bool = True) -> tuple[int, str]:
     if shutil.which("linux.uml") is None:
         raise SystemExit("user-mode-linux is not installed: run tests/prepare/debian.sh kernel")
     compile_all()
+    count = _machines(arguments)
     if show:
-        print("==> no device-mapper here: booting a user-mode kernel (about 6 s)", flush=True)
-    disks = []
+        kernels = f"{count} user-mode kernels that share the tests" if count > 1 else "a user-mode kernel"
+        print(f"==> no device-mapper here: booting {kernels} (about 6 s each)", flush=True)
     scratch = Path("/dev/shm") / f"runvol-disks-{os.getpid()}"
     scratch.mkdir()
+    (scratch / "taken").mkdir()
     try:
-        for name in ("a", "b"):
-            disks.append(scratch / name)
-            with open(disks[-1], "wb") as opened:
-                opened.truncate(8 << 30)
-        # Half of it is what the tests' directories may hold; it is taken from the machine as it is used.
-        with Machine(disks=disks, memory="6G") as machine:
-            result = machine.run(command(arguments), limit=LIMIT, ok=None, show=show)
-            return result.code, result.output
+        with contextlib.ExitStack() as stack:
+            machines = []
+            for number in range(count):
+                disks = [scratch / f"{number}{name}" for name in ("a", "b")]
+                for disk in disks:
+                    with open(disk, "wb") as opened:
+                        opened.truncate(8 << 30)
+                # Half of it is what the tests' directories may hold; it is taken from the machine as it is used.
+                machines.append(stack.enter_context(Machine(disks=disks, memory="6G")))
+            script = command(arguments)
+            jobs = [
+                (machine, machine.start(_sharing(scratch / "taken", number, script) if count > 1 else script))
+                for number, machine in enumerate(machines)
+            ]
+            results = finish_all(jobs, limit=LIMIT, show=show)
+            return max(result.code for result in results), "\n".join(result.output for result in results)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _machines(arguments: list[str]) -> int:
+    """How many kernels share the tests: each has one processor and takes up to 6 GiB."""
+    chosen = [one for one in arguments if one.startswith(f"{INSIDE}/")]
+    available = next(int(line.split()[1]) for line in open("/proc/meminfo") if line.startswith("MemAvailable")) >> 20
+    return 2 if not chosen and (os.cpu_count() or 1) > 1 and available >= 10 else 1
+
+
+def _sharing(taken: Path, number: int, script: str) -> str:
+    """The script for one of several machines: it runs the files of tests that no other one has begun."""
+    mount = f"mkdir -p {TAKEN} && mount -t hostfs none {TAKEN} -o {shlex.quote(str(taken))}"
+    return f"{mount} && export RUNVOL_TAKEN={TAKEN} RUNVOL_MACHINE={number} && {script}"
 
 
 if __name__ == "__main__":

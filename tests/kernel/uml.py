@@ -85,19 +85,24 @@ class Machine:
             env={**os.environ, "TMPDIR": "/dev/shm"},
             start_new_session=True,
         )
-        self._wait((self.jobs / "ready").exists, _BOOT_LIMIT, "the boot")
+        self.wait((self.jobs / "ready").exists, _BOOT_LIMIT, "the boot")
 
     def console(self) -> str:
         return (self.directory / "console").read_text("utf-8", "replace")
 
-    def _wait(self, ready: Callable[[], bool], limit: float, what: str) -> None:
+    def check(self, what: str) -> None:
+        """JobFailed, with the console, if the kernel has ended or refused during `what`."""
+        refused = self.jobs / "refused"
+        if refused.exists():
+            raise JobFailed(refused.read_text())
+        if self.process is None or self.process.poll() is not None:
+            raise JobFailed(f"the user-mode kernel ended during {what}: {self.console()[-2000:]}")
+
+    def wait(self, ready: Callable[[], bool], limit: float, what: str) -> None:
+        """Return once `ready` says so; JobFailed after `limit` seconds, or if the kernel ends."""
         until = time.monotonic() + limit
         while not ready():
-            refused = self.jobs / "refused"
-            if refused.exists():
-                raise JobFailed(refused.read_text())
-            if self.process is None or self.process.poll() is not None:
-                raise JobFailed(f"the user-mode kernel ended during {what}: {self.console()[-2000:]}")
+            self.check(what)
             if time.monotonic() > until:
                 raise JobFailed(f"{what} did not end within {limit:.0f} s; the console: {self.console()[-2000:]}")
             time.sleep(0.02)
@@ -121,31 +126,14 @@ class Machine:
             found.extend(line for line in lines if line.startswith(word))
             return bool(found) or (self.jobs / f"{name}.rc").exists()
 
-        self._wait(said, limit, f"`{word}` of job {name}")
+        self.wait(said, limit, f"`{word}` of job {name}")
         if not found:
             raise JobFailed(output.read_text("utf-8", "replace")[-4000:])
         return found[0]
 
     def finish(self, name: str, *, limit: float, show: bool = False) -> Result:
         """Wait for a job; with `show` its output goes to this process's own while it runs."""
-        output = self.jobs / f"{name}.out"
-        shown = 0
-
-        def done() -> bool:
-            nonlocal shown
-            if show and output.exists():
-                with open(output, "rb") as opened:
-                    opened.seek(shown)
-                    more = opened.read()
-                shown += len(more)
-                sys.stdout.write(more.decode("utf-8", "replace"))
-                sys.stdout.flush()
-            return (self.jobs / f"{name}.rc").exists()
-
-        self._wait(done, limit, f"job {name}")
-        if show:
-            done()
-        return Result(int((self.jobs / f"{name}.rc").read_text()), output.read_text("utf-8", "replace"))
+        return finish_all([(self, name)], limit=limit, show=show)[0]
 
     def run(self, script: str, *, limit: float = 60, ok: Sequence[int] | None = (0,), show: bool = False) -> Result:
         """Run a job to its end; JobFailed for a status that is not in `ok` (None takes any)."""
@@ -173,3 +161,43 @@ class Machine:
         if hasattr(self, "_log"):
             self._log.close()
         shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def finish_all(jobs: Sequence[tuple[Machine, str]], *, limit: float, show: bool = False) -> list[Result]:
+    """Wait for a job on each of several machines. With `show` their output goes to this process's own while they run,
+    as it comes from one, and by lines with the machine's number in front from several."""
+    shown = [0] * len(jobs)
+
+    def pass_on(number: int, *, ended: bool) -> None:
+        machine, name = jobs[number]
+        output = machine.jobs / f"{name}.out"
+        if not show or not output.exists():
+            return
+        with open(output, "rb") as opened:
+            opened.seek(shown[number])
+            more = opened.read()
+        if len(jobs) > 1 and not ended:
+            more = more[: more.rfind(b"\n") + 1]
+        shown[number] += len(more)
+        text = more.decode("utf-8", "replace")
+        if len(jobs) > 1:
+            text = "".join(f"{number + 1}| {line}\n" for line in text.splitlines())
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    def done() -> bool:
+        ended = [(machine.jobs / f"{name}.rc").exists() for machine, name in jobs]
+        for number, one in enumerate(ended):
+            pass_on(number, ended=one)
+        for (machine, name), one in zip(jobs, ended, strict=True):
+            if not one:
+                machine.check(f"job {name}")
+        return all(ended)
+
+    jobs[0][0].wait(done, limit, " and ".join(f"job {name}" for _, name in jobs))
+    return [
+        Result(
+            int((machine.jobs / f"{name}.rc").read_text()), (machine.jobs / f"{name}.out").read_text("utf-8", "replace")
+        )
+        for machine, name in jobs
+    ]

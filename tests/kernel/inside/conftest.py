@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,6 +10,31 @@ import pytest
 
 from blockdev.devicemapper import Mapper
 from tests.kernel.inside.lab import Lab
+
+
+_mine: dict[str, bool] = {}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of two machines that share the tests, the second begins at the end."""
+    if os.environ.get("RUNVOL_MACHINE") == "1":
+        files = list(dict.fromkeys(item.path for item in items))
+        items.sort(key=lambda item: -files.index(item.path))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+    """Whoever first makes a directory with a file's name runs its tests."""
+    taken, name = os.environ.get("RUNVOL_TAKEN"), item.path.name
+    if not taken:
+        return None
+    if name not in _mine:
+        try:
+            os.mkdir(os.path.join(taken, name))
+            _mine[name] = True
+        except FileExistsError:
+            _mine[name] = False
+    return None if _mine[name] else True
 
 
 @pytest.fixture
