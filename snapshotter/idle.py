@@ -31,8 +31,7 @@ class Idle:
     def handed(self, device: int, at: float) -> None:
         """A caller is about to be given the device."""
         if self.after:
-            self._handed.pop(device, None)
-            self._handed[device] = at
+            self._handed[device] = max(at, self._handed.pop(device, at))
 
     def found(self, devices: Iterable[int], now: float) -> None:
         """Devices that were mapped before this process began."""
@@ -44,12 +43,18 @@ class Idle:
         """Whether the device is being unmapped just now."""
         return self._leaving == device
 
-    def wait(self, device: int, deadline: Deadline) -> None:
-        """Return when the device is not being unmapped; TookTooLong at the deadline."""
+    def keep(self, device: int, deadline: Deadline) -> None:
+        """The device is about to be mapped for a caller: it is handed out, and is not being unmapped when this returns.
+
+        TookTooLong at the deadline.
+        """
+        self.handed(device, deadline.began)
         while self.leaving(device):
             if not self._turn.acquire(timeout=deadline.remaining()):
                 raise TookTooLong(f"device {device} is being unmapped and did not go within {deadline.given:.0f} s")
             self._turn.release()
+            # Who has unmapped it has forgotten it.
+            self.handed(device, deadline.began)
 
     def forget(self, device: int) -> None:
         """The device is not mapped any more."""

@@ -181,8 +181,7 @@ class Snapshotter:
 
     def _activate(self, row: Snapshot, deadline: Deadline) -> None:
         below = self._images.origin(row.image, deadline) if row.image else ""
-        self._idle.handed(row.device, deadline.began)
-        self._idle.wait(row.device, deadline)
+        self._idle.keep(row.device, deadline)
         self._pool.activate(row.device, row.size, read_only=row.kind is Kind.VIEW, origin=below)
 
     def _drop(self, row: Snapshot) -> None:
