@@ -152,7 +152,7 @@ class Reaper:
 
     def _unmap(self, device: int) -> bool:
         """Whether the device is unmapped, and what stood on it."""
-        gone = (self._seals is None or self._seals.release(device)) and self._pool.deactivate(device)
+        gone = self._pool.deactivate(device) if self._seals is None else self._seals.unmap(device)
         if gone:
             self._idle.forget(device)
         return gone

@@ -40,6 +40,9 @@ class Seals:
     def __init__(self, mapper: Mapper, store: Store, pool: Pool, directory: str) -> None:
         self._mapper, self._store, self._pool, self._directory = mapper, store, pool, directory
         os.makedirs(directory, mode=0o700, exist_ok=True)
+        # The device that is being hashed; whoever unmaps devices behind the calls takes turns with who maps it.
+        self._making = 0
+        self._turn = threading.Lock()
 
     def make(self, layer: Snapshot) -> bool:
         """Hash a committed layer; False while somebody still has it open, who might write to it.
@@ -48,8 +51,14 @@ class Seals:
         """
         if not layer.device or layer.image or self.of(layer.device) is not None:
             return True
-        if not self._pool.deactivate(layer.device):
-            return False
+        with self._turn:
+            self._making = layer.device
+        try:
+            return self._pool.deactivate(layer.device) and self._make(layer)
+        finally:
+            self._making = 0
+
+    def _make(self, layer: Snapshot) -> bool:
         path, salt = self._path(layer.device), os.urandom(32)
         try:
             self._pool.activate(layer.device, layer.size, read_only=True)
@@ -100,6 +109,11 @@ class Seals:
         )  # fmt: skip
         uuid = f"RUNVOL-SEAL-{self._pool.identity}-{view.device}"
         self._mapper.establish(name, [table], uuid=uuid, read_only=True)
+
+    def unmap(self, device: int) -> bool:
+        """Whether the thin device is unmapped, with what stood on it; False for one that is being hashed just now."""
+        with self._turn:
+            return device != self._making and self.release(device) and self._pool.deactivate(device)
 
     def release(self, device: int) -> bool:
         """Nothing of ours stands on this thin device any more; False while somebody has it open."""

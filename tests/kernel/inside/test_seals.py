@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from snapshotter import verity
 from snapshotter.errors import SnapshotterError
 from tests.kernel.inside.lab import MIB, Lab, mounted
 
@@ -122,6 +123,28 @@ def test_trees_stay_in_use_when_no_more_are_made(sealed: Lab) -> None:
         assert (root / "f").read_bytes() == CONTENT
     sealed.remove("v")
     assert not sealed.leaks()
+
+
+def test_a_layer_that_is_being_hashed_is_not_unmapped(
+    make_lab: Callable[..., Lab], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reaper was told of it by its Commit, and comes at the worst moment."""
+    lab = make_lab(verity=True)
+    lab.layer("layer", files={"f": CONTENT})
+    build = verity.build
+
+    def while_the_reaper_is_at_work(image: str, hashes: str, salt: bytes) -> str:
+        lab.reap()
+        assert lab.node.pool.find(lab.stat("layer").device) is not None
+        return build(image, hashes, salt)
+
+    monkeypatch.setattr(verity, "build", while_the_reaper_is_at_work)
+    assert lab.node.sealer is not None
+    assert lab.node.sealer.seal("layer")
+    assert lab.node.seals is not None
+    assert lab.node.seals.of(lab.stat("layer").device) is not None
+    lab.reap()
+    assert lab.node.pool.find(lab.stat("layer").device) is None
 
 
 def test_the_running_process_seals_by_itself(make_lab: Callable[..., Lab]) -> None:
