@@ -1,9 +1,38 @@
-"""Letting go of a flock(2) in a process that forks."""
+"""Taking a flock(2) on a file that goes with its holder, and letting go of one in a process that forks."""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import time
+
+_STEP = 0.005
+
+
+def take(path: str, seconds: float) -> int | None:
+    """A descriptor that holds the lock file `path` alone; None if somebody else has it for so many seconds.
+
+    The file is made where it is absent, and its holder may unlink it before it lets go.
+    """
+    until = time.monotonic() + seconds
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The holder before us may have removed the file: a lock on a name that is gone locks nothing.
+            if os.path.exists(path) and os.path.samestat(os.fstat(fd), os.stat(path)):
+                return fd
+        except FileNotFoundError:
+            pass
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                os.close(fd)
+                return None
+            time.sleep(_STEP)
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
 
 
 def release(fd: int) -> None:

@@ -10,7 +10,7 @@ import contextlib
 import enum
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +23,9 @@ from volumes import AccessMode, Capability, SizeRange, VolumeError, VolumeNotFou
 from volumes.given import GivenDevice, GivenDirectory
 
 NFS = "nfs"
+# Seconds that a call waits for another one of its volume. This protocol has no word for "come again soon": each failure
+# becomes an event of the pod's, and kubelet waits longer after each.
+_PATIENCE = 30.0
 
 
 class Status(enum.StrEnum):
@@ -64,7 +67,7 @@ class Driver:
 
     def __init__(self, node: Node, *, directory: str, name: str = "runvol") -> None:
         self._staging = os.path.join(directory, "staging")
-        self._node = replace(node, roots=(*node.roots, self._staging))
+        self._node = replace(node, roots=(*node.roots, self._staging), claims=node.claims.patient(_PATIENCE))
         self._roots, self._targets, self._name = node.roots, Targets(os.path.join(directory, "targets")), name
 
     def answer(self, words: Sequence[str], deadline: Deadline) -> Reply:
@@ -96,25 +99,27 @@ class Driver:
         path = paths.check("the target", target, self._roots)
         volume, context = self._meant(asked)
         use = _capability(asked)
-        staging = self._staging_of(volume, context)
+        self._node.catalog.of(volume, context)
         if asked.volume:
             self._node.catalog.get(volume)
-        self._targets.remember(path, volume)
-        try:
-            self._node.stage(
-                StageRequest(volume_id=volume, staging_path=staging, capability=use, context=context), deadline
-            )
-            self._node.publish(
-                PublishRequest(volume_id=volume, staging_path=staging, target=path, capability=use,
-                               read_only=asked.read_only, pod=asked.pod, context=context), deadline)  # fmt: skip
-        except BaseException:
-            # Another call may have mounted it here before, and then the record is still true.
-            if not mounts.is_mount_point(path):
-                self._targets.forget(path)
-                os.makedirs(path, mode=0o750, exist_ok=True)
-                with contextlib.suppress(BlockdevError, GuestmountError, VolumeError):
-                    self._unstage_if_unused(volume, Deadline.after(5))
-            raise
+        with self._node.claims.turn(volume, deadline):
+            # Of now: who was before us may have let the volume go from where it was staged.
+            staging = self._staging_of(volume)
+            self._targets.remember(path, volume)
+            stage = StageRequest(volume_id=volume, staging_path=staging, capability=use, context=context)
+            publish = PublishRequest(volume_id=volume, staging_path=staging, target=path, capability=use,
+                                     read_only=asked.read_only, pod=asked.pod, context=context)  # fmt: skip
+            try:
+                self._node.stage(stage, deadline)
+                self._node.publish(publish, deadline)
+            except BaseException:
+                # Another call may have mounted it here before, and then the record is still true.
+                if not mounts.is_mount_point(path):
+                    self._targets.forget(path)
+                    os.makedirs(path, mode=0o750, exist_ok=True)
+                    with contextlib.suppress(BlockdevError, GuestmountError, VolumeError):
+                        self._unstage_if_unused(volume, Deadline.after(5))
+                raise
         return Reply(status=Status.SUCCESS)
 
     def _meant(self, asked: Options) -> tuple[str, dict[str, str]]:
@@ -142,13 +147,15 @@ class Driver:
         path = paths.check("the target", target, self._roots)
         volume = self._targets.volume_at(path) or self._claimed_at(path)
         if volume:
-            self._node.unpublish(volume, path, deadline)
-            self._unstage_if_unused(volume, deadline)
+            with self._node.claims.turn(volume, deadline):
+                self._node.unpublish(volume, path, deadline)
+                self._unstage_if_unused(volume, deadline)
+                self._targets.forget(path)
         else:
             for dialect in self._node.dialects:
                 dialect.withdraw(path)
             mounts.be_unmounted(path, deadline)
-        self._targets.forget(path)
+            self._targets.forget(path)
         return Reply(status=Status.SUCCESS)
 
     def _unstage_if_unused(self, volume: str, deadline: Deadline) -> None:
@@ -179,9 +186,8 @@ class Driver:
         self._node.expand(volume, claim.staging_path, SizeRange(required=int(new)), deadline)
         return Reply(status=Status.SUCCESS)
 
-    def _staging_of(self, volume: str, context: Mapping[str, str]) -> str:
-        """Where the volume is staged already, else a place of our own. VolumeNotFound for what is no volume's id."""
-        self._node.catalog.of(volume, context)
+    def _staging_of(self, volume: str) -> str:
+        """Where the volume is staged already, else a place of our own."""
         claim = self._node.claims.peek(volume)
         if claim is not None and claim.staging_path.startswith(self._staging + "/"):
             return claim.staging_path

@@ -8,7 +8,6 @@ made from it and never read back as the truth.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import time
 from collections.abc import Iterator
@@ -151,32 +150,58 @@ def _read(path: str) -> Claim | None:
 
 
 class Claims:
-    """The records of a node, under `<run_dir>/claims`."""
+    """The records of a node, under `<run_dir>/claims`. `patience`: seconds to wait for one that another call has."""
 
-    def __init__(self, run_dir: str) -> None:
+    def __init__(self, run_dir: str, *, patience: float = 0.0) -> None:
+        self._run_dir, self._patience = run_dir, patience
         self._directory = os.path.join(run_dir, "claims")
-        self._locks = os.path.join(run_dir, "locks")
+        self._locks, self._turns = os.path.join(run_dir, "locks"), os.path.join(run_dir, "turns")
         self._temporary = os.path.join(run_dir, "tmp")
-        for directory in (self._directory, self._locks, self._temporary):
+        for directory in (self._directory, self._locks, self._turns, self._temporary):
             os.makedirs(directory, mode=0o700, exist_ok=True)
 
+    def patient(self, seconds: float) -> Claims:
+        """The same records for callers that cannot be told to come again soon."""
+        return Claims(self._run_dir, patience=seconds)
+
     @contextlib.contextmanager
-    def locked(self, volume_id: str, deadline: Deadline, *, patience: float = 0.0) -> Iterator[Cell]:
-        """The volume's record, ours alone until the block ends; Busy if another has it for longer than `patience`.
+    def locked(self, volume_id: str, deadline: Deadline) -> Iterator[Cell]:
+        """The volume's record, ours alone until the block ends; Busy if another has it for longer than our patience.
 
         The lock is a flock, so that a process that is killed lets go. The lock's file goes with the record.
         """
-        _check(volume_id)
-        path = os.path.join(self._locks, volume_id)
-        fd = _take(path, volume_id, min(deadline.remaining(), patience))
-        cell = None
-        try:
+        with self._held(self._locks, volume_id, deadline) as path:
             cell = Cell(os.path.join(self._directory, f"{volume_id}.json"), os.path.join(self._temporary, volume_id))
-            yield cell
-        finally:
-            if cell is not None and cell.claim is None:
+            try:
+                yield cell
+            finally:
+                if cell.claim is None:
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(path)
+
+    @contextlib.contextmanager
+    def turn(self, volume_id: str, deadline: Deadline) -> Iterator[None]:
+        """The only call of several verbs for the volume until the block ends; Busy as in `locked`, which goes inside.
+
+        Between stage and publish another call would find the volume unused, and let it go.
+        """
+        with self._held(self._turns, volume_id, deadline) as path:
+            try:
+                yield
+            finally:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(path)
+
+    @contextlib.contextmanager
+    def _held(self, directory: str, volume_id: str, deadline: Deadline) -> Iterator[str]:
+        _check(volume_id)
+        path = os.path.join(directory, volume_id)
+        fd = flocks.take(path, min(deadline.remaining(), self._patience))
+        if fd is None:
+            raise Busy(volume_id)
+        try:
+            yield path
+        finally:
             flocks.release(fd)
 
     def peek(self, volume_id: str) -> Claim | None:
@@ -211,28 +236,6 @@ class Claims:
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - os.stat(path).st_mtime > 60:
                     os.unlink(path)
-
-
-def _take(path: str, volume_id: str, patience: float) -> int:
-    until = time.monotonic() + patience
-    while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The holder before us may have removed the file: a lock on a name that is gone locks nothing.
-            if os.path.exists(path) and os.path.samestat(os.fstat(fd), os.stat(path)):
-                return fd
-        except FileNotFoundError:
-            pass
-        except BlockingIOError:
-            if time.monotonic() >= until:
-                os.close(fd)
-                raise Busy(volume_id) from None
-            time.sleep(0.005)
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(fd)
 
 
 def _check(volume_id: str) -> None:

@@ -43,13 +43,14 @@ def main() -> None:
 
 def _in_child(words: Sequence[str], out: int) -> str:
     reading, writing = os.pipe()
+    parent = os.getpid()
     child = os.fork()
     if child == 0:
         # kubelet reads until nobody has its pipe open any more.
         os.close(out)
         os.close(reading)
         os.setsid()
-        os.write(writing, _work(words).encode())
+        os.write(writing, _work(words, parent).encode())
         os._exit(0)
     os.close(writing)
     try:
@@ -89,8 +90,8 @@ def _failure(message: str) -> str:
     return json.dumps({"status": "Failure", "message": message})
 
 
-def _work(words: Sequence[str]) -> str:
-    """The reply's text, whatever happens."""
+def _work(words: Sequence[str], parent: int) -> str:
+    """The reply's text, whatever happens. Nothing is begun for a caller that has gone: it may have come again since."""
     # The process ends with the call: what its imports make is not worth looking through for garbage.
     gc.disable()
     try:
@@ -98,6 +99,8 @@ def _work(words: Sequence[str]) -> str:
 
         loaded = config.load(file=os.environ.get("RUNVOL_CONFIG"))
         run_dir, name = loaded.text("paths.run_dir"), os.path.basename(sys.argv[0])
+        if os.getppid() != parent:
+            return _failure("the caller has gone")
         answer = _of_plugin(words, name, os.path.join(run_dir, "flexvolume.sock"))
         if answer:
             return answer

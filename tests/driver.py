@@ -181,7 +181,7 @@ class Driver:
     def left_over(self) -> dict[str, list[str]]:
         """Everything of this driver on the node: empty lists when all is taken back."""
         handed = sorted(os.listdir(self.direct_volumes)) if self.direct_volumes.exists() else []
-        claims = [name for folder in ("claims", "locks", "tmp") for name in os.listdir(self.run / folder)]
+        claims = [name for folder in ("claims", "locks", "turns", "tmp") for name in os.listdir(self.run / folder)]
         files = os.listdir(self.state / "volumes")
         rows = [volume.volume.volume_id for volume in self.client.ListVolumes().entries] if self.client else []
         return {

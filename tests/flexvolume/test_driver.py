@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -293,6 +294,48 @@ def test_kill_9_at_any_moment_is_made_good_by_the_same_call(flex, volume):
             running.wait()
             Path(target).mkdir(parents=True, exist_ok=True)
             flex.ok(*words)
+
+
+def test_a_call_waits_for_one_that_its_caller_has_left(flex, volume):
+    target = flex.target(volume)
+    for number in range(6):
+        for words in (("mount", target, flex.options(volume, runtime="kata")), ("unmount", target)):
+            left = subprocess.Popen([flex.program, *words], env=flex.environment, stdout=subprocess.PIPE)
+            time.sleep(0.05 + 0.03 * number)
+            left.kill()
+            left.wait()
+            Path(target).mkdir(parents=True, exist_ok=True)
+            flex.ok(*words)
+
+
+def test_calls_for_one_volume_take_turns(flex, volume):
+    pods = range(10, 18)
+    targets = {pod: flex.target(volume, pod) for pod in pods}
+    mounts = [("mount", target, flex.options(volume, pod=pod, runtime="runc")) for pod, target in targets.items()]
+    with futures.ThreadPoolExecutor(len(mounts)) as callers:
+        list(callers.map(lambda words: flex.ok(*words), mounts))
+        assert all(os.path.ismount(target) for target in targets.values())
+        list(callers.map(lambda target: flex.ok("unmount", target), targets.values()))
+    # Whose pods come and go: the last unmount of one meets the first mount of the next.
+    with futures.ThreadPoolExecutor(2) as callers:
+        list(
+            callers.map(
+                lambda pod: [flex.ok(*words) for words in (mounts[pod], ("unmount", mounts[pod][1])) * 4], range(2)
+            )
+        )
+    assert not any(map(os.path.ismount, targets.values()))
+
+
+def test_a_volume_that_another_call_keeps_is_told_in_the_end(flex, volume):
+    turns = flex.driver.run / "turns"
+    turns.mkdir(exist_ok=True)
+    with open(turns / volume, "w") as keeper:
+        fcntl.flock(keeper, fcntl.LOCK_EX)
+        options = flex.options(volume, runtime="runc")
+        _, reply = flex.run("mount", flex.target(volume), options, RUNVOL_FLEXVOLUME_CALL_SECONDS="1")
+        assert reply["message"] == f"another operation on volume {volume} is under way; try again when it has ended"
+        assert not list((flex.driver.run / "flexvolume").glob("targets/*"))
+    flex.mount(volume, runtime="runc")
 
 
 def test_a_call_that_hangs_is_answered_in_time(flex, volume):
