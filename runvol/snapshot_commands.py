@@ -77,6 +77,12 @@ def pool() -> None:
 @pool.command("init")
 @click.option("--pool", "name", default="runvol", show_default=True, metavar="NAME")
 @click.option("--device", default="", metavar="PATH", help="A whole block device; it must be blank.")
+@click.option(
+    "--metadata-device",
+    default="",
+    metavar="PATH",
+    help="A blank one for the metadata; without it --device is split, at a little cost of each request.",
+)
 @click.option("--vg", "group", default="", metavar="GROUP", help="An LVM volume group with --size bytes free.")
 @click.option("--loop", "directory", default="", metavar="DIR", help="Two files in this directory, for trials.")
 @click.option("--size", type=int, default=0, metavar="BYTES", help="Of the data, for --vg and --loop.")
@@ -86,7 +92,8 @@ def pool() -> None:
 def pool_init(load: Loader, /, block: int, **wish: str) -> None:
     """Make a pool and describe it; it is assembled from that at each start."""
     config = load()
-    asked = Wish(name=wish["name"], device=wish["device"], group=wish["group"], directory=wish["directory"],
+    asked = Wish(name=wish["name"], device=wish["device"], metadata_device=wish["metadata_device"],
+                 group=wish["group"], directory=wish["directory"],
                  size=int(wish["size"]), metadata_size=int(wish["metadata_size"]), block=block)  # fmt: skip
     with Mapper() as mapper:
         made = assembly.init(mapper, state_dir(config), asked, Deadline.after(_CALL))
@@ -170,7 +177,7 @@ def pool_check(load: Loader, repair: bool) -> None:
             return
         it = _description(config)
         if mapper.find(it.name) is None:
-            metadata, _ = Backing(mapper, it).attach(Deadline.after(_CALL))
+            metadata, _ = Backing(mapper, state_dir(config), it).attach(Deadline.after(_CALL))
             assembly.check_metadata(it.name, metadata, Deadline.after(_CALL))
         else:
             one, _ = assembly.assemble(mapper, state_dir(config), Deadline.after(_CALL))

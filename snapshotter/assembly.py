@@ -21,15 +21,20 @@ from snapshotter.pool import Limits, Pool
 from snapshotter.store import Store
 
 UUID = "RUNVOL-POOL-"
+_SMALLEST_DATA = 64 << 20
 _NO_POOL = "no pool is described in {}; make one with `runvol pool init`"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wish:
-    """What `runvol pool init` was asked for. One of `device`, `group` and `directory`; sizes in bytes."""
+    """What `runvol pool init` was asked for. One of `device`, `group` and `directory`; sizes in bytes.
+
+    `metadata_device` goes with `device`: the pool then lies on both as they are, without a mapping in between.
+    """
 
     name: str
     device: str = ""
+    metadata_device: str = ""
     group: str = ""
     directory: str = ""
     size: int = 0
@@ -53,7 +58,9 @@ def init(mapper: Mapper, state_dir: str, wish: Wish, deadline: Deadline) -> Pool
     if existing is None:
         backing.save(state_dir, description)
     _make_backing(description, wish, deadline)
-    below = Backing(mapper, description)
+    below = Backing(mapper, state_dir, description)
+    if not description.data_bytes:
+        below.mark()
     metadata, _data = below.attach(deadline)
     if _found(mapper, description) is None:
         backing.format_metadata(metadata)
@@ -74,16 +81,10 @@ def _made(state_dir: str) -> str:
 def _describe(wish: Wish, deadline: Deadline) -> Description:
     identity = backing.new_identity()
     if wish.device:
-        if not ioctls.is_block(wish.device):
-            raise BadRequest("--device", wish.device, "is no block device")
-        blankness.prove_blank(wish.device, deadline)
-        size = ioctls.size_bytes(wish.device)
-        metadata = wish.metadata_size or backing.metadata_size(size, wish.block)
-        if size < metadata + (64 << 20):
-            raise BadRequest("--device", wish.device, f"has {size} bytes; {metadata + (64 << 20)} are needed")
-        return Description(name=wish.name, identity=identity, kind="device", data=os.path.realpath(wish.device),
-                           metadata="", metadata_bytes=metadata, block=wish.block)  # fmt: skip
-    if wish.size < 64 << 20:
+        return _describe_devices(wish, identity, deadline)
+    if wish.metadata_device:
+        raise BadRequest("--metadata-device", wish.metadata_device, "goes with --device only")
+    if wish.size < _SMALLEST_DATA:
         raise BadRequest("--size", wish.size, "a pool has at least 64 MiB")
     metadata = wish.metadata_size or backing.metadata_size(wish.size, wish.block)
     if metadata < backing.SMALLEST_METADATA:
@@ -95,6 +96,34 @@ def _describe(wish: Wish, deadline: Deadline) -> Description:
     data, tables = (os.path.join(directory, f"{wish.name}.{part}") for part in ("data", "metadata"))
     return Description(name=wish.name, identity=identity, kind="loop", data=data, metadata=tables,
                        metadata_bytes=metadata, block=wish.block)  # fmt: skip
+
+
+def _describe_devices(wish: Wish, identity: str, deadline: Deadline) -> Description:
+    """Names stay as they were given: `/dev/disk/by-id/…` is the same disk after a reboot, `/dev/sdb` may not be."""
+    size = _blank("--device", wish.device, deadline)
+    metadata = wish.metadata_size or backing.metadata_size(size, wish.block)
+    if wish.metadata_device:
+        if wish.metadata_size:
+            raise BadRequest("--metadata-size", wish.metadata_size, "the metadata takes all of --metadata-device")
+        metadata = _blank("--metadata-device", wish.metadata_device, deadline)
+        if metadata < backing.SMALLEST_METADATA:
+            raise BadRequest("--metadata-device", wish.metadata_device, f"has {metadata} bytes; the kernel wants 2 MiB")
+        if os.stat(wish.metadata_device).st_rdev == os.stat(wish.device).st_rdev:
+            raise BadRequest("--metadata-device", wish.metadata_device, "is the device of the data")
+    needed = _SMALLEST_DATA + (0 if wish.metadata_device else metadata)
+    if size < needed:
+        raise BadRequest("--device", wish.device, f"has {size} bytes; {needed} are needed")
+    return Description(name=wish.name, identity=identity, kind="device", data=os.path.abspath(wish.device),
+                       metadata=os.path.abspath(wish.metadata_device) if wish.metadata_device else "",
+                       metadata_bytes=metadata, block=wish.block)  # fmt: skip
+
+
+def _blank(field: str, device: str, deadline: Deadline) -> int:
+    """The size of a block device that has nothing on it."""
+    if not ioctls.is_block(device):
+        raise BadRequest(field, device, "is no block device")
+    blankness.prove_blank(device, deadline)
+    return ioctls.size_bytes(device)
 
 
 def _make_backing(description: Description, wish: Wish, deadline: Deadline) -> None:
@@ -122,7 +151,7 @@ def assemble(mapper: Mapper, state_dir: str, deadline: Deadline, limits: Limits 
     description = backing.load(state_dir)
     if description is None or not os.path.exists(_made(state_dir)):
         raise PoolRefused(_NO_POOL.format(state_dir))
-    below = Backing(mapper, description)
+    below = Backing(mapper, state_dir, description)
     return _assemble(mapper, below, deadline, check=True, limits=limits), below
 
 
@@ -156,7 +185,7 @@ def _assemble(
             check_metadata(it.name, metadata, deadline)
         mapper.create(it.name, UUID + it.identity)
         try:
-            mapper.load(it.name, [backing.pool_table(metadata, data, it.block)])
+            mapper.load(it.name, [below.table(metadata, data)])
         except MapperError as error:
             mapper.remove(it.name)
             raise Unavailable(f"{error}, on {metadata} and {data}; the kernel's log has the reason") from None
@@ -192,7 +221,7 @@ def repair(mapper: Mapper, state_dir: str, deadline: Deadline) -> str:
     description = backing.load(state_dir)
     if description is None:
         raise PoolRefused(_NO_POOL.format(state_dir))
-    below = Backing(mapper, description)
+    below = Backing(mapper, state_dir, description)
     metadata, _ = below.attach(deadline)
     pool = Pool(mapper, description.name, description.identity, metadata)
     for device in pool.active():
@@ -260,7 +289,7 @@ class Extender:
     def _reload(self, deadline: Deadline) -> PoolStatus:
         it = self._below.description
         metadata, data = self._below.attach(deadline)
-        table = backing.pool_table(metadata, data, it.block)
+        table = self._below.table(metadata, data)
         self._mapper.load(it.name, [table])
         try:
             self._mapper.suspend(it.name)
@@ -282,7 +311,7 @@ class Extender:
         block = self._below.description.block
         for part, used, total, unit in (
             ("data", status.data_used, status.data_total, block),
-            ("metadata", status.metadata_used, status.metadata_total, 4096),
+            ("metadata", status.metadata_used, status.metadata_total, backing.METADATA_BLOCK),
         ):
             if used * 100 >= total * limits.extend_above:
                 more = max(unit, -(-total * unit * limits.extend_by // 100 // block) * block)

@@ -1,8 +1,12 @@
 """What a pool stands on, described in one file, assembled from it at start, extended while it runs.
 
-`pool.json` in the state directory is written once, by `runvol pool init`, before anything is formatted. Kinds: `loop`
-(two files, for trials), `device` (one block device, split by two linear mappings), `lvm` (two logical volumes of a
-volume group: the pool itself is ours, never LVM's, as two owners of one pool destroy it).
+`pool.json` in the state directory is written by `runvol pool init`, before anything is formatted. Kinds: `loop` (two
+files, for trials), `device` (one block device, split by two linear mappings, or one for the data and one for the
+metadata, as they are), `lvm` (two logical volumes of a volume group: the pool itself is ours, never LVM's, as two
+owners of one pool destroy it).
+
+A device that has the data alone says nothing about whose it is, and after a reboot its name may be another disk's. So
+its last page is a mark with the pool's identity, which is not given to the pool, and without which it is not touched.
 """
 
 from __future__ import annotations
@@ -24,13 +28,16 @@ FILE = "pool.json"
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,50}\Z")
 # Of the kernel: metadata beyond this is not used, below this it is refused. Bytes.
 SMALLEST_METADATA, LARGEST_METADATA = 2 << 20, 16 << 30
+METADATA_BLOCK = 4096
 _METADATA_PER_BLOCK = 48
+_MARK = 4096
 _GRAIN = 4 << 20
 
 
 class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """`pool.json`. Sizes are bytes; `block` is the pool's block in bytes. `data` and `metadata` are paths (loop), the
-    device and nothing (device), or names of logical volumes (lvm)."""
+    """`pool.json`. Sizes are bytes; `block` is the pool's block in bytes. `data` and `metadata` are paths (loop),
+    devices (without one for the metadata it lies at the start of `data`), or names of logical volumes (lvm).
+    `data_bytes` is where the mark of a device for data alone ends."""
 
     name: str
     identity: str
@@ -40,6 +47,7 @@ class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     metadata_bytes: int
     block: int
     group: str = ""
+    data_bytes: int = 0
 
 
 def metadata_size(data_bytes: int, block: int) -> int:
@@ -86,8 +94,8 @@ def new_identity() -> str:
 class Backing:
     """The devices below the pool. Every verb may be repeated."""
 
-    def __init__(self, mapper: Mapper, description: Description) -> None:
-        self._mapper, self.description = mapper, description
+    def __init__(self, mapper: Mapper, state_dir: str, description: Description) -> None:
+        self._mapper, self._state_dir, self.description = mapper, state_dir, description
 
     def attach(self, deadline: Deadline) -> tuple[str, str]:
         """The nodes of metadata and data; Unavailable, naming what is absent."""
@@ -97,7 +105,50 @@ class Backing:
         if it.kind == "lvm":
             run("lvchange", "-ay", "-K", f"{it.group}/{it.metadata}", f"{it.group}/{it.data}", deadline=deadline)
             return self._logical(it.metadata), self._logical(it.data)
-        return self._split(it.data)
+        return self._devices() if it.metadata else self._split(it.data)
+
+    def _devices(self) -> tuple[str, str]:
+        it = self._refreshed()
+        for device in (it.metadata, it.data):
+            self._expect_device(device)
+        if _read_mark(it.data, it.data_bytes) != self._mark():
+            raise Unavailable(
+                f"{it.data} is not the data device of pool {it.name}: no mark of it ends at byte {it.data_bytes}. Name "
+                f"the right one in {os.path.join(self._state_dir, FILE)}"
+            )
+        return it.metadata, it.data
+
+    def _refreshed(self) -> Description:
+        """As it stands in the file: another process may have extended the pool."""
+        self.description = load(self._state_dir) or self.description
+        return self.description
+
+    def mark(self) -> None:
+        """Say on a device that has the data alone whose it is, at its end as it is now."""
+        it = self.description
+        if it.kind == "device" and it.metadata:
+            size = ioctls.size_bytes(it.data)
+            with ioctls.opened(it.data, os.O_RDWR) as fd:
+                os.pwrite(fd, self._mark(), size - _MARK)
+                os.fsync(fd)
+            if it.data_bytes != size:
+                self.description = msgspec.structs.replace(it, data_bytes=size)
+                save(self._state_dir, self.description)
+
+    def _mark(self) -> bytes:
+        it = self.description
+        return f"runvol pool {it.name}, data\nidentity {it.identity}\n".encode().ljust(_MARK, b"\0")
+
+    def table(self, metadata: str, data: str) -> ThinPool:
+        """The pool over all of the data device but the mark."""
+        it = self.description
+        return pool_table(
+            metadata, data, it.block, (it.data_bytes - _MARK) if it.data_bytes else ioctls.size_bytes(data)
+        )
+
+    def _expect_device(self, device: str) -> None:
+        if not ioctls.is_block(device):
+            raise Unavailable(f"pool {self.description.name} stands on {device}, which is no block device now")
 
     def _logical(self, volume: str) -> str:
         # LVM doubles the dashes of both names. Without udev, nobody has made the node.
@@ -110,8 +161,7 @@ class Backing:
         return node(name)
 
     def _split(self, device: str) -> tuple[str, str]:
-        if not ioctls.is_block(device):
-            raise Unavailable(f"pool {self.description.name} stands on {device}, which is no block device now")
+        self._expect_device(device)
         metadata = self.description.metadata_bytes // SECTOR
         rest = ioctls.size_bytes(device) // SECTOR - metadata
         parts = (("meta", Linear(length=metadata, device=device)),
@@ -144,6 +194,8 @@ class Backing:
         elif it.kind == "lvm":
             volume = f"{it.group}/{it.data if part == 'data' else it.metadata}"
             run("lvextend", "-L", f"+{more}b", volume, deadline=deadline)
+        elif it.metadata:
+            self._take_growth(part)
         elif part == "metadata":
             raise Unavailable(f"the metadata of pool {it.name} lies at the start of {it.data} and cannot grow; make a "
                               "larger pool with `--metadata-size`")  # fmt: skip
@@ -153,6 +205,18 @@ class Backing:
                 raise Unavailable(f"{it.data} has not grown; make it larger first, then `runvol pool extend`")
             self._split(it.data)
 
+    def _take_growth(self, part: str) -> None:
+        """Devices of a pool are made larger by whoever owns them; the pool takes all that there is."""
+        it = self._refreshed()
+        device, taken = (
+            (it.data, it.data_bytes) if part == "data"
+            else (it.metadata, self._mapper.pool_status(it.name).metadata_total * METADATA_BLOCK)
+        )  # fmt: skip
+        if ioctls.size_bytes(device) < taken + METADATA_BLOCK:
+            raise Unavailable(f"{device} has not grown; make it larger first, then `runvol pool extend`")
+        if part == "data":
+            self.mark()
+
     def detach(self, deadline: Deadline) -> None:
         """Let go of what `attach` bound; logical volumes stay active."""
         it = self.description
@@ -160,7 +224,7 @@ class Backing:
             for path in (it.metadata, it.data):
                 for device in loops.find(path):
                     loops.detach(device, path, deadline)
-        elif it.kind == "device":
+        elif it.kind == "device" and not it.metadata:
             for part in ("meta", "data"):
                 with contextlib.suppress(MapperError):
                     self._mapper.remove(f"{it.name}-{part}")
@@ -185,15 +249,19 @@ def format_metadata(path: str) -> None:
     A cached write could be written back over the superblock that the kernel has made meanwhile.
     """
     with ioctls.opened(path, os.O_RDWR | os.O_EXCL) as fd:
-        os.pwrite(fd, bytes(4096), 0)
+        os.pwrite(fd, bytes(METADATA_BLOCK), 0)
         os.fsync(fd)
 
 
-def pool_table(metadata: str, data: str, block: int, *, queue: bool = True) -> ThinPool:
-    """The pool over all of the data device. Blocks are zeroed: a guest must never see another's data."""
-    length = ioctls.size_bytes(data) // SECTOR
+def _read_mark(device: str, end: int) -> bytes:
+    with ioctls.opened(device) as fd:
+        return os.pread(fd, _MARK, max(0, end - _MARK))
+
+
+def pool_table(metadata: str, data: str, block: int, size: int, *, queue: bool = True) -> ThinPool:
+    """The pool over `size` bytes of the data device. Blocks are zeroed: a guest must never see another's data."""
     sectors = block // SECTOR
-    blocks = length // sectors
+    blocks = size // block
     return ThinPool(
         length=blocks * sectors,
         metadata=metadata,

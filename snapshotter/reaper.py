@@ -6,6 +6,7 @@ deleted stands in the store, so that it survives a restart.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import threading
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from blockdev.devicemapper import MapperError
+from snapshotter.entries import Entries
 from snapshotter.errors import SnapshotterError
 from snapshotter.idle import Idle
 from snapshotter.pool import DeviceMissing, Pool
@@ -26,6 +28,8 @@ log = logging.getLogger("runvol.snapshotter")
 
 _QUIET, _LONGEST_WAIT = 0.15, 2.0
 _BATCH = 64
+# Of snapshots that are made only to be deleted: the pool is busy with each for as long as with a Prepare's.
+_FEW = 16
 # Seconds until what was busy is tried again, and until the store is looked at anew: the command line dooms devices too.
 _RETRY, _LOOK = 1.0, 15.0
 
@@ -39,6 +43,7 @@ class Reaper:
     ) -> None:  # fmt: skip
         self._store, self._pool, self._idle, self._discard, self._busy = store, pool, idle, discard, busy
         self._release_images, self._seals = release_images or (lambda: None), seals
+        self.entries = Entries()
         self._lock = threading.Lock()
         self._done_with: set[int] = set()
         self._wake, self._stop = threading.Event(), threading.Event()
@@ -107,7 +112,7 @@ class Reaper:
             with self._lock:
                 self._done_with.difference_update(gone)
             self.deleted += len(gone)
-        more = self._unmap_idle()
+        more = self._unmap_idle() or self._shorten()
         self._release_images()
         self._store.tidy()
         return more or (bool(gone) and len(doomed) > len(gone))
@@ -120,6 +125,7 @@ class Reaper:
             if self._discard and size:
                 self._give_blocks_back(device, size)
             self._pool.delete(device)
+            self.entries.gone(device)
             if self._seals is not None:
                 self._seals.forget(device)
         except (MapperError, SnapshotterError, OSError) as error:
@@ -155,7 +161,32 @@ class Reaper:
         gone = self._pool.deactivate(device) if self._seals is None else self._seals.unmap(device)
         if gone:
             self._idle.forget(device)
+            self.entries.unmapped(device)
         return gone
+
+    def _shorten(self) -> bool:
+        """Make some of the surplus entries go (see `entries`); whether there may be more. The snapshots are deleted
+        in the next round, as they are doomed before they are made."""
+        surplus = self.entries.surplus(_FEW)
+        if not surplus:
+            return False
+        try:
+            self._pool.admit()
+            with self._store.transaction():
+                copies = [self._store.new_device() for _ in surplus]
+                for copy in copies:
+                    self._store.doom(copy, time.time_ns())
+            for device, copy in zip(surplus, copies, strict=True):
+                if self._stop.is_set():
+                    return False
+                if self._pool.find(device) is None:
+                    with contextlib.suppress(DeviceMissing):
+                        self._pool.create_snapshot(copy, device)
+                self.entries.gone(device)
+        except (MapperError, SnapshotterError) as error:
+            log.warning("the kernel's list of devices is not shortened yet", extra={"why": str(error)})
+            return False
+        return True
 
     def _give_blocks_back(self, device: int, size: int) -> None:
         try:

@@ -22,7 +22,7 @@ from snapshotter import assembly
 from tests.kernel.inside.server import MIB, program
 
 DISK = "/dev/ubdb"
-SLICE = 5 << 30
+SLICE, METADATA = 5 << 30, 32 * MIB
 WORK = Path("/run/bench")
 SIZE = 512 * MIB
 # What our thin devices are called.
@@ -45,7 +45,7 @@ def say(text: str) -> None:
 
 def partitions(mapper: Mapper) -> dict[str, str]:
     """One disk, each peer on a slice of it, whose table can be changed for one with a service time."""
-    sizes = {"ours": SLICE, "peer-meta": 32 * MIB, "peer-data": SLICE, "overlay": SLICE}
+    sizes = {"ours": SLICE, "peer-meta": METADATA, "peer-data": SLICE, "overlay": SLICE, "ours-meta": METADATA}
     script = "label: gpt\n" + "".join(f"size={size // 512}\n" for size in sizes.values())
     subprocess.run(["sfdisk", "-q", DISK], input=script, text=True, check=True)
     for number, (name, size) in enumerate(sizes.items(), 1):
@@ -76,7 +76,7 @@ class Peers:
             "RUNVOL_POOL_AUTOEXTEND_PERCENT": "0",
         }  # fmt: skip
         subprocess.run([sys.executable, "-m", "runvol", "pool", "init", "--device", parts["ours"],
-                        *os.environ.get("RUNVOL_BENCH_POOL", "").split()], check=True,
+                        "--metadata-device", parts["ours-meta"], *os.environ.get("RUNVOL_BENCH_POOL", "").split()], check=True,
                        env=self.environment, stdout=subprocess.DEVNULL)  # fmt: skip
         self.start("runvol", [sys.executable, "-m", "runvol", "snapshotter"], f"{WORK}/ours.sock")
         mapper.create("bench-peer")

@@ -174,7 +174,7 @@ class Lab:
         return self.node.pool.status()
 
     def extender(self) -> Extender:
-        return Extender(self.node.mapper, self.node.pool, Backing(self.node.mapper, self.description))
+        return Extender(self.node.mapper, self.node.pool, Backing(self.node.mapper, self.state, self.description))
 
     def leaks(self) -> list[str]:
         """What exists although no snapshot needs it, once everything behind is done."""
@@ -229,7 +229,7 @@ class Lab:
             for name in (it.name, f"{it.name}-data", f"{it.name}-meta"):
                 if mapper.find(name) is not None:
                     mapper.remove(name)
-            Backing(mapper, it).detach(soon())
+            Backing(mapper, self.state, it).detach(soon())
 
 
 def _forget_seals(mapper: Mapper, prefix: str) -> None:

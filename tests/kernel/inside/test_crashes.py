@@ -102,6 +102,11 @@ SCENES = {
         lambda lab: _active(lab, "k") and lab.mounts("k")[0].source.startswith("/dev/loop"),
         verity=True,
     ),
+    "shortening the kernel's list": Scene(
+        lambda lab: (lab.prepare("k", "layer"), lab.reap_idle()),
+        lambda lab: (lab.mounts("k"), lab.reap_idle(), setattr(lab.node.reaper.entries, "kept", 0), lab.reap()),
+        lambda lab: _active(lab, "k"),
+    ),
     "a start": Scene(
         lambda lab: (lab.prepare("k", "layer"), lab.prepare("gone", "layer"), lab.remove("gone")),
         lambda lab: (lab.restart(), lab.reap()),

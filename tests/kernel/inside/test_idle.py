@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
+from snapshotter.pool import Limits
 from tests.kernel.inside.lab import MIB, Lab, mounted, soon
 
 
@@ -94,6 +95,42 @@ def test_a_verified_view_is_unmapped_with_what_verifies_it(make_lab: Callable[..
     assert [name for name in os.listdir("/dev/mapper") if name.startswith(lab.node.pool.device_name(0)[:-1])] == []
     with mounted(lab.mounts("v")) as root:
         assert (root / "word").read_bytes() == b"sealed"
+
+
+@pytest.mark.short
+def test_entries_beyond_the_kept_are_given_up_and_nothing_else_changes(lab: Lab) -> None:
+    """The kernel shows its list to nobody: that it gets shorter is seen by the benchmark only."""
+    for key in ("a", "b"):
+        with mounted(lab.prepare(key)) as root:
+            (root / "word").write_text(key)
+    lab.layer("layer", files={"word": b"committed"})
+    lab.reap_idle()
+    devices = lab.ids()
+    assert len(lab.node.reaper.entries) == 3
+    lab.node.reaper.entries.kept = 1
+    lab.reap()
+    assert len(lab.node.reaper.entries) == 1
+    assert lab.ids() == devices
+    assert not lab.leaks()
+    for key in ("a", "b"):
+        with mounted(lab.mounts(key)) as root:
+            assert (root / "word").read_text() == key
+            (root / "word").write_text(f"{key} again")
+        lab.commit(f"committed {key}", key)
+        assert lab.read(f"committed {key}", "word") == f"{key} again".encode()
+    assert lab.read("layer", "word") == b"committed"
+
+
+def test_a_full_pool_is_not_burdened_with_snapshots_of_ours(lab: Lab) -> None:
+    lab.prepare("a")
+    lab.reap_idle()
+    lab.node.reaper.entries.kept = 0
+    lab.node.pool.limits = Limits(extend_by=0, data_reserve=100)
+    lab.reap()
+    assert len(lab.node.reaper.entries) == 1
+    lab.node.pool.limits = Limits(extend_by=0)
+    lab.reap()
+    assert len(lab.node.reaper.entries) == 0
 
 
 @pytest.mark.short

@@ -16,6 +16,7 @@ import pytest
 from blockdev import CommandFailed, Deadline, WaitExpired, loops
 from blockdev.devicemapper import Mapper, MapperError, node
 from blockdev.dm_targets import SECTOR, Error, Flakey, Linear
+from blockdev.errors import NotBlank
 from snapshotter import assembly, backing
 from snapshotter.assembly import Wish
 from snapshotter.errors import BadRequest, PoolFull, PoolRefused, SnapshotterError, Unavailable
@@ -49,6 +50,7 @@ def loop_device(path: Path, size: int) -> Iterator[str]:
         (Wish(name="p", directory="/tmp/x", size=64 * MIB, block=1000), "--block-size"),
         (Wish(name="p", directory="/tmp/x", size=64 * MIB, metadata_size=4096), "--metadata-size"),
         (Wish(name="p", device="/etc/passwd"), "no block device"),
+        (Wish(name="p", directory="/tmp/x", size=64 * MIB, metadata_device="/dev/null"), "--metadata-device"),
     ],
 )
 def test_a_wish_that_cannot_be_a_pool_is_refused_by_name(
@@ -76,6 +78,89 @@ def test_a_whole_device_becomes_a_pool_and_comes_back(mapper: Mapper, tmp_path: 
         pool, below = assembly.assemble(mapper, state, soon())
         assert pool.ids(soon()) == {1}
         assembly.disassemble(mapper, pool, below, soon())
+
+
+@pytest.mark.short
+def test_a_device_for_the_data_and_one_for_the_metadata(mapper: Mapper, tmp_path: Path) -> None:
+    state = str(tmp_path / "state")
+    with loop_device(tmp_path / "data", 256 * MIB) as data, loop_device(tmp_path / "meta", 4 * MIB) as metadata:
+        wish = Wish(name="two", device=data, metadata_device=metadata)
+        pool = assembly.init(mapper, state, wish, soon())
+        # Nothing lies between the pool and its devices.
+        assert {data, metadata} == {f"/dev/{os.path.basename(os.path.realpath(f'/sys/dev/block/{one}'))}"
+                                    for one in mapper.dependencies("two")}  # fmt: skip
+        pool.create_thin(1)
+        pool.activate(1, 64 * MIB)
+        Path(pool.path(1)).write_bytes(b"first")
+        before = pool.status()
+        assert before.data_total == 256 * 16 - 1
+
+        extender = assembly.Extender(mapper, *assembly.assemble(mapper, state, soon()))
+        for part in ("data", "metadata"):
+            with pytest.raises(Unavailable, match="has not grown"):
+                extender.extend(part, MIB, soon())
+        for path, size, device in ((tmp_path / "data", 384 * MIB, data), (tmp_path / "meta", 8 * MIB, metadata)):
+            os.truncate(path, size)
+            loops.resize(device)
+        # Grown, but not extended, is no other disk.
+        grown = _again(mapper, state).status()
+        assert (grown.data_total, grown.metadata_total > before.metadata_total) == (before.data_total, True)
+        os.truncate(tmp_path / "meta", 12 * MIB)
+        loops.resize(metadata)
+        assert extender.extend("metadata", MIB, soon()).metadata_total > grown.metadata_total
+        # By another process than the one that goes on to use the pool.
+        assembly.Extender(mapper, *assembly.assemble(mapper, state, soon())).extend("data", MIB, soon())
+        with pytest.raises(Unavailable, match="has not grown"):
+            extender.extend("data", MIB, soon())
+        pool = _again(mapper, state)
+        assert pool.status().data_total == 384 * 16 - 1
+        pool.activate(1, 64 * MIB)
+        with open(pool.path(1), "rb") as opened:
+            assert opened.read(5) == b"first"
+        _apart(mapper, state)
+
+
+def _apart(mapper: Mapper, state: str) -> None:
+    pool, below = assembly.assemble(mapper, state, soon())
+    assembly.disassemble(mapper, pool, below, soon())
+
+
+def _again(mapper: Mapper, state: str) -> Pool:
+    _apart(mapper, state)
+    return assembly.assemble(mapper, state, soon())[0]
+
+
+def test_a_disk_that_took_the_name_of_the_pools_is_not_written_to(mapper: Mapper, tmp_path: Path) -> None:
+    state, link = str(tmp_path / "state"), tmp_path / "by-id"
+    with (loop_device(tmp_path / "data", 256 * MIB) as data, loop_device(tmp_path / "meta", 4 * MIB) as metadata,
+          loop_device(tmp_path / "other", 256 * MIB) as other):  # fmt: skip
+        link.symlink_to(data)
+        assembly.init(mapper, state, Wish(name="two", device=str(link), metadata_device=metadata), soon())
+        _apart(mapper, state)
+        link.unlink()
+        link.symlink_to(other)
+        with pytest.raises(Unavailable, match=f"{link} is not the data device of pool two"):
+            assembly.assemble(mapper, state, soon())
+        assert mapper.find("two") is None
+        link.unlink()
+        with pytest.raises(Unavailable, match="no block device now"):
+            assembly.assemble(mapper, state, soon())
+        link.symlink_to(data)
+        _again(mapper, state)
+        _apart(mapper, state)
+
+
+@pytest.mark.parametrize("which", ["same", "small", "used"])
+def test_a_metadata_device_that_cannot_be_one_is_refused(mapper: Mapper, tmp_path: Path, which: str) -> None:
+    size = MIB if which == "small" else 8 * MIB
+    with loop_device(tmp_path / "data", 256 * MIB) as data, loop_device(tmp_path / "meta", size) as metadata:
+        if which == "used":
+            subprocess.run(["mkfs.ext4", "-q", metadata], check=True)
+        wish = Wish(name="two", device=data, metadata_device=data if which == "same" else metadata)
+        said = {"same": "is the device of the data", "small": "2 MiB", "used": "not blank"}[which]
+        with pytest.raises((BadRequest, NotBlank), match=said):
+            assembly.init(mapper, str(tmp_path / "state"), wish, soon())
+        assert not (tmp_path / "state" / backing.FILE).exists()
 
 
 def test_a_device_with_something_on_it_is_not_taken(mapper: Mapper, tmp_path: Path) -> None:
@@ -325,7 +410,8 @@ def breakable(make_lab: Callable[..., Lab], mapper: Mapper) -> Iterator[tuple[La
     good = Linear(length=length, device=metadata)
     _swap_metadata(lab, mapper, good)
     mapper.create(lab.name, assembly.UUID + lab.description.identity)
-    mapper.load(lab.name, [backing.pool_table(node(f"{lab.name}-below"), data, lab.description.block)])
+    mapper.load(lab.name, [backing.pool_table(node(f"{lab.name}-below"), data, lab.description.block,
+                                               os.path.getsize(lab.description.data))])  # fmt: skip
     mapper.resume(lab.name)
     lab.start()
 
