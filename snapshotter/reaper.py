@@ -166,9 +166,9 @@ class Reaper:
 
     def _shorten(self) -> bool:
         """Make some of the surplus entries go (see `entries`); whether there may be more. The snapshots are deleted
-        in the next round, as they are doomed before they are made."""
+        in the next round, as they are doomed before they are made. It can wait, so calls go first."""
         surplus = self.entries.surplus(_FEW)
-        if not surplus:
+        if not surplus or self._busy() < _QUIET:
             return False
         try:
             self._pool.admit()
@@ -177,7 +177,7 @@ class Reaper:
                 for copy in copies:
                     self._store.doom(copy, time.time_ns())
             for device, copy in zip(surplus, copies, strict=True):
-                if self._stop.is_set():
+                if self._stop.is_set() or self._busy() < _QUIET:
                     return False
                 if self._pool.find(device) is None:
                     with contextlib.suppress(DeviceMissing):
