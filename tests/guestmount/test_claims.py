@@ -39,7 +39,7 @@ def test_a_removed_record_leaves_nothing_on_the_disk(claims, soon, tmp_path):
         cell.write(a_claim())
     with claims.locked("loop-1", soon) as cell:
         cell.remove()
-    assert not any(files for _, _, files in os.walk(tmp_path))
+    assert [files for _, _, files in os.walk(tmp_path)] == [[], [], [], [], []]
 
 
 def test_a_second_taker_is_told_that_the_volume_is_busy(claims, soon):
