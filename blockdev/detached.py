@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
-from blockdev import exclusivity, isolated, loops, syscalls
+from blockdev import exclusivity, isolated, loops, mounts, syscalls
 from blockdev.deadlines import Deadline, bounded
 from blockdev.errors import MountFailed
 from blockdev.ioctls import is_block
@@ -59,9 +59,7 @@ def private_mount(path: str, fstype: str, *, deadline: Deadline) -> Iterator[int
         if not is_block(path):
             source, keeper = loops.open_private(path, deadline=deadline)
             stack.callback(os.close, keeper)
-        options: dict[str, str | None] = {"source": source}
-        if fstype == "xfs":
-            options["nouuid"] = None
+        options: dict[str, str | None] = {"source": source, **mounts.SAFETY.get(fstype, {})}
         root = stack.enter_context(filesystem(fstype, options, attributes=_SAFE, deadline=deadline))
         yield root
         fd = os.open(".", os.O_RDONLY | os.O_CLOEXEC, dir_fd=root)

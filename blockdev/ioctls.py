@@ -35,13 +35,27 @@ def is_block(path: str) -> bool:
         return False
 
 
+def same_node(one: str, other: str) -> bool:
+    """Whether two paths are nodes of the same block device now."""
+    try:
+        first, second = os.stat(one), os.stat(other)
+    except FileNotFoundError:
+        return False
+    return stat.S_ISBLK(first.st_mode) and stat.S_ISBLK(second.st_mode) and first.st_rdev == second.st_rdev
+
+
 def size_bytes(path: str) -> int:
     """Size of a block node or of a regular file, in bytes."""
     with opened(path) as fd:
-        facts = os.fstat(fd)
-        if not stat.S_ISBLK(facts.st_mode):
-            return facts.st_size
-        return int(struct.unpack("Q", fcntl.ioctl(fd, _BLKGETSIZE64, bytes(8)))[0])
+        return bytes_of(fd)
+
+
+def bytes_of(fd: int) -> int:
+    """The same of an open descriptor."""
+    facts = os.fstat(fd)
+    if not stat.S_ISBLK(facts.st_mode):
+        return facts.st_size
+    return int(struct.unpack("Q", fcntl.ioctl(fd, _BLKGETSIZE64, bytes(8)))[0])
 
 
 def is_read_only(path: str) -> bool:

@@ -6,6 +6,7 @@ moment exists in which a device is bound without its flags.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -21,7 +22,7 @@ from blockdev.ioctls import opened
 from blockdev.udev import ensure_node
 
 _LOOP_CLR_FD, _LOOP_SET_CAPACITY, _LOOP_CONFIGURE = 0x4C01, 0x4C07, 0x4C0A
-_LOOP_GET_STATUS64, _LOOP_CTL_GET_FREE = 0x4C05, 0x4C82
+_LOOP_SET_STATUS64, _LOOP_GET_STATUS64, _LOOP_CTL_GET_FREE = 0x4C04, 0x4C05, 0x4C82
 _READ_ONLY, _AUTOCLEAR, _DIRECT_IO = 1, 4, 16
 _LOOP_MAJOR = 7
 _SECTOR = 512
@@ -62,6 +63,10 @@ class Backing:
     inode: int
     read_only: bool
     direct_io: bool
+    # It unbinds itself when its last user lets go, and its number is then anybody's.
+    clears_itself: bool = False
+    # A window on the file, as `losetup --offset` makes it.
+    partial: bool = False
 
     def is_file(self, facts: os.stat_result) -> bool:
         """Whether it is this very file, whatever its name is now."""
@@ -70,21 +75,38 @@ class Backing:
 
 def backing(device: str) -> Backing | None:
     """What `device` stands on; None if nothing is bound to it or it does not exist."""
-    info = _Info64()
     try:
         with opened(device) as fd:
-            if os.major(os.fstat(fd).st_rdev) != _LOOP_MAJOR:
-                return None
-            fcntl.ioctl(fd, _LOOP_GET_STATUS64, info)
+            info = _status(fd)
     except OSError as error:
-        if error.errno in (errno.ENXIO, errno.ENOENT, errno.ENODEV):
+        if error.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
             return None
         raise
+    return _backing(info) if info is not None else None
+
+
+def _status(fd: int) -> _Info64 | None:
+    """What the kernel says of an open device; None if it is no loop device or nothing is bound to it."""
+    info = _Info64()
+    if os.major(os.fstat(fd).st_rdev) != _LOOP_MAJOR:
+        return None
+    try:
+        fcntl.ioctl(fd, _LOOP_GET_STATUS64, info)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        return None
+    return info
+
+
+def _backing(info: _Info64) -> Backing:
     return Backing(
         device=info.device,
         inode=info.inode,
         read_only=bool(info.flags & _READ_ONLY),
         direct_io=bool(info.flags & _DIRECT_IO),
+        clears_itself=bool(info.flags & _AUTOCLEAR),
+        partial=bool(info.offset or info.sizelimit),
     )
 
 
@@ -119,6 +141,34 @@ def stands_on(device: str, path: str) -> bool:
         return under is not None and under.is_file(os.stat(path))
     except FileNotFoundError:
         return False
+
+
+def be_kept(device: str, path: str) -> bool:
+    """Whether `device` stands on the whole file `path` and goes on doing so until it is detached.
+
+    One that is about to clear itself (the kernel marks a device so when it is asked to unbind it while somebody has it
+    open) has the mark taken off, on the descriptor that its identity was read from: while that is open it cannot go.
+    """
+    try:
+        with opened(device) as fd:
+            info = _status(fd)
+            if info is None or not (under := _backing(info)).is_file(os.stat(path)) or under.partial:
+                return False
+            return not under.clears_itself or _unmark(fd)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
+            return False
+        raise
+
+
+def _unmark(fd: int) -> bool:
+    """The device does not clear itself any more; False if nothing is bound to it by now."""
+    info = _status(fd)
+    if info is None:
+        return False
+    info.flags &= ~_AUTOCLEAR
+    fcntl.ioctl(fd, _LOOP_SET_STATUS64, info)
+    return True
 
 
 def attach(path: str, *, deadline: Deadline, read_only: bool = False, autoclear: bool = False) -> str:
@@ -197,14 +247,30 @@ def resize(device: str) -> None:
 
 
 def clear(device: str) -> bool:
-    """Unbind `device` from whatever it stands on, unless somebody uses it; whether it is unbound."""
+    """Unbind `device` from whatever it stands on, unless somebody uses it; whether it is unbound.
+
+    O_EXCL keeps away from what is mounted. Who has it open without that (a pod, a VMM, a loop device on top of this
+    one) only shows in what the kernel does: it then unbinds nothing and marks the device to clear itself later, and the
+    mark is taken off again before our descriptor, which holds the device, is closed.
+    """
     try:
         with opened(device, os.O_RDONLY | os.O_EXCL) as fd:
+            before = _status(fd)
+            if before is None:
+                return True
             fcntl.ioctl(fd, _LOOP_CLR_FD)
+            after = _status(fd)
+            if after is None or not after.flags & _AUTOCLEAR:
+                return after is None
+            # One that was made to go by itself still does.
+            if not before.flags & _AUTOCLEAR:
+                with contextlib.suppress(FileNotFoundError):
+                    _unmark(fd)
+            return False
     except OSError as error:
         if error.errno == errno.EBUSY:
             return False
-        if error.errno != errno.ENXIO:
+        if error.errno not in (errno.ENXIO, errno.ENOENT, errno.ENODEV):
             raise
     return True
 

@@ -6,7 +6,9 @@ Format: proc(5), /proc/[pid]/mountinfo. Who only asks whether one path is a moun
 
 from __future__ import annotations
 
+import contextlib
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -78,6 +80,22 @@ def other_namespaces() -> Iterator[tuple[int, list[Mount]]]:
             yield int(name), table(name)
         except OSError:
             continue
+
+
+def node_targets(device: str) -> list[str]:
+    """Where the node of a block device is bound as a file, in this namespace, under whatever name it had."""
+    try:
+        wanted = os.stat(device).st_rdev
+    except FileNotFoundError:
+        return []
+    found = []
+    for mount in table():
+        if mount.root != "/" and mount.fstype in ("devtmpfs", "tmpfs"):
+            with contextlib.suppress(OSError):
+                facts = os.stat(mount.target)
+                if stat.S_ISBLK(facts.st_mode) and facts.st_rdev == wanted:
+                    found.append(mount.target)
+    return found
 
 
 def mounts_of(device: tuple[int, int]) -> list[Mount]:

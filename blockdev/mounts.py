@@ -6,8 +6,9 @@ import contextlib
 import errno
 import functools
 import os
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from blockdev import mountinfo, syscalls
 from blockdev.deadlines import Deadline, bounded
@@ -40,9 +41,29 @@ _FLAGS: dict[str, tuple[int, int]] = {
 }
 # Words of fstab and of mount(8) that no kernel knows.
 _IGNORED = frozenset({"_netdev", "auto", "noauto", "nofail", "user", "nouser", "users", "owner", "group"})
+# What a filesystem is told on every mount of the host, whatever its superblock says: by default ext4 does what stands
+# there when it meets damage, and its owner, a guest, may have written `panic`.
+SAFETY: Mapping[str, Mapping[str, str | None]] = {
+    "ext2": {"errors": "remount-ro"},
+    "ext3": {"errors": "remount-ro"},
+    "ext4": {"errors": "remount-ro"},
+    "xfs": {"nouuid": None},
+}
+# Options that would undo it, and options that name a second device of the host's.
+_UNSAFE = re.compile(r"errors=(?!remount-ro\Z).*|(journal_path|journal_dev|logdev|rtdev)=.*", re.DOTALL)
 # Operations that would mount something else than was asked for.
 FORBIDDEN = frozenset({"bind", "rbind", "move", "remount", "loop", "private", "rprivate", "shared", "rshared",
                        "slave", "rslave", "unbindable", "runbindable"})  # fmt: skip
+
+
+def is_unsafe(option: str) -> bool:
+    """Whether a volume's mount option could take the node down, or brings another device into the mount."""
+    return bool(_UNSAFE.match(option))
+
+
+def safety(fstype: str) -> list[str]:
+    """The last words of every mount of a volume's filesystem in the host's kernel."""
+    return [key if value is None else f"{key}={value}" for key, value in SAFETY.get(fstype, {}).items()]
 
 
 def parse_options(options: Sequence[str]) -> tuple[int, str]:
@@ -67,6 +88,21 @@ def is_mount_point(path: str) -> bool:
         if error.errno in (errno.ENOTCONN, errno.ESTALE, errno.EIO, errno.EHOSTDOWN, errno.ENODEV, errno.EACCES):
             return True  # a corrupted mount is a mount all the same
         raise
+
+
+def is_of_device(path: str, device: str) -> bool:
+    """Whether what is mounted on `path` is the filesystem of the block node `device`."""
+    try:
+        number = os.stat(device).st_rdev
+    except FileNotFoundError:
+        return False
+    return syscalls.statx(path).device == (os.major(number), os.minor(number))
+
+
+def same_filesystem(one: str, other: str) -> bool:
+    """Whether two paths are the same directory of the same filesystem, as a bind mount and its source are."""
+    first, second = syscalls.statx(one), syscalls.statx(other)
+    return (first.device, first.inode) == (second.device, second.inode)
 
 
 def is_read_only(path: str) -> bool:

@@ -3,6 +3,9 @@
 Layouts: the kernel's Documentation/filesystems/ext4 (super.rst, group_descr.rst) and XFS's
 "Filesystem Structure" (sb_*). Sizes are in bytes. Publish reads this instead of running fsck and
 dumpe2fs, each of which costs more than the whole rest of a publish.
+
+A guest writes these bytes, so each number is held against the device and against the format's own limits before
+anything is computed or read by it: what cannot be is FilesystemDamaged, at a cost that the bytes have no say in.
 """
 
 from __future__ import annotations
@@ -11,13 +14,20 @@ import os
 import struct
 from dataclasses import dataclass
 
-from blockdev.ioctls import opened
+from blockdev.errors import FilesystemDamaged
+from blockdev.ioctls import bytes_of, opened
 
 _EXT4_MAGIC, _XFS_MAGIC = 0xEF53, b"XFSB"
 _EXT4_CLEAN, _EXT4_ERRORS = 1, 2
 _EXT4_NEEDS_RECOVERY, _EXT4_64BIT = 0x4, 0x80
 _EXT4_EXTENTS_OR_64BIT_OR_FLEX = 0x40 | 0x80 | 0x200
 _EXT3_JOURNAL = 0x4
+# Block sizes run from 1 KiB (2^0) to 64 KiB (2^6) in ext4, and from 512 bytes to 64 KiB in XFS.
+_EXT4_LARGEST_LOG, _XFS_BLOCKS = 6, tuple(512 << shift for shift in range(8))
+_EXT4_DESCRIPTORS = (32, 64, 128, 256, 512, 1024)
+_SMALLEST_INODE = 128
+# Descriptors are summed for filesystems of up to 32 TiB; beyond it the superblock's own totals have to do.
+_MOST_DESCRIPTORS = 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,14 +49,23 @@ def read(path: str) -> Superblock | None:
     """The superblock of the ext2/3/4 or XFS filesystem on a file or block node; None if there is none.
 
     Of a filesystem that is mounted somewhere, a guest included, free space is what was last written back.
+    FilesystemDamaged where it says of itself what cannot be on this device.
     """
     with opened(path) as fd:
         head = os.pread(fd, 4096, 0)
-        if head[:4] == _XFS_MAGIC:
-            return _xfs(head)
-        if len(head) >= 2048 and struct.unpack_from("<H", head, 1024 + 0x38)[0] == _EXT4_MAGIC:
-            return _ext4(fd, head[1024:2048])
-    return None
+        found = None
+        if head[:4] == _XFS_MAGIC and len(head) >= 512:
+            found = _xfs(head, path)
+        elif len(head) >= 2048 and struct.unpack_from("<H", head, 1024 + 0x38)[0] == _EXT4_MAGIC:
+            found = _ext4(fd, head[1024:2048], path)
+        if found is not None:
+            _must(found.total_bytes <= bytes_of(fd), path, f"{found.total_bytes} bytes, more than the device has")
+    return found
+
+
+def _must(true: bool, path: str, claim: str) -> None:
+    if not true:
+        raise FilesystemDamaged(path, f"its superblock says {claim}, which cannot be")
 
 
 def _uuid(raw: bytes) -> str:
@@ -54,8 +73,9 @@ def _uuid(raw: bytes) -> str:
     return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
 
 
-def _xfs(block: bytes) -> Superblock:
+def _xfs(block: bytes, path: str) -> Superblock:
     block_bytes, data_blocks = struct.unpack_from(">IQ", block, 4)
+    _must(block_bytes in _XFS_BLOCKS, path, f"blocks of {block_bytes} bytes")
     inodes, free_inodes, free_blocks = struct.unpack_from(">QQQ", block, 128)
     return Superblock(
         fstype="xfs",
@@ -65,24 +85,29 @@ def _xfs(block: bytes) -> Superblock:
         errors=False,
         block_bytes=block_bytes,
         total_bytes=block_bytes * data_blocks,
-        free_bytes=block_bytes * free_blocks,
-        inodes=inodes,
-        free_inodes=free_inodes,
+        # XFS writes these back lazily, so they may be a little off in either direction; no more than there is.
+        free_bytes=block_bytes * min(free_blocks, data_blocks),
+        inodes=min(inodes, block_bytes * data_blocks // _SMALLEST_INODE),
+        free_inodes=min(free_inodes, inodes, block_bytes * data_blocks // _SMALLEST_INODE),
     )
 
 
-def _ext4(fd: int, block: bytes) -> Superblock:
+def _ext4(fd: int, block: bytes, path: str) -> Superblock:
     inodes, blocks, _reserved, free_blocks, free_inodes, first_block, log_size = struct.unpack_from("<7I", block, 0)
     blocks_per_group = struct.unpack_from("<I", block, 0x20)[0]
     state = struct.unpack_from("<H", block, 0x3A)[0]
     compatible, incompatible = struct.unpack_from("<II", block, 0x5C)
+    _must(log_size <= _EXT4_LARGEST_LOG, path, f"blocks of 2^{10 + log_size} bytes")
     block_bytes = 1024 << log_size
     descriptor_bytes = 32
     if incompatible & _EXT4_64BIT:
         blocks |= struct.unpack_from("<I", block, 0x150)[0] << 32
         free_blocks |= struct.unpack_from("<I", block, 0x158)[0] << 32
         descriptor_bytes = struct.unpack_from("<H", block, 0xFE)[0] or 32
-    groups = -(-(blocks - first_block) // blocks_per_group) if blocks_per_group else 0
+    _must(descriptor_bytes in _EXT4_DESCRIPTORS, path, f"group descriptors of {descriptor_bytes} bytes")
+    _must(first_block <= 1 and first_block < blocks, path, f"a first block {first_block} of {blocks}")
+    _must(blocks_per_group > 0, path, "no blocks in a group")
+    groups = -(-(blocks - first_block) // blocks_per_group)
     summed = _ext4_groups(fd, (first_block + 1) * block_bytes, groups, descriptor_bytes)
     if summed is not None:
         free_blocks, free_inodes = summed
@@ -97,9 +122,9 @@ def _ext4(fd: int, block: bytes) -> Superblock:
         errors=bool(state & _EXT4_ERRORS),
         block_bytes=block_bytes,
         total_bytes=blocks * block_bytes,
-        free_bytes=free_blocks * block_bytes,
+        free_bytes=min(free_blocks, blocks) * block_bytes,
         inodes=inodes,
-        free_inodes=free_inodes,
+        free_inodes=min(free_inodes, inodes),
     )
 
 
@@ -108,8 +133,10 @@ def _ext4_groups(fd: int, offset: int, groups: int, size: int) -> tuple[int, int
 
     The totals in the superblock itself are written back only at unmount; the descriptors go through the journal.
     """
+    if groups * size > _MOST_DESCRIPTORS:
+        return None
     raw = os.pread(fd, groups * size, offset)
-    if len(raw) < groups * size or size < 32:
+    if len(raw) < groups * size:
         return None
     blocks = inodes = 0
     for at in range(0, groups * size, size):

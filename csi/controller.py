@@ -15,7 +15,7 @@ from csi.errors import CallError
 from csi.pages import page
 from csi.snapshots import SnapshotCalls
 from guestmount import BadRequest, Busy, Node, Refused
-from guestmount.requests import check_capability
+from guestmount.requests import check_capability, check_options
 from runvol_proto import csi_pb2
 from volumes import Capability, ContentSource, Volume, VolumeNotFound, parameters
 from volumes.backend import Backend
@@ -101,6 +101,7 @@ class Controller(SnapshotCalls):
         for use in uses:
             try:
                 check_capability(use, backend)
+                check_options(use.mount_flags)
             except Refused as error:
                 raise BadRequest("volume_capabilities", str(use.mode), str(error)) from error
         if len({use.fstype for use in uses if not use.raw}) > 1:
@@ -138,6 +139,7 @@ class Controller(SnapshotCalls):
             parameters.check_context(checks.bounded_map("volume_context", request.volume_context))
             for use in uses:
                 check_capability(use, backend)
+                check_options(use.mount_flags)
         except Exception as error:
             response.message = str(error)
             return response

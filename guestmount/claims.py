@@ -48,6 +48,10 @@ class Owner(msgspec.Struct, frozen=True, kw_only=True):
     handler: str = ""
     dialect: str = ""
 
+    def is_same_kernel(self, other: Owner) -> bool:
+        """Whether both are the host's kernel, or that of one pod's guest."""
+        return self.kind == other.kind and (self.kind == HOST or self.pod_uid == other.pod_uid)
+
     def __str__(self) -> str:
         pod = f"pod {self.pod_namespace}/{self.pod_name}" if self.pod_name else f"pod {self.pod_uid}"
         return f"{pod} (runtime handler {self.handler})" if self.kind == SANDBOX else "the host's kernel (runc pods)"
@@ -88,6 +92,7 @@ class NfsMount(msgspec.Struct, frozen=True, kw_only=True):
 class Claim(msgspec.Struct, frozen=True, kw_only=True):
     """The whole record.
 
+    `staging_path` is empty from an unstage until the last user has let go.
     `prepared`: the owner's filesystem was checked, grown and given its group. `proved`: the kernel agreed to the
     last release. `device`: the loop device that stands between, where the owner needs a node. A volume of files
     (`kind`) has no owner, since any number of kernels may have it; each of its targets names its handler.
@@ -112,7 +117,9 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def lingers(self) -> bool:
-        """Everything was taken back, but the guest's VMM had not let go yet."""
+        """Everything was taken back, but the last user (a guest's VMM, a process, another mount namespace) had not let
+        go yet.
+        """
         return self.owner is not None and not self.targets
 
 

@@ -1,32 +1,45 @@
 """A pod's group on a filesystem, with the meaning of Kubernetes' fsGroup and `OnRootMismatch`.
 
-kubelet leaves this to a driver with VOLUME_MOUNT_GROUP: it could not reach a filesystem that only a guest mounts,
-and Kata's Rust shim does not pass the group on.
+kubelet leaves this to a driver with VOLUME_MOUNT_GROUP: it could not reach a filesystem that only a guest mounts, and
+Kata's Rust shim does not pass the group on. Other pods of the volume may run meanwhile and change every name, so what
+was looked at is what is changed: by descriptor, never by a name that a link could take over in between.
 """
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import stat
 
-from blockdev import Deadline
+from blockdev import Deadline, walks
+
+log = logging.getLogger("runvol.groups")
 
 _FILE, _DIRECTORY = 0o660, 0o770 | stat.S_ISGID
+_LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+# What the filesystem does not let even root change (an immutable file, a share that squashes root) keeps its group, as
+# under kubelet.
+_KEPT = (errno.EPERM, errno.EACCES)
 
 
 def apply(root: int, group: int, deadline: Deadline) -> bool:
     """Give the tree below the directory descriptor `root` to `group`; whether anything had to be done.
 
     Skipped if the root has the group and its bits already. The root is changed last, so that an interrupted run
-    is repeated in full.
+    is repeated, and skips what is right by then. Names that vanish or change meanwhile are somebody's who is there to
+    see the new group himself.
     """
-    facts = os.fstat(root)
-    if facts.st_gid == group and facts.st_mode & _DIRECTORY == _DIRECTORY:
+    if _has(os.fstat(root), group):
         return False
-    for _path, directories, files, here in os.fwalk(".", dir_fd=root, follow_symlinks=False):
-        deadline.check(f"giving the volume's files to group {group}")
-        for name in (*files, *directories):
-            _give(here, name, group)
+    kept = 0
+    for directory in walks.directories(root):
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                deadline.check(f"giving the volume's files to group {group}")
+                kept += not _give(directory, entry.name, group)
+    if kept:
+        log.warning("some files keep their group: they may not be changed", extra={"files": kept, "group": group})
     fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root)
     try:
         os.fchown(fd, -1, group)
@@ -36,9 +49,40 @@ def apply(root: int, group: int, deadline: Deadline) -> bool:
     return True
 
 
-def _give(directory: int, name: str, group: int) -> None:
-    facts = os.stat(name, dir_fd=directory, follow_symlinks=False)
-    os.chown(name, -1, group, dir_fd=directory, follow_symlinks=False)
-    if not stat.S_ISLNK(facts.st_mode):
-        bits = _DIRECTORY if stat.S_ISDIR(facts.st_mode) else _FILE
-        os.chmod(name, stat.S_IMODE(facts.st_mode) | bits, dir_fd=directory)
+def _bits(mode: int) -> int:
+    """What a group needs. A link has no mode, and that of a device node stays as it is."""
+    if stat.S_ISDIR(mode):
+        return _DIRECTORY
+    return 0 if stat.S_ISLNK(mode) or stat.S_ISBLK(mode) or stat.S_ISCHR(mode) else _FILE
+
+
+def _has(facts: os.stat_result, group: int) -> bool:
+    bits = _bits(facts.st_mode)
+    return facts.st_gid == group and facts.st_mode & bits == bits
+
+
+def _give(directory: int, name: str, group: int) -> bool:
+    """Whether the entry has the group now, or is gone."""
+    try:
+        fd = os.open(name, _LOOK, dir_fd=directory)
+    except OSError as error:
+        if error.errno in walks.CHANGED:
+            return True
+        raise
+    try:
+        facts = os.fstat(fd)
+        if _has(facts, group):
+            return True
+        # What the descriptor stands for, and nothing that has its name by now; for a link that is the link itself.
+        same = f"/proc/self/fd/{fd}"
+        os.chown(same, -1, group)
+        bits = _bits(facts.st_mode)
+        if bits:
+            os.chmod(same, stat.S_IMODE(facts.st_mode) | bits)
+    except OSError as error:
+        if error.errno not in _KEPT:
+            raise
+        return False
+    finally:
+        os.close(fd)
+    return True

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from blockdev import Deadline, DeviceBusy, filesystems, ioctls, loops, mounts, nfs
+from blockdev import Deadline, DeviceBusy, filesystems, ioctls, mounts, nfs
 from blockdev.detached import private_mount
 from blockdev.errors import BlockdevError
 from guestmount import file_delivery, groups, host_delivery, ownership, paths, placeholder, preflight
@@ -22,9 +22,9 @@ from guestmount.claims import HOST, SANDBOX, Cell, Claim, Claims, NfsMount, Owne
 from guestmount.detect import Detector, Runtime
 from guestmount.errors import BadRequest, Conflict, Refused
 from guestmount.handoff import Delivery, Dialect, KataDialect, NfsDelivery
-from guestmount.requests import PublishRequest, StageRequest, check_capability, exists
-from volumes import Catalog, NfsSource, SizeRange, Source, VolumeKind, VolumeNotFound, parameters
-from volumes.backend import BlockBackend
+from guestmount.requests import PublishRequest, StageRequest, check_capability, check_options, exists
+from volumes import Catalog, NfsSource, SizeRange, Source, VolumeError, VolumeKind, VolumeNotFound, parameters
+from volumes.backend import Backend, BlockBackend
 from volumes.nfs import set_mode
 
 log = logging.getLogger("runvol.node")
@@ -39,6 +39,9 @@ class Node:
     detector: Detector
     dialects: Sequence[Dialect]
     roots: Sequence[str]
+
+    def __post_init__(self) -> None:
+        self.catalog.loop.check_copy = self.check_copy
 
     # -- stage and unstage
 
@@ -56,12 +59,13 @@ class Node:
             if isinstance(attached, NfsSource):
                 attached, use = _with_version(attached, use, request.context.get("vers", ""))
             if claim is not None and claim.staging_path != staging and not claim.targets:
-                self._let_go(cell, deadline)
-                claim = cell.claim
+                claim = self._restage(cell, staging, use, deadline)
             if claim is not None:
                 _check_same_stage(claim, staging, use)
                 if claim.owner is not None:
                     return  # kubelet has restarted; nothing is opened for writing
+            else:
+                check_options(use.mount_flags)
             new = _new_claim(request, attached, use, backend.kind)
             if isinstance(backend, BlockBackend) and not request.capability.raw:
                 ownership.acquire(claim or new, deadline)
@@ -81,18 +85,45 @@ class Node:
         found = filesystems.found_on(source, deadline)
         return found if found in filesystems.SUPPORTED else filesystems.DEFAULT
 
+    def _restage(self, cell: Cell, staging: str, use: Use, deadline: Deadline) -> Claim | None:
+        """The claim of a volume without targets that was staged elsewhere, or lingers since its unstage."""
+        try:
+            self._let_go(cell, deadline)
+        except Refused:
+            if _present(cell).staging_path or _present(cell).use != use:
+                raise
+            # Its last owner still has it, and may have it again; whether another may is asked at the publish.
+            return cell.write(_present(cell).but(staging_path=staging))
+        if cell.claim is not None and not cell.claim.staging_path:
+            cell.remove()
+        return cell.claim
+
     def unstage(self, volume_id: str, staging_path: str, deadline: Deadline) -> None:
-        """Nothing of the volume is left on the node but its bytes. Refused while it is published."""
+        """Nothing of the volume hangs at the staging path, and the device is free or its claim lingers until it is.
+
+        Refused while it is published. A process that keeps the device open, or a mount namespace of its own that keeps
+        the mount, holds up the next kernel, an expansion and the deletion, not this call: kubelet's part is done.
+        """
         staging = paths.check("staging_target_path", staging_path, self.roots)
         with self.claims.locked(volume_id, deadline) as cell:
             if cell.claim is None or cell.claim.staging_path != staging:
                 mounts.be_unmounted(staging, deadline)
+                if cell.claim is None:
+                    self._drop_unclaimed(volume_id, deadline)
                 return
-            self._let_go(cell, deadline)
+            try:
+                self._let_go(cell, deadline)
+            except Refused as error:
+                claim = _present(cell)
+                if claim.targets or mounts.is_mount_point(staging):
+                    raise
+                log.warning("the volume is still in use", extra={"volume": volume_id, "reason": str(error)})
+                cell.write(claim.but(staging_path=""))
+                return
             cell.remove()
 
     def _let_go(self, cell: Cell, deadline: Deadline) -> None:
-        """Release an owner without targets; Refused while there are targets."""
+        """Release an owner without targets; Refused while there are targets, or somebody still has the device."""
         ownership.forget_vanished(cell, self._alive)
         claim = cell.claim
         if claim is None:
@@ -141,11 +172,12 @@ class Node:
         runtime = self.detector.detect(request.pod, request.context.get("runtime", ""), deadline)
         ownership.forget_vanished(cell, self._alive)
         claim = _present(cell)
+        check_options(claim.use.mount_flags)
         owner = _owner(request, runtime)
         if runtime.kind == SANDBOX and not claim.use.raw:
             preflight.check(runtime, pv_name=claim.volume)
             self._dialect(owner).check(_delivery(claim, path, target))
-        if claim.lingers and claim.owner != owner:
+        if claim.lingers and claim.owner is not None and not claim.owner.is_same_kernel(owner):
             with _explaining_guest(claim):
                 ownership.release(cell, deadline)
             claim = _present(cell)
@@ -268,25 +300,28 @@ class Node:
         claim = cell.claim
         if claim is not None and claim.kind is VolumeKind.FILES:
             file_delivery.take_back(claim, path)
+        mounts.be_unmounted(path, deadline)
+        if claim is not None:
+            if path in claim.targets:
+                claim = cell.write(claim.but(targets={at: kept for at, kept in claim.targets.items() if at != path}))
+            if claim.lingers:
+                try:
+                    ownership.release(cell, deadline)
+                except DeviceBusy as error:
+                    log.warning("the volume is still in use", extra={"volume": claim.volume, "reason": str(error)})
+        # The last step: kubelet does not ask again once the path is gone.
         mounts.be_absent(path, deadline)
-        if claim is None:
-            return
-        if path in claim.targets:
-            claim = cell.write(claim.but(targets={at: kept for at, kept in claim.targets.items() if at != path}))
-        if claim.lingers and claim.owner is not None:
-            try:
-                ownership.release(cell, deadline)
-            except DeviceBusy as error:
-                if claim.owner.kind == HOST:
-                    raise
-                log.warning("the guest still has the volume", extra={"volume": claim.volume, "reason": str(error)})
 
     def _drop_unclaimed(self, volume_id: str, deadline: Deadline) -> None:
-        """After a lost claim: loop devices on the volume's file that nobody uses."""
-        with contextlib.suppress(VolumeNotFound):
+        """After a lost claim: loop devices on the volume's file that nobody uses. What is used by somebody stays."""
+        try:
             backend = self.catalog.of(volume_id)
             if backend.kind is VolumeKind.BLOCK:
                 ownership.drop_leftovers(backend.attach(volume_id).path, deadline)
+        except VolumeError:
+            return  # there is no whole volume that could have left something
+        except DeviceBusy as error:
+            log.warning("the volume is still in use", extra={"volume": volume_id, "reason": str(error)})
 
     def _alive(self, path: str) -> bool:
         """Whether anything of a publish is left at its target."""
@@ -295,7 +330,10 @@ class Node:
     # -- expansion and deletion
 
     def expand(self, volume_id: str, volume_path: str, size: SizeRange, deadline: Deadline) -> int:
-        """The capacity after growing store, device and filesystem; DeviceBusy or Refused while a guest has it open."""
+        """The capacity after growing store, device and filesystem.
+
+        Refused while a sandbox has a target of the volume.
+        """
         backend = self.catalog.of(volume_id)
         self.catalog.get(volume_id)
         path = paths.check("volume_path", volume_path, self.roots)
@@ -306,22 +344,43 @@ class Node:
             backend.check_expand(volume_id, size)
             if claim.kind is VolumeKind.FILES:
                 return backend.expand(volume_id, size).capacity_bytes
-            if claim.owner is None or claim.owner.kind == SANDBOX:
-                with _explaining_guest(claim):
+            if claim.owner is not None and claim.owner.kind == SANDBOX and claim.targets:
+                return self._expand_in_guest(claim, backend, size)
+            with _explaining_guest(claim):
+                ownership.release(cell, deadline)
+                claim = _present(cell)
+                if claim.owner is None:
                     ownership.guest_has_let_go(claim)
             volume = backend.expand(volume_id, size)
-            if claim.device:
-                loops.resize(claim.device)
-            if not claim.use.raw:
-                self._grow_filesystem(claim, deadline)
+            host_delivery.grow(claim, deadline)
             return volume.capacity_bytes
 
-    def _grow_filesystem(self, claim: Claim, deadline: Deadline) -> None:
-        if claim.owner is not None and claim.owner.kind == HOST and mounts.is_mount_point(claim.staging_path):
-            if filesystems.lags(claim.device):
-                filesystems.grow_mounted(claim.staging_path, ioctls.size_bytes(claim.device), claim.device)
-        else:
-            filesystems.grow(claim.source, deadline)
+    def _expand_in_guest(self, claim: Claim, backend: Backend, size: SizeRange) -> int:
+        """The capacity of a volume that a sandbox has, if it needs no growth; Refused otherwise.
+
+        The runtime plugs the device in again for each container, asking nobody, so the host leaves device and
+        filesystem alone, whether they are open now or not. Only the file behind gets longer, which whoever has it open
+        does not see: the next publish, before it hands the device over, lets the filesystem take it.
+        """
+        wanted = backend.check_expand(claim.volume, size)
+        have = ioctls.size_bytes(claim.device or claim.source)
+        if have >= wanted and (claim.use.raw or not filesystems.lags(claim.source)):
+            return wanted
+        volume = backend.expand(claim.volume, size)
+        raise Refused(
+            f"volume {claim.volume} belongs to the guest of {claim.owner}, so only its store grew, to "
+            f"{volume.capacity_bytes} bytes; the guest gets the new size when the pod is deleted and made again"
+        )
+
+    def check_copy(self, volume_id: str) -> None:
+        """Refused while a sandbox may write to the volume at any moment. For callers that keep it `still`."""
+        claim = self.claims.peek(volume_id)
+        if claim is not None and claim.owner is not None and claim.owner.kind == SANDBOX and claim.targets:
+            raise Refused(
+                f"volume {volume_id} belongs to the guest of {claim.owner}, which may write to it at any moment, and "
+                "it cannot be copied in one step where it lies: delete the pod first, or keep volumes on a filesystem "
+                "that shares blocks (XFS, btrfs)"
+            )
 
     def check_unowned(self, volume_id: str) -> None:
         """Refused while a pod has the volume. For callers that keep it `still`."""
@@ -342,6 +401,8 @@ class Node:
         """Nobody has the volume, nor gets it before the block ends; its claim is gone after it. Refused otherwise."""
         with self.claims.locked(volume_id, deadline) as cell:
             self._let_go(cell, deadline)
+            if cell.claim is None:
+                self._drop_unclaimed(volume_id, deadline)
             yield
             cell.remove()
 

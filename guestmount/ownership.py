@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Callable
 
-from blockdev import Deadline, DeviceBusy, exclusivity, loops, mounts
+from blockdev import Deadline, DeviceBusy, exclusivity, loops, mountinfo, mounts
 from guestmount.claims import HOST, SANDBOX, Cell, Claim, Owner, Target
 from guestmount.errors import Refused
 from volumes import AccessMode
@@ -41,9 +41,7 @@ def admit(claim: Claim, owner: Owner, path: str, target: Target) -> None:
             f"volume {claim.volume} has access mode SINGLE_NODE_SINGLE_WRITER (ReadWriteOncePod) and is published to "
             f"{_names(claim)} already"
         )
-    if current.kind == HOST and owner.kind == HOST:
-        return
-    if current.kind == SANDBOX and owner.kind == SANDBOX and current.pod_uid == owner.pod_uid:
+    if current.is_same_kernel(owner):
         return
     if current.kind == HOST:
         raise Refused(
@@ -75,10 +73,13 @@ def acquire(claim: Claim, deadline: Deadline) -> None:
 
 
 def drop_leftovers(source: str, deadline: Deadline) -> bool:
-    """Detach loop devices that stand on the file and that nobody uses; whether there were any."""
+    """Detach loop devices that stand on the file and that nobody uses; whether there were any.
+
+    One whose node is bound somewhere is a pod's (volumeMode: Block), who may open it at any moment.
+    """
     dropped = False
     for device in loops.find(source):
-        if exclusivity.is_free(device):
+        if exclusivity.is_free(device) and not mountinfo.node_targets(device):
             loops.detach(device, source, deadline)
             log.warning("detached a loop device that nobody used", extra={"device": device, "source": source})
             dropped = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from blockdev import mounts
@@ -72,6 +72,17 @@ def check_capability(capability: Capability, backend: Backend) -> None:
     reason = capability.refusal(backend.kind, multi_node=backend.multi_node)
     if reason is not None:
         raise Refused(reason)
+
+
+def check_options(flags: Sequence[str]) -> None:
+    """BadRequest for a mount option that no new volume or target gets; what has it already keeps it."""
+    for flag in flags:
+        if mounts.is_unsafe(flag):
+            raise BadRequest(
+                "mount_flags",
+                flag,
+                "a damaged filesystem could take the node down with it, or it names a second device; remove it",
+            )
 
 
 def exists(path: str) -> bool:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
 from blockdev import Deadline, blankness, durable, exclusivity, filesystems
-from blockdev.errors import BlockdevError, WrongFilesystem
+from blockdev.errors import WrongFilesystem
 from volumes import copies, sizes
 from volumes import parameters as classes
 from volumes.busy import Busy
@@ -50,10 +51,19 @@ class LoopBackend:
         self._limit = capacity_limit
         self._store = Store(os.path.join(state_dir, "volumes.db"))
         self._busy = Busy(os.path.join(state_dir, "volumes.lock"))
-        self.image_snapshots = Snapshots(self._store, self._directory, busy=self._busy, room=self.available_bytes)
+        # Asked with a volume's id before its bytes are copied one after the other; who knows of owners sets it, and
+        # raises if somebody may write in the middle.
+        self.check_copy: Callable[[str], None] = lambda _volume_id: None
+        self.image_snapshots = Snapshots(
+            self._store, self._directory, busy=self._busy, room=self.available_bytes,
+            check_copy=self._may_copy,
+        )  # fmt: skip
 
     def close(self) -> None:
         self._store.close()
+
+    def _may_copy(self, volume_id: str) -> None:
+        self.check_copy(volume_id)
 
     @property
     def directory(self) -> str:
@@ -94,11 +104,11 @@ class LoopBackend:
                     source=str(source or ""),
                 )
             try:
-                self._make_file(volume_id, capacity, content, preallocate=parameters.get("preallocate") == "true")
+                self._make_file(volume_id, capacity, source, preallocate=parameters.get("preallocate") == "true")
             except OSError as error:
                 self._drop(volume_id)
                 _raise_no_space(error, capacity)
-            except BlockdevError:
+            except BaseException:
                 self._drop(volume_id)
                 raise
             self._store.set_state(volume_id, State.READY)
@@ -310,10 +320,11 @@ class LoopBackend:
                 "delete volumes, or give the directory a larger disk"
             )
 
-    def _make_file(self, volume_id: str, capacity: int, content: str, *, preallocate: bool) -> None:
+    def _make_file(self, volume_id: str, capacity: int, source: ContentSource | None, *, preallocate: bool) -> None:
         new = os.path.join(self._directory, volume_id + _NEW)
-        if content:
-            copies.copy(content, new, Deadline.after(_COPY_LIMIT))
+        if source is not None:
+            check = functools.partial(self.check_copy, source.source_id) if source.kind == "volume" else _nothing
+            copies.copy(self._content(source), new, Deadline.after(_COPY_LIMIT), check=check)
         fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             if preallocate:
@@ -345,6 +356,10 @@ class LoopBackend:
                 os.unlink(os.path.join(self._directory, volume_id + suffix))
         durable.sync_directory(self._directory)
         self._store.remove(volume_id)
+
+
+def _nothing() -> None:
+    """A snapshot never changes."""
 
 
 def _smallest(use: Capability, parameters: Mapping[str, str]) -> int:

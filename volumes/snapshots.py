@@ -33,9 +33,14 @@ class Snapshots:
         *,
         busy: Callable[[], AbstractContextManager[None]],
         room: Callable[[], int],
+        check_copy: Callable[[str], None],
     ) -> None:
-        """`busy` keeps recovery away, of other processes too; `room` tells how many bytes can still be promised."""
+        """`busy` keeps recovery away, of other processes too; `room` tells how many bytes can still be promised.
+
+        `check_copy` raises if a volume's bytes cannot be copied one after the other.
+        """
         self._store, self._directory, self._busy, self._room = store, directory, busy, room
+        self._check_copy = check_copy
 
     def create(self, name: str, source: str, source_path: str, deadline: Deadline, *, group: str = "") -> Snapshot:
         """The snapshot called `name`, taken now or before. VolumeConflict if the name is another volume's."""
@@ -59,7 +64,7 @@ class Snapshots:
         )
         new = os.path.join(self._directory, snapshot_id + NEW)
         try:
-            copies.copy(source_path, new, deadline)
+            copies.copy(source_path, new, deadline, check=lambda: self._check_copy(source))
             os.rename(new, self.path(snapshot_id))
             durable.sync_directory(self._directory)
         except BaseException as error:
