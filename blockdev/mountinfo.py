@@ -25,6 +25,8 @@ class Mount:
     fstype: str
     source: str
     super_options: tuple[str, ...]
+    # The peer group that mounts made here propagate to; 0 for none.
+    peers: int = 0
 
     @property
     def read_only(self) -> bool:
@@ -47,6 +49,7 @@ def parse(line: str) -> Mount:
         fstype=fstype,
         source=_unescape(source),
         super_options=tuple(super_options.split(",")),
+        peers=next((int(word[7:]) for word in fields[6:dash] if word.startswith("shared:")), 0),
     )
 
 
@@ -61,6 +64,18 @@ def table(pid: int | str = "self") -> list[Mount]:
     """What the process sees, in the order of mounting."""
     with open(f"/proc/{pid}/mountinfo", errors="surrogateescape") as lines:
         return [parse(line) for line in lines]
+
+
+def covering(path: str, mounts: list[Mount]) -> Mount | None:
+    """The mount of a table that `path` lies on: the last one made at the longest path above it."""
+    found = None
+    for mount in mounts:
+        place = mount.target.rstrip("/")
+        if (path == place or path.startswith(f"{place}/")) and (
+            found is None or len(mount.target) >= len(found.target)
+        ):
+            found = mount
+    return found
 
 
 def other_namespaces() -> Iterator[tuple[int, list[Mount]]]:

@@ -161,6 +161,12 @@ class NodeService:
         self, _request: csi_pb2.NodeGetStorageHealthRequest, _deadline: Deadline
     ) -> csi_pb2.NodeGetStorageHealthResponse:
         response = csi_pb2.NodeGetStorageHealthResponse()
+        doubt = self._node.reach.doubt() if self._node.reach is not None else None
+        if doubt is not None:
+            response.backend_health.add(
+                status=csi_pb2.STORAGE_UNREACHABLE if doubt.certain else csi_pb2.STORAGE_DEGRADED,
+                reason="MountsNotSeen", message=f"what is mounted here may not reach kubelet: {doubt.why}",
+            )  # fmt: skip
         for backend in self._node.catalog.backends:
             try:
                 if not backend.available_bytes():

@@ -16,6 +16,7 @@ from guestmount.handoff import Delivered, Dialect, KataDialect, Rund2Dialect, Ru
 from guestmount.kubernetes_api import KubernetesApi
 from guestmount.node import Node
 from guestmount.pods import PodRef
+from guestmount.reach import Reach
 from guestmount.requests import PublishRequest, StageRequest
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "Owner",
     "PodRef",
     "PublishRequest",
+    "Reach",
     "Refused",
     "Rund2Dialect",
     "Rund3Dialect",

@@ -53,8 +53,10 @@ class Owner(msgspec.Struct, frozen=True, kw_only=True):
         return self.kind == other.kind and (self.kind == HOST or self.pod_uid == other.pod_uid)
 
     def __str__(self) -> str:
+        if self.kind == HOST:
+            return "the host's kernel (runc pods)"
         pod = f"pod {self.pod_namespace}/{self.pod_name}" if self.pod_name else f"pod {self.pod_uid}"
-        return f"{pod} (runtime handler {self.handler})" if self.kind == SANDBOX else "the host's kernel (runc pods)"
+        return f"{pod} (runtime handler {self.handler or 'not known'})"
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,7 +97,8 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
     `staging_path` is empty from an unstage until the last user has let go.
     `prepared`: the owner's filesystem was checked, grown and given its group. `proved`: the kernel agreed to the
     last release. `device`: the loop device that stands between, where the owner needs a node. A volume of files
-    (`kind`) has no owner, since any number of kernels may have it; each of its targets names its handler.
+    (`kind`) has no owner, since any number of kernels may have it; each of its targets names its handler. `made_again`:
+    the record was lost; where the volume is staged and as what is filled in by the next stage.
     """
 
     volume: str
@@ -109,6 +112,7 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
     device: str = ""
     kind: VolumeKind = VolumeKind.BLOCK
     nfs: NfsMount | None = None
+    made_again: bool = False
     version: int = 1
 
     def but(self, **changes: object) -> Claim:

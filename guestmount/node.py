@@ -22,6 +22,7 @@ from guestmount.claims import HOST, SANDBOX, Cell, Claim, Claims, NfsMount, Owne
 from guestmount.detect import Detector, Runtime
 from guestmount.errors import BadRequest, Conflict, Refused
 from guestmount.handoff import Delivery, Dialect, KataDialect, NfsDelivery
+from guestmount.reach import Reach
 from guestmount.requests import PublishRequest, StageRequest, check_capability, check_options, exists
 from volumes import Catalog, NfsSource, SizeRange, Source, VolumeError, VolumeKind, VolumeNotFound, parameters
 from volumes.backend import Backend, BlockBackend
@@ -32,13 +33,17 @@ log = logging.getLogger("runvol.node")
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """What the verbs work with. `roots`: the directories under which requests may name paths."""
+    """What the verbs work with. `roots`: the directories under which requests may name paths.
+
+    `reach` proves that kubelet sees what is mounted there; None where there is no kubelet.
+    """
 
     catalog: Catalog
     claims: Claims
     detector: Detector
     dialects: Sequence[Dialect]
     roots: Sequence[str]
+    reach: Reach | None = None
 
     def __post_init__(self) -> None:
         self.catalog.loop.check_copy = self.check_copy
@@ -58,6 +63,8 @@ class Node:
             use = Use.of(request.capability, fstype)
             if isinstance(attached, NfsSource):
                 attached, use = _with_version(attached, use, request.context.get("vers", ""))
+            if claim is not None and claim.made_again:
+                claim = cell.write(claim.but(staging_path=staging, use=use))
             if claim is not None and claim.staging_path != staging and not claim.targets:
                 claim = self._restage(cell, staging, use, deadline)
             if claim is not None:
@@ -108,8 +115,10 @@ class Node:
         with self.claims.locked(volume_id, deadline) as cell:
             if cell.claim is None or cell.claim.staging_path != staging:
                 mounts.be_unmounted(staging, deadline)
-                if cell.claim is None:
-                    self._drop_unclaimed(volume_id, deadline)
+            if cell.claim is None:
+                self._drop_unclaimed(volume_id, deadline)
+                return
+            if cell.claim.staging_path not in (staging, ""):
                 return
             try:
                 self._let_go(cell, deadline)
@@ -153,11 +162,15 @@ class Node:
         with self.claims.locked(request.volume_id, deadline) as cell:
             claim = cell.claim
             if claim is None or claim.staging_path != request.staging_path:
-                where = f"is staged at {claim.staging_path}" if claim else "is not staged on this node"
+                staged = claim is not None and claim.staging_path
+                where = f"is staged at {staged}" if staged else "is not staged on this node"
                 raise Refused(
                     f"volume {request.volume_id} {where}; call NodeStageVolume with this staging_target_path first"
                 )
             target = _target(request)
+            if claim.made_again and path in claim.targets:
+                known = msgspec.structs.replace(target, read_only=claim.targets[path].read_only)
+                claim = cell.write(claim.but(targets={**claim.targets, path: known}, made_again=False))
             old = claim.targets.get(path)
             _check_same_publish(claim, request, old, target)
             if claim.kind is VolumeKind.FILES:
@@ -169,6 +182,7 @@ class Node:
             self._publish_new(cell, request, path, target, deadline)
 
     def _publish_new(self, cell: Cell, request: PublishRequest, path: str, target: Target, deadline: Deadline) -> None:
+        self._check_reach()
         runtime = self.detector.detect(request.pod, request.context.get("runtime", ""), deadline)
         ownership.forget_vanished(cell, self._alive)
         claim = _present(cell)
@@ -198,6 +212,7 @@ class Node:
     ) -> None:
         claim = _present(cell)
         if path not in claim.targets:
+            self._check_reach()
             runtime = self.detector.detect(request.pod, request.context.get("runtime", ""), deadline)
             if runtime.kind == SANDBOX:
                 claim, target = self._for_guest(cell, request, path, target, runtime, deadline)
@@ -215,6 +230,11 @@ class Node:
             with contextlib.suppress(BlockdevError, OSError):
                 self._take_back(cell, path, Deadline.after(5))
             raise
+
+    def _check_reach(self) -> None:
+        """For new targets: what is delivered already stays so."""
+        if self.reach is not None:
+            self.reach.check()
 
     def _for_guest(
         self, cell: Cell, request: PublishRequest, path: str, target: Target, runtime: Runtime, deadline: Deadline

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from blockdev import Deadline, exclusivity, loops, mountinfo, mounts
 from blockdev.errors import BlockdevError
-from guestmount import ownership
+from guestmount import ownership, witnesses
 from guestmount.claims import Claim
 from guestmount.errors import BadRequest, Busy, GuestmountError, Refused
+from guestmount.handoff import Delivered, Dialect
 from guestmount.node import Node
 from guestmount.placeholder import NOTE
 from volumes import VolumeError
 
+log = logging.getLogger("runvol.repair")
+
 _START = 60.0
+# What a start spends on each volume that somebody may still have, in seconds.
+_MOMENT = 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,18 +48,22 @@ def collect(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
     return found
 
 
-def _hand_offs(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
-    """Ours by the device that they name; another driver's are never touched."""
-    found = []
+def _ours(node: Node) -> list[tuple[Dialect, Delivered]]:
+    """By the device that they name; another driver's are never touched."""
     ours = node.catalog.loop.directory + "/"
-    for dialect in node.dialects:
-        for one in dialect.delivered():
-            if not one.device.startswith(ours):
-                continue
-            take_back = functools.partial(dialect.withdraw, one.target) if not dry_run else _nothing
-            if _unless_claimed(node, one.device, deadline, functools.partial(_has_target, one.target), take_back):
-                why = f"no claim has {one.target}"
-                found.append(Finding(kind="hand-off", place=one.place, why=why, done=not dry_run))
+    return [(dialect, one) for dialect in node.dialects for one in dialect.delivered() if one.device.startswith(ours)]
+
+
+def _hand_offs(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
+    """Those that no claim has and that nothing speaks for."""
+    found = []
+    for dialect, one in _ours(node):
+        if witnesses.pod_exists(one.target, node.roots) or witnesses.device_in_use(one.device):
+            continue
+        take_back = functools.partial(dialect.withdraw, one.target) if not dry_run else _nothing
+        if _unless_claimed(node, one.device, deadline, functools.partial(_has_target, one.target), take_back):
+            why = f"no claim has {one.target}"
+            found.append(Finding(kind="hand-off", place=one.place, why=why, done=not dry_run))
     return found
 
 
@@ -65,15 +75,18 @@ def _unless_claimed(
     A decision from a list of claims that was read earlier would take away what a publish has made since. A volume that
     somebody works on, or whose claim cannot be read, is left alone.
     """
-    volume_id = os.path.splitext(os.path.basename(path))[0]
     try:
-        with node.claims.locked(volume_id, deadline) as cell:
+        with node.claims.locked(_volume_of(path), deadline) as cell:
             if cell.claim is not None and in_use(cell.claim):
                 return False
             take_back()
             return True
     except (Busy, BadRequest, Refused):
         return False
+
+
+def _volume_of(path: str) -> str:
+    return os.path.splitext(os.path.basename(path))[0]
 
 
 def _has_target(target: str, claim: Claim) -> bool:
@@ -93,15 +106,20 @@ def _sources(node: Node) -> list[str]:
 
 
 def _placeholders(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
-    found = []
+    found: list[Finding] = []
     # In this order: a claim is written before its placeholder is mounted.
     mounted = mountinfo.table()
-    targets = {path for claim in node.claims.all() for path in claim.targets}
+    claims, damaged = node.claims.readable()
+    targets = {path for claim in claims for path in claim.targets}
+    if damaged:
+        return found  # one of them may have any of the placeholders
     for mount in mounted:
         if mount.fstype != "tmpfs" or mount.source != "runvol" or mount.target in targets:
             continue
         if not any(mount.target.startswith(f"{root}/") for root in node.roots):
             continue  # of another kubelet on this machine
+        if witnesses.pod_exists(mount.target, node.roots):
+            continue  # a container that starts without it would write to the host's disk
         if not os.path.exists(os.path.join(mount.target, NOTE)):
             continue
         if not dry_run:
@@ -111,24 +129,37 @@ def _placeholders(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Find
 
 
 def _claims(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
-    found = []
-    for claim in node.claims.all():
+    claims, damaged = node.claims.readable()
+    found = [Finding(kind="claim", place="", why=str(error)) for error in damaged]
+    for claim in claims:
         gone = _volume_is_gone(node, claim)
         if not gone and not claim.lingers:
             continue
         why = "its volume is gone" if gone else "its pod is gone"
+        if claim.targets:
+            found.append(Finding(kind="claim", place=claim.volume, why=f"{why}, but pods have it: {_places(claim)}"))
+            continue
         done = False
         if not dry_run:
             try:
-                with node.claims.locked(claim.volume, deadline) as cell:
-                    ownership.release(cell, deadline)
-                    if gone:
-                        cell.remove()
+                _forget(node, claim.volume, deadline, gone=gone)
                 done = True
             except (BlockdevError, GuestmountError) as error:
                 why += f", but {error}"
         found.append(Finding(kind="claim", place=claim.volume, why=why, done=done))
     return found
+
+
+def _places(claim: Claim) -> str:
+    return ", ".join(sorted(claim.targets))
+
+
+def _forget(node: Node, volume_id: str, deadline: Deadline, *, gone: bool) -> None:
+    """The volume's last owner is forgotten, and the claim too if nothing stages it; DeviceBusy while it is in use."""
+    with node.claims.locked(volume_id, deadline) as cell:
+        ownership.release(cell, deadline)
+        if cell.claim is not None and not cell.claim.targets and (gone or not cell.claim.staging_path):
+            cell.remove()
 
 
 def _volume_is_gone(node: Node, claim: Claim) -> bool:
@@ -147,7 +178,7 @@ def _loop_devices(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Find
     for device in loops.bound():
         under = loops.backing(device)
         path = files.get((under.device, under.inode)) if under is not None else None
-        if path is None or not exclusivity.is_free(device):
+        if path is None or not exclusivity.is_free(device) or mountinfo.node_targets(device):
             continue
         take_back = functools.partial(loops.detach, device, path, deadline) if not dry_run else _nothing
         if _unless_claimed(node, path, deadline, functools.partial(_has_device, device), take_back):
@@ -156,9 +187,26 @@ def _loop_devices(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Find
 
 
 def at_start(node: Node) -> list[str]:
-    """What a killed process left half-made; never anything that a pod could be using."""
+    """What a killed process left half-made, and what is known without it; never anything that a pod could be using."""
     node.claims.sweep()
     for dialect in node.dialects:
         dialect.sweep()
-    withdrawn = _hand_offs(node, Deadline.after(_START), dry_run=False)
-    return [*node.catalog.recover(), *(f"withdrew the hand-off {one.place}: {one.why}" for one in withdrawn)]
+    deadline = Deadline.after(_START)
+    said = witnesses.reclaim(node, [(_volume_of(one.device), one) for _dialect, one in _ours(node)], deadline)
+    withdrawn = _hand_offs(node, deadline, dry_run=False)
+    said += [f"withdrew the hand-off {one.place}: {one.why}" for one in withdrawn]
+    return [*node.catalog.recover(), *said, *_settle(node)]
+
+
+def _settle(node: Node) -> list[str]:
+    """Volumes whose last user had not let go of them when their pod went: those that are free by now are given back."""
+    said = []
+    for claim in node.claims.readable()[0]:
+        if not claim.lingers:
+            continue
+        try:
+            _forget(node, claim.volume, Deadline.after(_MOMENT), gone=False)
+            said.append(f"volume {claim.volume} was let go of by its last user")
+        except (BlockdevError, GuestmountError, OSError) as error:
+            log.warning("the volume is still in use", extra={"volume": claim.volume, "reason": str(error)})
+    return said

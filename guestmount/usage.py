@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from blockdev import Deadline, ioctls, mounts, superblocks
 from blockdev.deadlines import bounded
+from blockdev.errors import FilesystemDamaged
 from guestmount import placeholder
 from guestmount.claims import HOST, Claim
 from guestmount.errors import BadRequest, Refused
@@ -104,7 +105,10 @@ def _device_problems(volume: Volume, source: str) -> list[Problem]:
     found = []
     if os.path.isfile(source) and os.stat(source).st_size < volume.capacity_bytes:
         found.append(Problem(reason="BackingFileTooSmall", message=f"{source} is smaller than its volume", lost=True))
-    block = superblocks.read(source)
+    try:
+        block = superblocks.read(source)
+    except FilesystemDamaged as error:
+        return [*found, Problem(reason="FilesystemDamaged", message=str(error), lost=True)]
     if block is not None and block.errors:
         found.append(
             Problem(

@@ -12,6 +12,7 @@ from guestmount import (
     KataDialect,
     KubernetesApi,
     Node,
+    Reach,
     Rund2Dialect,
     Rund3Dialect,
     RunvDialect,
@@ -56,6 +57,11 @@ def build(config: Config) -> Node:
             Rund3Dialect(config.words("node.roots")),
         ),
         roots=config.words("node.roots"),
+        reach=Reach(
+            roots=config.words("node.roots"),
+            process=config.text("node.kubelet_process"),
+            unproved=config.text("node.unproved_mounts") == "allow",
+        ),
     )
 
 

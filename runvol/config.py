@@ -34,6 +34,14 @@ TABLE: Mapping[str, Setting] = {
     "node.roots": Setting(
         default=("/var/lib/kubelet",), meaning="directories under which requests may name paths (kubelet's directory)"
     ),
+    "node.kubelet_process": Setting(
+        default="1",
+        meaning="a process in the mount namespace that kubelet uses: a process id, or a program's name such as kubelet",
+    ),
+    "node.unproved_mounts": Setting(
+        default="refuse",
+        meaning="volumes where it cannot be found out whether kubelet sees the mounts made here: refuse or allow",
+    ),
     "paths.state_dir": Setting(default="/var/lib/runvol", meaning="volumes and their store; survives reboots"),
     "paths.run_dir": Setting(default="/run/runvol", meaning="claims and locks; must not survive reboots"),
     "paths.direct_volumes": Setting(
@@ -111,6 +119,7 @@ _WORDS = {
     "log.level": ("debug", "info", "warning", "error"),
     "log.format": ("text", "json"),
     "detect.rund": ("rund2", "rund3"),
+    "node.unproved_mounts": ("refuse", "allow"),
 }
 # A topology label's value (Kubernetes' limit).
 _NODE_ID = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?\Z")
@@ -218,13 +227,7 @@ def _check(config: Config) -> None:
     for key in ("paths.state_dir", "paths.run_dir", "paths.direct_volumes", "paths.kata_root"):
         if not config.text(key).startswith("/"):
             raise ConfigError(f"{key} = {config.text(key)!r} (from {config.sources[key]}): must be an absolute path")
-    for root in config.words("node.roots"):
-        if not root.startswith("/") or os.path.normpath(root) != root or root == "/":
-            raise ConfigError(
-                f"node.roots = {root!r} (from {config.sources['node.roots']}): must be plain absolute paths"
-            )
-    if not config.words("node.roots"):
-        raise ConfigError("node.roots is empty; name kubelet's directory")
+    _check_node(config)
     for key, words in _WORDS.items():
         if config.text(key) not in words:
             raise ConfigError(f"{key} = {config.text(key)!r}: takes {', '.join(words)}")
@@ -243,6 +246,18 @@ def _check(config: Config) -> None:
             f"node.id = {config.node_id!r} (from {config.sources['node.id']}): must be a label value of at most 63 "
             "characters, since it is the node's topology"
         )
+
+
+def _check_node(config: Config) -> None:
+    for root in config.words("node.roots"):
+        if not root.startswith("/") or os.path.normpath(root) != root or root == "/":
+            raise ConfigError(
+                f"node.roots = {root!r} (from {config.sources['node.roots']}): must be plain absolute paths"
+            )
+    if not config.words("node.roots"):
+        raise ConfigError("node.roots is empty; name kubelet's directory")
+    if not config.text("node.kubelet_process"):
+        raise ConfigError("node.kubelet_process is empty; name a process id, or a program such as kubelet")
 
 
 _RANGES = {

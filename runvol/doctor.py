@@ -23,6 +23,7 @@ def examine(config: Config, node: Node) -> Iterator[Diagnosis]:
     yield from _programs()
     yield from _kernel()
     yield from _directories(config)
+    yield from _reach(node)
     yield from _runtimes(config)
     yield from _backends(node)
     yield from _volumes(node)
@@ -132,6 +133,15 @@ def _guest_nfs(handler: str, kernel: str) -> Diagnosis:
     options = sorted({option for found in lacking.values() for option in found or ()})
     finding = f"its guests cannot mount NFS: {kernel} has no {', '.join(options)}; classes need inSandbox: share"
     return Diagnosis(state=WARNING, subject=subject, finding=finding)
+
+
+def _reach(node: Node) -> Iterator[Diagnosis]:
+    """Of this command's own mount namespace; the plugin says the same of its own in its health and its log."""
+    doubt = node.reach.doubt() if node.reach is not None else None
+    if doubt is None:
+        yield Diagnosis(state=OK, subject="mounts", finding="what is mounted here is seen by kubelet")
+    else:
+        yield Diagnosis(state=BROKEN if doubt.certain else WARNING, subject="mounts", finding=doubt.why)
 
 
 def _backends(node: Node) -> Iterator[Diagnosis]:

@@ -44,6 +44,9 @@ def csi_plugin(config: Config) -> None:
         version=version(),
         services=config.words("csi.services"),
     )
+    doubt = node.reach.doubt() if node.reach is not None else None
+    if doubt is not None:
+        log.error("mounts may not reach kubelet", extra={"why": doubt.why, "certain": doubt.certain})
     for done in repair.at_start(node):
         log.warning("repaired", extra={"what": done})
     server.start()

@@ -12,7 +12,7 @@ from guestmount import Node, PodRef, repair
 from guestmount.claims import Claim
 from runvol import assembly, config, tables
 from runvol.cli import Loader, as_json_option
-from volumes import AccessMode, Capability, SizeRange, parameters
+from volumes import AccessMode, Capability, SizeRange, Volume, parameters
 
 _json = as_json_option
 _CALL = 60.0
@@ -52,13 +52,12 @@ def volumes(context: click.Context, as_json: bool) -> None:
     if context.invoked_subcommand is not None:
         return
     node = _node(context.obj)
-    rows = [_volume_row(node, volume.volume_id) for _seq, volume in node.catalog.list()]
+    claims = {claim.volume: claim for claim in _claims(node)}
+    rows = [_volume_row(volume, claims.get(volume.volume_id)) for _seq, volume in node.catalog.list()]
     tables.show(rows, ("volume", "name", "size", "used", "owner", "targets"), as_json=as_json, empty="no volumes")
 
 
-def _volume_row(node: Node, volume_id: str) -> dict[str, object]:
-    volume = node.catalog.get(volume_id)
-    claim = node.claims.peek(volume_id)
+def _volume_row(volume: Volume, claim: Claim | None) -> dict[str, object]:
     return {
         "volume": volume.volume_id,
         "name": volume.name,
@@ -87,7 +86,7 @@ def volumes_create(load: Loader, name: str, size_bytes: int, parameter: tuple[st
     chosen = parameters.check(given, default=node.catalog.default)
     use = Capability(mode=AccessMode.SINGLE_NODE_WRITER, fstype=chosen.get(parameters.FSTYPE, ""))
     made = node.catalog.for_parameters(chosen).create(name, SizeRange(required=size_bytes), chosen, [use])
-    tables.show([_volume_row(node, made.volume_id)], ("volume", "name", "size"), as_json=as_json, empty="")
+    tables.show([_volume_row(made, None)], ("volume", "name", "size"), as_json=as_json, empty="")
 
 
 @volumes.command("adopt")
@@ -99,7 +98,7 @@ def volumes_adopt(load: Loader, file: str, name: str, as_json: bool) -> None:
     """Take over an existing image file, with its data; it is moved into the state directory."""
     node = _node(load)
     made = node.catalog.loop.adopt(file, name)
-    tables.show([_volume_row(node, made.volume_id)], ("volume", "name", "size"), as_json=as_json, empty="")
+    tables.show([_volume_row(made, None)], ("volume", "name", "size"), as_json=as_json, empty="")
 
 
 @volumes.command("delete")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.csi.helpers import PODS
-from tests.driver import Driver
+from tests.driver import Driver, mount_capability
 
 pytestmark = pytest.mark.kernel
 A = PODS[0]
@@ -78,7 +78,13 @@ def test_hand_offs_and_where_tell_what_a_pod_has(driver):
 def test_gc_says_first_and_takes_back_what_nobody_needs(driver):
     volume = driver.create("pvc-1")
     driver.stage(volume)
-    driver.publish(volume, A, runtime="kata")
+    # At a target that is no pod's of kubelet's: what a pod's directory still holds is kubelet's to unpublish.
+    target = driver.kubelet / "elsewhere" / "mount"
+    target.parent.mkdir()
+    driver.client.NodePublishVolume(
+        volume_id=volume.volume_id, staging_target_path=driver.staging(volume.volume_id), target_path=str(target),
+        volume_capability=mount_capability(), volume_context={"runtime": "kata"},
+    )  # fmt: skip
     for name in os.listdir(driver.run / "claims"):
         os.unlink(driver.run / "claims" / name)
     planned = rows(driver.cli("gc", "--dry-run", "--json"))

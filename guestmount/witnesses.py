@@ -1,0 +1,92 @@
+"""What speaks for a pod where no claim does.
+
+Claims lie in a directory that can be lost while pods run. "No claim" is therefore never "no pod": kubelet's directory
+of the pod, a device that somebody has open and a node that is bound at a target are asked first. A sandbox's claim is
+made again from its hand-off and its pod's directory, so that the pod keeps the volume and nobody else gets it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+
+from blockdev import Deadline, exclusivity
+from guestmount.claims import SANDBOX, Claim, Owner, Target, Use
+from guestmount.errors import BadRequest, Busy, Refused
+from guestmount.handoff import Delivered
+from guestmount.node import Node
+from volumes import AccessMode
+
+_UID = r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
+# kubelet keeps a pod's mounts in the pod's directory, and the devices of raw volumes by PersistentVolume and pod.
+_IN_POD = re.compile(r"/pods/(?P<uid>[^/]+)/volumes/")
+_OF_DEVICE = re.compile(rf"/volumeDevices/publish/[^/]+/(?P<uid>{_UID})\Z")
+
+
+def pod_directory(target: str, roots: Sequence[str]) -> str:
+    """The directory of kubelet's that the target's pod has as long as kubelet knows it.
+
+    Empty for a target of no pod.
+    """
+    for root in roots:
+        if not target.startswith(f"{root}/"):
+            continue
+        inside = target[len(root) :]
+        if found := _IN_POD.match(inside):
+            return f"{root}/pods/{found['uid']}"
+        if found := _OF_DEVICE.search(inside):
+            return f"{root}/pods/{found['uid']}"
+    return ""
+
+
+def pod_exists(target: str, roots: Sequence[str]) -> bool:
+    """Whether kubelet still has the target's pod.
+
+    It unpublishes what is there itself, and then removes the directory.
+    """
+    directory = pod_directory(target, roots)
+    return bool(directory) and os.path.lexists(directory)
+
+
+def device_in_use(path: str) -> bool:
+    """Whether anybody has the file or block node open; False if it is gone."""
+    try:
+        return not exclusivity.is_free(path)
+    except FileNotFoundError:
+        return False
+
+
+def reclaim(node: Node, ours: Sequence[tuple[str, Delivered]], deadline: Deadline) -> list[str]:
+    """Claims for hand-offs of pods that kubelet still has and that no claim speaks of; what was made, in words.
+
+    `ours`: hand-offs of this driver's volumes, each with its volume's id. What a hand-off does not tell (where the
+    volume is staged, its capability) comes with kubelet's next repeated stage and publish.
+    """
+    made = []
+    for volume_id, one in ours:
+        directory = pod_directory(one.target, node.roots)
+        if not directory or not os.path.lexists(directory):
+            continue
+        try:
+            with node.claims.locked(volume_id, deadline) as cell:
+                if cell.claim is not None:
+                    continue
+                cell.write(_claim(volume_id, one, os.path.basename(directory)))
+        except (Busy, BadRequest, Refused):
+            continue  # somebody works on it, or its claim is damaged: it has one
+        made.append(f"made the claim of volume {volume_id} again from its hand-off {one.place}")
+    return made
+
+
+def _claim(volume_id: str, one: Delivered, pod_uid: str) -> Claim:
+    return Claim(
+        volume=volume_id,
+        source=one.device,
+        staging_path="",
+        use=Use(mode=AccessMode.SINGLE_NODE_MULTI_WRITER.value, fstype=one.fstype),
+        owner=Owner(kind=SANDBOX, pod_uid=pod_uid, dialect=one.dialect),
+        targets={one.target: Target(read_only="ro" in one.options, pod_uid=pod_uid)},
+        prepared=True,
+        made_again=True,
+    )

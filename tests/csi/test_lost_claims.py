@@ -1,0 +1,146 @@
+"""Claims lie where they can be lost while pods run: "no claim" is never "no pod"."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+
+import pytest
+
+from tests.csi.helpers import PODS, image, refused, vmm
+from tests.driver import block_capability
+
+pytestmark = pytest.mark.kernel
+A, B = PODS[:2]
+
+
+def lose_run(driver):
+    driver.stop()
+    shutil.rmtree(driver.run)
+    driver.start()
+
+
+def has_placeholder(target):
+    return os.path.exists(f"{target}/RUNVOL-PLACEHOLDER")
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_a_sandboxed_pod_keeps_its_volume_through_a_lost_run_directory(driver, opened):
+    volume = driver.create("pvc")
+    driver.stage(volume)
+    target = driver.publish(volume, A, runtime="kata")
+    handed = driver.left_over()["hand-off files"]
+    fd = os.open(image(driver, volume), os.O_RDWR) if opened else -1
+    lose_run(driver)
+    driver.cli("gc")
+    assert driver.left_over()["hand-off files"] == handed and has_placeholder(target)
+    # Nobody else gets it, staged or not, and nothing works on it.
+    with refused("FAILED_PRECONDITION", volume.volume_id, A):
+        driver.stage(volume)
+        driver.publish(volume, B, runtime="kata")
+    with refused("FAILED_PRECONDITION", volume.volume_id):
+        driver.delete(volume)
+    with refused("FAILED_PRECONDITION", volume.volume_id):
+        driver.client.CreateSnapshot(source_volume_id=volume.volume_id, name="snap")
+    # kubelet has restarted too, and repeats what it did.
+    driver.stage(volume)
+    driver.publish(volume, A, runtime="kata")
+    if fd >= 0:
+        os.close(fd)
+    driver.unpublish(volume, A)
+    driver.unstage(volume)
+    driver.delete(volume)
+    assert not any(driver.left_over().values())
+
+
+def test_an_unpublish_needs_no_claim_that_was_filled_in(driver):
+    volume = driver.create("pvc")
+    driver.stage(volume)
+    driver.publish(volume, A, runtime="kata")
+    lose_run(driver)
+    driver.unpublish(volume, A)
+    driver.unstage(volume)
+    driver.delete(volume)
+    assert not any(driver.left_over().values())
+
+
+def test_a_runc_pod_keeps_its_mount_and_device_through_a_lost_run_directory(driver):
+    volume, block = driver.create("pvc"), driver.create("raw", 16 << 20, block_capability())
+    driver.stage(volume)
+    driver.stage(block, block_capability())
+    target = driver.publish(volume, A, runtime="runc")
+    node = driver.publish(block, A, runtime="runc", capability=block_capability())
+    number = os.stat(node).st_rdev
+    lose_run(driver)
+    driver.cli("gc")
+    open(f"{target}/file", "w").close()
+    with open(node, "r+b", buffering=0) as file:
+        file.write(b"mine".ljust(4096))
+    assert os.stat(node).st_rdev == number and image(driver, block).read_bytes()[:4] == b"mine"
+    with refused("FAILED_PRECONDITION", "in use"):
+        driver.delete(volume)
+    for one in (volume, block):
+        driver.unpublish(one, A)
+        driver.unstage(one)
+        driver.delete(one)
+    assert not any(driver.left_over().values())
+
+
+def test_a_hand_off_whose_pod_is_gone_is_kept_while_its_device_is_open(driver):
+    volume = driver.create("pvc")
+    driver.stage(volume)
+    target = driver.publish(volume, A, runtime="kata")
+    subprocess.run(["umount", target], check=True)
+    shutil.rmtree(driver.kubelet / "pods" / A)
+    (driver.run / "claims" / f"{volume.volume_id}.json").unlink()
+    with vmm(image(driver, volume)):
+        driver.cli("gc")
+        assert driver.left_over()["hand-off files"]
+    driver.cli("gc")
+    assert not driver.left_over()["hand-off files"]
+
+
+def test_a_damaged_claim_stops_what_it_speaks_of_and_nothing_else(driver):
+    volume, other = driver.create("pvc"), driver.create("other")
+    for one in (volume, other):
+        driver.stage(one)
+    target = driver.publish(volume, A, runtime="kata")
+    path = driver.run / "claims" / f"{volume.volume_id}.json"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:20])
+    for command in (("gc", "--dry-run", "--json"), ("gc", "--json"), ("volumes", "--json"), ("doctor", "--json")):
+        done = driver.cli(*command, check=False)
+        assert str(path) in done.stdout + done.stderr, command
+        assert done.returncode in (0, 1) and "Traceback" not in done.stderr
+    assert has_placeholder(target) and driver.left_over()["hand-off files"]
+    assert {row["volume"] for row in json.loads(driver.cli("volumes", "--json").stdout)} == {
+        volume.volume_id,
+        other.volume_id,
+    }
+    driver.stop()
+    driver.start()
+    driver.publish(other, B, runtime="runc")
+    driver.unpublish(other, B)
+    path.write_bytes(whole)
+    driver.unpublish(volume, A)
+
+
+def test_gc_keeps_the_claim_of_a_volume_whose_store_is_away(driver):
+    volume = driver.create("pvc")
+    driver.stage(volume)
+    target = driver.publish(volume, A, runtime="runc")
+    driver.stop()
+    (driver.state / "volumes.db").rename(driver.state / "away.db")
+    for suffix in ("-wal", "-shm"):
+        (driver.state / f"volumes.db{suffix}").unlink(missing_ok=True)
+    driver.start()
+    driver.cli("gc")
+    assert (driver.run / "claims" / f"{volume.volume_id}.json").exists() and os.path.ismount(target)
+    driver.stop()
+    for name in ("volumes.db", "volumes.db-wal", "volumes.db-shm"):
+        (driver.state / name).unlink(missing_ok=True)
+    (driver.state / "away.db").rename(driver.state / "volumes.db")
+    driver.start()
+    driver.unpublish(volume, A)
