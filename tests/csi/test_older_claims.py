@@ -33,9 +33,9 @@ def test_a_pod_of_an_older_release_goes_on(driver, kind):
     target = driver.publish(volume, A, runtime=runtime, capability=capability, name="web-0")
     devices = driver.loop_devices()
     claim = (OLD / f"{kind}.json").read_text()
-    for key, value in (
-        ("volume", volume.volume_id), ("kubelet", driver.kubelet), ("state", driver.state), ("device", *devices[:1] or [""]),
-    ):  # fmt: skip
+    device = devices[0] if devices else ""
+    paths = {"volume": volume.volume_id, "kubelet": driver.kubelet, "state": driver.state, "device": device}
+    for key, value in paths.items():
         claim = claim.replace(f"{{{key}}}", str(value))
     before = driver.left_over()["hand-off files"], driver.mounts(), devices
     driver.stop()
