@@ -13,6 +13,7 @@ import os
 import stat
 
 from blockdev import Deadline, walks
+from blockdev.errors import FilesystemDamaged
 
 log = logging.getLogger("runvol.groups")
 
@@ -21,6 +22,7 @@ _LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 # What the filesystem does not let even root change (an immutable file, a share that squashes root) keeps its group, as
 # under kubelet.
 _KEPT = (errno.EPERM, errno.EACCES)
+_DAMAGED = (errno.EUCLEAN, errno.EBADMSG, errno.EIO)
 
 
 def apply(root: int, group: int, deadline: Deadline) -> bool:
@@ -32,12 +34,12 @@ def apply(root: int, group: int, deadline: Deadline) -> bool:
     """
     if _has(os.fstat(root), group):
         return False
-    kept = 0
-    for directory in walks.directories(root):
-        with os.scandir(directory) as entries:
-            for entry in entries:
-                deadline.check(f"giving the volume's files to group {group}")
-                kept += not _give(directory, entry.name, group)
+    try:
+        kept = _give_all(root, group, deadline)
+    except OSError as error:
+        if error.errno not in _DAMAGED:
+            raise
+        raise FilesystemDamaged("the volume", f"{error.strerror}, while its files got group {group}") from error
     if kept:
         log.warning("some files keep their group: they may not be changed", extra={"files": kept, "group": group})
     fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root)
@@ -47,6 +49,17 @@ def apply(root: int, group: int, deadline: Deadline) -> bool:
     finally:
         os.close(fd)
     return True
+
+
+def _give_all(root: int, group: int, deadline: Deadline) -> int:
+    """How many entries keep their group."""
+    kept = 0
+    for directory in walks.directories(root):
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                deadline.check(f"giving the volume's files to group {group}")
+                kept += not _give(directory, entry.name, group)
+    return kept
 
 
 def _bits(mode: int) -> int:

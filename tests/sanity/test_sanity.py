@@ -16,7 +16,7 @@ configurations = pytest.mark.parametrize("configuration", wrapper.CONFIGURATIONS
 def test_spec(configuration, spec):
     outcome = wrapper.run(configuration).outcomes[spec]
     if outcome.state in ("skipped", "pending"):
-        why = skips.reason(spec, configuration.backend)
+        why = skips.reason(spec, configuration.backend, configuration.runtime)
         assert why is not None, f"csi-sanity skipped a spec that must run: {outcome.message}"
         pytest.skip(why)
     assert outcome.state == "passed", outcome.message
@@ -37,7 +37,7 @@ def test_csi_sanity_leaves_nothing_behind(configuration):
 def test_no_allowed_skip_is_stale(configuration):
     """What runs now must not stay on the list."""
     ran = {spec for spec, outcome in wrapper.run(configuration).outcomes.items() if outcome.state == "passed"}
-    assert not [spec for spec in ran if skips.reason(spec, configuration.backend)]
+    assert not [spec for spec in ran if skips.reason(spec, configuration.backend, configuration.runtime)]
 
 
 def test_the_tool_is_the_version_on_record():
