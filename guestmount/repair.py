@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from blockdev import Deadline, exclusivity, loops, mountinfo, mounts
@@ -187,15 +187,35 @@ def _loop_devices(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Find
 
 
 def at_start(node: Node) -> list[str]:
-    """What a killed process left half-made, and what is known without it; never anything that a pod could be using."""
-    node.claims.sweep()
-    for dialect in node.dialects:
-        dialect.sweep()
+    """What a killed process left half-made, and what is known without it; never anything that a pod could be using.
+
+    A step that fails is told and stops no other: a plugin that does not start cannot even unpublish.
+    """
     deadline = Deadline.after(_START)
-    said = witnesses.reclaim(node, [(_volume_of(one.device), one) for _dialect, one in _ours(node)], deadline)
-    withdrawn = _hand_offs(node, deadline, dry_run=False)
-    said += [f"withdrew the hand-off {one.place}: {one.why}" for one in withdrawn]
-    return [*node.catalog.recover(), *said, *_settle(node)]
+    steps: list[Callable[[], Sequence[str] | None]] = [
+        node.claims.sweep,
+        *(dialect.sweep for dialect in node.dialects),
+        functools.partial(_reclaim, node, deadline),
+        functools.partial(_withdraw, node, deadline),
+        node.catalog.recover,
+        functools.partial(_settle, node),
+    ]
+    said: list[str] = []
+    for step in steps:
+        try:
+            said += step() or ()
+        except (BlockdevError, GuestmountError, VolumeError, OSError) as error:
+            log.exception("a repair failed; it is tried again at the next start and by gc")
+            said.append(f"a repair failed: {error}")
+    return said
+
+
+def _reclaim(node: Node, deadline: Deadline) -> list[str]:
+    return witnesses.reclaim(node, [(_volume_of(one.device), one) for _dialect, one in _ours(node)], deadline)
+
+
+def _withdraw(node: Node, deadline: Deadline) -> list[str]:
+    return [f"withdrew the hand-off {one.place}: {one.why}" for one in _hand_offs(node, deadline, dry_run=False)]
 
 
 def _settle(node: Node) -> list[str]:
