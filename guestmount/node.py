@@ -165,7 +165,8 @@ class Node:
         self, cell: Cell, request: PublishRequest, path: str, target: Target, deadline: Deadline
     ) -> None:
         claim = _present(cell)
-        if path not in claim.targets:
+        repeated = path in claim.targets
+        if not repeated:
             runtime = self.detector.detect(request.pod, request.context.get("runtime", ""), deadline)
             if runtime.kind == SANDBOX:
                 claim, target = self._for_guest(cell, request, path, target, runtime, deadline)
@@ -180,6 +181,8 @@ class Node:
             else:
                 file_delivery.bind(claim, path, target, deadline)
         except BaseException:
+            if repeated and mounts.in_table(path):
+                raise  # what its pod has is not taken from it
             with contextlib.suppress(BlockdevError, OSError):
                 self._take_back(cell, path, Deadline.after(5))
             raise

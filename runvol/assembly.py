@@ -36,6 +36,7 @@ def build(config: Config) -> Node:
             enabled=config.words("volumes.backends"),
             given_directories=config.words("flexvolume.directories"),
             given_devices=config.words("flexvolume.devices"),
+            held=os.path.join(run_dir, "given"),
         ),
         claims=Claims(run_dir),
         detector=Detector(
