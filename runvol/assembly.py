@@ -39,17 +39,7 @@ def build(config: Config) -> Node:
             held=os.path.join(run_dir, "given"),
         ),
         claims=Claims(run_dir),
-        detector=Detector(
-            DetectSettings(
-                containerd_config=config.text("paths.containerd_config"),
-                sandbox_handlers=config.words("detect.sandbox_handlers"),
-                default_runtime=config.text("detect.default_runtime"),
-                sandbox_handler=config.text("detect.sandbox_handler"),
-                rund=config.text("detect.rund"),
-                root=config.text("paths.kata_root"),
-            ),
-            _pods(config),
-        ),
+        detector=detector(config),
         dialects=(
             KataDialect(config.text("paths.direct_volumes"), nri_alive=partial(registration.is_alive, run_dir)),
             RunvDialect(config.words("node.roots")),
@@ -57,6 +47,21 @@ def build(config: Config) -> Node:
             Rund3Dialect(config.words("node.roots")),
         ),
         roots=config.words("node.roots"),
+    )
+
+
+def detector(config: Config) -> Detector:
+    """Who tells which runtime runs a pod."""
+    return Detector(
+        DetectSettings(
+            containerd_config=config.text("paths.containerd_config"),
+            sandbox_handlers=config.words("detect.sandbox_handlers"),
+            default_runtime=config.text("detect.default_runtime"),
+            sandbox_handler=config.text("detect.sandbox_handler"),
+            rund=config.text("detect.rund"),
+            root=config.text("paths.kata_root"),
+        ),
+        _pods(config),
     )
 
 
