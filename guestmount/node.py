@@ -32,13 +32,17 @@ log = logging.getLogger("runvol.node")
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """What the verbs work with. `roots`: the directories under which requests may name paths."""
+    """What the verbs work with. `roots`: the directories under which requests may name paths.
+
+    `rust_shared_block`: containers of one pod may share a block volume under Kata's Rust shim.
+    """
 
     catalog: Catalog
     claims: Claims
     detector: Detector
     dialects: Sequence[Dialect]
     roots: Sequence[str]
+    rust_shared_block: bool = False
 
     # -- stage and unstage
 
@@ -143,7 +147,12 @@ class Node:
         claim = _present(cell)
         owner = _owner(request, runtime)
         if runtime.kind == SANDBOX and not claim.use.raw:
-            preflight.check(runtime, pv_name=claim.volume)
+            preflight.check(
+                runtime,
+                pv_name=claim.volume,
+                read_only=target.read_only,
+                rust_shared_block=self.rust_shared_block,
+            )
             self._dialect(owner).check(_delivery(claim, path, target))
         if claim.lingers and claim.owner != owner:
             with _explaining_guest(claim):

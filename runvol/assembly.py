@@ -47,6 +47,7 @@ def build(config: Config) -> Node:
             Rund3Dialect(config.words("node.roots")),
         ),
         roots=config.words("node.roots"),
+        rust_shared_block=config.text("kata.rust_shared_block") == "allow",
     )
 
 

@@ -57,6 +57,11 @@ TABLE: Mapping[str, Setting] = {
     "detect.api_server": Setting(
         default="", meaning="the API's address, if not the configured one (a node-local proxy)"
     ),
+    "kata.rust_shared_block": Setting(
+        default="refuse",
+        meaning="pods in which two containers write to one block volume under Kata's Rust shim, which loses data by "
+        "it: refuse or allow",
+    ),
     "volumes.backends": Setting(
         default=("loop", "directory", "nfs"),
         meaning="backends that make volumes; the first serves classes that name none",
@@ -111,6 +116,7 @@ _WORDS = {
     "log.level": ("debug", "info", "warning", "error"),
     "log.format": ("text", "json"),
     "detect.rund": ("rund2", "rund3"),
+    "kata.rust_shared_block": ("refuse", "allow"),
 }
 # A topology label's value (Kubernetes' limit).
 _NODE_ID = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?\Z")
