@@ -120,10 +120,13 @@ def mount(source: str, target: str, fstype: str, options: Sequence[str], deadlin
         raise MountFailed(source, target, f"{error.strerror}{hint}") from error
 
 
-def bind(source: str, target: str, *, read_only: bool) -> None:
-    """Bind `source` to `target`; a read-only one is never writable, not even for a moment."""
+def bind(source: str, target: str, *, read_only: bool, opened: int | None = None) -> None:
+    """Bind `source` to `target`; a read-only one is never writable, not even for a moment.
+
+    With `opened`, a descriptor, that is what is bound, whatever lies at the path by now.
+    """
     try:
-        tree = syscalls.open_tree_clone(source)
+        tree = syscalls.open_tree_clone(source if opened is None else opened)
         try:
             if read_only:
                 syscalls.mount_setattr(tree, syscalls.MOUNT_ATTR_RDONLY)

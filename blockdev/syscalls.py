@@ -26,6 +26,8 @@ MS_PRIVATE, MS_RELATIME, MS_STRICTATIME, MS_LAZYTIME = 1 << 18, 1 << 21, 1 << 24
 MNT_FORCE, MNT_DETACH, UMOUNT_NOFOLLOW = 1, 2, 8
 
 _OPEN_TREE, _MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT, _MOUNT_SETATTR = 428, 429, 430, 431, 432, 442
+_OPENAT2 = 437
+RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH = 2, 4, 8
 _OPEN_TREE_CLONE = 1
 _MOVE_MOUNT_F_EMPTY_PATH = 4
 _FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE, _FSCONFIG_CMD_RECONFIGURE = 0, 1, 6, 7
@@ -103,9 +105,20 @@ def mount_setattr(fd: int, attributes: int) -> None:
     _check(_libc.syscall(_MOUNT_SETATTR, fd, b"", AT_EMPTY_PATH, ctypes.byref(wanted), ctypes.sizeof(wanted)))
 
 
-def open_tree_clone(path: str) -> int:
-    """A detached bind mount of `path`, as open_tree(2) makes it."""
-    return _check(_libc.syscall(_OPEN_TREE, AT_FDCWD, _bytes(path), _OPEN_TREE_CLONE | 0o2000000), path)
+def open_tree_clone(source: str | int) -> int:
+    """A detached bind mount of a path, or of what a descriptor stands for, as open_tree(2) makes it."""
+    at, path, flags = (AT_FDCWD, source, 0) if isinstance(source, str) else (source, "", AT_EMPTY_PATH)
+    return _check(_libc.syscall(_OPEN_TREE, at, _bytes(path), _OPEN_TREE_CLONE | os.O_CLOEXEC | flags), path)
+
+
+class _OpenHow(ctypes.Structure):
+    _fields_ = [("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64)]
+
+
+def openat2(directory: int, path: str, flags: int, resolve: int) -> int:
+    """Open `path` from the directory descriptor, walked as `resolve` says (Linux 5.6)."""
+    how = _OpenHow(flags=flags, resolve=resolve)
+    return _check(_libc.syscall(_OPENAT2, directory, _bytes(path), ctypes.byref(how), ctypes.sizeof(how)), path)
 
 
 def move_mount(fd: int, target: str) -> None:

@@ -26,6 +26,8 @@ NFS = "nfs"
 # Seconds that a call waits for another one of its volume. This protocol has no word for "come again soon": each failure
 # becomes an event of the pod's, and kubelet waits longer after each.
 _PATIENCE = 30.0
+# What fsck says has no bound of its own, and the executable reads 64 KiB; in JSON a character takes up to 12 bytes.
+_LONGEST_MESSAGE = 5000
 
 
 class Status(enum.StrEnum):
@@ -45,7 +47,8 @@ class Reply:
     more: dict[str, Any] = field(default_factory=dict)
 
     def document(self) -> dict[str, Any]:
-        return {"status": self.status.value} | ({"message": self.message} if self.message else {}) | self.more
+        said = {"message": self.message[:_LONGEST_MESSAGE]} if self.message else {}
+        return {"status": self.status.value} | said | self.more
 
 
 CAPABILITIES = {
@@ -106,6 +109,7 @@ class Driver:
             # Of now: who was before us may have let the volume go from where it was staged.
             staging = self._staging_of(volume)
             self._targets.remember(path, volume)
+            self._let_go_if_unclaimed(volume)
             stage = StageRequest(volume_id=volume, staging_path=staging, capability=use, context=context)
             publish = PublishRequest(volume_id=volume, staging_path=staging, target=path, capability=use,
                                      read_only=asked.read_only, pod=asked.pod, context=context)  # fmt: skip
@@ -159,9 +163,20 @@ class Driver:
         return Reply(status=Status.SUCCESS)
 
     def _unstage_if_unused(self, volume: str, deadline: Deadline) -> None:
+        """For callers that have the volume's turn."""
         claim = self._node.claims.peek(volume)
-        if claim is not None and not claim.targets and claim.owner is None:
+        # What CSI has staged, CSI unstages.
+        ours = claim is not None and claim.staging_path.startswith(self._staging + "/")
+        if claim is not None and ours and not claim.targets and claim.owner is None:
             self._node.unstage(volume, claim.staging_path, deadline)
+        self._let_go_if_unclaimed(volume)
+
+    def _let_go_if_unclaimed(self, volume: str) -> None:
+        """What only a claim needs is not kept without one, whoever ended it, and whoever was killed meanwhile."""
+        with contextlib.suppress(VolumeNotFound):
+            backend = self._node.catalog.of(volume)
+            if isinstance(backend, GivenDevice) and self._node.claims.peek(volume) is None:
+                backend.let_go(volume)
 
     def _claimed_at(self, path: str) -> str:
         """After a lost record: the claims know their targets too. Refused if the one that may can't be read."""

@@ -21,6 +21,8 @@ DESCRIBED: Mapping[str, tuple[str, ...]] = {
     GivenDevice.name: (GivenDevice.key,),
 }
 COMMON = ("runtime", "mountOptions")
+# Mount options of ext4 and XFS that name another device, which no setting has allowed.
+_OTHER_DEVICES = frozenset({"journal_path", "journal_dev", "logdev", "rtdev"})
 KNOWN = ("volume", *COMMON, *(key for keys in DESCRIBED.values() for key in keys))
 
 
@@ -69,7 +71,7 @@ def parse(text: str, *, driver: str = "runvol") -> Options:
         fstype=given.get("kubernetes.io/fsType", ""),
         read_only=read_write == "ro",
         group=next((given[key] for key in _GROUP_KEYS if given.get(key)), ""),
-        mount_flags=tuple(word for word in mine.get("mountOptions", "").split(",") if word),
+        mount_flags=_mount_flags(mine.get("mountOptions", "")),
         pod=PodRef(
             namespace=given.get("kubernetes.io/pod.namespace", ""),
             name=given.get("kubernetes.io/pod.name", ""),
@@ -105,6 +107,14 @@ def _described(mine: Mapping[str, str]) -> dict[str, str]:
     if len(ways) > 1:
         raise BadRequest(f"option {ways[1]!r}", "", f"describes another volume than {ways[0]!r}; give one of them")
     return next(({"backend": backend, **options} for backend, options in found.items()), {})
+
+
+def _mount_flags(text: str) -> tuple[str, ...]:
+    flags = tuple(word for word in text.split(",") if word)
+    for flag in flags:
+        if flag.partition("=")[0].strip() in _OTHER_DEVICES:
+            raise BadRequest("option 'mountOptions'", flag, "names a device besides the volume's, which no pod may")
+    return flags
 
 
 def _strings(text: str) -> dict[str, str]:

@@ -27,6 +27,8 @@ VERSION = 1
 _LARGEST = 1 << 20
 _AT_ONCE = 64
 _PATIENCE = 5.0
+# Seconds after an accept that failed: it fails at once again as long as its cause lasts.
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0
 
 
 class Service:
@@ -36,6 +38,7 @@ class Service:
         self._node, self._directory = node, os.path.join(run_dir, "flexvolume")
         self._path = os.path.join(run_dir, SOCKET)
         self._free = threading.Semaphore(_AT_ONCE)
+        self._stopping = threading.Event()
 
     def start(self) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -51,6 +54,7 @@ class Service:
 
     def stop(self) -> None:
         """No further call; those under way end with the process, and their callers go on alone."""
+        self._stopping.set()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._path)
         with contextlib.suppress(OSError):
@@ -58,15 +62,34 @@ class Service:
         self._listener.close()
 
     def _accept(self) -> None:
-        while True:
+        """Until `stop`: the kernel goes on taking connections in, so a listener that gave up would let callers wait."""
+        pause = 0.0
+        while not self._stopping.wait(pause):
             try:
-                connection, _ = self._listener.accept()
-            except OSError:
-                return
+                self._take_one()
+            except Exception as error:
+                # EMFILE, ECONNABORTED, no thread, no memory: of this moment or of this caller.
+                if self._stopping.is_set():
+                    return
+                if not pause:
+                    log.warning(
+                        "a call could not be taken; trying again", extra={"why": f"{type(error).__name__}: {error}"}
+                    )
+                pause = min(max(2 * pause, _SHORTEST_PAUSE), _LONGEST_PAUSE)
+            else:
+                if pause:
+                    log.info("calls are taken again")
+                pause = 0.0
+
+    def _take_one(self) -> None:
+        connection, _ = self._listener.accept()
+        with contextlib.ExitStack() as unless_served:
+            unless_served.callback(connection.close)
             if _peer(connection) != os.geteuid() or not self._free.acquire(blocking=False):
-                connection.close()
-                continue
+                return
+            unless_served.callback(self._free.release)
             threading.Thread(target=self._serve, args=[connection], name="flexvolume call", daemon=True).start()
+            unless_served.pop_all()
 
     def _serve(self, connection: socket.socket) -> None:
         try:
@@ -77,6 +100,9 @@ class Service:
                     connection.sendall(self._answer(*request).encode())
         except (OSError, ValueError) as error:
             log.warning("a call was not answered", extra={"why": str(error)})
+        except Exception:
+            # Its caller reads nothing, and does the call alone.
+            log.exception("a call was not answered")
         finally:
             self._free.release()
 

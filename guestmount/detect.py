@@ -61,6 +61,14 @@ class Detector:
                                             "source": answer.source})  # fmt: skip
         return answer
 
+    def of_handler(self, handler: str) -> Runtime:
+        """What this handler is, the empty one for containerd's default. RuntimeUnknown if nobody can tell."""
+        containerd = runtimes.read_containerd(self._settings.containerd_config)
+        if not handler and containerd is None:
+            raise RuntimeUnknown(f"the default handler is not known: {self._settings.containerd_config} cannot be read")
+        name = handler or (containerd.default_handler if containerd is not None else "")
+        return self._runtime(name, containerd, "the container runtime")
+
     def _ask(self, ref: PodRef, attribute: str, containerd: ContainerdConfig | None, deadline: Deadline) -> Runtime:
         doubts = []
         if containerd is not None and not containerd.has_sandbox and not self._operator_knows(containerd):

@@ -6,36 +6,90 @@ For a runc pod that is the volume. For a sandbox the runtime shares what is boun
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Iterator
 
-from blockdev import Deadline, mounts, nfs
+from blockdev import Deadline, beneath, mountinfo, mounts, nfs, syscalls
 from guestmount import groups
 from guestmount.claims import Claim, Target
+from guestmount.errors import Refused
+from volumes.given import GivenDirectory
 
 
 def bind(claim: Claim, path: str, target: Target, deadline: Deadline) -> None:
-    """The directory hangs at `path`; nothing happens if it does already."""
-    source = claim.source if claim.nfs is None else _mounted(claim, deadline)
+    """The directory hangs at `path`; nothing happens if it does already, and Refused if something else does."""
     if mounts.in_table(path):
+        _check_what_hangs(claim, path)
         return
-    if target.mount_group and not target.read_only:
-        root = os.open(source, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            groups.apply(root, int(target.mount_group), deadline)
-        finally:
-            os.close(root)
-    os.makedirs(path, mode=0o750, exist_ok=True)
-    mounts.bind(source, path, read_only=target.read_only)
+    if claim.nfs is not None:
+        _be_mounted(claim, deadline)
+    with _opened(claim) as source:
+        if target.mount_group and not target.read_only:
+            root = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=source)
+            try:
+                groups.apply(root, int(target.mount_group), deadline)
+            finally:
+                os.close(root)
+        os.makedirs(path, mode=0o750, exist_ok=True)
+        mounts.bind(_place(claim), path, read_only=target.read_only, opened=source)
 
 
-def _mounted(claim: Claim, deadline: Deadline) -> str:
+def _place(claim: Claim) -> str:
+    return claim.source if claim.nfs is None else claim.staging_path
+
+
+@contextlib.contextmanager
+def _opened(claim: Claim) -> Iterator[int]:
+    """A descriptor (O_PATH) of the volume's directory.
+
+    On the way to one that a path describes pods may have changed names since the path was looked at, so no link is
+    followed there; on the way to the others only an operator can have made one.
+    """
+    with contextlib.ExitStack() as stack:
+        if claim.volume.startswith(GivenDirectory.prefix):
+            try:
+                fd = stack.enter_context(beneath.opened(claim.source, os.O_PATH | os.O_DIRECTORY))
+            except OSError as error:
+                why = os.strerror(error.errno or 0)
+                raise Refused(
+                    f"volume {claim.volume}: {claim.source} is not the directory any more that was described ({why}); "
+                    "no part of its path may be a link"
+                ) from None
+        else:
+            fd = os.open(_place(claim), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, fd)
+        yield fd
+
+
+def _check_what_hangs(claim: Claim, path: str) -> None:
+    """Refused unless what hangs at `path` is the volume; no server is asked."""
+    if claim.nfs is not None:
+        mounted = {mount.target: mount for mount in mountinfo.table()}
+        here, staged = mounted.get(path), mounted.get(claim.staging_path)
+        same = here is not None and here.fstype.startswith("nfs")
+        # Without the volume's own mount nothing tells one export from another.
+        if here is not None and staged is not None:
+            same = (here.device, here.root) == (staged.device, staged.root)
+    else:
+        facts = syscalls.statx(path)
+        with _opened(claim) as source:
+            meant = os.fstat(source)
+        same = (*facts.device, facts.inode) == (os.major(meant.st_dev), os.minor(meant.st_dev), meant.st_ino)
+    if not same:
+        raise Refused(
+            f"volume {claim.volume}: something else than {_place(claim)} is mounted at {path}; end the pod, or "
+            "unmount it by hand"
+        )
+
+
+def _be_mounted(claim: Claim, deadline: Deadline) -> None:
     """The export is mounted once for the volume, at its staging path."""
     if claim.nfs is not None and not mounts.in_table(claim.staging_path):
         os.makedirs(claim.staging_path, mode=0o750, exist_ok=True)
         export = dataclasses.replace(claim.nfs.export, options=(*claim.nfs.options, *claim.use.mount_flags))
         nfs.mount(export, claim.staging_path, deadline)
-    return claim.staging_path
 
 
 def take_back(claim: Claim, path: str) -> None:

@@ -36,6 +36,7 @@ class Node:
     """What the verbs work with. `roots`: the directories under which requests may name paths.
 
     `reach` proves that kubelet sees what is mounted there; None where there is no kubelet.
+    `rust_shared_block`: containers of one pod may share a block volume under Kata's Rust shim.
     """
 
     catalog: Catalog
@@ -44,6 +45,7 @@ class Node:
     dialects: Sequence[Dialect]
     roots: Sequence[str]
     reach: Reach | None = None
+    rust_shared_block: bool = False
 
     def __post_init__(self) -> None:
         self.catalog.loop.check_copy = self.check_copy
@@ -189,7 +191,12 @@ class Node:
         check_options(claim.use.mount_flags)
         owner = _owner(request, runtime)
         if runtime.kind == SANDBOX and not claim.use.raw:
-            preflight.check(runtime, pv_name=claim.volume)
+            preflight.check(
+                runtime,
+                pv_name=claim.volume,
+                read_only=target.read_only,
+                rust_shared_block=self.rust_shared_block,
+            )
             self._dialect(owner).check(_delivery(claim, path, target))
         if claim.lingers and claim.owner is not None and not claim.owner.is_same_kernel(owner):
             with _explaining_guest(claim):
@@ -211,7 +218,8 @@ class Node:
         self, cell: Cell, request: PublishRequest, path: str, target: Target, deadline: Deadline
     ) -> None:
         claim = _present(cell)
-        if path not in claim.targets:
+        repeated = path in claim.targets
+        if not repeated:
             self._check_reach()
             runtime = self.detector.detect(request.pod, request.context.get("runtime", ""), deadline)
             if runtime.kind == SANDBOX:
@@ -227,6 +235,8 @@ class Node:
             else:
                 file_delivery.bind(claim, path, target, deadline)
         except BaseException:
+            if repeated and mounts.in_table(path):
+                raise  # what its pod has is not taken from it
             with contextlib.suppress(BlockdevError, OSError):
                 self._take_back(cell, path, Deadline.after(5))
             raise

@@ -4,6 +4,10 @@ CRI always asks for a bind of the target, where our placeholder stands. A contai
 `nfs`/`nfs4` mount in that bind's place, which Kata hands to its agent as it is. What the mount needs stands in the
 claim; nothing is asked of a server, a store or an API here, since the runtime holds a lock over all pods meanwhile, and
 starts the container unchanged if it has to wait.
+
+A source is only a path, which any pod may name (hostPath). The export is given to the pod that the claim's target was
+made for, by its uid and namespace, under a handler whose guests mount; every other container keeps the bind that it
+asked for, and finds the read-only placeholder.
 """
 
 from __future__ import annotations
@@ -13,13 +17,16 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from blockdev import nfs
 from guestmount import registration, ttrpc
-from guestmount.claims import Claim, Claims, Target
+from guestmount.claims import SANDBOX, Claim, Claims, Target
+from guestmount.detect import Runtime
+from guestmount.errors import RuntimeUnknown
 from guestmount.handoff import KataDialect
 from guestmount.nri_mux import PLUGIN, RUNTIME, Mux
+from guestmount.pods import UNTRUSTED
 from runvol_proto import nri_pb2 as pb
 
 log = logging.getLogger("runvol.nri")
@@ -34,10 +41,14 @@ _OF_BINDS = frozenset({"bind", "rbind", "private", "rprivate", "shared", "rshare
 
 
 class Plugin:
-    """The calls of the runtime. `claims` is read anew each time: publish is another process."""
+    """The calls of the runtime. `claims` is read anew each time: publish is another process.
 
-    def __init__(self, claims: Claims) -> None:
-        self._claims = claims
+    `runtime_of` tells what a handler is that a claim does not name, the empty one for the runtime's default; it raises
+    RuntimeUnknown. Without it only the claim's own handler is served.
+    """
+
+    def __init__(self, claims: Claims, runtime_of: Callable[[str], Runtime] | None = None) -> None:
+        self._claims, self._runtime_of = claims, runtime_of
 
     def Configure(self, request: pb.ConfigureRequest) -> pb.ConfigureResponse:
         log.info("configured by", extra={"runtime": request.runtime_name, "version": request.runtime_version})
@@ -46,9 +57,12 @@ class Plugin:
     def Synchronize(self, request: pb.SynchronizeRequest) -> pb.SynchronizeResponse:
         """Containers that were created while the plugin was away have the read-only placeholder: told, not mended."""
         exports = dict(self._exports())
+        pods = {pod.id: pod for pod in request.pods}
         for container in request.containers:
+            pod = pods.get(container.pod_sandbox_id)
             for mount in container.mounts:
-                if mount.source in exports:
+                found = exports.get(mount.source)
+                if found is not None and (pod is None or not self._foreign(pod, mount.source, found[1])):
                     log.error(
                         "a container has the placeholder instead of its NFS volume; restart its pod",
                         extra={"container": container.name, "id": container.id, "target": mount.source},
@@ -70,14 +84,49 @@ class Plugin:
                 continue
             exports = dict(self._exports()) if exports is None else exports
             found = exports.get(mount.source)
-            if found is not None:
-                response.adjust.mounts.append(replacement(mount, *found, ips=list(request.pod.ips)))
-                log.info("mounted by the guest", extra={"pod": f"{request.pod.namespace}/{request.pod.name}",
-                                                        "container": request.container.name, "volume": found[0].volume,
-                                                        "handler": request.pod.runtime_handler})  # fmt: skip
+            if found is None:
+                continue
+            claim, target = found
+            said = {"pod": f"{request.pod.namespace}/{request.pod.name}", "container": request.container.name,
+                    "volume": claim.volume, "handler": request.pod.runtime_handler}  # fmt: skip
+            refusal = self._foreign(request.pod, mount.source, target)
+            if refusal:
+                log.warning("a container keeps the placeholder: the target that it binds was made for another",
+                            extra={**said, "target": mount.source, "made_for": target.pod, "why": refusal})  # fmt: skip
+                continue
+            response.adjust.mounts.append(replacement(mount, claim, target, ips=list(request.pod.ips)))
+            log.info("mounted by the guest", extra=said)
         if time.monotonic() - started > _SLOW:
             log.warning("creating a container was held up", extra={"seconds": round(time.monotonic() - started, 2)})
         return response
+
+    def _foreign(self, pod: pb.PodSandbox, path: str, target: Target) -> str:
+        """Why a container of `pod` must not get what the target at `path` was made for; empty if it must."""
+        # Where nobody named the pod, the target's own path stands for it.
+        known = target.pod_uid and not target.pod_uid.startswith("/")
+        if not pod.uid or (pod.uid != target.pod_uid if known else f"/pods/{pod.uid}/" not in path):
+            return f"it is of the pod with the uid {pod.uid!r}"
+        if target.pod_namespace and pod.namespace != target.pod_namespace:
+            return f"it is of a pod in the namespace {pod.namespace!r}"
+        handler = pod.runtime_handler or ("untrusted" if pod.annotations.get(UNTRUSTED) == "true" else "")
+        if handler and handler == target.handler:
+            return ""
+        return self._not_by_guest(handler)
+
+    def _not_by_guest(self, handler: str) -> str:
+        """Why the pods of a handler mount nothing themselves; empty if their guests do.
+
+        It may be another one than the claim's where that was an operator's word (`runtime: sandbox`).
+        """
+        if self._runtime_of is None:
+            return f"its runtime handler is {handler!r}"
+        try:
+            runtime = self._runtime_of(handler)
+        except RuntimeUnknown as error:
+            return str(error)
+        if (runtime.kind, runtime.dialect) != (SANDBOX, KataDialect.name):
+            return f"its runtime handler {runtime.handler!r} starts no Kata guest"
+        return ""
 
     def _exports(self) -> Iterator[tuple[str, tuple[Claim, Target]]]:
         """Targets whose NFS volume a Kata guest mounts."""
@@ -115,39 +164,48 @@ def _any(address: str) -> str:
     return "::" if ":" in address else "0.0.0.0"
 
 
-def serve(claims: Claims, run_dir: str, path: str, stop: threading.Event) -> None:
+def serve(plugin: Plugin, run_dir: str, path: str, stop: threading.Event) -> None:
     """Stay connected with the runtime until `stop`; each end of the connection is followed by another try, for ever."""
     pause = 0.1
-    with registration.opened(run_dir) as alive:
-        while not stop.is_set():
-            started = time.monotonic()
-            try:
-                _connected(Plugin(claims), path, alive, stop)
-                log.warning("the runtime closed the connection")
-            except (OSError, ttrpc.RpcError, ttrpc.Closed) as error:
-                log.warning("not connected with the runtime", extra={"socket": path, "why": str(error)})
-            finally:
-                registration.ended(alive)
-            pause = 0.1 if time.monotonic() - started > _LONGEST_PAUSE else min(pause * 2, _LONGEST_PAUSE)
-            stop.wait(pause)
+    while not stop.is_set():
+        started = time.monotonic()
+        try:
+            with registration.opened(run_dir) as alive:
+                try:
+                    _connected(plugin, path, alive, stop)
+                finally:
+                    registration.ended(alive)
+            log.warning("the runtime closed the connection")
+        except (OSError, ttrpc.RpcError, ttrpc.Closed) as error:
+            log.warning("not connected with the runtime", extra={"socket": path, "why": str(error)})
+        except Exception:
+            # Whatever it is: without this thread no guest gets its volumes any more.
+            log.exception("the connection with the runtime ended", extra={"socket": path})
+        pause = 0.1 if time.monotonic() - started > _LONGEST_PAUSE else min(pause * 2, _LONGEST_PAUSE)
+        stop.wait(pause)
 
 
 def _connected(plugin: Plugin, path: str, alive: int, stop: threading.Event) -> None:
-    """One connection's life: serve first, since the runtime may ask before it has answered the registration."""
+    """One connection's life."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connection.settimeout(_REGISTRATION)
-    connection.connect(path)
-    connection.settimeout(None)
-    mux = Mux(connection)
+    with contextlib.closing(connection):
+        connection.settimeout(_REGISTRATION)
+        connection.connect(path)
+        connection.settimeout(None)
+        with contextlib.closing(Mux(connection)) as mux:
+            _registered(mux, plugin, path, alive, stop)
+
+
+def _registered(mux: Mux, plugin: Plugin, path: str, alive: int, stop: threading.Event) -> None:
+    """Serve first, since the runtime may ask before it has answered the registration; return at the end of either."""
     service = ttrpc.Service(pb.DESCRIPTOR.services_by_name["Plugin"], plugin)
     server = ttrpc.Server(mux.stream(PLUGIN), [service])
     serving = threading.Thread(target=server.serve, name="nri", daemon=True)
     serving.start()
-    with contextlib.closing(mux):
-        client = ttrpc.Client(mux.stream(RUNTIME))
-        request = pb.RegisterPluginRequest(plugin_name=NAME, plugin_idx=INDEX)
-        client.call("nri.pkg.api.v1alpha1.Runtime", "RegisterPlugin", request, pb.Empty, _REGISTRATION)
-        registration.begun(alive)
-        log.info("registered with the runtime", extra={"socket": path})
-        while serving.is_alive() and not stop.is_set():
-            serving.join(0.2)
+    client = ttrpc.Client(mux.stream(RUNTIME))
+    request = pb.RegisterPluginRequest(plugin_name=NAME, plugin_idx=INDEX)
+    client.call("nri.pkg.api.v1alpha1.Runtime", "RegisterPlugin", request, pb.Empty, _REGISTRATION)
+    registration.begun(alive)
+    log.info("registered with the runtime", extra={"socket": path})
+    while serving.is_alive() and not stop.is_set():
+        serving.join(0.2)

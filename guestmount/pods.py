@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -25,25 +25,36 @@ class PodRef:
 
 @dataclass(frozen=True, kw_only=True)
 class MountFacts:
-    """One volumeMount of one container."""
+    """One volumeMount of one container.
+
+    `ends`: of an ordinary init container, which has ended before the next container starts; a sidecar
+    (`restartPolicy: Always`) is none. `writes`: neither the mount nor the pod's volume is read-only.
+    """
 
     container: str
     volume: str
     path: str = ""
     read_only: bool = False
+    ends: bool = False
+    writes: bool = True
     sub_path: str = ""
     propagation: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PodFacts:
-    """The part of a pod that decides about its storage. `claims`: pod volume name to PersistentVolumeClaim."""
+    """The part of a pod that decides about its storage; `mounts` are in the order in which the containers start.
+
+    `claims`: pod volume name to PersistentVolumeClaim. `disks`: pod volume name to what may be a block volume of ours,
+    in words: the claims, those that the pod's generic ephemeral volumes are given, and FlexVolumes.
+    """
 
     uid: str
     runtime_class: str = ""
     annotations: Mapping[str, str] = field(default_factory=dict)
     mounts: tuple[MountFacts, ...] = ()
     claims: Mapping[str, str] = field(default_factory=dict)
+    disks: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def untrusted(self) -> bool:
@@ -67,6 +78,14 @@ class PodSource(Protocol):
 def facts_from(pod: Mapping[str, Any]) -> PodFacts:
     """From a Pod as the API writes it in JSON."""
     meta, spec = pod.get("metadata") or {}, pod.get("spec") or {}
+    volumes = spec.get("volumes") or ()
+    claims = {
+        volume.get("name", ""): volume["persistentVolumeClaim"].get("claimName", "")
+        for volume in volumes
+        if volume.get("persistentVolumeClaim")
+    }
+    read_only = {volume.get("name", "") for volume in volumes if _is_read_only(volume)}
+    ordinary = [one for one in spec.get("initContainers") or () if one.get("restartPolicy") != "Always"]
     containers = [*(spec.get("initContainers") or ()), *(spec.get("containers") or ())]
     return PodFacts(
         uid=meta.get("uid", ""),
@@ -80,13 +99,30 @@ def facts_from(pod: Mapping[str, Any]) -> PodFacts:
                 read_only=bool(mount.get("readOnly")),
                 sub_path=mount.get("subPath") or mount.get("subPathExpr") or "",
                 propagation=mount.get("mountPropagation") or "",
+                ends=any(container is one for one in ordinary),
+                writes=not mount.get("readOnly") and mount.get("name", "") not in read_only,
             )
             for container in containers
             for mount in container.get("volumeMounts") or ()
         ),
-        claims={
-            volume.get("name", ""): volume["persistentVolumeClaim"].get("claimName", "")
-            for volume in spec.get("volumes") or ()
-            if volume.get("persistentVolumeClaim")
-        },
+        claims=claims,
+        disks={name: f"claim {claim!r}" for name, claim in claims.items()} | _disks_without_claims(meta, volumes),
     )
+
+
+def _is_read_only(volume: Mapping[str, Any]) -> bool:
+    source = volume.get("persistentVolumeClaim") or volume.get("flexVolume") or {}
+    return bool(source.get("readOnly"))
+
+
+def _disks_without_claims(meta: Mapping[str, Any], volumes: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    found = {}
+    for volume in volumes:
+        name = volume.get("name", "")
+        if volume.get("ephemeral"):
+            # The name that Kubernetes gives the claim that it makes.
+            found[name] = f"claim {meta.get('name', '') + '-' + name!r}"
+        elif volume.get("flexVolume"):
+            named = (volume["flexVolume"].get("options") or {}).get("volume") or name
+            found[name] = f"FlexVolume {named!r}"
+    return found

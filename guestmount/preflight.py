@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+from collections.abc import Iterator, Sequence
 
 from guestmount import guest_kernel
 from guestmount.detect import Runtime
@@ -13,11 +15,12 @@ from guestmount.pods import MountFacts, PodFacts
 log = logging.getLogger("runvol.preflight")
 
 
-def check(runtime: Runtime, *, pv_name: str) -> None:
+def check(runtime: Runtime, *, pv_name: str, read_only: bool = False, rust_shared_block: bool = False) -> None:
     """Refused, naming the setting or the container, if this sandbox cannot have a filesystem of its own.
 
     Where only the handler is known, the pod's mounts cannot be looked at; the read-only placeholder then turns a
-    subPath into an error in the pod instead of a silent write to the host's disk.
+    subPath into an error in the pod instead of a silent write to the host's disk. `read_only`: nobody can write to
+    the volume. `rust_shared_block`: several containers may, although the Rust shim loses data by it.
     """
     config = runtime.kata
     annotations = runtime.pod.annotations if runtime.pod is not None else {}
@@ -28,16 +31,16 @@ def check(runtime: Runtime, *, pv_name: str) -> None:
             "write to the host's disk"
         )
     check_mounts(runtime, pv_name=pv_name)
+    if config is not None and config.shim == RUST:
+        _check_rust(runtime, pv_name=pv_name, shared=read_only or rust_shared_block)
 
 
 def check_mounts(runtime: Runtime, *, pv_name: str) -> None:
     """Refused, naming the container, if it mounts a volume that only the guest has in a way that needs the host."""
-    config = runtime.kata
     if runtime.pod is None:
         log.warning("pod not known: its mounts were not checked", extra={"handler": runtime.handler, "volume": pv_name})
         return
-    mounts = _mounts_of_claims(runtime.pod)
-    for mount in mounts:
+    for mount in _mounts_of_claims(runtime.pod):
         if mount.sub_path:
             raise Refused(
                 f"container {mount.container!r} mounts volume {mount.volume!r} with subPath {mount.sub_path!r}: the "
@@ -48,9 +51,6 @@ def check_mounts(runtime: Runtime, *, pv_name: str) -> None:
                 f"container {mount.container!r} asks for mountPropagation {mount.propagation} on volume "
                 f"{mount.volume!r}; mounts do not propagate out of a guest. Remove mountPropagation"
             )
-    if config is not None and config.shim == RUST:
-        _refuse_mixed(mounts)
-        _refuse_under_dev(mounts)
 
 
 def check_guest_nfs(runtime: Runtime, version: str, *, pv_name: str) -> None:
@@ -100,6 +100,19 @@ def _mounts_of_claims(pod: PodFacts) -> list[MountFacts]:
     return [mount for mount in pod.mounts if mount.volume in pod.claims]
 
 
+def _check_rust(runtime: Runtime, *, pv_name: str, shared: bool) -> None:
+    """What the Rust shim cannot do with a block volume; NFS, which the guest mounts, knows none of it."""
+    if runtime.pod is None:
+        log.warning("pod not known: whether several containers write to its volume was not checked; Kata's Rust shim "
+                    "loses data by it", extra={"handler": runtime.handler, "volume": pv_name})  # fmt: skip
+        return
+    mounts = _mounts_of_claims(runtime.pod)
+    _refuse_mixed(runtime.pod, mounts)
+    _refuse_under_dev(mounts)
+    if not shared:
+        _refuse_several_writers(runtime)
+
+
 def _refuse_under_dev(mounts: list[MountFacts]) -> None:
     """The Rust shim takes a mount below /dev for a device node and has its agent bind the disk, which fails."""
     for mount in mounts:
@@ -110,12 +123,42 @@ def _refuse_under_dev(mounts: list[MountFacts]) -> None:
             )
 
 
-def _refuse_mixed(mounts: list[MountFacts]) -> None:
+def _at_once(mounts: Sequence[MountFacts]) -> Iterator[tuple[MountFacts, MountFacts]]:
+    """Pairs of mounts that may exist at the same time: not those of a container that ends before the other starts."""
+    for one, other in itertools.combinations(mounts, 2):
+        if one.container == other.container or not one.ends:
+            yield one, other
+
+
+def _refuse_mixed(pod: PodFacts, mounts: Sequence[MountFacts]) -> None:
     """The Rust shim mounts the device once a container; read-only after read-write is EBUSY in the guest."""
-    for mount in mounts:
-        other = next((m for m in mounts if m.volume == mount.volume and m.read_only != mount.read_only), None)
-        if other is not None:
+    for one, other in _at_once(mounts):
+        if pod.claims[one.volume] == pod.claims[other.volume] and one.read_only != other.read_only:
             raise Refused(
-                f"containers {mount.container!r} and {other.container!r} mount volume {mount.volume!r} read-only and "
+                f"containers {one.container!r} and {other.container!r} mount volume {one.volume!r} read-only and "
                 "read-write; Kata's Rust shim cannot mix them. Use one readOnly value for all containers"
+            )
+
+
+def _refuse_several_writers(runtime: Runtime) -> None:
+    """The Rust shim forgets a device with the first of its containers that ends, and plugs it in again for the next.
+
+    The guest then has two disks on one file, each with a page cache of its own. (`try_remove_device` in
+    hypervisor/src/device/device_manager.rs drops the record when a detach has only counted down.)
+    """
+    pod = runtime.pod
+    if pod is None:
+        return
+    writing = [mount for mount in pod.mounts if mount.volume in pod.disks and mount.writes]
+    for one, other in _at_once(writing):
+        disk = pod.disks[one.volume]
+        if one.container != other.container and disk == pod.disks[other.volume]:
+            volumes = f"volume {one.volume!r}" if one.volume == other.volume else (
+                f"volumes {one.volume!r} and {other.volume!r}")  # fmt: skip
+            raise Refused(
+                f"containers {one.container!r} and {other.container!r} both write to {volumes} ({disk}) under the "
+                f"runtime handler {runtime.handler!r}: when one of them restarts, Kata's Rust shim gives the guest the "
+                "disk a second time while the other one still writes to the first, and data is lost. Let one container "
+                "write, take a volume of the backend directory or nfs, or a handler of Kata's Go shim; if it is no "
+                'block volume, or the shim is mended, set kata.rust_shared_block = "allow"'
             )

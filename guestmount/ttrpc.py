@@ -229,7 +229,10 @@ class Server:
             self._refuse(stream_id, INVALID_ARGUMENT, "StreamID cannot be re-used and must increment")
         else:
             self._last = stream_id
-            threading.Thread(target=self._answer, args=(stream_id, data), daemon=True).start()
+            try:
+                threading.Thread(target=self._answer, args=(stream_id, data), daemon=True).start()
+            except RuntimeError as error:  # no thread can be started now; the stream goes on
+                self._refuse(stream_id, RESOURCE_EXHAUSTED, str(error))
 
     def _answer(self, stream_id: int, data: bytes) -> None:
         started = time.monotonic()

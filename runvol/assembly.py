@@ -37,19 +37,10 @@ def build(config: Config) -> Node:
             enabled=config.words("volumes.backends"),
             given_directories=config.words("flexvolume.directories"),
             given_devices=config.words("flexvolume.devices"),
+            held=os.path.join(run_dir, "given"),
         ),
         claims=Claims(run_dir),
-        detector=Detector(
-            DetectSettings(
-                containerd_config=config.text("paths.containerd_config"),
-                sandbox_handlers=config.words("detect.sandbox_handlers"),
-                default_runtime=config.text("detect.default_runtime"),
-                sandbox_handler=config.text("detect.sandbox_handler"),
-                rund=config.text("detect.rund"),
-                root=config.text("paths.kata_root"),
-            ),
-            _pods(config),
-        ),
+        detector=detector(config),
         dialects=(
             KataDialect(config.text("paths.direct_volumes"), nri_alive=partial(registration.is_alive, run_dir)),
             RunvDialect(config.words("node.roots")),
@@ -62,6 +53,22 @@ def build(config: Config) -> Node:
             process=config.text("node.kubelet_process"),
             unproved=config.text("node.unproved_mounts") == "allow",
         ),
+        rust_shared_block=config.text("kata.rust_shared_block") == "allow",
+    )
+
+
+def detector(config: Config) -> Detector:
+    """Who tells which runtime runs a pod."""
+    return Detector(
+        DetectSettings(
+            containerd_config=config.text("paths.containerd_config"),
+            sandbox_handlers=config.words("detect.sandbox_handlers"),
+            default_runtime=config.text("detect.default_runtime"),
+            sandbox_handler=config.text("detect.sandbox_handler"),
+            rund=config.text("detect.rund"),
+            root=config.text("paths.kata_root"),
+        ),
+        _pods(config),
     )
 
 

@@ -65,6 +65,11 @@ TABLE: Mapping[str, Setting] = {
     "detect.api_server": Setting(
         default="", meaning="the API's address, if not the configured one (a node-local proxy)"
     ),
+    "kata.rust_shared_block": Setting(
+        default="refuse",
+        meaning="pods in which two containers write to one block volume under Kata's Rust shim, which loses data by "
+        "it: refuse or allow",
+    ),
     "volumes.backends": Setting(
         default=("loop", "directory", "nfs"),
         meaning="backends that make volumes; the first serves classes that name none",
@@ -120,6 +125,7 @@ _WORDS = {
     "log.format": ("text", "json"),
     "detect.rund": ("rund2", "rund3"),
     "node.unproved_mounts": ("refuse", "allow"),
+    "kata.rust_shared_block": ("refuse", "allow"),
 }
 # A topology label's value (Kubernetes' limit).
 _NODE_ID = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?\Z")

@@ -109,6 +109,8 @@ def _runtimes(config: Config) -> Iterator[Diagnosis]:
                 subject=f"handler {handler.name}",
                 finding=f"takes block volumes ({kata.shim} shim, {kata.path})",
             )
+        if kata is not None and kata.shim == kata_config.RUST:
+            yield from _rust_shared_block(config, handler.name)
         if kata is not None and kata.kernel and "nfs" in config.words("volumes.backends"):
             yield _guest_nfs(handler.name, kata.kernel)
         if kata is not None and not preflight.shares_by_virtio_fs(kata.shared_fs):
@@ -118,6 +120,18 @@ def _runtimes(config: Config) -> Iterator[Diagnosis]:
                 finding=f'gets no directories and no NFS: set shared_fs = "virtio-fs" in {kata.path} (it is '
                 f"{kata.shared_fs!r})",
             )
+
+
+def _rust_shared_block(config: Config, handler: str) -> Iterator[Diagnosis]:
+    """Whether pods are refused that the Rust shim would lose data of."""
+    if config.text("kata.rust_shared_block") == "allow":
+        why = 'kata.rust_shared_block is "allow"'
+    elif not config.text("detect.kubeconfig") and not config.text("detect.api_server"):
+        why = "no Kubernetes API is configured (detect.kubeconfig), so nobody knows the pods' containers"
+    else:
+        return
+    what = "two containers of a pod that write to one block volume lose data under its Rust shim, and are not refused"
+    yield Diagnosis(state=WARNING, subject=f"handler {handler}", finding=f"{what}: {why}")
 
 
 def _guest_nfs(handler: str, kernel: str) -> Diagnosis:

@@ -21,6 +21,7 @@ _LOG = "/var/log/runvol/flexvolume.log"
 _LOG_LIMIT = 2 << 20
 _GRACE = 5.0
 _LARGEST_REPLY = 64 << 10
+_LONGEST_CALL = 3600.0
 _INIT = ('{"status": "Success", "capabilities": {"attach": false, "fsGroup": false, "selinuxRelabel": false, '
          '"supportsMetrics": false, "requiresFSResize": true}}')  # fmt: skip
 
@@ -36,7 +37,7 @@ def main() -> None:
     started = time.monotonic()
     # init is asked at every change of the plugin directory, also by the controller manager, which has no node.
     text = _INIT if words == ["init"] else _in_child(words, out)
-    os.write(out, text.encode() + b"\n")
+    _write_all(out, text.encode() + b"\n")
     _note(log, words, text, time.monotonic() - started)
     os._exit(0 if json.loads(text)["status"] == "Success" else 1)
 
@@ -50,7 +51,7 @@ def _in_child(words: Sequence[str], out: int) -> str:
         os.close(out)
         os.close(reading)
         os.setsid()
-        os.write(writing, _work(words, parent).encode())
+        _write_all(writing, _work(words, parent).encode())
         os._exit(0)
     os.close(writing)
     try:
@@ -81,9 +82,14 @@ def _interrupted() -> None:
 
 def _limit() -> float:
     try:
-        return max(1.0, float(os.environ.get("RUNVOL_FLEXVOLUME_CALL_SECONDS", "100")))
+        return max(1.0, min(float(os.environ.get("RUNVOL_FLEXVOLUME_CALL_SECONDS", "100")), _LONGEST_CALL))
     except ValueError:
         return 100.0
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(fd, data) :]
 
 
 def _failure(message: str) -> str:
@@ -117,7 +123,8 @@ def _work(words: Sequence[str], parent: int) -> str:
 
         # Only where it happened: the values in it may hold a secret.
         where = traceback.extract_tb(error.__traceback__)[-1]
-        return _failure(f"{type(error).__name__} in {os.path.basename(where.filename)}:{where.lineno}: {error}")
+        what = str(error)[:4096]
+        return _failure(f"{type(error).__name__} in {os.path.basename(where.filename)}:{where.lineno}: {what}")
 
 
 def _of_plugin(words: Sequence[str], name: str, path: str) -> str:
@@ -149,7 +156,9 @@ def _open_log(path: str) -> int:
         with contextlib.suppress(FileNotFoundError):
             if os.stat(path).st_size > _LOG_LIMIT:
                 os.rename(path, f"{path}.1")
-        return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        # A FIFO that nobody reads is an error then, and not a wait.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+        return os.open(path, flags, 0o640)
     except OSError:
         return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
 

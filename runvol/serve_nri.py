@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import select
 import threading
 
 from guestmount import Claims
+from runvol import assembly
 from runvol.config import Config
 from runvol.serve import signals
+
+# Seconds between two looks at whether the plugin's thread still runs.
+_LOOK = 5.0
 
 
 def serve(config: Config) -> None:
@@ -17,9 +22,11 @@ def serve(config: Config) -> None:
     run_dir = config.text("paths.run_dir")
     os.makedirs(run_dir, mode=0o700, exist_ok=True)
     told, stop = signals(), threading.Event()
-    arguments = (Claims(run_dir), run_dir, config.text("nri.socket"), stop)
-    plugin = threading.Thread(target=nri.serve, args=arguments, name="plugin")
-    plugin.start()
-    told.recv(1)
+    plugin = nri.Plugin(Claims(run_dir), assembly.detector(config).of_handler)
+    serving = threading.Thread(target=nri.serve, args=(plugin, run_dir, config.text("nri.socket"), stop), name="plugin")
+    serving.start()
+    while not select.select([told], [], [], _LOOK)[0]:
+        if not serving.is_alive():
+            raise SystemExit("the NRI plugin's thread has ended; its last words are in the log")
     stop.set()
-    plugin.join(10)
+    serving.join(10)

@@ -149,7 +149,8 @@ class Driver:
 
     def remove(self) -> None:
         """Whatever a failed test left: mounts, then loop devices, then files."""
-        for mount in reversed(self.mounts()):
+        below = (f"{self.directory}/", f"{self.volatile}/")
+        for mount in reversed([mount.target for mount in mountinfo.table() if mount.target.startswith(below)]):
             subprocess.run(["umount", "-l", mount], check=False)
         for device in self.loop_devices():
             subprocess.run(["losetup", "-d", device], check=False)

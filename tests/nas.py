@@ -107,7 +107,7 @@ class Nas:
         """Created as a runtime does it: the NRI plugin first, then the shim. Its name."""
         self.containers += 1
         name = f"nas-{self.containers}"
-        pod = pb.PodSandbox(uid="u", name="pod", namespace="default", runtime_handler="kata", ips=[GUEST])
+        pod = pb.PodSandbox(uid=POD.format(1), name="pod", namespace="default", runtime_handler="kata", ips=[GUEST])
         changed = self.runtime.created(self.plugin, pod, list(mounts))
         self.sandbox.create_container(write_bundle(self.directory / name, changed), name)
         return name

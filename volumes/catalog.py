@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Protocol, TypeVar
@@ -37,18 +38,19 @@ class Catalog:
     def open(
         cls, state_dir: str, *, capacity_limit: int = 0, directory: str = "", directory_limit: int = 0,
         enabled: Sequence[str] = ALL, given_directories: Sequence[str] = (), given_devices: Sequence[str] = (),
+        held: str = "",
     ) -> Catalog:  # fmt: skip
         """The backends of a node under its state directory; limits in bytes, 0 for none.
 
         One that is not enabled makes no volumes, but those that it has made are still served. `given_…`: where volumes
-        that are described by a path may lie.
+        that are described by a path may lie; `held`: where those in use get names of our own.
         """
         return cls(
             LoopBackend(state_dir, capacity_limit=capacity_limit),
             DirectoryBackend(state_dir, directory=directory, capacity_limit=directory_limit),
             NfsBackend(state_dir),
             GivenDirectory(allowed=tuple(given_directories)),
-            GivenDevice(allowed=tuple(given_devices)),
+            GivenDevice(allowed=tuple(given_devices), held=held or os.path.join(state_dir, "given")),
             enabled=enabled,
         )
 

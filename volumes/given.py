@@ -2,16 +2,19 @@
 
 Their ids are made from the path, so that each place has one claim whoever names it, and the context says what they are.
 A pod's author may write such a path, so only paths below what the operator allows are taken; nothing is made,
-formatted or deleted here.
+formatted or deleted here. Another pod may have a directory on the way to it, and put a link there at any moment: what
+is looked at, bound and attached is therefore what was opened without following one (`blockdev.beneath`).
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from blockdev import Deadline, filesystems
+from blockdev import Deadline, beneath, filesystems, mounts
 from volumes.errors import InvalidParameter, SizeNotAllowed, VolumeNotFound
 from volumes.model import BlockSource, Capability, ContentSource, DirectorySource, SizeRange, Source, Volume, VolumeKind
 
@@ -30,6 +33,9 @@ class _Given:
 
     def __init__(self, *, allowed: Sequence[str]) -> None:
         self.allowed = allowed
+        # Once, as the operator wrote them: what lies below another one could be a link that a pod has made since.
+        outermost = [one for one in allowed if not any(_below(one, other) for other in allowed)]
+        self._roots = [os.path.realpath(root) for root in outermost]
 
     def id_of(self, path: str) -> str:
         """The volume's id; InvalidParameter for a path that is not allowed."""
@@ -53,7 +59,19 @@ class _Given:
         return real
 
     def _is_allowed(self, _path: str, real: str) -> bool:
-        return any(_below(real, os.path.realpath(root)) for root in self.allowed)
+        return any(_below(real, root) for root in self._roots)
+
+    @contextlib.contextmanager
+    def _opened(self, path: str) -> Iterator[int]:
+        """A descriptor (O_PATH) of what lies at a path of `_real`'s now, where that path says."""
+        with contextlib.ExitStack() as stack:
+            try:
+                fd = stack.enter_context(beneath.opened(path))
+            except OSError as error:
+                linked = "has become a link; try again once it is none"
+                why = linked if error.errno == errno.ELOOP else os.strerror(error.errno or 0)
+                raise InvalidParameter(self.key, path, why) from None
+            yield fd
 
     def _path_in(self, volume_id: str, context: Mapping[str, str] | None) -> str:
         path = (context or {}).get(self.key, "")
@@ -93,6 +111,9 @@ class _Given:
     def unknown_files(self) -> Sequence[str]:
         return []
 
+    def let_go(self, volume_id: str) -> None:
+        """Nothing of ours keeps the volume. For callers that know that it is in no use."""
+
     def close(self) -> None:
         """Nothing is held."""
 
@@ -108,38 +129,83 @@ class GivenDirectory(_Given):
 
     def attach(self, volume_id: str, context: Mapping[str, str] | None = None) -> Source:
         path = self._path_in(volume_id, context)
-        if not os.path.isdir(path):
-            raise InvalidParameter(self.key, path, "is no directory")
+        with self._opened(path) as fd:
+            if not stat.S_ISDIR(os.fstat(fd).st_mode):
+                raise InvalidParameter(self.key, path, "is no directory")
         return DirectorySource(path=path)
 
 
 class GivenDevice(_Given):
-    """A block device or an image file that holds a filesystem already."""
+    """A block device or an image file that holds a filesystem already.
+
+    An image gets a second name below `held`, where nobody else can change one: a bind mount of what was opened, from
+    the first attachment until `let_go`. Every later step, also of another process, takes it by that name.
+    """
 
     name, prefix, key, setting = "given-device", "given-dev-", "device", "flexvolume.devices"
     kind = VolumeKind.BLOCK
+
+    def __init__(self, *, allowed: Sequence[str], held: str) -> None:
+        super().__init__(allowed=allowed)
+        self._held = held
 
     def refuses(self, _flag: str) -> str | None:
         return None
 
     def _is_allowed(self, path: str, real: str) -> bool:
-        """Below an allowed directory, or named there by a link of udev's: nobody else makes links below /dev."""
+        """Below an allowed directory, or named there by a link of udev's: nobody else makes links on /dev itself."""
         if super()._is_allowed(path, real):
             return True
         place = os.path.realpath(os.path.dirname(path))
-        roots = [os.path.realpath(root) for root in self.allowed]
-        return _below(real, "/dev") and any(_below(f"{place}/x", root) and _below(root, "/dev") for root in roots)
+        named = any(_below(f"{place}/x", root) and _below(root, "/dev") for root in self._roots)
+        return named and _below(real, "/dev") and _is_of_dev(place)
 
     def attach(self, volume_id: str, context: Mapping[str, str] | None = None) -> Source:
         path = self._path_in(volume_id, context)
-        mode = os.stat(path).st_mode
-        if not (stat.S_ISBLK(mode) or stat.S_ISREG(mode)):
-            raise InvalidParameter(self.key, path, "is neither a block device nor an image file")
-        found = filesystems.found_on(path, Deadline.after(20))
+        with self._opened(path) as fd:
+            mode = os.fstat(fd).st_mode
+            if stat.S_ISREG(mode):
+                source = self._hold(volume_id, path, fd)
+            elif stat.S_ISBLK(mode) and _is_of_dev(os.path.dirname(path)):
+                source = path
+            elif stat.S_ISBLK(mode):
+                # A container may make device nodes, of the node's own disks too.
+                raise InvalidParameter(self.key, path, "is a device node outside of /dev; give its name in /dev")
+            else:
+                raise InvalidParameter(self.key, path, "is neither a block device nor an image file")
+        found = filesystems.found_on(source, Deadline.after(20))
         if found not in filesystems.SUPPORTED:
             made = " or ".join(f"mkfs.{fstype}" for fstype in filesystems.SUPPORTED)
             raise InvalidParameter(self.key, path, f"holds {found or 'no filesystem'}; make one by {made} first")
-        return BlockSource(path=path)
+        return BlockSource(path=source)
+
+    def _hold(self, volume_id: str, path: str, fd: int) -> str:
+        """Our own name of the image that `fd` stands for; refused if it is another's by now."""
+        os.makedirs(self._held, mode=0o700, exist_ok=True)
+        place = os.path.join(self._held, volume_id)
+        if mounts.is_mount_point(place):
+            with beneath.opened(place, root=self._held) as held:
+                if not beneath.same(held, fd):
+                    why = "is another file than the one that pods of this node have by this name; end them first"
+                    raise InvalidParameter(self.key, path, why)
+            return place
+        os.close(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+        mounts.bind(path, place, read_only=False, opened=fd)
+        return place
+
+    def let_go(self, volume_id: str) -> None:
+        place = os.path.join(self._held, volume_id)
+        mounts.be_let_go(place)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(place)
+
+
+def _is_of_dev(directory: str) -> bool:
+    """Whether it belongs to /dev's own filesystem, where the kernel and udev make names, and not to /dev/shm."""
+    try:
+        return _below(f"{directory}/x", "/dev") and os.stat(directory).st_dev == os.stat("/dev").st_dev
+    except FileNotFoundError:
+        return False
 
 
 def _below(path: str, root: str) -> bool:

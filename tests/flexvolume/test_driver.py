@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from flexvolume import Reply, Status
 from tests.driver import Driver
 
 POD = "88945909-57ff-49e4-b844-c588ceabec{}"
@@ -379,6 +380,25 @@ def test_kubelet_never_sees_a_half_written_driver(flex):
         flex.ok("init")
     stop.set()
     upgrading.join()
+
+
+@pytest.mark.parametrize("seconds", ["inf", "nan", "1e300", "-1", "x"])
+def test_a_limit_that_is_none_is_no_reason_to_say_nothing(flex, seconds):
+    flex.ok("unmount", flex.target("v"))
+    _, reply = flex.run("unmount", flex.target("v"), RUNVOL_FLEXVOLUME_CALL_SECONDS=seconds)
+    assert reply["status"] == "Success"
+
+
+def test_a_log_that_nobody_reads_holds_no_call_up(flex):
+    fifo = flex.driver.directory / "fifo"
+    os.mkfifo(fifo)
+    _, reply = flex.run("unmount", flex.target("v"), RUNVOL_FLEXVOLUME_LOG=str(fifo))
+    assert reply["status"] == "Success"
+
+
+def test_a_message_of_any_length_is_one_json_object():
+    text = json.dumps(Reply(status=Status.FAILURE, message="\N{GRINNING FACE}" * 100_000).document())
+    assert len(text) < 64 << 10
 
 
 def test_the_log_is_rotated(flex):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -15,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.driver import Driver
+from flexvolume.service import Service
+from tests.driver import Driver, mount_capability
 from tests.flexvolume.test_driver import POD, Flex
 
 
@@ -132,6 +134,122 @@ def test_a_caller_that_says_nothing_holds_nobody_up(flex):
     assert time.monotonic() - started < 4
     for one in silent:
         one.close()
+
+
+def test_a_volume_that_csi_has_staged_stays_staged_when_a_flexvolume_names_it(flex):
+    capability = mount_capability()
+    volume = flex.driver.create("one", capability=capability)
+    flex.driver.stage(volume, capability)
+    target = flex.target("v")
+    assert "is staged at" in flex.fails("mount", target, flex.options(volume.volume_id, runtime="runc"))
+    flex.ok("unmount", target)
+    published = flex.driver.publish(volume, POD.format(11), runtime="runc", capability=capability)
+    assert os.path.ismount(published)
+    flex.driver.unpublish(volume, POD.format(11))
+    flex.driver.unstage(volume)
+
+
+def test_a_plugin_without_descriptors_for_a_moment_takes_calls_again(flex):
+    pid = flex.driver.process.pid
+    taken = {int(name) for name in os.listdir(f"/proc/{pid}/fd")}
+    free = next(number for number in range(len(taken) + 1) if number not in taken)
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (free, before[1]))
+    try:
+        with socket.socket(socket.AF_UNIX) as one:
+            one.connect(str(flex.driver.run / "flexvolume.sock"))
+            until = time.monotonic() + 10
+            while "a call could not be taken" not in flex.driver.log.read_text():
+                assert time.monotonic() < until
+                time.sleep(0.05)
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+    done = done_by_plugin(flex)
+    flex.ok("getvolumename", flex.options("loop-1"))
+    assert done_by_plugin(flex) == done + 1
+    assert flex.driver.log.read_text().count("a call could not be taken") == 1
+
+
+class Failing:
+    """A listener whose accept fails now and then."""
+
+    def __init__(self, listener: socket.socket, errors: list[Exception]) -> None:
+        self._listener, self._errors = listener, errors
+
+    def accept(self) -> tuple[socket.socket, object]:
+        if self._errors:
+            raise self._errors.pop(0)
+        return self._listener.accept()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._listener, name)
+
+
+def test_whatever_accept_raises_the_next_call_is_taken(tmp_path, monkeypatch):
+    numbers = (errno.ECONNABORTED, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.EPERM)
+    errors: list[Exception] = [*(OSError(number, os.strerror(number)) for number in numbers), MemoryError()]
+    service = Service(None, str(tmp_path))
+    monkeypatch.setattr(service, "_answer", lambda *_: "{}")
+    bound = socket.socket
+
+    class Socket(bound):
+        def listen(self, *_) -> None:
+            super().listen()
+            service._listener = Failing(self, errors)
+
+    monkeypatch.setattr("flexvolume.service.socket.socket", Socket)
+    service.start()
+    monkeypatch.undo()
+    monkeypatch.setattr(service, "_answer", lambda *_: "{}")
+    assert asked_of(tmp_path) == b"{}"
+    assert not errors
+    service.stop()
+    with pytest.raises(OSError, match="No such file"):
+        asked_of(tmp_path)
+    until = time.monotonic() + 5
+    while any(thread.name == "flexvolume" for thread in threading.enumerate()):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def test_a_call_that_no_thread_can_serve_leaves_room_for_the_next(tmp_path, monkeypatch):
+    service = Service(None, str(tmp_path))
+    monkeypatch.setattr(service, "_answer", lambda *_: "{}")
+    service.start()
+    start, failing = threading.Thread.start, [True] * 65
+
+    def fails(thread: threading.Thread) -> None:
+        if failing:
+            failing.pop()
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", fails)
+    monkeypatch.setattr("flexvolume.service._SHORTEST_PAUSE", 0.0)
+    answers = [asked_of(tmp_path) for _ in range(66)]
+    assert answers == [b""] * 65 + [b"{}"]
+    service.stop()
+
+
+def test_a_call_that_fails_in_an_unknown_way_is_one_call(tmp_path, monkeypatch, caplog):
+    service = Service(None, str(tmp_path))
+    monkeypatch.setattr(service, "_answer", lambda *_: {}["no such key"])
+    service.start()
+    assert [asked_of(tmp_path) for _ in range(70)] == [b""] * 70
+    assert "KeyError" in caplog.text
+    service.stop()
+
+
+def asked_of(run_dir: Path) -> bytes:
+    with socket.socket(socket.AF_UNIX) as one:
+        one.settimeout(10)
+        one.connect(str(run_dir / "flexvolume.sock"))
+        try:
+            one.sendall(json.dumps({"version": 1, "words": ["init"], "name": "runvol", "seconds": 5}).encode())
+            one.shutdown(socket.SHUT_WR)
+            return one.recv(100)
+        except (ConnectionError, BrokenPipeError):
+            return b""
 
 
 def test_only_its_own_user_is_answered(flex):

@@ -127,7 +127,7 @@ def test_nri_messages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     use = Use(mode="multi_node_multi_writer", mount_flags=("noatime",))
     with claims.locked("nfs-1", Deadline.after(5)) as cell:
         cell.write(Claim(volume="nfs-1", source="nas:/e", staging_path="/s", kind=VolumeKind.FILES, nfs=export, use=use,
-                         targets={target: Target(read_only=False, pod_uid="u", dialect="kata")}))  # fmt: skip
+                         targets={target: Target(read_only=False, pod_uid="u", handler="kata", dialect="kata")}))  # fmt: skip
     plugin = nri.Plugin(claims)
     mounts = [nri_pb2.Mount(destination=d, type="bind", source=s, options=["rbind", "rw"])
               for d, s in (("/data", target), ("/etc/hosts", "/var/lib/hosts"))]  # fmt: skip

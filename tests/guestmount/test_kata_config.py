@@ -147,6 +147,111 @@ def test_mixed_read_only_and_read_write_is_refused_for_the_rust_shim_alone(node)
     node("/etc/kata-containers/runtime-rs/configuration.toml", ON)
     with pytest.raises(Refused, match="'c0' and 'c1'"):
         preflight.check(a_runtime(node.read(runtime_path=RUST_PATH), mixed), pv_name="v")
-    preflight.check(
-        a_runtime(node.read(runtime_path=RUST_PATH), a_pod({"name": "data"}, {"name": "data"})), pv_name="v"
-    )
+    both_read = a_pod({"name": "data", "readOnly": True}, {"name": "data", "readOnly": True})
+    preflight.check(a_runtime(node.read(runtime_path=RUST_PATH), both_read), pv_name="v")
+
+
+# -- several containers that write to one block volume, under the Rust shim
+
+
+def rust(node, pod):
+    node("/etc/kata-containers/runtime-rs/configuration.toml", ON)
+    return a_runtime(node.read(runtime_path=RUST_PATH), pod)
+
+
+def of(*, init=(), containers=(), volumes=None):
+    """A pod of containers that are told as (name, mounts) or (name, mounts, restartPolicy)."""
+
+    def spec(name, mounts, policy=""):
+        return {"name": name, "volumeMounts": [{"name": mount.strip("-"), "readOnly": mount.startswith("-")}
+                                              for mount in mounts]} | ({"restartPolicy": policy} if policy else {})  # fmt: skip
+
+    claims = {"data": "pvc", "again": "pvc", "other": "pvc2"}
+    return facts_from({
+        "metadata": {"uid": "u", "name": "p"},
+        "spec": {
+            "initContainers": [spec(*one) for one in init], "containers": [spec(*one) for one in containers],
+            "volumes": volumes or [{"name": name, "persistentVolumeClaim": {"claimName": claim}} for name, claim in claims.items()],
+        },
+    })  # fmt: skip
+
+
+ONE, TWO = ("one", ["data"]), ("two", ["data"])
+SIDECAR = ("side", ["data"], "Always")
+
+
+@pytest.mark.parametrize(
+    ("pod", "names"),
+    [
+        (of(containers=[ONE, TWO]), ("'one' and 'two'", "volume 'data'", "claim 'pvc'")),
+        (of(containers=[ONE, ("two", ["again"])]), ("volumes 'data' and 'again'", "claim 'pvc'")),
+        (of(init=[SIDECAR], containers=[ONE]), ("'side' and 'one'",)),
+        (of(init=[SIDECAR, TWO], containers=[("one", ["other"])]), ("'side' and 'two'",)),
+        (of(init=[SIDECAR, ("late", ["data"], "Always")], containers=[("one", [])]), ("'side' and 'late'",)),
+        (of(containers=[ONE, ("two", ["other"]), ("three", ["other", "data"])]), ("'one' and 'three'",)),
+        (of(containers=[ONE, TWO], volumes=[{"name": "data", "ephemeral": {"volumeClaimTemplate": {}}}]), ("'p-data'",)),
+        (of(containers=[ONE, TWO], volumes=[{"name": "data", "flexVolume": {"driver": "runvol/runvol"}}]),
+         ("FlexVolume 'data'",)),
+        (of(containers=[ONE, ("two", ["again"])], volumes=[
+            {"name": name, "flexVolume": {"driver": "runvol/runvol", "options": {"volume": "loop-1"}}}
+            for name in ("data", "again")]), ("FlexVolume 'loop-1'",)),
+    ],
+)  # fmt: skip
+def test_two_containers_that_write_to_one_block_volume_are_refused_under_the_rust_shim(node, pod, names):
+    runtime = rust(node, pod)
+    with pytest.raises(Refused) as caught:
+        preflight.check(runtime, pv_name="v")
+    for words in (*names, "handler 'kata'", "data is lost", "directory or nfs", 'kata.rust_shared_block = "allow"'):
+        assert words in str(caught.value)
+    preflight.check(runtime, pv_name="v", rust_shared_block=True)
+    preflight.check(runtime, pv_name="v", read_only=True)
+    preflight.check_mounts(runtime, pv_name="v")
+    node("/etc/kata-containers/configuration.toml", ON)
+    preflight.check(a_runtime(node.read(runtime_path=GO_PATH), pod), pv_name="v")
+
+
+@pytest.mark.parametrize(
+    "pod",
+    [
+        of(init=[TWO, ("three", ["data"])], containers=[ONE]),
+        of(init=[TWO, ("side", ["data"], "Always")], containers=[("one", ["other"])]),
+        of(containers=[("one", ["-data"]), ("two", ["-data"])]),
+        of(containers=[("one", ["data"]), ("two", ["other"])]),
+        of(containers=[("one", ["data", "again"])]),
+        of(init=[("two", ["-data"])], containers=[ONE]),
+        of(containers=[ONE, TWO], volumes=[{"name": "data", "emptyDir": {}}]),
+        of(containers=[ONE, TWO],
+           volumes=[{"name": "data", "persistentVolumeClaim": {"claimName": "pvc", "readOnly": True}}]),
+    ],
+)  # fmt: skip
+def test_containers_that_never_write_at_the_same_time_are_no_two_writers(node, pod):
+    preflight.check(rust(node, pod), pv_name="v")
+
+
+@pytest.mark.parametrize(
+    ("pod", "refused"),
+    [
+        (of(containers=[ONE, ("two", ["-again"])]), True),
+        (of(init=[("side", ["-data"], "Always")], containers=[ONE]), True),
+        (of(containers=[("one", ["data", "-again"])]), True),
+        (of(init=[("two", ["-data"])], containers=[ONE]), False),
+    ],
+)
+def test_mixing_is_told_by_claims_and_by_who_lives_at_the_same_time(node, pod, refused):
+    runtime = rust(node, pod)
+    if not refused:
+        preflight.check(runtime, pv_name="v", rust_shared_block=True)
+        return
+    with pytest.raises(Refused, match="cannot mix them"):
+        preflight.check(runtime, pv_name="v", rust_shared_block=True)
+
+
+def test_what_the_rust_shim_does_with_disks_is_no_concern_of_nfs(node):
+    """The guest mounts it once a container, and knows no device."""
+    mixed = a_pod({"name": "data", "mountPath": "/dev/data"}, {"name": "data", "readOnly": True})
+    preflight.check_mounts(rust(node, mixed), pv_name="v")
+
+
+def test_where_the_pod_is_not_known_the_hazard_is_told(node, caplog):
+    preflight.check(rust(node, None), pv_name="v")
+    assert "several containers" in caplog.text

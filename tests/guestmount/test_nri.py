@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from blockdev import Deadline
-from guestmount import Claims, nri, registration, ttrpc
+from guestmount import Claims, Detector, DetectSettings, nri, registration, ttrpc
 from guestmount.claims import Claim, NfsMount, Target, Use
 from guestmount.nri_mux import PLUGIN, RUNTIME, Mux
 from runvol_proto import nri_pb2 as pb
@@ -28,7 +28,7 @@ def claim(*, dialect: str = "kata", version: str = "4.2", read_only: bool = Fals
     return Claim(
         volume="nfs-1", source="nas:/e", staging_path="/s", kind=VolumeKind.FILES, nfs=mount,
         use=Use(mode="multi_node_multi_writer", mount_flags=("noatime", "ro")),
-        targets={TARGET: Target(read_only=read_only, pod_uid="u", dialect=dialect)},
+        targets={TARGET: Target(read_only=read_only, pod_uid="u", pod_namespace="d", handler="kata", dialect=dialect)},
     )  # fmt: skip
 
 
@@ -42,9 +42,10 @@ def write(claims: Claims, one: Claim) -> None:
         cell.write(one)
 
 
-def asked(*mounts: pb.Mount, ips: tuple[str, ...] = ("10.1.1.1",)) -> pb.CreateContainerRequest:
+def asked(*mounts: pb.Mount, ips: tuple[str, ...] = ("10.1.1.1",), **pod: str) -> pb.CreateContainerRequest:
+    known = {"uid": "u", "name": "p", "namespace": "d", "runtime_handler": "kata"}
     return pb.CreateContainerRequest(
-        pod=pb.PodSandbox(uid="u", name="p", namespace="d", runtime_handler="kata", ips=ips),
+        pod=pb.PodSandbox(**(known | pod), ips=ips),
         container=pb.Container(name="c", mounts=mounts),
     )
 
@@ -65,7 +66,7 @@ def runtime(tmp_path: Path) -> Iterator[RuntimeSide]:
 @pytest.fixture
 def plugin(tmp_path: Path, claims: Claims) -> Iterator[threading.Thread]:
     stop = threading.Event()
-    arguments = (claims, str(tmp_path / "run"), str(tmp_path / "nri.sock"), stop)
+    arguments = (nri.Plugin(claims), str(tmp_path / "run"), str(tmp_path / "nri.sock"), stop)
     thread = threading.Thread(target=nri.serve, args=arguments)
     thread.start()
     yield thread
@@ -149,6 +150,95 @@ def test_mounts_that_are_not_ours_are_left_alone(claims):
     assert not nri.Plugin(claims).CreateContainer(asked()).HasField("adjust")
 
 
+@pytest.mark.parametrize(
+    ("pod", "why"),
+    [({"uid": "v"}, "'v'"), ({"uid": ""}, "''"), ({"namespace": "e"}, "'e'"), ({"runtime_handler": "runc"}, "'runc'"),
+     ({"runtime_handler": ""}, "''"), ({"uid": "v", "namespace": "e", "runtime_handler": "runc"}, "'v'")],
+)  # fmt: skip
+def test_a_container_of_another_pod_or_runtime_keeps_what_it_asked_for(claims, caplog, pod, why):
+    write(claims, claim())
+    response = nri.Plugin(claims).CreateContainer(asked(bind(), **pod))
+    assert not response.HasField("adjust")
+    (said,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert why in said.why
+    assert said.target == TARGET
+
+
+def test_a_target_whose_pod_nobody_named_is_of_the_pod_in_its_path(claims):
+    nameless = Target(read_only=False, pod_uid=TARGET, handler="kata", dialect="kata")
+    write(claims, claim().but(targets={TARGET: nameless}))
+    plugin = nri.Plugin(claims)
+    assert plugin.CreateContainer(asked(bind())).adjust.mounts
+    for uid in ("v", "", "volumes"):
+        assert not plugin.CreateContainer(asked(bind(), uid=uid)).adjust.mounts
+
+
+def detector(tmp_path: Path, default: str = "kata-qemu") -> Detector:
+    path = tmp_path / "containerd.toml"
+    tables = "".join(
+        f'[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.{name}]\nruntime_type = "{kind}"\n'
+        for name, kind in (("runc", "io.containerd.runc.v2"), ("kata-qemu", "io.containerd.kata-qemu.v2"),
+                           ("rund", "io.containerd.rund.v2"))
+    )  # fmt: skip
+    text = f'[plugins."io.containerd.cri.v1.runtime".containerd]\ndefault_runtime_name = "{default}"\n'
+    path.write_text(text + tables)
+    return Detector(DetectSettings(containerd_config=str(path), root=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("handler", "default", "mounted"),
+    [("kata-qemu", "runc", True), ("", "kata-qemu", True), ("", "runc", False), ("runc", "kata-qemu", False),
+     ("rund", "kata-qemu", False), ("nobody-knows", "kata-qemu", False)],
+)  # fmt: skip
+def test_the_claims_own_pod_is_served_under_whatever_handler_starts_kata(claims, tmp_path, handler, default, mounted):
+    """`runtime: sandbox` and a default name one handler, and the pod may run with another."""
+    write(claims, claim())
+    plugin = nri.Plugin(claims, detector(tmp_path, default).of_handler)
+    assert bool(plugin.CreateContainer(asked(bind(), runtime_handler=handler)).adjust.mounts) is mounted
+    assert not plugin.CreateContainer(asked(bind(), runtime_handler=handler, uid="v")).adjust.mounts
+
+
+def test_an_untrusted_pod_has_the_handler_of_its_annotation(claims, tmp_path):
+    target = Target(read_only=False, pod_uid="u", handler="untrusted", dialect="kata")
+    write(claims, claim().but(targets={TARGET: target}))
+    request = asked(bind(), runtime_handler="")
+    assert not nri.Plugin(claims).CreateContainer(request).adjust.mounts
+    request.pod.annotations["io.kubernetes.cri.untrusted-workload"] = "true"
+    assert nri.Plugin(claims).CreateContainer(request).adjust.mounts
+
+
+def test_only_the_targets_own_pod_is_told_to_have_the_placeholder(claims, caplog):
+    write(claims, claim())
+    pods = [pb.PodSandbox(id=uid, uid=uid, namespace="d", runtime_handler="kata") for uid in ("u", "v")]
+    containers = [pb.Container(id=f"c-{pod}", pod_sandbox_id=pod, mounts=[bind()]) for pod in ("u", "v", "gone")]
+    nri.Plugin(claims).Synchronize(pb.SynchronizeRequest(pods=pods, containers=containers))
+    assert [record.id for record in caplog.records if record.levelname == "ERROR"] == ["c-u", "c-gone"]
+
+
+def test_it_comes_back_after_whatever_ends_a_connection(runtime, claims, tmp_path, monkeypatch):
+    """A thread that cannot be started is no OSError."""
+    failing = iter([RuntimeError("can't start new thread"), ValueError("no varint"), KeyError("x")])
+    connected = nri._connected
+
+    def fails_at_first(*arguments):
+        for error in failing:
+            raise error
+        connected(*arguments)
+
+    monkeypatch.setattr(nri, "_connected", fails_at_first)
+    stop = threading.Event()
+    arguments = (nri.Plugin(claims), str(tmp_path / "run"), str(tmp_path / "nri.sock"), stop)
+    thread = threading.Thread(target=nri.serve, args=arguments)
+    thread.start()
+    try:
+        runtime.accept()
+        assert runtime.registered.wait(5)
+    finally:
+        stop.set()
+        thread.join(15)
+    assert not thread.is_alive()
+
+
 def test_a_damaged_claim_stops_no_container(claims, tmp_path):
     write(claims, claim())
     (tmp_path / "run/claims/other.json").write_bytes(b"\xff{")
@@ -162,7 +252,7 @@ def test_it_is_fast_among_many_claims(claims):
             claims,
             claim().but(
                 volume=f"nfs-{number}",
-                targets={f"{TARGET}{number}": Target(read_only=False, pod_uid="u", dialect="kata")},
+                targets={f"{TARGET}{number}": Target(read_only=False, pod_uid="u", handler="kata", dialect="kata")},
             ),
         )
     write(claims, claim().but(volume="nfs-x"))

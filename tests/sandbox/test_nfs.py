@@ -137,7 +137,7 @@ def test_a_flexvolume_that_describes_an_export_is_mounted_by_the_guest_too(nas: 
     flex = Flex(nas.driver)
     target = flex.target("team-a")
     options = {"server": HOST, "path": "/exp", "vers": "4.2", "runtime": "kata", "kubernetes.io/readwrite": "rw",
-               "kubernetes.io/pod.uid": POD.format(3)}  # fmt: skip
+               "kubernetes.io/pod.uid": POD.format(1)}  # fmt: skip
     flex.ok("mount", target, json.dumps(options))
     flex.ok("mount", target, json.dumps(options))
     container = nas.with_volume(target)
