@@ -52,16 +52,20 @@ def replace(path: str, content: bytes, *, beside: str = "", mode: int = 0o600, d
     """`path` has this content from now on, whole, also after a power cut; if it fails, what it had before.
 
     It is written beside, under a name that no other call has, and renamed. `beside`: what that name begins with, on the
-    same filesystem; by default it lies next to `path`. `dir_fd`: the directory that the two are relative to.
+    same filesystem; by default it lies next to `path`. `dir_fd`: the directory that the two are relative to. OSError
+    speaks of `path`, so that the same trouble is always the same sentence.
     """
     new = f"{beside or f'{path}.'}{os.getpid()}-{secrets.token_hex(4)}{_END}"
-    write(new, content, mode=mode, dir_fd=dir_fd)
     try:
-        os.rename(new, path, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(new, dir_fd=dir_fd)
-        raise
+        write(new, content, mode=mode, dir_fd=dir_fd)
+        try:
+            os.rename(new, path, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(new, dir_fd=dir_fd)
+            raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from error
     if dir_fd is None:
         sync_directory(os.path.dirname(path) or ".")
     else:

@@ -8,11 +8,11 @@ import click
 import msgspec
 
 from blockdev import Deadline
-from guestmount import Node, PodRef, repair
+from guestmount import Node, PodRef, Refused, repair
 from guestmount.claims import Claim
 from runvol import assembly, config, tables
 from runvol.cli import Loader, as_json_option
-from volumes import AccessMode, Capability, SizeRange, parameters
+from volumes import AccessMode, Capability, SizeRange, Volume, parameters
 
 _json = as_json_option
 _CALL = 60.0
@@ -52,13 +52,21 @@ def volumes(context: click.Context, as_json: bool) -> None:
     if context.invoked_subcommand is not None:
         return
     node = _node(context.obj)
-    rows = [_volume_row(node, volume.volume_id) for _seq, volume in node.catalog.list()]
+    rows = []
+    for _seq, volume in node.catalog.list(trouble=_warn):
+        try:
+            rows.append(_volume_row(node, volume))
+        except Refused as error:
+            _warn(str(error))
     tables.show(rows, ("volume", "name", "size", "used", "owner", "targets"), as_json=as_json, empty="no volumes")
 
 
-def _volume_row(node: Node, volume_id: str) -> dict[str, object]:
-    volume = node.catalog.get(volume_id)
-    claim = node.claims.peek(volume_id)
+def _warn(sentence: str) -> None:
+    click.echo(f"warning: {sentence}", err=True)
+
+
+def _volume_row(node: Node, volume: Volume) -> dict[str, object]:
+    claim = node.claims.peek(volume.volume_id)
     return {
         "volume": volume.volume_id,
         "name": volume.name,
@@ -87,7 +95,7 @@ def volumes_create(load: Loader, name: str, size_bytes: int, parameter: tuple[st
     chosen = parameters.check(given, default=node.catalog.default)
     use = Capability(mode=AccessMode.SINGLE_NODE_WRITER, fstype=chosen.get(parameters.FSTYPE, ""))
     made = node.catalog.for_parameters(chosen).create(name, SizeRange(required=size_bytes), chosen, [use])
-    tables.show([_volume_row(node, made.volume_id)], ("volume", "name", "size"), as_json=as_json, empty="")
+    tables.show([_volume_row(node, made)], ("volume", "name", "size"), as_json=as_json, empty="")
 
 
 @volumes.command("adopt")
@@ -99,7 +107,7 @@ def volumes_adopt(load: Loader, file: str, name: str, as_json: bool) -> None:
     """Take over an existing image file, with its data; it is moved into the state directory."""
     node = _node(load)
     made = node.catalog.loop.adopt(file, name)
-    tables.show([_volume_row(node, made.volume_id)], ("volume", "name", "size"), as_json=as_json, empty="")
+    tables.show([_volume_row(node, made)], ("volume", "name", "size"), as_json=as_json, empty="")
 
 
 @volumes.command("delete")
@@ -123,7 +131,7 @@ def _claims(node: Node) -> list[Claim]:
     """Those that can be read; what is wrong with the others is said."""
     found, damaged = node.claims.readable()
     for error in damaged:
-        click.echo(f"warning: {error}", err=True)
+        _warn(str(error))
     return found
 
 
@@ -217,6 +225,7 @@ def gc(load: Loader, dry_run: bool, as_json: bool) -> None:
         if dry_run
         else [repair.Finding(kind="volume", place="store", why=said, done=True) for said in repair.at_start(node)]
     )
+    done += [repair.Finding(kind="volume", place=one.name, why=one.why) for one in node.catalog.unfinished()]
     found = done + repair.collect(node, Deadline.after(_CALL), dry_run=dry_run)
     rows = [{"kind": one.kind, "place": one.place, "why": one.why, "done": one.done} for one in found]
     tables.show(rows, ("kind", "place", "why", "done"), as_json=as_json, empty="nothing is left over")

@@ -32,6 +32,7 @@ def test_a_record_that_the_disk_cannot_take_whole_is_as_it_was(small):
     with pytest.raises(OSError) as caught:
         durable.replace(str(record), b"n" * 4096 * 5)
     assert caught.value.errno == errno.ENOSPC
+    assert caught.value.filename == str(record), "the same sentence each time"
     assert record.read_bytes() == b"old"
     with pytest.raises(OSError):
         durable.write(str(small / "another"), b"n" * 4096 * 5)
