@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import time
 
 # Seconds after which what a killed process was writing is nobody's work any more.
@@ -55,7 +54,7 @@ def replace(path: str, content: bytes, *, beside: str = "", mode: int = 0o600, d
     same filesystem; by default it lies next to `path`. `dir_fd`: the directory that the two are relative to. OSError
     speaks of `path`, so that the same trouble is always the same sentence.
     """
-    new = f"{beside or f'{path}.'}{os.getpid()}-{secrets.token_hex(4)}{_END}"
+    new = f"{beside or f'{path}.'}{os.getpid()}-{os.urandom(4).hex()}{_END}"
     try:
         write(new, content, mode=mode, dir_fd=dir_fd)
         try:

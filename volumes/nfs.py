@@ -89,6 +89,9 @@ class NfsBackend:
         if source is not None:
             work = self._filling(export, record, source)
             self._jobs.finished(record.volume_id, f"volume {record.name} from {source}", work, PATIENCE)
+            if not share.is_there(root, record.directory):
+                # That work had ended before somebody deleted the volume; the next call begins anew.
+                raise VolumeUnfinished(f"volume {record.name} from {source}: its content is gone; ask again")
             record = share.read(root, record.volume_id, Record) or record
             ours = "mode" in record.parameters
         elif record.directory:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -258,6 +259,28 @@ def test_a_deep_volume_goes(backend, share):
     os.close(there)
     backend.delete(volume.volume_id)
     assert os.listdir(share) == [".runvol"]
+
+
+def test_a_clone_that_was_deleted_while_nobody_asked_is_made_again(backend, share, monkeypatch):
+    source = make(backend, "source")
+    (share / "source/data").write_text("precious")
+    wanted = ContentSource(kind="volume", source_id=source.volume_id)
+    monkeypatch.setattr("volumes.nfs.PATIENCE", 0.0)
+    with pytest.raises(VolumeUnfinished):
+        make(backend, "clone", wanted)
+    until = time.monotonic() + 20
+    while not (share / "clone/data").exists():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    clone_id = exports.id_of(nfs.Export(server="nas", path="/e"), "clone", "nfs-")
+    while backend._jobs.progress(clone_id) is not None:
+        time.sleep(0.01)
+    backend.delete(clone_id)
+    monkeypatch.setattr("volumes.nfs.PATIENCE", 20.0)
+    with pytest.raises(VolumeUnfinished, match="its content is gone"):
+        make(backend, "clone", wanted)
+    make(backend, "clone", wanted)
+    assert (share / "clone/data").read_text() == "precious"
 
 
 # -- a share whose pods write what they like
