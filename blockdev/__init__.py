@@ -16,6 +16,7 @@ from blockdev import (
     quotas,
     sparse,
     superblocks,
+    trees,
 )
 from blockdev.deadlines import Deadline
 from blockdev.errors import (
@@ -28,6 +29,7 @@ from blockdev.errors import (
     Holder,
     MountFailed,
     NotBlank,
+    NotRemoved,
     WaitExpired,
     WrongFilesystem,
 )
@@ -43,6 +45,7 @@ __all__ = [
     "Holder",
     "MountFailed",
     "NotBlank",
+    "NotRemoved",
     "WaitExpired",
     "WrongFilesystem",
     "blankness",
@@ -57,4 +60,5 @@ __all__ = [
     "quotas",
     "sparse",
     "superblocks",
+    "trees",
 ]

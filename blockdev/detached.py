@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 
 from blockdev import exclusivity, isolated, loops, mounts, syscalls
 from blockdev.deadlines import Deadline, bounded
-from blockdev.errors import MountFailed
+from blockdev.errors import FilesystemUnknown, MountFailed
 from blockdev.ioctls import is_block
 
 
@@ -24,7 +24,10 @@ def filesystem(
 
     One that is `remote` may hang for ever, and is made by a process of its own.
     """
-    context = syscalls.fsopen(fstype)
+    try:
+        context = syscalls.fsopen(fstype)
+    except OSError as error:
+        raise FilesystemUnknown(options.get("source") or fstype, fstype, str(error.strerror)) from error
     try:
         try:
             for key, value in options.items():

@@ -1,8 +1,14 @@
-"""Files and names that are on the disk when the call returns."""
+"""Files and names that are on the disk when the call returns, whole or not at all."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import time
+
+# Seconds after which what a killed process was writing is nobody's work any more.
+_ABANDONED = 60.0
+_END = ".new"
 
 
 def sync_directory(path: str) -> None:
@@ -14,11 +20,63 @@ def sync_directory(path: str) -> None:
         os.close(fd)
 
 
-def write(path: str, content: bytes) -> None:
-    """Write a file of mode 0600 beside the place where it will be renamed to."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+def write_all(fd: int, content: bytes) -> None:
+    """Every byte, or OSError: write(2) takes fewer where the disk ends, and says why only to the next call."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[os.write(fd, rest) :]
+
+
+def write(path: str, content: bytes, *, mode: int = 0o600, dir_fd: int | None = None) -> None:
+    """Make a new file, whole and on the disk, in a place that is the caller's alone. Nothing is left if it fails.
+
+    FileExistsError if there is one: two that write to one name would each rename the other's half.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(path, flags, 0o600, dir_fd=dir_fd)
     try:
-        os.write(fd, content)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        try:
+            write_all(fd, content)
+            os.fchmod(fd, mode)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path, dir_fd=dir_fd)
+        raise
+
+
+def replace(path: str, content: bytes, *, beside: str = "", mode: int = 0o600, dir_fd: int | None = None) -> None:
+    """`path` has this content from now on, whole, also after a power cut; if it fails, what it had before.
+
+    It is written beside, under a name that no other call has, and renamed. `beside`: what that name begins with, on the
+    same filesystem; by default it lies next to `path`. `dir_fd`: the directory that the two are relative to. OSError
+    speaks of `path`, so that the same trouble is always the same sentence.
+    """
+    new = f"{beside or f'{path}.'}{os.getpid()}-{os.urandom(4).hex()}{_END}"
+    try:
+        write(new, content, mode=mode, dir_fd=dir_fd)
+        try:
+            os.rename(new, path, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(new, dir_fd=dir_fd)
+            raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from error
+    if dir_fd is None:
+        sync_directory(os.path.dirname(path) or ".")
+    else:
+        os.fsync(dir_fd)
+
+
+def sweep(beside: str) -> None:
+    """Remove what killed calls of `replace` have left under names that begin with `beside`."""
+    place, prefix = os.path.split(beside)
+    for name in os.listdir(place or "."):
+        if name.startswith(prefix) and name.endswith(_END):
+            path = os.path.join(place, name)
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - os.lstat(path).st_mtime > _ABANDONED:
+                    os.unlink(path)

@@ -81,6 +81,20 @@ class MountFailed(BlockdevError):
         super().__init__(f"mounting {source} on {target}: {reason}")
 
 
+class FilesystemUnknown(MountFailed):
+    """The kernel has no such filesystem, or not loaded its module."""
+
+    def __init__(self, source: str, fstype: str, reason: str) -> None:
+        super().__init__(source, "nowhere", f"this kernel has no {fstype} ({reason}); load its module")
+
+
+class NotRemoved(BlockdevError):
+    """Something in a directory tree that is to go does not."""
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(f"{name[:200]!r} cannot be removed: {why}")
+
+
 class CapabilityMissing(BlockdevError):
     """The kernel wants a capability that this process was not given."""
 

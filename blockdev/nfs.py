@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from blockdev import isolated
 from blockdev.deadlines import Deadline, bounded
 from blockdev.detached import filesystem
-from blockdev.errors import BlockdevError, MountFailed
+from blockdev.errors import BlockdevError, FilesystemUnknown, MountFailed
 from blockdev.mounts import parse_options
 
 VERSIONS = ("3", "4.0", "4.1", "4.2")
@@ -176,6 +176,8 @@ def opened(export: Export, deadline: Deadline) -> Iterator[int]:
     with ExitStack() as stack:
         try:
             root = stack.enter_context(filesystem(export.fstype, options, deadline=deadline, remote=True))
+        except FilesystemUnknown:
+            raise
         except MountFailed as error:
             hint = "does the server export this path to this node, in this version?"
             raise MountFailed(export.source, "nowhere", f"{error.reason}; {hint}") from error

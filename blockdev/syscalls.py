@@ -25,6 +25,8 @@ MS_PRIVATE, MS_RELATIME, MS_STRICTATIME, MS_LAZYTIME = 1 << 18, 1 << 21, 1 << 24
 
 MNT_FORCE, MNT_DETACH, UMOUNT_NOFOLLOW = 1, 2, 8
 
+_OPENAT2 = 437
+RESOLVE_NO_XDEV, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH = 1, 4, 8
 _OPEN_TREE, _MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT, _MOUNT_SETATTR = 428, 429, 430, 431, 432, 442
 _OPENAT2 = 437
 RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH = 2, 4, 8
@@ -111,19 +113,19 @@ def open_tree_clone(source: str | int) -> int:
     return _check(_libc.syscall(_OPEN_TREE, at, _bytes(path), _OPEN_TREE_CLONE | os.O_CLOEXEC | flags), path)
 
 
+def move_mount(fd: int, target: str) -> None:
+    """Hang a detached mount at `target`; it appears there whole."""
+    _check(_libc.syscall(_MOVE_MOUNT, fd, b"", AT_FDCWD, _bytes(target), _MOVE_MOUNT_F_EMPTY_PATH), target)
+
+
 class _OpenHow(ctypes.Structure):
     _fields_ = [("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64)]
 
 
 def openat2(directory: int, path: str, flags: int, resolve: int) -> int:
-    """Open `path` from the directory descriptor, walked as `resolve` says (Linux 5.6)."""
-    how = _OpenHow(flags=flags, resolve=resolve)
+    """openat2(2), Linux 5.6: an existing file by a path that `resolve` bounds. EXDEV, ELOOP, or EAGAIN for a race."""
+    how = _OpenHow(flags=flags | os.O_CLOEXEC, resolve=resolve)
     return _check(_libc.syscall(_OPENAT2, directory, _bytes(path), ctypes.byref(how), ctypes.sizeof(how)), path)
-
-
-def move_mount(fd: int, target: str) -> None:
-    """Hang a detached mount at `target`; it appears there whole."""
-    _check(_libc.syscall(_MOVE_MOUNT, fd, b"", AT_FDCWD, _bytes(target), _MOVE_MOUNT_F_EMPTY_PATH), target)
 
 
 class _Statx(ctypes.Structure):

@@ -136,7 +136,9 @@ class Controller(SnapshotCalls):
         response = csi_pb2.ValidateVolumeCapabilitiesResponse()
         try:
             parameters.check(checks.bounded_map("parameters", request.parameters), default=self._node.catalog.default)
-            parameters.check_context(checks.bounded_map("volume_context", request.volume_context))
+            parameters.check_delivered(
+                parameters.check_context(checks.bounded_map("volume_context", request.volume_context))
+            )
             for use in uses:
                 check_capability(use, backend)
                 check_options(use.mount_flags)
@@ -152,8 +154,9 @@ class Controller(SnapshotCalls):
         page, token = self._page(request.max_entries, request.starting_token)
         response = csi_pb2.ListVolumesResponse(next_token=token)
         for volume in page:
-            entry = response.entries.add(volume=self._message(volume))
-            entry.status.volume_condition.CopyFrom(health.condition(self._node, volume.volume_id))
+            with contextlib.suppress(VolumeNotFound):  # it was deleted in this moment
+                condition = health.condition(self._node, volume.volume_id)
+                response.entries.add(volume=self._message(volume)).status.volume_condition.CopyFrom(condition)
         return response
 
     def _page(self, max_entries: int, starting_token: str) -> tuple[list[Volume], str]:
@@ -215,10 +218,12 @@ class Controller(SnapshotCalls):
         self, request: csi_pb2.ControllerListVolumeHealthRequest, _deadline: Deadline
     ) -> csi_pb2.ControllerListVolumeHealthResponse:
         page, token = self._page(request.max_entries, request.starting_token)
-        states = (health.health(self._node, volume.volume_id) for volume in page)
-        return csi_pb2.ControllerListVolumeHealthResponse(
-            entries=[state for state in states if state.health_statuses], next_token=token
-        )
+        response = csi_pb2.ControllerListVolumeHealthResponse(next_token=token)
+        for volume in page:
+            with contextlib.suppress(VolumeNotFound):
+                state = health.health(self._node, volume.volume_id)
+                response.entries.extend([state] if state.health_statuses else [])
+        return response
 
     def _message(self, volume: Volume) -> csi_pb2.Volume:
         one_node = not self._node.catalog.of(volume.volume_id).multi_node

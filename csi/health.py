@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from guestmount import Node
+from guestmount import GuestmountError, Node
 from guestmount.usage import Problem, problems
 from runvol_proto import csi_pb2
+from volumes import VolumeNotFound
+from volumes.troubles import EXPECTED
+
+
+def _problems(node: Node, volume_id: str) -> list[Problem]:
+    """What cannot be looked at is a problem of this volume, and stops no list of others. VolumeNotFound."""
+    try:
+        return problems(node, volume_id)
+    except VolumeNotFound:
+        raise
+    except (*EXPECTED, GuestmountError) as error:
+        return [Problem(reason="NotLookedAt", message=f"it cannot be looked at: {error}", unreachable=True)]
 
 
 def health(node: Node, volume_id: str) -> csi_pb2.VolumeHealth:
     """VolumeNotFound for an unknown volume."""
     answer = csi_pb2.VolumeHealth(volume_id=volume_id)
-    for problem in problems(node, volume_id):
+    for problem in _problems(node, volume_id):
         answer.health_statuses.add(status=_status(problem), reason=problem.reason, message=problem.message)
     return answer
 
@@ -23,7 +35,7 @@ def _status(problem: Problem) -> csi_pb2.VolumeHealthErrorType:
 
 def condition(node: Node, volume_id: str) -> csi_pb2.VolumeCondition:
     """For callers that speak a CSI older than 1.13."""
-    found = problems(node, volume_id)
+    found = _problems(node, volume_id)
     return csi_pb2.VolumeCondition(
         abnormal=bool(found), message="; ".join(problem.message for problem in found) or "the volume is well"
     )

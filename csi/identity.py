@@ -41,7 +41,7 @@ class Identity:
 
     def Probe(self, _request: csi_pb2.ProbeRequest, _deadline: Deadline) -> csi_pb2.ProbeResponse:
         try:
-            self._catalog.list(limit=1)
+            self._catalog.check_stores()
         except VolumeError as error:
             raise CallError(grpc.StatusCode.FAILED_PRECONDITION, str(error)) from error
         return csi_pb2.ProbeResponse(ready=BoolValue(value=True))

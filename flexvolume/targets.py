@@ -26,10 +26,7 @@ class Targets:
         """Written before anything is mounted; whole or not at all."""
         os.makedirs(self._directory, mode=0o700, exist_ok=True)
         path = self._path(target)
-        # Of this call alone: the node plugin does several at once.
-        new = f"{path}.{os.urandom(4).hex()}.new"
-        durable.write(new, json.dumps({"target": target, "volume": volume}).encode())
-        os.rename(new, path)
+        durable.replace(path, json.dumps({"target": target, "volume": volume}).encode())
 
     def volume_at(self, target: str) -> str:
         """The volume's id; empty if nothing is known of the target."""

@@ -131,20 +131,19 @@ class Cell:
     """One volume's record while its lock is held."""
 
     def __init__(self, path: str, temporary: str) -> None:
+        """`temporary`: what the names begin with under which it is written."""
         self._path, self._temporary = path, temporary
         self.claim = _read(path)
 
     def write(self, claim: Claim) -> Claim:
         """Replace the record, whole or not at all."""
-        durable.write(self._temporary, msgspec.json.encode(claim))
-        os.rename(self._temporary, self._path)
+        durable.replace(self._path, msgspec.json.encode(claim), beside=self._temporary)
         self.claim = claim
         return claim
 
     def remove(self) -> None:
-        for path in (self._temporary, self._path):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path)
         self.claim = None
 
 
@@ -182,7 +181,9 @@ class Claims:
         The lock is a flock, so that a process that is killed lets go. The lock's file goes with the record.
         """
         with self._held(self._locks, volume_id, deadline) as path:
-            cell = Cell(os.path.join(self._directory, f"{volume_id}.json"), os.path.join(self._temporary, volume_id))
+            cell = Cell(
+                os.path.join(self._directory, f"{volume_id}.json"), os.path.join(self._temporary, f"{volume_id}.")
+            )
             try:
                 yield cell
             finally:

@@ -12,7 +12,7 @@ import logging
 import os
 import stat
 
-from blockdev import Deadline, walks
+from blockdev import Deadline, trees
 from blockdev.errors import FilesystemDamaged
 
 log = logging.getLogger("runvol.groups")
@@ -54,11 +54,11 @@ def apply(root: int, group: int, deadline: Deadline) -> bool:
 def _give_all(root: int, group: int, deadline: Deadline) -> int:
     """How many entries keep their group."""
     kept = 0
-    for directory in walks.directories(root):
-        with os.scandir(directory) as entries:
-            for entry in entries:
-                deadline.check(f"giving the volume's files to group {group}")
-                kept += not _give(directory, entry.name, group)
+    what = f"giving the volume's files to group {group}"
+    for directory, directories, others in trees.walk(root, what, deadline):
+        for name in (*directories, *others):
+            deadline.check(what)
+            kept += not _give(directory, name, group)
     return kept
 
 
@@ -79,7 +79,7 @@ def _give(directory: int, name: str, group: int) -> bool:
     try:
         fd = os.open(name, _LOOK, dir_fd=directory)
     except OSError as error:
-        if error.errno in walks.CHANGED:
+        if error.errno in trees.NOT_THERE:
             return True
         raise
     try:

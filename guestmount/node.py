@@ -69,12 +69,15 @@ class Node:
                 claim = cell.write(claim.but(staging_path=staging, use=use))
             if claim is not None and claim.staging_path != staging and not claim.targets:
                 claim = self._restage(cell, staging, use, deadline)
-            if claim is not None:
+            if claim is not None and _other_export(claim, attached):
+                claim = self._of_this_export(cell, request, attached, deadline)
+            if claim is None:
+                parameters.check_delivered(request.context)
+                check_options(use.mount_flags)
+            else:
                 _check_same_stage(claim, staging, use)
                 if claim.owner is not None:
                     return  # kubelet has restarted; nothing is opened for writing
-            else:
-                check_options(use.mount_flags)
             new = _new_claim(request, attached, use, backend.kind)
             if isinstance(backend, BlockBackend) and not request.capability.raw:
                 ownership.acquire(claim or new, deadline)
@@ -84,6 +87,27 @@ class Node:
                     set_mode(attached, int(request.context["mode"], 8), deadline,
                              recursive=request.context.get("modeType") == "recursive")  # fmt: skip
                 cell.write(new)
+
+    def _of_this_export(
+        self, cell: Cell, request: StageRequest, attached: Source, deadline: Deadline
+    ) -> Claim | None:  # fmt: skip
+        """The claim, if its pods may go on with the export that they have; None once it is gone, as nobody has it."""
+        ownership.forget_vanished(cell, self._alive)
+        claim = _present(cell)
+        if claim.targets:
+            _check_same_export(claim, attached, self._as_before(request, attached))
+            return claim
+        self._let_go(cell, deadline)
+        cell.remove()
+        return None
+
+    def _as_before(self, request: StageRequest | PublishRequest, attached: Source) -> Source | None:
+        """What a release that passed over `subDir` has delivered for this context; it stays delivered."""
+        if not isinstance(attached, NfsSource) or "subDir" not in request.context:
+            return None
+        context = {key: value for key, value in request.context.items() if key != "subDir"}
+        found = self.catalog.of(request.volume_id, context).attach(request.volume_id, context)
+        return dataclasses.replace(found, version=attached.version) if isinstance(found, NfsSource) else None
 
     def _fstype(self, request: StageRequest, source: str, deadline: Deadline) -> str:
         if request.capability.raw:
@@ -160,7 +184,7 @@ class Node:
         check_capability(request.capability, backend)
         if isinstance(backend, BlockBackend) and self.catalog.get(request.volume_id).formatting:
             raise Refused(f"volume {request.volume_id} was being formatted when the driver ended; stage it again")
-        backend.attach(request.volume_id, request.context)  # its bytes are still there
+        attached = backend.attach(request.volume_id, request.context)  # its bytes are still there
         with self.claims.locked(request.volume_id, deadline) as cell:
             claim = cell.claim
             if claim is None or claim.staging_path != request.staging_path:
@@ -174,6 +198,11 @@ class Node:
                 known = msgspec.structs.replace(target, read_only=claim.targets[path].read_only)
                 claim = cell.write(claim.but(targets={**claim.targets, path: known}, made_again=False))
             old = claim.targets.get(path)
+            if isinstance(attached, NfsSource):
+                # Without a version in the context, that of the mount options counts, which staging has seen.
+                asked = attached if request.context.get("vers") else _in_version_of(claim, attached)
+                before = self._as_before(request, asked) if old is not None else None
+                _check_same_export(claim, asked, before)
             _check_same_publish(claim, request, old, target)
             if claim.kind is VolumeKind.FILES:
                 self._publish_files(cell, request, path, old or target, deadline)
@@ -475,6 +504,38 @@ def _with_version(source: NfsSource, use: Use, named: str) -> tuple[NfsSource, U
     if named and named != asked:
         raise BadRequest("mount_flags", f"vers={asked}", f"contradicts the volume's parameter vers = {named}")
     return dataclasses.replace(source, version=asked), msgspec.structs.replace(use, mount_flags=flags)
+
+
+def _other_export(claim: Claim, source: Source) -> bool:
+    """Whether the claim is of another export than `source`, or of the same in another version or with other options."""
+    if claim.nfs is None or not isinstance(source, NfsSource):
+        return False
+    old = claim.nfs
+    return (old.server, old.path, old.version, old.options) != (
+        source.server, source.path, source.version, source.options,
+    )  # fmt: skip
+
+
+def _in_version_of(claim: Claim, source: NfsSource) -> NfsSource:
+    return source if claim.nfs is None else dataclasses.replace(source, version=claim.nfs.version)
+
+
+def _check_same_export(claim: Claim, source: Source, before: Source | None) -> None:
+    """Conflict where the volume's context speaks of another export than the one that its pods have."""
+    if claim.nfs is None or not isinstance(source, NfsSource) or not _other_export(claim, source):
+        return
+    if before is not None and not _other_export(claim, before):
+        return
+    asked = NfsMount(server=source.server, path=source.path, version=source.version, options=source.options)
+    raise Conflict(
+        f"volume {claim.volume} is {_export_words(claim.nfs)} on this node, asked for is {_export_words(asked)}; "
+        "unpublish its pods and stage it again, or give the other export a volumeHandle of its own"
+    )
+
+
+def _export_words(mount: NfsMount) -> str:
+    options = f", options {','.join(mount.options)}" if mount.options else ""
+    return f"{mount.export.source} (NFS {mount.version}{options})"
 
 
 def _check_same_stage(claim: Claim, staging: str, use: Use) -> None:

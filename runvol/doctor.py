@@ -8,12 +8,14 @@ from collections.abc import Iterator
 
 from blockdev import Deadline, nfs, quotas
 from blockdev.quotas import QuotaUnavailable
-from guestmount import Node, guest_kernel, kata_config, preflight, repair, runtimes
+from guestmount import GuestmountError, Node, guest_kernel, kata_config, preflight, repair, runtimes
 from guestmount.usage import problems
 from runvol import doctor_snapshots
 from runvol.config import Config
 from runvol.diagnosis import BROKEN, OK, WARNING, Diagnosis
+from volumes import VolumeError
 from volumes.directory import FIRST_PROJECT
+from volumes.troubles import EXPECTED
 
 _CAP_SYS_ADMIN, _CAP_SYS_RESOURCE = 21, 24
 
@@ -180,13 +182,35 @@ def _backends(node: Node) -> Iterator[Diagnosis]:
 
 
 def _volumes(node: Node) -> Iterator[Diagnosis]:
-    listed = node.catalog.list()
-    yield Diagnosis(state=OK, subject="volumes", finding=f"{len(listed)} on this node")
+    left_out: list[str] = []
+    try:
+        listed = node.catalog.list(trouble=left_out.append)
+        yield Diagnosis(state=OK, subject="volumes", finding=f"{len(listed)} on this node")
+    except VolumeError as error:
+        yield Diagnosis(state=BROKEN, subject="volumes", finding=str(error))
+        listed = []
+    for sentence in left_out:
+        yield Diagnosis(state=WARNING, subject="volumes", finding=f"not listed: {sentence}")
     for _seq, volume in listed:
-        for problem in problems(node, volume.volume_id):
+        yield from _problems(node, volume.volume_id)
+    for one in node.catalog.unfinished():
+        yield Diagnosis(state=WARNING, subject="left over: volume", finding=f"{one.name}: {one.why}; `runvol gc`")
+    yield from _left_over(node)
+
+
+def _problems(node: Node, volume_id: str) -> Iterator[Diagnosis]:
+    try:
+        for problem in problems(node, volume_id):
             state = BROKEN if problem.lost else WARNING
-            yield Diagnosis(state=state, subject=volume.volume_id, finding=problem.message)
-    for finding in repair.collect(node, Deadline.after(20), dry_run=True):
-        yield Diagnosis(
-            state=WARNING, subject=f"left over: {finding.kind}", finding=f"{finding.place}: {finding.why}; `runvol gc`"
-        )
+            yield Diagnosis(state=state, subject=volume_id, finding=problem.message)
+    except (*EXPECTED, GuestmountError) as error:
+        yield Diagnosis(state=WARNING, subject=volume_id, finding=f"cannot be looked at: {error}")
+
+
+def _left_over(node: Node) -> Iterator[Diagnosis]:
+    try:
+        for finding in repair.collect(node, Deadline.after(20), dry_run=True):
+            yield Diagnosis(state=WARNING, subject=f"left over: {finding.kind}",
+                            finding=f"{finding.place}: {finding.why}; `runvol gc`")  # fmt: skip
+    except (*EXPECTED, GuestmountError) as error:
+        yield Diagnosis(state=BROKEN, subject="left over", finding=f"cannot be looked for: {error}")

@@ -9,6 +9,7 @@ import sys
 
 import click
 
+from blockdev import durable
 from runvol.config import ConfigError
 
 PLUGINS = "/usr/libexec/kubernetes/kubelet-plugins/volume/exec"
@@ -51,16 +52,9 @@ def install(context: click.Context, plugin_dir: str, name: str, log: str, call_s
         config=f"os.environ.setdefault('RUNVOL_CONFIG', {os.path.abspath(file)!r})" if file else "",
     )  # fmt: skip
     # kubelet passes over names that begin with a dot.
-    new = os.path.join(place, f".{driver}.{os.getpid()}")
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(new)
-    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o755)
-    try:
-        os.write(fd, text.encode())
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    os.rename(new, os.path.join(place, driver))
+    beside = os.path.join(place, f".{driver}.")
+    durable.sweep(beside)
+    durable.replace(os.path.join(place, driver), text.encode(), beside=beside, mode=0o755)
     click.echo(f"installed {name} in {place}")
 
 
@@ -72,6 +66,7 @@ def uninstall(plugin_dir: str, name: str) -> None:
     place, driver = _place(plugin_dir, name)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(os.path.join(place, driver))
+        durable.sweep(os.path.join(place, f".{driver}."))
     try:
         os.rmdir(place)
     except FileNotFoundError:

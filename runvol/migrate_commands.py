@@ -8,6 +8,7 @@ from typing import Any
 import click
 import yaml
 
+from blockdev import durable
 from flexvolume.migrate import Outcome
 from flexvolume.migrate import migrate as mapped
 from runvol import assembly, tables
@@ -49,7 +50,8 @@ def from_flexvolume(
         for one in found:
             if one.manifests:
                 path = Path(directory) / f"{one.name}.yaml"
-                path.write_text(yaml.safe_dump_all(one.manifests, sort_keys=False))
+                text = yaml.safe_dump_all(one.manifests, sort_keys=False)
+                durable.replace(str(path), text.encode(), mode=0o644)
                 click.echo(f"wrote {path}")
     if any(one.refused for one in found):
         raise SystemExit(1)

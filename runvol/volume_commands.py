@@ -53,8 +53,12 @@ def volumes(context: click.Context, as_json: bool) -> None:
         return
     node = _node(context.obj)
     claims = {claim.volume: claim for claim in _claims(node)}
-    rows = [_volume_row(volume, claims.get(volume.volume_id)) for _seq, volume in node.catalog.list()]
+    rows = [_volume_row(volume, claims.get(volume.volume_id)) for _seq, volume in node.catalog.list(trouble=_warn)]
     tables.show(rows, ("volume", "name", "size", "used", "owner", "targets"), as_json=as_json, empty="no volumes")
+
+
+def _warn(sentence: str) -> None:
+    click.echo(f"warning: {sentence}", err=True)
 
 
 def _volume_row(volume: Volume, claim: Claim | None) -> dict[str, object]:
@@ -122,7 +126,7 @@ def _claims(node: Node) -> list[Claim]:
     """Those that can be read; what is wrong with the others is said."""
     found, damaged = node.claims.readable()
     for error in damaged:
-        click.echo(f"warning: {error}", err=True)
+        _warn(str(error))
     return found
 
 
@@ -216,6 +220,7 @@ def gc(load: Loader, dry_run: bool, as_json: bool) -> None:
         if dry_run
         else [repair.Finding(kind="volume", place="store", why=said, done=True) for said in repair.at_start(node)]
     )
+    done += [repair.Finding(kind="volume", place=one.name, why=one.why) for one in node.catalog.unfinished()]
     found = done + repair.collect(node, Deadline.after(_CALL), dry_run=dry_run)
     rows = [{"kind": one.kind, "place": one.place, "why": one.why, "done": one.done} for one in found]
     tables.show(rows, ("kind", "place", "why", "done"), as_json=as_json, empty="nothing is left over")

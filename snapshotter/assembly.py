@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from blockdev import Deadline, blankness, ioctls, loops
+from blockdev import Deadline, blankness, durable, ioctls, loops
 from blockdev.commands import run
 from blockdev.devicemapper import Device, Mapper, MapperError, node
 from blockdev.dm_targets import SECTOR, PoolStatus
@@ -68,9 +68,7 @@ def init(mapper: Mapper, state_dir: str, wish: Wish, deadline: Deadline) -> Pool
     if pool.status().transaction == 0:
         # The identity of the pool itself: a number that no other pool has.
         pool.set_transaction(0, int.from_bytes(os.urandom(5), "big") << 16 | 1)
-    with open(_made(state_dir), "w") as mark:
-        mark.write(f"{description.identity}\n")
-        os.fsync(mark.fileno())
+    durable.replace(_made(state_dir), f"{description.identity}\n".encode())
     return pool
 
 

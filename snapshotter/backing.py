@@ -82,9 +82,8 @@ def load(state_dir: str) -> Description | None:
 def save(state_dir: str, description: Description) -> None:
     os.makedirs(state_dir, mode=0o700, exist_ok=True)
     path = os.path.join(state_dir, FILE)
-    durable.write(f"{path}.new", msgspec.json.format(msgspec.json.encode(description), indent=2) + b"\n")
-    os.rename(f"{path}.new", path)
-    durable.sync_directory(state_dir)
+    durable.replace(path, msgspec.json.format(msgspec.json.encode(description), indent=2) + b"\n")
+    durable.sweep(f"{path}.")
 
 
 def new_identity() -> str:

@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 
 from blockdev import Deadline
 from volumes.model import Capability, ContentSource, SizeRange, Snapshot, Source, Volume, VolumeKind
+from volumes.troubles import Trouble, logged
 
 
 class Backend(Protocol):
@@ -42,8 +43,13 @@ class Backend(Protocol):
     def get(self, volume_id: str) -> Volume | None:
         """None for a volume that is not there, or not whole yet."""
 
-    def list(self, *, after: int = 0, limit: int = -1) -> Sequence[tuple[int, Volume]]:
-        """Volumes with their place in a stable order, those after the place `after`."""
+    def list(
+        self, *, after: int = 0, limit: int = -1, trouble: Trouble = logged
+    ) -> Sequence[tuple[int, Volume]]:  # fmt: skip
+        """Volumes with their place in a stable order, those after the place `after`.
+
+        `trouble` is told what is left out since its server, share or record cannot be read; it stops nothing else.
+        """
 
     def available_bytes(self) -> int:
         """What can still be promised."""
@@ -64,7 +70,7 @@ class Backend(Protocol):
         """Let go of the store."""
 
     def recover(self) -> Sequence[str]:
-        """Finish or undo what a killed process left; what was done, in words."""
+        """Finish or undo what a killed process left; what was done, in words. What cannot be done stops nothing."""
 
     def unknown_files(self) -> Sequence[str]:
         """What lies among the volumes although no row speaks of it; never removed by runvol."""
@@ -97,5 +103,7 @@ class SnapshotBackend(Backend, Protocol):
     def delete_snapshot(self, snapshot_id: str) -> None:
         """No such snapshot afterwards, whether there was one or not."""
 
-    def snapshots(self, *, after: int = 0, limit: int = -1, source: str = "") -> Sequence[tuple[int, Snapshot]]:
+    def snapshots(
+        self, *, after: int = 0, limit: int = -1, source: str = "", trouble: Trouble = logged
+    ) -> Sequence[tuple[int, Snapshot]]:  # fmt: skip
         """Snapshots with their places, as `list` has volumes; of one volume only, if `source` names it."""

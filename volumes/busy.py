@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 
 from blockdev import flocks
+from volumes.errors import StoreFailed
 
 
 class Busy:
@@ -18,8 +19,11 @@ class Busy:
 
     @contextlib.contextmanager
     def __call__(self, *, exclusive: bool = False) -> Iterator[None]:
-        """BlockingIOError for an exclusive one while somebody is at work."""
-        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        """BlockingIOError for an exclusive one while somebody is at work; StoreFailed where nothing can be written."""
+        try:
+            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise StoreFailed(f"{self._path} cannot be locked: {error.strerror}") from error
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB if exclusive else fcntl.LOCK_SH)
             yield

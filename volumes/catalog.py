@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -14,6 +15,7 @@ from volumes.given import GivenDevice, GivenDirectory
 from volumes.loop import LoopBackend
 from volumes.model import VOLUME_ID, Snapshot, Volume
 from volumes.nfs import NfsBackend
+from volumes.troubles import EXPECTED, Trouble, Unfinished, log, logged
 
 ALL = (LoopBackend.name, DirectoryBackend.name, NfsBackend.name)
 # Those whose volumes may be described by their context alone.
@@ -90,13 +92,16 @@ class Catalog:
                     return backend
         raise VolumeNotFound(snapshot_id)
 
-    def snapshots(self, *, after: int = 0, limit: int = -1, source: str = "") -> Sequence[tuple[int, Snapshot]]:
-        """All snapshots with their places, those after the place `after`; of one volume, if `source` names it."""
+    def snapshots(
+        self, *, after: int = 0, limit: int = -1, source: str = "", trouble: Trouble = logged
+    ) -> Sequence[tuple[int, Snapshot]]:  # fmt: skip
+        """All snapshots with their places, those after the place `after`; of one volume, if `source` names it.
+        `trouble` is told what is left out."""
         listers = [
             partial(backend.snapshots, source=source) if isinstance(backend, SnapshotBackend) else None
             for backend in self._backends
         ]
-        return _joined(listers, after, limit)
+        return _joined(listers, after, limit, trouble)
 
     def for_parameters(self, parameters: Mapping[str, str]) -> Backend:
         """The backend that a StorageClass names; its parameters are checked already."""
@@ -127,24 +132,46 @@ class Catalog:
             raise VolumeNotFound(volume_id)
         return volume
 
-    def list(self, *, after: int = 0, limit: int = -1) -> Sequence[tuple[int, Volume]]:
-        """All volumes with their places, those after the place `after`."""
-        return _joined([backend.list for backend in self._backends], after, limit)
+    def list(
+        self, *, after: int = 0, limit: int = -1, trouble: Trouble = logged
+    ) -> Sequence[tuple[int, Volume]]:  # fmt: skip
+        """All volumes with their places, those after the place `after`. `trouble` is told what is left out.
+
+        Raises StoreFailed where a whole store cannot be read: a list without it would be taken for the truth.
+        """
+        return _joined([backend.list for backend in self._backends], after, limit, trouble)
+
+    def check_stores(self) -> None:
+        """StoreFailed if one cannot be read; asks no server."""
+        for backend in (self.loop, self.directory):
+            backend.list(limit=1)
 
     def recover(self) -> Sequence[str]:
-        """What was finished or undone after a crash, in words."""
+        """What was finished or undone after a crash, in words. What cannot be is logged and stays `unfinished`."""
         return [said for backend in self._backends for said in backend.recover()]
+
+    def unfinished(self) -> Sequence[Unfinished]:
+        """What `recover` would do now, and what it could not do."""
+        return [*self.loop.unfinished(), *self.directory.unfinished()]
 
     def unknown_files(self) -> Sequence[str]:
         """What lies among the volumes although no store knows it."""
-        return [path for backend in self._backends for path in backend.unknown_files()]
+        found: builtins.list[str] = []
+        for backend in self._backends:
+            try:
+                found += backend.unknown_files()
+            except EXPECTED as error:
+                log.warning("not looked through for unknown files", extra={"what": backend.name, "why": str(error)})
+        return found
 
 
 class _Lister(Protocol[E_co]):
-    def __call__(self, *, after: int, limit: int) -> Sequence[tuple[int, E_co]]: ...
+    def __call__(self, *, after: int, limit: int, trouble: Trouble) -> Sequence[tuple[int, E_co]]: ...
 
 
-def _joined(listers: Sequence[_Lister[E_co] | None], after: int, limit: int) -> Sequence[tuple[int, E_co]]:
+def _joined(
+    listers: Sequence[_Lister[E_co] | None], after: int, limit: int, trouble: Trouble
+) -> Sequence[tuple[int, E_co]]:  # fmt: skip
     """One list of several, in which every entry keeps its place whatever comes and goes in the others."""
     found: list[tuple[int, E_co]] = []
     for number, lister in enumerate(listers):
@@ -152,5 +179,7 @@ def _joined(listers: Sequence[_Lister[E_co] | None], after: int, limit: int) -> 
         if lister is None or after >= first + (1 << _SHIFT) or 0 <= limit <= len(found):
             continue
         rest = limit - len(found) if limit >= 0 else -1
-        found += [(first + place, one) for place, one in lister(after=max(0, after - first), limit=rest)]
+        found += [
+            (first + place, one) for place, one in lister(after=max(0, after - first), limit=rest, trouble=trouble)
+        ]
     return found

@@ -9,13 +9,20 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
-from blockdev import durable, quotas
+from blockdev import Deadline, durable, quotas, trees
 from blockdev.quotas import QuotaUnavailable
 from volumes import sizes
 from volumes.busy import Busy
-from volumes.errors import NoSpace, SizeNotAllowed, VolumeConflict, VolumeNotFound, VolumeUnfinished
+from volumes.errors import (
+    NoSpace,
+    SizeNotAllowed,
+    VolumeConflict,
+    VolumeNotFound,
+    VolumeUnfinished,
+)
 from volumes.model import (
     VOLUME_ID,
     Capability,
@@ -27,11 +34,14 @@ from volumes.model import (
     VolumeKind,
 )
 from volumes.store import Row, State, Store
+from volumes.troubles import Recovery, Step, Trouble, Unfinished, logged
 
 PREFIX = "dir-"
 QUOTA = "quota"
 _NEW, _OLD = ".new-", ".old-"
 _SMALLEST = 4096
+# Seconds that one call removes what a pod has left, and that a start does for one volume; the next goes on.
+_REMOVAL, _REMOVAL_AT_START = 100.0, 10.0
 _BIND = frozenset({"ro", "rw", "defaults"})
 # Projects are numbers that a whole filesystem shares; others count from 1 (projid files, container runtimes).
 FIRST_PROJECT = 1 << 30
@@ -52,6 +62,7 @@ class DirectoryBackend:
         self._limit = capacity_limit
         self._store = Store(os.path.join(state_dir, "directories.db"))
         self._busy = Busy(os.path.join(state_dir, "directories.lock"))
+        self._recovery = Recovery(self._store.path, self._busy, self._steps)
 
     def close(self) -> None:
         self._store.close()
@@ -123,10 +134,14 @@ class DirectoryBackend:
             self._store.set_state(volume_id, State.DELETING)
             self._drop(row)
 
-    def _drop(self, row: Row) -> None:
-        """Nothing of the volume is left, however far it had come. Links in it are removed, not followed."""
-        old = os.path.join(self._directory, _OLD + row.volume_id)
-        for path in (os.path.join(self._directory, _NEW + row.volume_id), self._path(row.volume_id)):
+    def _drop(self, row: Row, seconds: float = _REMOVAL) -> None:
+        """Nothing of the volume is left, however far it had come. Links in it are removed, not followed.
+
+        NotRemoved; WaitExpired after so many seconds, and the next call goes on.
+        """
+        deadline, gone = Deadline.after(seconds), _OLD + row.volume_id
+        for name in (_NEW + row.volume_id, row.volume_id):
+            path, old = os.path.join(self._directory, name), os.path.join(self._directory, gone)
             try:
                 os.rename(path, old)
             except FileNotFoundError:
@@ -134,10 +149,9 @@ class DirectoryBackend:
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
-                _remove_tree(old)
+                trees.remove(self._directory, gone, deadline)
                 os.rename(path, old)
-        if os.path.lexists(old):
-            _remove_tree(old)
+        trees.remove(self._directory, gone, deadline)
         if _limited(row):
             # Where there are no quotas there was never a limit.
             with contextlib.suppress(QuotaUnavailable):
@@ -149,7 +163,10 @@ class DirectoryBackend:
         row = self._store.get(volume_id) if VOLUME_ID.match(volume_id) else None
         return self._volume(row) if row is not None and row.state is State.READY else None
 
-    def list(self, *, after: int = 0, limit: int = -1) -> Sequence[tuple[int, Volume]]:
+    def list(
+        self, *, after: int = 0, limit: int = -1, trouble: Trouble = logged
+    ) -> Sequence[tuple[int, Volume]]:  # fmt: skip
+        del trouble  # a row is all that a list needs
         rows = self._store.rows(after=after, limit=limit, state=State.READY)
         return [(row.seq, self._volume(row)) for row in rows]
 
@@ -194,22 +211,23 @@ class DirectoryBackend:
         return DirectorySource(path=path)
 
     def recover(self) -> Sequence[str]:
-        done = []
-        try:
-            with self._busy(exclusive=True):
-                for row in self._store.rows():
-                    if row.state is not State.READY:
-                        self._drop(row)
-                        done.append(
-                            f"removed volume {row.volume_id}, which was {row.state.value} when the process ended"
-                        )
-                    elif _limited(row) and os.path.isdir(self._path(row.volume_id)):
-                        quotas.limit(self._path(row.volume_id), _project(row), row.capacity)
-        except BlockingIOError:
-            return []  # another process is at work and repairs what it leaves itself
-        except QuotaUnavailable as error:
-            done.append(f"quotas are not enforced any more: {error}")
-        return done
+        return self._recovery.run()
+
+    def unfinished(self) -> Sequence[Unfinished]:
+        return self._recovery.unfinished()
+
+    def _steps(self) -> Iterator[Step]:
+        for row in self._store.rows():
+            left = "" if row.state is State.READY else f"it was {row.state.value} when the process ended"
+            yield row.volume_id, left, partial(self._settle, row)
+
+    def _settle(self, row: Row) -> str | None:
+        if row.state is not State.READY:
+            self._drop(row, _REMOVAL_AT_START)
+            return f"removed volume {row.volume_id}, which was {row.state.value} when the process ended"
+        if _limited(row) and os.path.isdir(self._path(row.volume_id)):
+            quotas.limit(self._path(row.volume_id), _project(row), row.capacity)
+        return None
 
     def unknown_files(self) -> Sequence[str]:
         """Entries of the directory that no row speaks of; never removed by runvol."""
@@ -258,12 +276,6 @@ class DirectoryBackend:
                 f"{more} bytes are asked for and {available} can still be promised in {self._directory}; "
                 "delete volumes, or give the directory a larger disk"
             )
-
-
-def _remove_tree(path: str) -> None:
-    import shutil
-
-    shutil.rmtree(path)
 
 
 def _limited(row: Row) -> bool:

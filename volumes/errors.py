@@ -41,3 +41,13 @@ class VolumeUnfinished(VolumeError):
 
 class StoreFailed(VolumeError):
     """The store of volumes cannot be read or written."""
+
+
+class ExportUnknown(StoreFailed):
+    """An id that names an export which this controller has never worked on: what lies there cannot be looked at."""
+
+    def __init__(self, one_id: str, place: str) -> None:
+        super().__init__(
+            f"no export known for this id ({one_id!r}): this controller cannot look for it, and deletes nothing. Bring "
+            f"{place} here from the controller that made it, or have this one make a volume of the same StorageClass"
+        )

@@ -7,43 +7,114 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import msgspec
 
-from blockdev import Deadline, durable, nfs
-from volumes.errors import InvalidParameter
+from blockdev import BlockdevError, Deadline, durable, flocks, nfs
+from volumes.errors import ExportUnknown, InvalidParameter, StoreFailed, VolumeNotFound
 from volumes.model import Snapshot, Volume
+from volumes.troubles import EXPECTED, Trouble
 
 _CALL = 60.0
+# Seconds to wait for whoever writes the file, which takes milliseconds.
+_PATIENCE = 10.0
 T = TypeVar("T", Volume, Snapshot)
 
 
 class Exports:
-    """`<state_dir>/exports.json`: every export that a class has ever named here."""
+    """`<state_dir>/exports.json`: every export on which a volume was made here. Changed under a lock that holds between
+    processes; one that was remembered later comes later."""
 
     def __init__(self, state_dir: str) -> None:
-        self._path = os.path.join(state_dir, "exports.json")
+        self._path, self._lock = os.path.join(state_dir, "exports.json"), os.path.join(state_dir, "exports.lock")
 
     def known(self) -> list[nfs.Export]:
+        """Raises StoreFailed."""
         try:
             with open(self._path, "rb") as file:
                 return msgspec.json.decode(file.read(), type=list[nfs.Export])
         except FileNotFoundError:
             return []
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise StoreFailed(
+                f"{self._path} cannot be read ({error}), so no volume on NFS is found, made or deleted here; bring it "
+                "back from a backup, or remove it: an export is known again once a volume of its class was made"
+            ) from error
 
     def remember(self, export: nfs.Export) -> None:
-        known = self.known()
-        if export in known:
+        """To be called once something has worked on it: what never did would be asked for ever. Raises StoreFailed."""
+        if export in self.known():
             return
-        new = f"{self._path}.{os.getpid()}.new"
-        durable.write(new, msgspec.json.encode([*known, export]))
-        os.rename(new, self._path)
+        try:
+            with self._locked():
+                known = self.known()
+                if export not in known:
+                    durable.replace(self._path, msgspec.json.encode([*known, export]))
+                    durable.sweep(f"{self._path}.")
+        except OSError as error:
+            raise StoreFailed(f"{self._path} cannot be written: {error.strerror}") from error
 
-    def of(self, one_id: str, prefix: str) -> nfs.Export | None:
-        """The export on which the volume or snapshot of this id lies, if it is a known one."""
-        return next((export for export in self.known() if one_id.startswith(prefix + key(export))), None)
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        fd = flocks.take(self._lock, _PATIENCE)
+        if fd is None:
+            raise StoreFailed(f"another process keeps {self._lock} locked; end it if it hangs")
+        try:
+            yield
+        finally:
+            flocks.release(fd)
+
+    def shares(self) -> list[list[nfs.Export]]:
+        """Each share with all that is known of how to mount it, the latest first: the latest has worked last."""
+        found: dict[str, list[nfs.Export]] = {}
+        for export in self.known():
+            found.setdefault(key(export), []).insert(0, export)
+        return list(found.values())
+
+    def on_each(self, look: Callable[[int, nfs.Export], list[T]], trouble: Trouble) -> list[T]:
+        """What `look` finds on every share; `trouble` is told of one that cannot be looked at."""
+        found: list[T] = []
+        try:
+            shares = self.shares()
+        except StoreFailed as error:
+            trouble(str(error))
+            return found
+        for share in shares:
+            try:
+                with opened_any(share) as (root, export):
+                    found += look(root, export)
+            except EXPECTED as error:
+                trouble(f"what lies on the export {share[0].source}: {error}")
+        return found
+
+    def of(self, one_id: str, prefix: str) -> list[nfs.Export]:
+        """How the share is mounted on which the volume or snapshot of this id lies. ExportUnknown; VolumeNotFound for
+        an id that this backend never gives."""
+        if not re.fullmatch(rf"{re.escape(prefix)}[0-9a-f]{{12}}-[0-9a-f]{{20}}", one_id):
+            raise VolumeNotFound(one_id)
+        for share in self.shares():
+            if one_id.startswith(f"{prefix}{key(share[0])}-"):
+                return share
+        raise ExportUnknown(one_id, self._path)
+
+
+@contextlib.contextmanager
+def opened_any(share: Sequence[nfs.Export]) -> Iterator[tuple[int, nfs.Export]]:
+    """The root of a share, by the first of its exports that can be mounted; what `opened` raises, of the first."""
+    first: BlockdevError | None = None
+    for export in share:
+        with contextlib.ExitStack() as stack:
+            try:
+                root = stack.enter_context(opened(export))
+            except BlockdevError as error:
+                first = first or error
+                continue
+            yield root, export
+            return
+    raise first or VolumeNotFound("no export")
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from blockdev import Deadline, beneath, filesystems, mounts
 from volumes.errors import InvalidParameter, SizeNotAllowed, VolumeNotFound
 from volumes.model import BlockSource, Capability, ContentSource, DirectorySource, SizeRange, Source, Volume, VolumeKind
+from volumes.troubles import Trouble, logged
 
 _NAMED = "is described by its path: it is not made, grown or deleted by runvol"
 
@@ -92,8 +93,10 @@ class _Given:
         """It is there as far as anybody can know without its path."""
         return Volume(volume_id=volume_id, name="", backend=self.name, capacity_bytes=0)
 
-    def list(self, *, after: int = 0, limit: int = -1) -> Sequence[tuple[int, Volume]]:
-        del after, limit
+    def list(
+        self, *, after: int = 0, limit: int = -1, trouble: Trouble = logged
+    ) -> Sequence[tuple[int, Volume]]:  # fmt: skip
+        del after, limit, trouble
         return []
 
     def available_bytes(self) -> int:

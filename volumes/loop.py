@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import NoReturn
 
 from blockdev import Deadline, blankness, durable, exclusivity, filesystems
@@ -29,7 +29,8 @@ from volumes.errors import (
 from volumes.model import VOLUME_ID, BlockSource, Capability, ContentSource, SizeRange, Snapshot, Volume, VolumeKind
 from volumes.snapshots import PREFIX as SNAPSHOT_PREFIX
 from volumes.snapshots import Snapshots
-from volumes.store import Row, State, Store
+from volumes.store import Row, SnapshotRow, State, Store
+from volumes.troubles import Recovery, Step, Trouble, Unfinished, logged
 
 PREFIX = "loop-"
 _SUFFIX, _NEW = ".img", ".new"
@@ -54,6 +55,7 @@ class LoopBackend:
         # Asked with a volume's id before its bytes are copied one after the other; who knows of owners sets it, and
         # raises if somebody may write in the middle.
         self.check_copy: Callable[[str], None] = lambda _volume_id: None
+        self._recovery = Recovery(self._store.path, self._busy, self._steps)
         self.image_snapshots = Snapshots(
             self._store, self._directory, busy=self._busy, room=self.available_bytes,
             check_copy=self._may_copy,
@@ -137,7 +139,10 @@ class LoopBackend:
         row = self._store.get(volume_id) if VOLUME_ID.match(volume_id) else None
         return self._volume(row) if row is not None and row.state is State.READY else None
 
-    def list(self, *, after: int = 0, limit: int = -1) -> Sequence[tuple[int, Volume]]:
+    def list(
+        self, *, after: int = 0, limit: int = -1, trouble: Trouble = logged
+    ) -> Sequence[tuple[int, Volume]]:  # fmt: skip
+        del trouble  # a row is all that a list needs
         rows = self._store.rows(after=after, limit=limit, state=State.READY)
         return [(row.seq, self._volume(row)) for row in rows]
 
@@ -216,7 +221,10 @@ class LoopBackend:
     def delete_snapshot(self, snapshot_id: str) -> None:
         self.image_snapshots.delete(snapshot_id)
 
-    def snapshots(self, *, after: int = 0, limit: int = -1, source: str = "") -> Sequence[tuple[int, Snapshot]]:
+    def snapshots(
+        self, *, after: int = 0, limit: int = -1, source: str = "", trouble: Trouble = logged
+    ) -> Sequence[tuple[int, Snapshot]]:  # fmt: skip
+        del trouble
         return self.image_snapshots.list(after=after, limit=limit, source=source)
 
     # -- static volumes and repair
@@ -246,24 +254,25 @@ class LoopBackend:
         return self._known(volume_id)
 
     def recover(self) -> Sequence[str]:
-        try:
-            with self._busy(exclusive=True):
-                done = [said for row in self._store.rows() if (said := self._settle(row))]
-                done += self.image_snapshots.recover()
-                rows = {row.volume_id for row in self._store.rows()}
-                for name in os.listdir(self._directory):
-                    if name.endswith(_NEW) and name.removesuffix(_NEW) not in rows:
-                        os.unlink(os.path.join(self._directory, name))
-                        done.append(f"removed {name}, which never became a volume")
-                return done
-        except BlockingIOError:
-            return []  # another process is at work and repairs what it leaves itself
+        return self._recovery.run()
+
+    def unfinished(self) -> Sequence[Unfinished]:
+        return self._recovery.unfinished()
+
+    def _steps(self) -> Iterator[Step]:
+        for row in self._store.rows():
+            yield row.volume_id, _left(row), partial(self._settle, row)
+        for snapshot in self._store.snapshots():
+            yield snapshot.snapshot_id, _left(snapshot), partial(self.image_snapshots.settle, snapshot)
 
     def unknown_files(self) -> Sequence[str]:
-        """Files in the directory that no row speaks of; never removed by runvol."""
-        rows = {row.volume_id + _SUFFIX for row in self._store.rows()} | self.image_snapshots.known_files()
-        names = sorted(set(os.listdir(self._directory)) - rows)
-        return [os.path.join(self._directory, name) for name in names if not name.endswith(_NEW)]
+        """Files in the directory that no row speaks of; never removed by runvol.
+
+        A row is written before its file and removed after it, so whatever has none is somebody else's.
+        """
+        rows = {row.volume_id + suffix for row in self._store.rows() for suffix in (_SUFFIX, _NEW)}
+        names = sorted(set(os.listdir(self._directory)) - rows - self.image_snapshots.known_files() - {"lost+found"})
+        return [os.path.join(self._directory, name) for name in names]
 
     # -- inside
 
@@ -309,8 +318,8 @@ class LoopBackend:
     def _allocated(self, volume_id: str) -> int:
         try:
             return os.stat(self._path(volume_id)).st_blocks * 512
-        except FileNotFoundError:
-            return 0
+        except OSError:
+            return 0  # its health says why
 
     def _reserve(self, more: int) -> None:
         available = self.available_bytes()
@@ -323,7 +332,7 @@ class LoopBackend:
     def _make_file(self, volume_id: str, capacity: int, source: ContentSource | None, *, preallocate: bool) -> None:
         new = os.path.join(self._directory, volume_id + _NEW)
         if source is not None:
-            check = functools.partial(self.check_copy, source.source_id) if source.kind == "volume" else _nothing
+            check = partial(self.check_copy, source.source_id) if source.kind == "volume" else _nothing
             copies.copy(self._content(source), new, Deadline.after(_COPY_LIMIT), check=check)
         fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -360,6 +369,10 @@ class LoopBackend:
 
 def _nothing() -> None:
     """A snapshot never changes."""
+
+
+def _left(row: Row | SnapshotRow) -> str:
+    return "" if row.state is State.READY else f"it was {row.state.value} when the process ended"
 
 
 def _smallest(use: Capability, parameters: Mapping[str, str]) -> int:

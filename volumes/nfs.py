@@ -9,12 +9,13 @@ from __future__ import annotations
 import builtins
 import contextlib
 import errno
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
-from blockdev import Deadline, nfs
+from blockdev import Deadline, nfs, trees
 from volumes import exports, share, sizes
 from volumes.errors import (
     InvalidParameter,
@@ -27,6 +28,7 @@ from volumes.jobs import PATIENCE, Jobs, Progress
 from volumes.model import Capability, ContentSource, NfsSource, SizeRange, Snapshot, Source, Volume, VolumeKind
 from volumes.nfs_snapshots import NfsSnapshots
 from volumes.share import NFS_SNAPSHOT, NFS_VOLUME, RECORDS, Record, SnapshotRecord
+from volumes.troubles import Trouble, logged
 
 ARCHIVE = "archived-"
 _SMALLEST = 4096
@@ -62,36 +64,46 @@ class NfsBackend:
         """VolumeUnfinished, with how far it is, while the content of `source` is still being copied."""
         export = exports.of_class(parameters, [flag for use in uses for flag in use.mount_flags])
         volume_id = exports.id_of(export, name, NFS_VOLUME)
-        self._exports.remember(export)
         with exports.opened(export) as root, share.enough_space(f"volume {name}"):
+            self._exports.remember(export)
             record = share.read(root, volume_id, Record)
             if record is None:
                 smallest = _SMALLEST if source is None else self._size_of(root, export, source, parameters)
+                place = _place_of(name, parameters)
                 record = Record(
                     volume_id=volume_id, name=name, capacity=sizes.choose(size, smallest=smallest),
-                    directory=_place_of(name, parameters),
-                    parameters=dict(parameters), ready=False, source=str(source or ""),
+                    directory=place, parameters=dict(parameters), ready=False, source=str(source or ""),
+                    made=_made_by_us(root, place),
                 )  # fmt: skip
                 if source is not None:
                     _check_free(root, record)
                 share.write(root, record)
             _check_same(record, name, size, parameters, source)
             if not record.ready:
-                self._make(root, export, record, source)
+                record = self._make(root, export, record, source)
             return _volume(record, export)
 
-    def _make(self, root: int, export: nfs.Export, record: Record, source: ContentSource | None) -> None:
+    def _make(self, root: int, export: nfs.Export, record: Record, source: ContentSource | None) -> Record:
+        """The record of the volume, which is there."""
+        ours = False
         if source is not None:
             work = self._filling(export, record, source)
             self._jobs.finished(record.volume_id, f"volume {record.name} from {source}", work, PATIENCE)
+            if not share.is_there(root, record.directory):
+                # That work had ended before somebody deleted the volume; the next call begins anew.
+                raise VolumeUnfinished(f"volume {record.name} from {source}: its content is gone; ask again")
             record = share.read(root, record.volume_id, Record) or record
+            ours = "mode" in record.parameters
         elif record.directory:
-            with share.parent(root, record.directory, made=True) as (fd, name), contextlib.suppress(FileExistsError):
-                os.mkdir(name, 0o777, dir_fd=fd)
-        if record.directory and (source is None or "mode" in record.parameters):
+            record, ours = _with_directory(root, record)
+        if record.ready:
+            return record
+        if record.directory and ours:
             with share.parent(root, record.directory) as (fd, name):
                 share.chmod(fd, name, int(record.parameters.get("mode", "0777"), 8))
-        share.write(root, msgspec.structs.replace(record, ready=True))
+        record = msgspec.structs.replace(record, ready=True)
+        share.write(root, record)
+        return record
 
     def _size_of(
         self, root: int, export: nfs.Export, source: ContentSource, parameters: Mapping[str, str]
@@ -129,10 +141,11 @@ class NfsBackend:
                 new = f"{RECORDS}/new-{record.volume_id}.{self._own}"
                 with share.unless_whole(root, new):
                     share.remove_tree(root, new)
-                    os.mkdir(new, 0o700, dir_fd=root)
+                    with share.parent(root, new) as (place, name):
+                        os.mkdir(name, 0o700, dir_fd=place)
                     with share.opened(root, new) as target:
                         if source.kind == "snapshot":
-                            with open(share.archive(root, source.source_id, os.O_RDONLY), "rb") as archive:
+                            with open(share.archive(root, source.source_id), "rb") as archive:
                                 archives.unpack(archive, target, progress)
                         else:
                             old = share.read(root, source.source_id, Record)
@@ -146,28 +159,39 @@ class NfsBackend:
         return work
 
     def delete(self, volume_id: str) -> None:
-        """The directory is archived, or removed with its content if the class says so. A share itself is left."""
-        export = self._exports.of(volume_id, NFS_VOLUME)
-        if export is None:
+        """The directory is archived, or removed with its content if the class says so. What was there before the volume
+        is left as it is, a share itself among it. ExportUnknown where nobody can look."""
+        try:
+            known = self._exports.of(volume_id, NFS_VOLUME)
+        except VolumeNotFound:
             return
-        with exports.opened(export) as root:
+        with exports.opened_any(known) as (root, _export), share.enough_space(f"the deletion of volume {volume_id}"):
             record = share.read(root, volume_id, Record)
             if record is None:
                 return
-            self._check_not_copied(root, record)
+            damaged: builtins.list[str] = []
+            others = [one for one in share.records(root, NFS_VOLUME, Record, damaged.append)
+                      if one.volume_id != volume_id]  # fmt: skip
+            self._check_not_copied(root, record, others)
+            if damaged and record.parameters.get("subDir"):
+                raise VolumeUnfinished(f"{damaged[0]}; it may be of a volume in the same subDir as {volume_id}")
             share.write(root, msgspec.structs.replace(record, ready=False))
-            if record.directory and not _has_others(root, record):
-                _take_away(root, record)
+            if record.directory and record.made is not False and not _has_others(record, others):
+                # Where not all is known, nothing is removed that might be somebody's.
+                doubtful = record.made is None or bool(damaged)
+                if doubtful or record.parameters.get("archiveOnDelete", "true") == "true":
+                    _archive(root, record)
+                else:
+                    _remove(root, record)
             share.tidy(root, f"new-{volume_id}.")
             share.remove(root, volume_id)
 
-    def _check_not_copied(self, root: int, record: Record) -> None:
+    def _check_not_copied(self, root: int, record: Record, others: Sequence[Record]) -> None:
         """VolumeUnfinished while something is being made from this volume, or it from something."""
         if self._jobs.progress(record.volume_id) is not None:
             raise VolumeUnfinished(f"volume {record.volume_id} is being filled from {record.source}")
-        made = [one.volume_id for one in share.records(root, NFS_VOLUME, Record)
-                if not one.ready and one.source == f"volume:{record.volume_id}"]  # fmt: skip
-        made += [one.snapshot_id for one in share.records(root, NFS_SNAPSHOT, SnapshotRecord)
+        made = [one.volume_id for one in others if not one.ready and one.source == f"volume:{record.volume_id}"]
+        made += [one.snapshot_id for one in share.records(root, NFS_SNAPSHOT, SnapshotRecord, logged)
                  if not one.ready and one.source == record.volume_id]  # fmt: skip
         if made:
             raise VolumeUnfinished(f"volume {record.volume_id} is being copied to {made[0]}; wait, or delete that")
@@ -187,27 +211,32 @@ class NfsBackend:
         """VolumeUnfinished while it is being made, or a volume from it."""
         self._snapshots.delete(snapshot_id)
 
-    def snapshots(self, *, after: int = 0, limit: int = -1, source: str = "") -> Sequence[tuple[int, Snapshot]]:
-        return self._snapshots.list(after=after, limit=limit, source=source)
+    def snapshots(
+        self, *, after: int = 0, limit: int = -1, source: str = "", trouble: Trouble = logged
+    ) -> Sequence[tuple[int, Snapshot]]:  # fmt: skip
+        return self._snapshots.list(after=after, limit=limit, source=source, trouble=trouble)
 
     # -- looking at volumes
 
     def get(self, volume_id: str) -> Volume | None:
-        export = self._exports.of(volume_id, NFS_VOLUME)
-        if export is None:
+        """None where the share has been looked at; ExportUnknown where nobody can."""
+        try:
+            known = self._exports.of(volume_id, NFS_VOLUME)
+        except VolumeNotFound:
             return None
-        with exports.opened(export) as root:
+        with exports.opened_any(known) as (root, export):
             record = share.read(root, volume_id, Record)
         return _volume(record, export) if record is not None and record.ready else None
 
-    def list(self, *, after: int = 0, limit: int = -1) -> Sequence[tuple[int, Volume]]:
+    def list(
+        self, *, after: int = 0, limit: int = -1, trouble: Trouble = logged
+    ) -> Sequence[tuple[int, Volume]]:  # fmt: skip
         """Volumes of the shares that this controller knows, in a stable order; a share that is away has none."""
-        found: builtins.list[Volume] = []
-        for export in self._exports.known():
-            with contextlib.suppress(nfs.ServerSilent), exports.opened(export) as root:
-                found += [
-                    _volume(one, export) for one in share.records(root, NFS_VOLUME, Record, strict=False) if one.ready
-                ]
+
+        def listed(root: int, export: nfs.Export) -> builtins.list[Volume]:
+            return [_volume(one, export) for one in share.records(root, NFS_VOLUME, Record, trouble) if one.ready]
+
+        found = self._exports.on_each(listed, trouble)
         return exports.part([(exports.place(one.volume_id), one) for one in found], after, limit)
 
     def available_bytes(self) -> int:
@@ -219,10 +248,8 @@ class NfsBackend:
 
     def expand(self, volume_id: str, size: SizeRange) -> Volume:
         capacity = self.check_expand(volume_id, size)
-        export = self._exports.of(volume_id, NFS_VOLUME)
-        if export is None:
-            raise VolumeNotFound(volume_id)
-        with exports.opened(export) as root:
+        known = self._exports.of(volume_id, NFS_VOLUME)
+        with exports.opened_any(known) as (root, export), share.enough_space(f"the size of volume {volume_id}"):
             record = share.read(root, volume_id, Record)
             if record is None:
                 raise VolumeNotFound(volume_id)
@@ -241,11 +268,17 @@ class NfsBackend:
         return "is set by runvol from the server, the version and the node"
 
     def attach(self, volume_id: str, context: Mapping[str, str] | None = None) -> Source:
-        """From the volume's context, which any node has; else from the share."""
-        facts = context if context and context.get("server") else self._ready(volume_id).parameters
+        """From the volume's context, which any node has; else from the share.
+
+        A context that was written by hand may name a directory below the path by `subDir`; that of a volume that was
+        made here has it in its path.
+        """
+        described = context is not None and bool(context.get("server"))
+        facts = context if context is not None and described else self._ready(volume_id).parameters
         export = exports.of_class(facts, [])
         _, options = nfs.version_among([word for word in facts.get("options", "").split(",") if word])
-        return NfsSource(server=export.server, path=export.path, version=export.version, options=options)
+        path = os.path.join(export.path, _sub_directory(facts)) if described and "subDir" in facts else export.path
+        return NfsSource(server=export.server, path=path, version=export.version, options=options)
 
     def recover(self) -> Sequence[str]:
         """A creation or deletion that was interrupted is finished by the same call, made again."""
@@ -271,8 +304,7 @@ def set_mode(source: NfsSource, mode: int, deadline: Deadline, *, recursive: boo
         os.chmod(f"/proc/self/fd/{root}", mode)
         if not recursive:
             return
-        for _path, directories, files, fd in os.fwalk(".", dir_fd=root):
-            deadline.check(f"setting mode {mode:o} below {export.source}")
+        for fd, directories, files in trees.walk(root, f"setting mode {mode:o} below {export.source}", deadline):
             for name, wanted in [*((name, mode) for name in directories), *((name, mode & ~0o111) for name in files)]:
                 with contextlib.suppress(FileNotFoundError):
                     share.chmod(fd, name, wanted)
@@ -280,16 +312,50 @@ def set_mode(source: NfsSource, mode: int, deadline: Deadline, *, recursive: boo
 
 def _place_of(name: str, parameters: Mapping[str, str]) -> str:
     """The volume's directory below the share; empty for the share itself."""
-    if parameters.get("volumeAs") == "sharepath":
-        if parameters.get("subDir"):
-            raise InvalidParameter("subDir", parameters["subDir"], "means nothing with volumeAs: sharepath")
-        return ""
-    return parameters.get("subDir") or _directory(name)
+    below = _sub_directory(parameters)
+    return "" if parameters.get("volumeAs") == "sharepath" else below or _directory(name)
 
 
-def _has_others(root: int, record: Record) -> bool:
+def _sub_directory(parameters: Mapping[str, str]) -> str:
+    if parameters.get("volumeAs") == "sharepath" and parameters.get("subDir"):
+        raise InvalidParameter("subDir", parameters["subDir"], "means nothing with volumeAs: sharepath")
+    return parameters.get("subDir", "")
+
+
+def _made_by_us(root: int, place: str) -> bool | None:
+    """Whether the directory of a new volume will be, or was, made by runvol; None where older records do not say."""
+    if not place or not share.is_there(root, place):
+        return bool(place)
+    sharing = _in_the_same(root, place)
+    return sharing[0].made if sharing else False
+
+
+def _in_the_same(root: int, place: str, besides: str = "") -> list[Record]:
+    found = share.records(root, NFS_VOLUME, Record, logged)
+    return [one for one in found if one.directory == place and one.volume_id != besides]
+
+
+def _with_directory(root: int, record: Record) -> tuple[Record, bool]:
+    """The volume's directory is there. What its record now has to say of it, and whether its permissions are ours to
+    set: never those of a directory that somebody else has made, nor of one that another volume has as well."""
+    with share.parent(root, record.directory, made=True) as (fd, name):
+        try:
+            os.mkdir(name, 0o777, dir_fd=fd)
+            return msgspec.structs.replace(record, made=True), True
+        except FileExistsError:
+            pass
+        with share.opened(fd, name) as there:
+            empty = not os.listdir(there)
+    now = share.read(root, record.volume_id, Record) or record
+    if now.ready or _in_the_same(root, record.directory, record.volume_id):
+        return now, False  # another controller was faster, or another volume has it too
+    if empty:
+        return record, record.made is not False  # a process that was killed then has made it
+    return msgspec.structs.replace(record, made=False if record.made else record.made), False
+
+
+def _has_others(record: Record, others: Sequence[Record]) -> bool:
     """Whether another volume has this directory too, or one in it: a subDir may be the same for several."""
-    others = [one for one in share.records(root, NFS_VOLUME, Record) if one.volume_id != record.volume_id]
     return any(f"{one.directory}/".startswith(f"{record.directory}/") for one in others)
 
 
@@ -319,14 +385,33 @@ def _check_free(root: int, record: Record) -> None:
         raise VolumeConflict(record.name, f"its directory {record.directory!r} is on the share already")
 
 
-def _take_away(root: int, record: Record) -> None:
-    """Archive the directory, or remove it. Links in it are removed, not followed."""
-    archived = f"{ARCHIVE}{record.directory.replace('/', '-')[:200]}-{record.volume_id[-8:]}"
+def _archive(root: int, record: Record) -> None:
+    """The directory has another name, which tells what it was."""
+    first = f"{ARCHIVE}{record.directory.replace('/', '-')[:200]}-{record.volume_id[-8:]}"
     with contextlib.suppress(FileNotFoundError), share.parent(root, record.directory) as (fd, name):
-        os.rename(name, archived, src_dir_fd=fd, dst_dir_fd=root)
-    if record.parameters.get("archiveOnDelete", "true") == "true":
-        return
-    share.remove_tree(root, archived)
+        for number in itertools.count(1):
+            archived = first if number == 1 else f"{first}-{number}"
+            try:
+                os.rename(name, archived, src_dir_fd=fd, dst_dir_fd=root)
+                return
+            except OSError as error:
+                # An earlier volume of this name was archived, too.
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+
+
+def _remove(root: int, record: Record) -> None:
+    """The directory is gone, with what is in it: out of everybody's sight first, so that a killed process's work is
+    recognised. Links in it are removed, not followed."""
+    gone = f"{RECORDS}/gone-{record.volume_id}"
+    share.remove_tree(root, gone)
+    with (
+        contextlib.suppress(FileNotFoundError),
+        share.parent(root, record.directory) as (fd, name),
+        share.opened(root, RECORDS) as records,
+    ):
+        os.rename(name, os.path.basename(gone), src_dir_fd=fd, dst_dir_fd=records)
+    share.remove_tree(root, gone)
 
 
 def _check_same(

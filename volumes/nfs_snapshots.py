@@ -21,6 +21,7 @@ from volumes.exports import Exports
 from volumes.jobs import PATIENCE, Jobs, Progress
 from volumes.model import Snapshot
 from volumes.share import NFS_SNAPSHOT, NFS_VOLUME, RECORDS, Record, SnapshotRecord
+from volumes.troubles import Trouble, logged
 
 
 class NfsSnapshots:
@@ -31,11 +32,9 @@ class NfsSnapshots:
 
     def take(self, name: str, volume_id: str, deadline: Deadline) -> Snapshot:
         """The snapshot called `name` of the volume; not `ready` while its archive is being made."""
-        export = self._exports.of(volume_id, NFS_VOLUME)
-        if export is None:
-            raise VolumeNotFound(volume_id)
-        snapshot_id = exports.id_of(export, name, NFS_SNAPSHOT)
-        with exports.opened(export) as root, share.enough_space(f"snapshot {name}"):
+        known = self._exports.of(volume_id, NFS_VOLUME)
+        snapshot_id = exports.id_of(known[0], name, NFS_SNAPSHOT)
+        with exports.opened_any(known) as (root, export), share.enough_space(f"snapshot {name}"):
             volume = share.read(root, volume_id, Record)
             if volume is None or not volume.ready:
                 raise VolumeNotFound(volume_id)
@@ -68,49 +67,52 @@ class NfsSnapshots:
             ):
                 with (
                     share.opened(root, volume.directory or ".") as directory,
-                    open(share.archive(root, new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as archive,
+                    open(share.new_archive(root, new), "wb") as archive,
                 ):
                     archives.pack(directory, archive, progress, without=share.not_its_own(volume))
                     os.fsync(archive.fileno())
-                whole = f"{RECORDS}/{record.snapshot_id}.tar"
-                os.rename(f"{RECORDS}/{new}.tar", whole, src_dir_fd=root, dst_dir_fd=root)
+                with share.opened(root, RECORDS) as place:
+                    os.rename(f"{new}.tar", f"{record.snapshot_id}.tar", src_dir_fd=place, dst_dir_fd=place)
                 share.write(root, msgspec.structs.replace(record, ready=True))
                 share.tidy(root, f"{record.snapshot_id}.", ".new.tar")
 
         return work
 
     def get(self, snapshot_id: str) -> Snapshot:
-        """VolumeNotFound where there is none."""
-        export = self._exports.of(snapshot_id, NFS_SNAPSHOT)
-        if export is not None:
-            with exports.opened(export) as root:
-                record = share.read(root, snapshot_id, SnapshotRecord)
-            if record is not None:
-                return _snapshot(record)
-        raise VolumeNotFound(snapshot_id)
+        """VolumeNotFound where there is none; ExportUnknown where nobody can tell."""
+        with exports.opened_any(self._exports.of(snapshot_id, NFS_SNAPSHOT)) as (root, _export):
+            record = share.read(root, snapshot_id, SnapshotRecord)
+        if record is None:
+            raise VolumeNotFound(snapshot_id)
+        return _snapshot(record)
 
     def delete(self, snapshot_id: str) -> None:
-        """No such snapshot afterwards; VolumeUnfinished while it is being made, or a volume from it."""
-        export = self._exports.of(snapshot_id, NFS_SNAPSHOT)
-        if export is None:
+        """No such snapshot afterwards; VolumeUnfinished while it is being made, or a volume from it. ExportUnknown."""
+        try:
+            known = self._exports.of(snapshot_id, NFS_SNAPSHOT)
+        except VolumeNotFound:
             return
         if self._jobs.progress(snapshot_id) is not None:
             raise VolumeUnfinished(f"snapshot {snapshot_id} is being made")
-        with exports.opened(export) as root:
-            made = [one.volume_id for one in share.records(root, NFS_VOLUME, Record)
+        with (
+            exports.opened_any(known) as (root, _export),
+            share.enough_space(f"the deletion of snapshot {snapshot_id}"),
+        ):
+            made = [one.volume_id for one in share.records(root, NFS_VOLUME, Record, logged)
                     if not one.ready and one.source == f"snapshot:{snapshot_id}"]  # fmt: skip
             if made:
                 raise VolumeUnfinished(f"volume {made[0]} is being made from snapshot {snapshot_id}")
             share.tidy(root, f"{snapshot_id}.", ".tar")
             share.remove(root, snapshot_id)
 
-    def list(self, *, after: int, limit: int, source: str) -> Sequence[tuple[int, Snapshot]]:
+    def list(self, *, after: int, limit: int, source: str, trouble: Trouble) -> Sequence[tuple[int, Snapshot]]:
         """Those of the shares that answer, with their places; of one volume only, if `source` names it."""
-        found: builtins.list[Snapshot] = []
-        for export in self._exports.known():
-            with contextlib.suppress(nfs.ServerSilent), exports.opened(export) as root:
-                known = share.records(root, NFS_SNAPSHOT, SnapshotRecord, strict=False)
-                found += [_snapshot(one) for one in known if source in ("", one.source)]
+
+        def listed(root: int, _export: nfs.Export) -> builtins.list[Snapshot]:
+            known = share.records(root, NFS_SNAPSHOT, SnapshotRecord, trouble)
+            return [_snapshot(one) for one in known if source in ("", one.source)]
+
+        found = self._exports.on_each(listed, trouble)
         return exports.part([(exports.place(one.snapshot_id), one) for one in found], after, limit)
 
 

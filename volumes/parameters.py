@@ -126,7 +126,7 @@ TABLE: tuple[Parameter, ...] = (
         key="subDir",
         values="a relative path",
         default="(the PersistentVolume's name)",
-        meaning="Backend `nfs`: the volume's directory below `path`. `${pvc.metadata.name}`, "
+        meaning="Backend `nfs`: the volume's directory below `path`, of a static volume too. `${pvc.metadata.name}`, "
         "`${pvc.metadata.namespace}` and `${pv.metadata.name}` stand for what external-provisioner's "
         "`--extra-create-metadata` tells.",
         accepts=_is_relative,
@@ -136,7 +136,8 @@ TABLE: tuple[Parameter, ...] = (
         key="volumeAs",
         values="subpath, sharepath",
         default="subpath",
-        meaning="Backend `nfs`: whether a volume is a directory of its own below `path`, or `path` itself.",
+        meaning="Backend `nfs`: whether a volume is a directory of its own below `path`, or `path` itself. A static "
+        "volume's `path`, with its `subDir`, is what is mounted either way.",
         accepts=_one_of("subpath", "sharepath"),
         backends=("nfs",),
     ),
@@ -181,7 +182,8 @@ TABLE: tuple[Parameter, ...] = (
         key="archiveOnDelete",
         values="true, false",
         default="true",
-        meaning="Backend `nfs`: a deleted volume's directory is renamed to `archived-…` instead of being removed.",
+        meaning="Backend `nfs`: a deleted volume's directory is renamed to `archived-…` instead of being removed. A "
+        "directory that was there before the volume is left as it is.",
         accepts=_one_of("true", "false"),
         backends=("nfs",),
     ),
@@ -213,6 +215,7 @@ TABLE: tuple[Parameter, ...] = (
         in_context=True,
     ),
 )
+_OF_THE_CONTROLLER = frozenset({"archiveOnDelete", "preallocate", "quota"})
 SUPPORTED_FSTYPES = filesystems.SUPPORTED
 _BY_KEY = {parameter.key: parameter for parameter in TABLE}
 _ALIASES = {alias: parameter for parameter in TABLE for alias in parameter.aliases}
@@ -275,6 +278,17 @@ def check_context(context: Mapping[str, str]) -> dict[str, str]:
     """The same for a volume context: ours, checked; Kubernetes' own keys are left out."""
     foreign = {key for key in context if key.startswith(_FROM_KUBERNETES) and key not in _BY_KEY}
     return check({key: value for key, value in context.items() if key not in foreign})
+
+
+def check_delivered(context: Mapping[str, str]) -> None:
+    """InvalidParameter for what a node could only ignore: how a volume is made and deleted, in its volume context.
+
+    No volume context of runvol's own making has such a key.
+    """
+    for key, value in context.items():
+        if key in _OF_THE_CONTROLLER:
+            raise InvalidParameter(key, value, "says how a volume is made or deleted, and this one is only used; take "
+                                   "it out of the volumeAttributes")  # fmt: skip
 
 
 def context_of(parameters: Mapping[str, str]) -> dict[str, str]:

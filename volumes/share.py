@@ -1,14 +1,14 @@
 """What runvol keeps on an NFS share beside the volumes: `<share>/.runvol`, one JSON record a volume or snapshot.
 
 Any controller can go on where another one ended, and nothing is lost with a node. Pods that have the whole share can
-write here too, so nothing that is read is trusted to be a path, and links are not followed.
+write here too, so nothing that is read is trusted to be a path, only regular files are opened, and no link is followed,
+`.runvol` itself included.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
 import stat
 from collections.abc import Iterator
@@ -16,18 +16,22 @@ from typing import TypeVar
 
 import msgspec
 
+from blockdev import BlockdevError, Deadline, durable, trees
 from volumes.errors import NoSpace, StoreFailed, VolumeUnfinished
+from volumes.troubles import Trouble
 
 RECORDS = ".runvol"
 # What the ids of volumes and of snapshots begin with.
 NFS_VOLUME, NFS_SNAPSHOT = "nfs-", "nfssnap-"
 _LONGEST = 65536
-log = logging.getLogger("runvol.share")
+# Seconds that one call removes a tree; the next goes on.
+_REMOVAL = 100.0
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
     """`<id>.json` of a volume. `directory` is below the share; empty for the share itself. `source`: what it was made
-    from: its directory then appears with all its content, or not at all."""
+    from: its directory then appears with all its content, or not at all. `made`: whether runvol has made the directory;
+    None in records of releases that did not write it down."""
 
     volume_id: str
     name: str
@@ -36,6 +40,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     parameters: dict[str, str]
     ready: bool
     source: str = ""
+    made: bool | None = None
 
 
 class SnapshotRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,28 +61,42 @@ R = TypeVar("R", Record, SnapshotRecord)
 def read(root: int, name: str, kind: type[R]) -> R | None:
     """The record of this id; VolumeUnfinished if it cannot be read."""
     try:
-        fd = os.open(f"{RECORDS}/{name}.json", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=root)
+        with opened(root, RECORDS) as place:
+            fd = _regular(place, f"{name}.json")
     except FileNotFoundError:
         return None
     with open(fd, "rb") as file:
         try:
-            return msgspec.json.decode(file.read(_LONGEST), type=kind)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            record = msgspec.json.decode(file.read(_LONGEST), type=kind)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise VolumeUnfinished(f"the share's {RECORDS}/{name}.json cannot be read: {error}") from None
+    if _id_of(record) != name:
+        raise VolumeUnfinished(f"the share's {RECORDS}/{name}.json cannot be read: it is the record of another id")
+    return record
+
+
+def _id_of(record: Record | SnapshotRecord) -> str:
+    return record.volume_id if isinstance(record, Record) else record.snapshot_id
+
+
+def _regular(place: int, name: str) -> int:
+    """A descriptor for reading the file `name` among the records. VolumeUnfinished for anything but a regular file: a
+    FIFO would be waited for, a device would do something, a link leads out of the share. FileNotFoundError."""
+    held = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=place)
+    try:
+        if not stat.S_ISREG(os.fstat(held).st_mode):
+            raise VolumeUnfinished(f"the share's {RECORDS}/{name} cannot be read: it is no regular file")
+        return os.open(f"/proc/self/fd/{held}", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        os.close(held)
 
 
 def write(root: int, record: Record | SnapshotRecord) -> None:
     """Replace the record, whole or not at all."""
     make(root)
-    name = record.volume_id if isinstance(record, Record) else record.snapshot_id
-    new = f"{RECORDS}/.{name}.{os.getpid()}.new"
-    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600, dir_fd=root)
-    try:
-        os.write(fd, msgspec.json.encode(record))
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    os.rename(new, f"{RECORDS}/{name}.json", src_dir_fd=root, dst_dir_fd=root)
+    name = _id_of(record)
+    with opened(root, RECORDS) as place:
+        durable.replace(f"{name}.json", msgspec.json.encode(record), beside=f".{name}.", dir_fd=place)
 
 
 def make(root: int) -> None:
@@ -86,29 +105,20 @@ def make(root: int) -> None:
 
 
 def remove(root: int, name: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(f"{RECORDS}/{name}.json", dir_fd=root)
+    """No such record, nor what a killed controller was writing of it."""
+    for left in [f"{name}.json", *names(root, f".{name}.")]:
+        with contextlib.suppress(FileNotFoundError), opened(root, RECORDS) as place:
+            os.unlink(left, dir_fd=place)
 
 
-def records(root: int, prefix: str, kind: type[R], *, strict: bool = True) -> Iterator[R]:
-    """Those whose id begins with `prefix`. One that cannot be read is VolumeUnfinished, or, for a list of what there is
-    (not `strict`), a line in the log."""
-    try:
-        fd = directory(root, RECORDS)
-    except FileNotFoundError:
-        return
-    try:
-        names = sorted(os.listdir(fd))
-    finally:
-        os.close(fd)
-    for name in names:
-        if name.startswith(prefix) and name.endswith(".json"):
+def records(root: int, prefix: str, kind: type[R], trouble: Trouble) -> Iterator[R]:
+    """Those whose id begins with `prefix`. `trouble` is told of one that cannot be read."""
+    for name in sorted(names(root, prefix)):
+        if name.endswith(".json"):
             try:
                 record = read(root, name.removesuffix(".json"), kind)
             except VolumeUnfinished as error:
-                if strict:
-                    raise
-                log.warning("left out of a list", extra={"why": str(error)})
+                trouble(str(error))
                 continue
             if record is not None:
                 yield record
@@ -116,11 +126,11 @@ def records(root: int, prefix: str, kind: type[R], *, strict: bool = True) -> It
 
 def names(root: int, prefix: str) -> list[str]:
     """What lies among the records under names that begin so."""
-    fd = directory(root, RECORDS)
     try:
-        return [name for name in os.listdir(fd) if name.startswith(prefix)]
-    finally:
-        os.close(fd)
+        with opened(root, RECORDS) as place:
+            return [name for name in os.listdir(place) if name.startswith(prefix)]
+    except FileNotFoundError:
+        return []
 
 
 def directory(root: int, path: str) -> int:
@@ -168,10 +178,19 @@ def opened(root: int, path: str) -> Iterator[int]:
         os.close(fd)
 
 
-def archive(root: int, name: str, flags: int) -> int:
-    """A descriptor of the archive `<name>.tar` among the records."""
+def archive(root: int, name: str) -> int:
+    """A descriptor for reading the archive `<name>.tar` among the records. FileNotFoundError, VolumeUnfinished."""
+    with opened(root, RECORDS) as place:
+        return _regular(place, f"{name}.tar")
+
+
+def new_archive(root: int, name: str) -> int:
+    """A descriptor for writing an archive `<name>.tar` that is new among the records."""
     make(root)
-    return os.open(f"{RECORDS}/{name}.tar", flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=root)
+    remove_tree(root, f"{RECORDS}/{name}.tar")
+    with opened(root, RECORDS) as place:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        return os.open(f"{name}.tar", flags, 0o600, dir_fd=place)
 
 
 @contextlib.contextmanager
@@ -180,7 +199,7 @@ def unless_whole(root: int, path: str) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, BlockdevError):
             remove_tree(root, path)
         raise
 
@@ -203,17 +222,9 @@ def tidy(root: int, prefix: str, suffix: str = "") -> None:
 
 
 def remove_tree(root: int, path: str) -> None:
-    """Nothing is at `path`. Links are removed, not followed."""
-    try:
-        facts = os.stat(path, dir_fd=root, follow_symlinks=False)
-    except FileNotFoundError:
-        return
-    if stat.S_ISDIR(facts.st_mode):
-        import shutil
-
-        shutil.rmtree(path, dir_fd=root)
-    else:
-        os.unlink(path, dir_fd=root)
+    """Nothing is at `path`. Links are removed, not followed. NotRemoved; WaitExpired, and the next call goes on."""
+    with contextlib.suppress(FileNotFoundError), parent(root, path) as (fd, name):
+        trees.remove(fd, name, Deadline.after(_REMOVAL))
 
 
 def chmod(directory: int, name: str, mode: int) -> None:
@@ -233,10 +244,9 @@ def not_its_own(volume: Record) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def enough_space(what: str) -> Iterator[None]:
-    """NoSpace, naming `what`, where the share has no room for what is written inside."""
+    """NoSpace, naming `what`, where the share has no room for what is written inside; StoreFailed where it refuses."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NoSpace(f"{what} could not be written to its share: {error.strerror}") from error
-        raise
+        kind = NoSpace if error.errno in (errno.ENOSPC, errno.EDQUOT) else StoreFailed
+        raise kind(f"{what} could not be written to its share: {error.strerror}") from error

@@ -127,14 +127,12 @@ class Snapshots:
     def path(self, snapshot_id: str) -> str:
         return os.path.join(self._directory, snapshot_id + SUFFIX)
 
-    def recover(self) -> Sequence[str]:
+    def settle(self, row: SnapshotRow) -> str | None:
         """Undo what was half-made, finish what was half-deleted; what was done, in words."""
-        done = []
-        for row in self._store.snapshots():
-            if row.state is not State.READY:
-                self._drop(row.snapshot_id)
-                done.append(f"removed snapshot {row.snapshot_id}, which was {row.state.value} when the process ended")
-        return done
+        if row.state is State.READY:
+            return None
+        self._drop(row.snapshot_id)
+        return f"removed snapshot {row.snapshot_id}, which was {row.state.value} when the process ended"
 
     def known_files(self) -> set[str]:
         return {row.snapshot_id + suffix for row in self._store.snapshots() for suffix in (SUFFIX, NEW)}

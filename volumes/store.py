@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import enum
 import json
+import logging
 import os
 import sqlite3
 import threading
+import urllib.parse
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -43,6 +45,13 @@ CREATE TABLE IF NOT EXISTS snapshots (
 """
 _COLUMNS = "seq, id, name, backend, capacity, parameters, state, formatting, source"
 _SNAPSHOT_COLUMNS = "seq, id, name, source, size, created, state, in_group"
+
+
+log = logging.getLogger("runvol.volumes")
+
+
+class WrittenByNewer(StoreFailed):
+    """A downgrade: nothing is served from what this release may misunderstand."""
 
 
 class State(enum.StrEnum):
@@ -80,46 +89,93 @@ class SnapshotRow:
 class Store:
     """Rows of volumes. Safe to use from several threads and beside other processes.
 
-    Every change is one transaction that is on the disk when the call returns. Raises StoreFailed.
+    Every change is one transaction that is on the disk when the call returns. Raises StoreFailed, also while the file
+    cannot be opened; on a filesystem that takes no writes it is read.
     """
 
     def __init__(self, path: str) -> None:
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        self._path = path
+        self.path = path
         self._lock = threading.RLock()
-        with _explained(path):
-            self._db = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = FULL")
-            self._migrate()
+        self._db: sqlite3.Connection | None = None
+        # Opened for reading alone, since its filesystem takes no writes.
+        self._frozen = False
+        try:
+            self._open()
+        except WrittenByNewer:
+            raise
+        except StoreFailed as error:
+            # What a node has delivered is in its claims; taking that back must not wait for this.
+            log.error("a store cannot be opened; tried again by each call that needs it", extra={"why": str(error)})
 
-    def _migrate(self) -> None:
-        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+    def _open(self) -> sqlite3.Connection:
+        """Raises StoreFailed."""
+        with _explained(self.path):
+            try:
+                self._db, self._frozen = self._opened(), False
+            except sqlite3.OperationalError:
+                if not _takes_no_writes(self.path):
+                    raise
+                self._db, self._frozen = self._opened_for_reading(), True
+        return self._db
+
+    def _opened(self) -> sqlite3.Connection:
+        db = sqlite3.connect(self.path, timeout=10, isolation_level=None, check_same_thread=False)
+        with _closed_on_failure(db):
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = FULL")
+            self._check_version(db)
+            db.executescript(_TABLES)
+            db.execute(f"PRAGMA user_version = {_SCHEMA}")
+        return db
+
+    def _opened_for_reading(self) -> sqlite3.Connection:
+        """Without its log the file is whole, and nobody can change it; with one, SQLite reads both."""
+        log_left = os.path.exists(f"{self.path}-wal") and os.path.getsize(f"{self.path}-wal") > 0
+        address = f"file:{urllib.parse.quote(self.path)}?mode=ro{'' if log_left else '&immutable=1'}"
+        db = sqlite3.connect(address, uri=True, timeout=10, isolation_level=None, check_same_thread=False)
+        with _closed_on_failure(db):
+            self._check_version(db)
+        return db
+
+    def _check_version(self, db: sqlite3.Connection) -> None:
+        version = db.execute("PRAGMA user_version").fetchone()[0]
         if version > _SCHEMA:
-            raise StoreFailed(
-                f"the store {self._path} was written by a newer runvol (schema {version}, this one knows {_SCHEMA})"
+            raise WrittenByNewer(
+                f"the store {self.path} was written by a newer runvol (schema {version}, this one knows {_SCHEMA})"
             )
-        self._db.executescript(_TABLES)
-        self._db.execute(f"PRAGMA user_version = {_SCHEMA}")
+
+    def _database(self) -> sqlite3.Connection:
+        """To be called with the lock held. Raises StoreFailed."""
+        if self._db is not None and not (self._frozen and not _takes_no_writes(self.path)):
+            return self._db
+        if self._db is not None:
+            self._db.close()
+            self._db = None
+        return self._open()
 
     def close(self) -> None:
         with self._lock:
-            self._db.close()
+            if self._db is not None:
+                self._db.close()
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """What happens inside is seen by others whole or not at all, and they wait for it."""
-        with self._lock, _explained(self._path):
-            if self._db.in_transaction:
+        with self._lock, _explained(self.path):
+            db = self._database()
+            if db.in_transaction:
                 yield
                 return
-            self._db.execute("BEGIN IMMEDIATE")
+            db.execute("BEGIN IMMEDIATE")
             try:
                 yield
+                # A disk that is full says so here; an open transaction would swallow whatever comes next.
+                db.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
                 raise
-            self._db.execute("COMMIT")
 
     def insert(
         self,
@@ -191,8 +247,8 @@ class Store:
         return self._select_snapshots(f"{wanted} ORDER BY seq LIMIT ?", after, source, group, state, state, limit)
 
     def _select_snapshots(self, where: str, *values: object) -> list[SnapshotRow]:
-        with self._lock, _explained(self._path):
-            rows = self._db.execute(f"SELECT {_SNAPSHOT_COLUMNS} FROM snapshots WHERE {where}", values)  # noqa: S608
+        with self._lock, _explained(self.path):
+            rows = self._database().execute(f"SELECT {_SNAPSHOT_COLUMNS} FROM snapshots WHERE {where}", values)  # noqa: S608
             names = ("seq", "snapshot_id", "name", "source", "size", "created", "state", "group")
             facts = [dict(zip(names, row, strict=True)) for row in rows]
         return [SnapshotRow(**(one | {"state": State(one["state"])})) for one in facts]
@@ -202,13 +258,13 @@ class Store:
         return found[0] if found else None
 
     def _select(self, where: str, *values: object) -> list[Row]:
-        with self._lock, _explained(self._path):
-            rows = self._db.execute(f"SELECT {_COLUMNS} FROM volumes WHERE {where}", values)  # noqa: S608
+        with self._lock, _explained(self.path):
+            rows = self._database().execute(f"SELECT {_COLUMNS} FROM volumes WHERE {where}", values)  # noqa: S608
             return [_row(row) for row in rows]
 
     def _execute(self, statement: str, values: tuple[object, ...]) -> None:
-        with self._lock, _explained(self._path):
-            self._db.execute(statement, values)
+        with self._lock, _explained(self.path):
+            self._database().execute(statement, values)
 
 
 def _row(row: tuple[int, str, str, str, int, str, str, int, str]) -> Row:
@@ -224,6 +280,19 @@ def _row(row: tuple[int, str, str, str, int, str, str, int, str]) -> Row:
         formatting=bool(formatting),
         source=source,
     )
+
+
+def _takes_no_writes(path: str) -> bool:
+    return bool(os.statvfs(os.path.dirname(path)).f_flag & os.ST_RDONLY)
+
+
+@contextlib.contextmanager
+def _closed_on_failure(db: sqlite3.Connection) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        db.close()
+        raise
 
 
 @contextlib.contextmanager

@@ -64,15 +64,7 @@ def check_text(field: str, value: str) -> None:
 
 def replace(path: str, content: bytes, mode: int) -> None:
     """The file has this content, whole, or is as it was."""
-    new = f"{path}.runvol-{os.getpid()}"
-    try:
-        durable.write(new, content)
-        os.chmod(new, mode)
-        os.rename(new, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(new)
-    durable.sync_directory(os.path.dirname(path))
+    durable.replace(path, content, beside=f"{path}.runvol-", mode=mode)
 
 
 def found(roots: Sequence[str], name: str) -> Iterator[str]:

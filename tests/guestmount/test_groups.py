@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from blockdev import Deadline, walks
+from blockdev import Deadline, trees
 from guestmount import groups
 
 pytestmark = pytest.mark.kernel
@@ -83,7 +83,7 @@ def test_a_tree_may_be_deeper_than_python_recurses_or_a_process_may_open(tree: P
     groups.apply(root, GROUP, Deadline.after(60))
     assert os.stat("last", dir_fd=here).st_gid == GROUP
     os.close(here)
-    assert sum(1 for _ in walks.directories(root)) == deep + 1
+    assert sum(1 for _ in trees.walk(root, "counting", Deadline.after(60))) == deep + 1
 
 
 def test_what_is_right_already_is_left_alone(tree: Path, root: int):
@@ -141,7 +141,7 @@ def test_a_directory_that_moves_away_under_the_walk_does_not_lead_out(tree: Path
     for name in ("a", "a/b", "a/b/c", "z"):
         (tree / name).mkdir()
     seen = []
-    for fd in walks.directories(root):
+    for fd, _directories, _others in trees.walk(root, "looking", Deadline.after(10)):
         here = os.readlink(f"/proc/self/fd/{fd}")
         seen.append(os.path.relpath(here, tree))
         if here.endswith("a/b/c"):

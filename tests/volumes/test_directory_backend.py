@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from blockdev import NotRemoved
 from blockdev.quotas import QuotaUnavailable
 from volumes import Catalog, ContentSource, NoSpace, SizeNotAllowed, SizeRange, VolumeConflict, VolumeNotFound
 from volumes.directory import DirectoryBackend
@@ -62,6 +64,45 @@ def test_deleting_follows_no_link(backend, tmp_path):
     assert os.listdir(backend.directory) == []
     with pytest.raises(VolumeNotFound):
         backend.attach(volume.volume_id)
+
+
+def nested(path: Path, depth: int) -> None:
+    """As a pod does it with `mkdir a; cd a`."""
+    there = os.open(path, os.O_RDONLY)
+    for _ in range(depth):
+        os.mkdir("a", dir_fd=there)
+        below = os.open("a", os.O_RDONLY, dir_fd=there)
+        os.close(there)
+        there = below
+    os.close(there)
+
+
+def test_a_volume_is_deleted_however_deep_its_pod_has_nested_directories(backend):
+    volume = make(backend)
+    nested(Path(backend.attach(volume.volume_id).path), 3000)
+    backend.delete(volume.volume_id)
+    assert os.listdir(backend.directory) == []
+
+
+def test_one_volume_that_cannot_be_removed_stops_no_start_and_no_other(backend):
+    stays, goes = make(backend), make(backend, "two")
+    file = Path(backend.attach(stays.volume_id).path) / "f"
+    file.touch()
+    for volume in (stays, goes):
+        backend._store._execute("UPDATE volumes SET state = 'deleting' WHERE id = ?", (volume.volume_id,))
+    subprocess.run(["chattr", "+i", file], check=True)
+    try:
+        with pytest.raises(NotRemoved, match="'f' cannot be removed: Operation not permitted"):
+            backend.delete(stays.volume_id)
+        assert backend.recover() == [f"removed volume {goes.volume_id}, which was deleting when the process ended"]
+        (left,) = backend.unfinished()
+        assert left.name == stays.volume_id
+        assert left.why.endswith("but 'f' cannot be removed: Operation not permitted")
+        make(backend, "three")
+    finally:
+        subprocess.run(["chattr", "-R", "-i", backend.directory], check=True)
+    backend.delete(stays.volume_id)
+    assert backend.unfinished() == []
 
 
 def test_what_is_promised_counts(tmp_path):

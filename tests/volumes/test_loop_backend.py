@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import subprocess
 import threading
 from pathlib import Path
@@ -312,10 +313,95 @@ def test_a_store_of_a_newer_release_is_refused(tmp_path):
         LoopBackend(str(tmp_path))
 
 
-def test_a_damaged_store_is_an_error_that_names_it(tmp_path):
+def test_a_damaged_store_is_an_error_of_what_needs_it_and_stops_no_start(tmp_path):
     (tmp_path / "volumes.db").write_bytes(b"this is no database" * 1000)
-    with pytest.raises(StoreFailed, match=r"volumes\.db"):
-        LoopBackend(str(tmp_path))
+    backend = LoopBackend(str(tmp_path))
+    assert backend.recover() == []
+    assert [one.name for one in backend.unfinished()] == [f"{tmp_path}/volumes.db"]
+    for call in (
+        backend.list,
+        lambda: create(backend),
+        lambda: backend.delete("loop-1"),
+        lambda: backend.get("loop-1"),
+    ):
+        with pytest.raises(StoreFailed, match=r"volumes\.db"):
+            call()
+    (tmp_path / "volumes.db").unlink()
+    assert create(backend), "it is opened once it can be"
+    backend.close()
+
+
+def test_a_store_on_a_filesystem_that_takes_no_writes_is_read_and_written_again_once_it_does(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512m", "none", disk], check=True)
+    try:
+        first = LoopBackend(str(disk / "state"))
+        volume = create(first)
+        first._store.set_state(create(first, "two").volume_id, State.DELETING)
+        first.close()
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        backend = LoopBackend(str(disk / "state"))
+        assert backend.recover() == []
+        assert [one.volume_id for _seq, one in backend.list()] == [volume.volume_id]
+        assert backend.attach(volume.volume_id).path
+        with pytest.raises((StoreFailed, OSError)):
+            backend.delete(volume.volume_id)
+        subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+        assert len(backend.recover()) == 1
+        backend.delete(volume.volume_id)
+        assert backend.list() == []
+        backend.close()
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_one_volume_that_cannot_be_recovered_stops_no_other(backend):
+    """The disk has filled up since the first was to grow; the second was being deleted."""
+    grown, deleted = create(backend, parameters={"preallocate": "true"}), create(backend, "two")
+    backend._store.set_capacity(grown.volume_id, 1 << 50)
+    backend._store.set_state(deleted.volume_id, State.DELETING)
+    assert [one.name for one in backend.unfinished()] == [deleted.volume_id]
+    said = backend.recover()
+    assert said == [f"removed volume {deleted.volume_id}, which was deleting when the process ended"]
+    (left,) = backend.unfinished()
+    assert left.name == grown.volume_id
+    assert "the disk cannot take a volume of" in left.why
+
+
+@pytest.mark.parametrize("name", ["mine.new", "loop-mine.new", "mine.snap-new", "mine"])
+def test_a_start_removes_no_file_that_no_row_knows(backend, name):
+    stranger = path_of(backend, create(backend)).parent / name
+    stranger.write_bytes(b"data")
+    assert backend.unknown_files() == [str(stranger)]
+    assert backend.recover() == []
+    assert backend.unknown_files() == [str(stranger)]
+    assert stranger.read_bytes() == b"data"
+
+
+def test_a_transaction_that_the_disk_refuses_is_taken_back(backend):
+    class Full:
+        """A connection whose disk fills up at the end."""
+
+        def __init__(self, real):
+            self.real = real
+
+        def execute(self, statement, *values):
+            if statement == "COMMIT":
+                raise sqlite3.OperationalError("database or disk is full")
+            return self.real.execute(statement, *values)
+
+        @property
+        def in_transaction(self):
+            return self.real.in_transaction
+
+    store = backend._store
+    real, store._db = store._db, Full(store._db)
+    with pytest.raises(StoreFailed, match="full"):
+        create(backend)
+    store._db = real
+    assert not real.in_transaction
+    assert store.rows() == []
 
 
 def test_creations_run_beside_each_other(tmp_path):

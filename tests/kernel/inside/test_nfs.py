@@ -100,6 +100,12 @@ def test_another_controller_goes_on_where_one_was_killed(driver, tmp_path):
     for file in driver.state.glob("exports.json"):
         file.unlink()
     driver.start()
+    for call in (lambda: driver.delete(volume),
+                 lambda: driver.client.CreateSnapshot(name="s", source_volume_id=volume.volume_id)):  # fmt: skip
+        with pytest.raises(grpc.RpcError, match="no export known for this id") as refused:
+            call()
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert (ROOT / "share/shared").is_dir()
     assert create(driver, "shared").volume_id == volume.volume_id
     with pytest.raises(grpc.RpcError, match="exists already"):
         create(driver, "shared", mode="0700")
@@ -129,13 +135,9 @@ def test_a_sub_directory_is_named_and_may_be_shared(driver):
     driver.delete(two)
     assert (place / "b").is_dir(), "another volume lies in it"
     driver.delete(below)
-    three = create(driver, "three", subDir="teams/a")
+    three = create(driver, "three", subDir="teams/a", archiveOnDelete="false")
     driver.delete(three)
-    assert not place.exists()
-    (archived,) = [
-        name for name in os.listdir(ROOT / "share") if name.startswith("archived-teams-a-") and "-b-" not in name
-    ]
-    assert (ROOT / "share" / archived / "f").read_text() == "x"
+    assert (place / "f").read_text() == "x", "it was there before this volume, and no record says whose it is"
 
 
 def test_a_link_on_the_way_leads_nowhere(driver):
@@ -221,6 +223,72 @@ def test_a_static_volume_needs_no_controller(driver):
     assert usage.usage[0].total > 0
     driver.unpublish(Static, POD.format(1))
     driver.unstage(Static)
+
+
+def test_a_static_volumes_sub_directory_is_all_that_its_pod_sees(driver):
+    (ROOT / "share/app1").mkdir(parents=True)
+    (ROOT / "share/app1/mine").write_text("x")
+
+    class Static:
+        volume_id = "nas-sub"
+        volume_context = {"backend": "nfs", "server": SERVER, "share": f"{ROOT}/share", "subDir": "app1"}  # noqa: RUF012
+
+    driver.stage(Static, RWX)
+    assert os.listdir(driver.publish(Static, POD.format(1), runtime="runc", capability=RWX)) == ["mine"]
+    driver.unpublish(Static, POD.format(1))
+    driver.unstage(Static)
+
+
+def test_another_export_under_the_same_handle_waits_for_the_pods_of_the_first(driver):
+    for name in "ab":
+        (ROOT / f"share/of-{name}").mkdir()
+        (ROOT / f"share/of-{name}/i-am-{name}").touch()
+
+    class Static:
+        volume_id = "nas-again"
+        volume_context = {"backend": "nfs", "server": SERVER, "path": f"{ROOT}/share/of-a"}  # noqa: RUF012
+
+    driver.stage(Static, RWX)
+    driver.publish(Static, POD.format(1), runtime="runc", capability=RWX)
+    Static.volume_context = {**Static.volume_context, "path": f"{ROOT}/share/of-b"}
+    for call in (lambda: driver.stage(Static, RWX),
+                 lambda: driver.publish(Static, POD.format(2), runtime="runc", capability=RWX),
+                 lambda: driver.publish(Static, POD.format(1), runtime="runc", capability=RWX)):  # fmt: skip
+        with pytest.raises(grpc.RpcError, match="of-a.*of-b") as refused:
+            call()
+        assert refused.value.code() is grpc.StatusCode.ALREADY_EXISTS
+    driver.unpublish(Static, POD.format(1))
+    driver.stage(Static, RWX)
+    assert os.listdir(driver.publish(Static, POD.format(2), runtime="runc", capability=RWX)) == ["i-am-b"]
+    driver.unpublish(Static, POD.format(2))
+    driver.unstage(Static)
+
+
+def test_what_an_earlier_release_delivered_without_its_sub_directory_goes_on_for_its_pods(driver):
+    (ROOT / "share/app2").mkdir(parents=True)
+
+    class Static:
+        volume_id = "nas-older"
+        volume_context = {"backend": "nfs", "server": SERVER, "path": f"{ROOT}/share"}  # noqa: RUF012
+
+    driver.stage(Static, RWX)
+    driver.publish(Static, POD.format(1), runtime="runc", capability=RWX)
+    Static.volume_context = {**Static.volume_context, "subDir": "app2"}
+    driver.stage(Static, RWX)
+    driver.publish(Static, POD.format(1), runtime="runc", capability=RWX)
+    with pytest.raises(grpc.RpcError, match="of its own") as refused:
+        driver.publish(Static, POD.format(2), runtime="runc", capability=RWX)
+    assert refused.value.code() is grpc.StatusCode.ALREADY_EXISTS
+    driver.unpublish(Static, POD.format(1))
+    driver.unstage(Static)
+
+
+def test_a_directory_that_was_there_is_left_as_it_is(driver):
+    (ROOT / "share/legacy/data").mkdir(parents=True)
+    (ROOT / "share/legacy").chmod(0o700)
+    driver.delete(create(driver, "new", subDir="legacy", archiveOnDelete="false"))
+    assert (ROOT / "share/legacy/data").is_dir()
+    assert (ROOT / "share/legacy").stat().st_mode & 0o777 == 0o700
 
 
 def test_a_kata_pod_needs_the_plugin_or_shares_the_hosts_mount(driver):

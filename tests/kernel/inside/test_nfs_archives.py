@@ -298,12 +298,16 @@ def test_two_controllers_may_make_the_same(driver, tmp_path):
 
 
 def test_a_damaged_record_stops_no_list_and_is_never_taken_for_nothing(driver):
-    volume, other = create(driver, "one"), create(driver, "two")
+    volume, other = create(driver, "one"), create(driver, "two", archiveOnDelete="false")
     record = SHARE / ".runvol" / f"{volume.volume_id}.json"
     good = record.read_bytes()
     record.write_bytes(b'{"volume_id": ')
     assert [entry.volume.volume_id for entry in driver.client.ListVolumes().entries] == [other.volume_id]
-    for call in (lambda: create(driver, "one"), lambda: driver.delete(volume), lambda: driver.delete(other)):
+    (SHARE / "two/data").write_text("x")
+    driver.delete(other)
+    (archived,) = SHARE.glob("archived-two-*")
+    assert (archived / "data").exists(), "a bad record stops itself, and lets nothing be removed"
+    for call in (lambda: create(driver, "one"), lambda: driver.delete(volume)):
         with pytest.raises(grpc.RpcError) as refused:
             call()
         assert refused.value.code().name == "ABORTED"

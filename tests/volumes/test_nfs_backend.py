@@ -1,0 +1,367 @@
+"""NFS volumes over a share that is a directory here: whose directories are touched, what is remembered, and shares whose
+pods write what they like. The real servers are in the kernel tier."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from blockdev import Deadline, nfs
+from blockdev.errors import MountFailed
+from volumes import (
+    ContentSource,
+    InvalidParameter,
+    SizeRange,
+    StoreFailed,
+    VolumeNotFound,
+    VolumeUnfinished,
+    exports,
+    parameters,
+)
+from volumes.errors import ExportUnknown
+from volumes.exports import Exports
+from volumes.nfs import NfsBackend
+
+MIB = 1 << 20
+CLASS = {"backend": "nfs", "server": "nas", "path": "/e"}
+REMOVED = {"archiveOnDelete": "false"}
+
+
+@pytest.fixture
+def share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the server `nas` exports; no other server answers."""
+    root = tmp_path / "share"
+    root.mkdir(mode=0o777)
+    root.chmod(0o777)
+
+    @contextlib.contextmanager
+    def opened(export: nfs.Export) -> Iterator[int]:
+        if export.server != "nas" or export.version == "3":
+            raise MountFailed(export.source, "nowhere", "nobody answers")
+        fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    monkeypatch.setattr(exports, "opened", opened)
+    return root
+
+
+@pytest.fixture
+def backend(share: Path, tmp_path: Path) -> NfsBackend:
+    del share
+    (tmp_path / "state").mkdir()
+    return NfsBackend(str(tmp_path / "state"))
+
+
+def make(backend: NfsBackend, name: str = "one", source: ContentSource | None = None, **more: str):
+    return backend.create(name, SizeRange(required=MIB), CLASS | more, [], source)
+
+
+def record(share: Path, volume) -> Path:
+    return share / ".runvol" / f"{volume.volume_id}.json"
+
+
+def forget_who_made_it(share: Path, volume) -> None:
+    """As an earlier release wrote it."""
+    facts = json.loads(record(share, volume).read_text())
+    del facts["made"]
+    record(share, volume).write_text(json.dumps(facts))
+
+
+# -- what is remembered
+
+
+def test_exports_that_are_remembered_at_once_are_all_remembered(tmp_path):
+    failed: list[BaseException] = []
+
+    def work(number: int) -> None:
+        try:
+            for other in range(5):
+                Exports(str(tmp_path)).remember(nfs.Export(server=f"nas-{number}-{other}", path="/e"))
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert len(Exports(str(tmp_path)).known()) == 40
+    assert sorted(os.listdir(tmp_path)) == ["exports.json", "exports.lock"]
+
+
+def test_an_export_that_never_worked_is_not_remembered(backend, tmp_path):
+    for wrong in ({"server": "nobody"}, {"vers": "3"}):
+        with pytest.raises(MountFailed):
+            make(backend, **wrong)
+    assert Exports(str(tmp_path / "state")).known() == []
+
+
+def test_an_export_that_an_earlier_release_remembered_although_it_never_worked_is_passed_over(backend, tmp_path):
+    known = [nfs.Export(server="nas", path="/e"), nfs.Export(server="nobody", path="/x"),
+             nfs.Export(server="nas", path="/e", version="3")]  # fmt: skip
+    for export in known:
+        Exports(str(tmp_path / "state")).remember(export)
+    volume, said = make(backend), []
+    assert [one.volume_id for _place, one in backend.list(trouble=said.append)] == [volume.volume_id]
+    assert said == ["what lies on the export nobody:/x: mounting nobody:/x on nowhere: nobody answers"]
+    assert backend.snapshots(trouble=said.append) == []
+    backend.delete(volume.volume_id)
+
+
+def test_a_damaged_list_of_exports_is_named_and_never_written_over(backend, tmp_path):
+    volume = make(backend)
+    file = tmp_path / "state/exports.json"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-5])
+    said: list[str] = []
+    assert backend.list(trouble=said.append) == []
+    assert "exports.json cannot be read" in said[0]
+    for call in (lambda: make(backend, "two"), lambda: backend.delete(volume.volume_id)):
+        with pytest.raises(StoreFailed, match=r"exports\.json cannot be read"):
+            call()
+    assert file.read_bytes() == whole[:-5]
+
+
+# -- "not found" is not "gone"
+
+
+def test_what_lies_on_an_export_that_nobody_remembers_is_not_said_to_be_gone(backend, share, tmp_path):
+    volume = make(backend)
+    taken = backend.take_snapshot("s", volume.volume_id, Deadline.after(20))
+    (tmp_path / "fresh").mkdir()
+    fresh = NfsBackend(str(tmp_path / "fresh"))
+    for call in (
+        lambda: fresh.delete(volume.volume_id),
+        lambda: fresh.get(volume.volume_id),
+        lambda: fresh.delete_snapshot(taken.snapshot_id),
+        lambda: fresh.snapshot(taken.snapshot_id),
+        lambda: fresh.take_snapshot("t", volume.volume_id, Deadline.after(5)),
+        lambda: fresh.expand(volume.volume_id, SizeRange(required=2 * MIB)),
+    ):
+        with pytest.raises(ExportUnknown, match="no export known for this id"):
+            call()
+    assert (share / "one").is_dir()
+    make(fresh, "two")  # of the same class
+    fresh.delete_snapshot(taken.snapshot_id)
+    fresh.delete(volume.volume_id)
+    assert not (share / "one").exists()
+
+
+@pytest.mark.parametrize("one_id", ["nfs-mine", "nfs-given-0123456789abcdef", "nas-of-team-a"])
+def test_an_id_that_runvol_never_gives_is_gone_at_once(backend, one_id):
+    backend.delete(one_id)
+    backend.delete_snapshot(f"nfssnap-{one_id}")
+    assert backend.get(one_id) is None
+
+
+# -- whose directory it is
+
+
+@pytest.mark.parametrize("more", [REMOVED, {}])
+def test_a_directory_that_was_there_before_is_left_as_it_is(backend, share, more):
+    (share / "home/alice").mkdir(parents=True)
+    (share / "home").chmod(0o700)
+    volume = make(backend, "pv-home", subDir="home", mode="0777", **more)
+    assert (share / "home").stat().st_mode & 0o777 == 0o700
+    assert json.loads(record(share, volume).read_text())["made"] is False
+    backend.delete(volume.volume_id)
+    assert (share / "home/alice").is_dir()
+    assert sorted(os.listdir(share)) == [".runvol", "home"]
+
+
+def test_an_empty_one_is_not_ours_either(backend, share):
+    (share / "one").mkdir(0o750)
+    backend.delete(make(backend, **REMOVED).volume_id)
+    assert (share / "one").stat().st_mode & 0o777 == 0o750
+
+
+def test_what_runvol_has_made_is_removed_with_its_content(backend, share):
+    volume = make(backend, mode="0750", **REMOVED)
+    assert (share / "one").stat().st_mode & 0o777 == 0o750
+    (share / "one/data").write_text("x")
+    backend.delete(volume.volume_id)
+    assert os.listdir(share) == [".runvol"]
+    assert os.listdir(share / ".runvol") == []
+
+
+def test_a_record_that_does_not_say_who_made_the_directory_lets_nothing_be_removed(backend, share):
+    volume = make(backend, **REMOVED)
+    (share / "one/data").write_text("x")
+    forget_who_made_it(share, volume)
+    assert make(backend, **REMOVED).volume_id == volume.volume_id
+    backend.delete(volume.volume_id)
+    assert not (share / "one").exists()
+    (archived,) = share.glob("archived-one-*")
+    assert (archived / "data").read_text() == "x"
+
+
+@pytest.mark.parametrize("content", [None, "x"])
+def test_a_creation_that_was_killed_goes_on_with_its_own_directory_only(backend, share, content):
+    """Killed between the directory and the end of the record. What somebody has put there since is somebody's."""
+    volume = make(backend, **REMOVED)
+    facts = json.loads(record(share, volume).read_text())
+    record(share, volume).write_text(json.dumps(facts | {"ready": False}))
+    (share / "one").chmod(0o700)
+    if content:
+        (share / "one/theirs").write_text(content)
+    make(backend, **REMOVED)
+    assert (share / "one").stat().st_mode & 0o777 == (0o700 if content else 0o777)
+    backend.delete(volume.volume_id)
+    assert (share / "one").exists() == bool(content)
+
+
+def test_a_sub_directory_of_several_volumes_goes_with_the_last(backend, share):
+    one, two = (make(backend, name, subDir="team/a", **REMOVED) for name in ("one", "two"))
+    (share / "team/a/data").write_text("x")
+    backend.delete(one.volume_id)
+    assert (share / "team/a/data").exists()
+    three = make(backend, "three", subDir="team/a", mode="0700", **REMOVED)
+    assert (share / "team/a").stat().st_mode & 0o777 == 0o777, "the others' permissions stay"
+    backend.delete(two.volume_id)
+    backend.delete(three.volume_id)
+    assert not (share / "team/a").exists()
+
+
+def test_a_name_may_be_archived_again(backend, share):
+    for number in range(3):
+        volume = make(backend)
+        (share / "one/data").write_text(str(number))
+        backend.delete(volume.volume_id)
+    assert sorted(path.read_text() for path in share.glob("archived-one-*/data")) == ["0", "1", "2"]
+
+
+def test_a_removal_that_was_killed_is_finished(backend, share):
+    volume = make(backend, **REMOVED)
+    (share / ".runvol" / f"gone-{volume.volume_id}" / "deep").mkdir(parents=True)
+    backend.delete(volume.volume_id)
+    assert os.listdir(share / ".runvol") == []
+
+
+def test_a_deep_volume_goes(backend, share):
+    volume = make(backend, **REMOVED)
+    there = os.open(share / "one", os.O_RDONLY)
+    for _ in range(1500):
+        os.mkdir("a", dir_fd=there)
+        below = os.open("a", os.O_RDONLY, dir_fd=there)
+        os.close(there)
+        there = below
+    os.close(there)
+    backend.delete(volume.volume_id)
+    assert os.listdir(share) == [".runvol"]
+
+
+def test_a_clone_that_was_deleted_while_nobody_asked_is_made_again(backend, share, monkeypatch):
+    source = make(backend, "source")
+    (share / "source/data").write_text("precious")
+    wanted = ContentSource(kind="volume", source_id=source.volume_id)
+    monkeypatch.setattr("volumes.nfs.PATIENCE", 0.0)
+    with pytest.raises(VolumeUnfinished):
+        make(backend, "clone", wanted)
+    until = time.monotonic() + 20
+    while not (share / "clone/data").exists():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    clone_id = exports.id_of(nfs.Export(server="nas", path="/e"), "clone", "nfs-")
+    while backend._jobs.progress(clone_id) is not None:
+        time.sleep(0.01)
+    backend.delete(clone_id)
+    monkeypatch.setattr("volumes.nfs.PATIENCE", 20.0)
+    with pytest.raises(VolumeUnfinished, match="its content is gone"):
+        make(backend, "clone", wanted)
+    make(backend, "clone", wanted)
+    assert (share / "clone/data").read_text() == "precious"
+
+
+# -- a share whose pods write what they like
+
+
+def test_records_that_lead_elsewhere_by_a_link_are_not_followed(backend, share, tmp_path):
+    volume = make(backend)
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (share / ".runvol").rename(share / ".mine")
+    (share / ".runvol").symlink_to(outside)
+    for call in (
+        lambda: make(backend, "two"),
+        lambda: backend.get(volume.volume_id),
+        lambda: backend.delete(volume.volume_id),
+        lambda: backend.take_snapshot("s", volume.volume_id, Deadline.after(5)),
+    ):
+        with pytest.raises(StoreFailed, match="leads through a link"):
+            call()
+    said: list[str] = []
+    assert backend.list(trouble=said.append) == []
+    assert said
+    assert os.listdir(outside) == []
+
+
+@pytest.mark.parametrize("kind", ["fifo", "link", "junk", "directory", "another's"])
+def test_one_bad_record_stops_itself_only(backend, share, tmp_path, kind):
+    one, two = make(backend, "one", **REMOVED), make(backend, "two", **REMOVED)
+    (share / "two/data").write_text("x")
+    bad = share / ".runvol/nfs-zzz.json"
+    if kind == "fifo":
+        os.mkfifo(bad)
+    elif kind == "link":
+        (tmp_path / "elsewhere").write_text(record(share, one).read_text())
+        bad.symlink_to(tmp_path / "elsewhere")
+    elif kind == "directory":
+        bad.mkdir()
+    else:
+        bad.write_text("{" if kind == "junk" else record(share, one).read_text())
+    said: list[str] = []
+    assert {volume.volume_id for _place, volume in backend.list(trouble=said.append)} == {one.volume_id, two.volume_id}
+    assert len(said) == 1
+    assert ".runvol/nfs-zzz.json cannot be read" in said[0]
+    backend.delete(one.volume_id)
+    backend.delete(two.volume_id)
+    assert not (share / "two").exists()
+    (kept,) = share.glob("archived-two-*")
+    assert (kept / "data").exists(), "removed is nothing while a record cannot be read"
+
+
+def test_a_sub_directory_waits_for_the_record_that_cannot_be_read(backend, share):
+    volume = make(backend, subDir="team/a")
+    (share / ".runvol/nfs-zzz.json").write_text("{")
+    with pytest.raises(VolumeUnfinished, match=r"nfs-zzz\.json"):
+        backend.delete(volume.volume_id)
+    assert (share / "team/a").is_dir()
+
+
+# -- what the volume context of a static volume says
+
+
+def test_a_static_volumes_sub_directory_is_what_is_mounted(backend):
+    context = parameters.check_context(CLASS | {"subDir": "app1/data", "volumeAs": "subpath"})
+    assert backend.attach("static-1", context).path == "/e/app1/data"
+    assert backend.attach("static-1", CLASS).path == "/e"
+    with pytest.raises(InvalidParameter, match="'subDir' = 'a': means nothing with volumeAs: sharepath"):
+        backend.attach("static-1", CLASS | {"subDir": "a", "volumeAs": "sharepath"})
+    for wrong in ("../other", "a/../b", "/a", ".runvol"):
+        with pytest.raises(InvalidParameter, match="'subDir'"):
+            parameters.check_context(CLASS | {"subDir": wrong})
+
+
+def test_what_a_node_could_only_ignore_is_refused_by_name(backend):
+    for key, value in (("archiveOnDelete", "false"), ("preallocate", "true"), ("quota", "none")):
+        with pytest.raises(InvalidParameter, match=f"'{key}'.*take it out of the volumeAttributes"):
+            parameters.check_delivered({key: value})
+    more = {"subDir": "a/b", "volumeAs": "subpath", "mode": "0700", "vers": "4.2", "options": "nconnect=2"}
+    volume = backend.create("one", SizeRange(required=MIB), CLASS | more | REMOVED, [])
+    context = parameters.context_of(volume.parameters)
+    parameters.check_delivered(parameters.check_context(context))
+    assert backend.attach(volume.volume_id, context).path == "/e/a/b", "joined once"
+    assert backend.attach(volume.volume_id, {}).path == "/e/a/b"
+    with pytest.raises(VolumeNotFound):
+        backend.attach("nfs-mine", {})

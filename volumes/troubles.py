@@ -1,0 +1,82 @@
+"""One volume's trouble is nobody else's: lists and starts go past what they cannot handle, name it, and come back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from blockdev.errors import BlockdevError
+from volumes.busy import Busy
+from volumes.errors import VolumeError
+
+log = logging.getLogger("runvol.volumes")
+
+# Is told a sentence about what a list leaves out.
+Trouble = Callable[[str], None]
+# What goes wrong with a volume, its file or its server; anything else is a mistake of ours.
+EXPECTED = (OSError, VolumeError, BlockdevError)
+
+
+def logged(sentence: str) -> None:
+    """For callers that have nobody to tell."""
+    log.warning("left out of a list", extra={"why": sentence})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unfinished:
+    """A volume, a snapshot or a store that a start has not put right (yet). `why` is half a sentence."""
+
+    name: str
+    why: str
+
+
+# A name, what a killed process has left of it (empty for nothing), and what puts it right: what was done, in words.
+Step = tuple[str, str, Callable[[], str | None]]
+
+
+class Recovery:
+    """A backend's recovery. `steps` looks at the store; `busy` keeps it from whoever is at work."""
+
+    def __init__(self, store: str, busy: Busy, steps: Callable[[], Iterable[Step]]) -> None:
+        self._store, self._busy, self._steps = store, busy, steps
+        self._failed: dict[str, str] = {}
+
+    def run(self) -> list[str]:
+        """What was done, in words. What could not be done is logged, stays `unfinished`, and stops nothing."""
+        self._failed = {}
+        try:
+            with self._busy(exclusive=True):
+                return list(self._settled())
+        except BlockingIOError:
+            return []  # another process is at work and repairs what it leaves itself
+        except EXPECTED as error:
+            self._fail(self._store, error)
+            return []
+
+    def _settled(self) -> Iterator[str]:
+        for name, _left, settle in self._steps():
+            try:
+                said = settle()
+            except EXPECTED as error:
+                self._fail(name, error)
+                continue
+            if said:
+                yield said
+
+    def _fail(self, name: str, error: Exception) -> None:
+        log.error("not recovered; tried again by the next start and by `runvol gc`",
+                  extra={"what": name, "why": str(error)})  # fmt: skip
+        self._failed[name] = str(error)
+
+    def unfinished(self) -> list[Unfinished]:
+        """What `run` would do now, or could not do when it was called; changes nothing."""
+        try:
+            with self._busy(exclusive=True):
+                left = {name: why for name, why, _settle in self._steps()}
+        except BlockingIOError:
+            return []  # it is somebody's work, not somebody's remains
+        except EXPECTED as error:
+            left = {self._store: str(error)}
+        said = {name: ", but ".join(filter(None, (why, self._failed.get(name)))) for name, why in left.items()}
+        return [Unfinished(name=name, why=why) for name, why in sorted(said.items()) if why]
