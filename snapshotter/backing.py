@@ -218,6 +218,11 @@ class Backing:
     def _part_uuid(self, name: str) -> str:
         return f"RUNVOL-PART-{self.description.identity}-{name}"
 
+    def parts(self) -> frozenset[str]:
+        """The kernel's names of the two parts of a device, as far as they are mapped."""
+        found = (self._mapper.find(f"{self.description.name}-{part}") for part in ("meta", "data"))
+        return frozenset(f"dm-{one.minor}" for one in found if one is not None)
+
     def refuse_taken_names(self) -> None:
         """PoolRefused if the parts' names are those of somebody else's mapped devices."""
         it = self.description

@@ -130,14 +130,15 @@ def _unused(field: str, device: str, deadline: Deadline) -> int:
     return ioctls.size_bytes(device)
 
 
-def _refuse_users(field: str, device: str) -> None:
-    """Mappings, RAIDs and partitions that the kernel knows of, and loop devices, which it does not count as users."""
+def _refuse_users(field: str, device: str, own: frozenset[str] = frozenset()) -> None:
+    """Mappings, RAIDs and partitions that the kernel knows of, and loop devices, which it does not count as users; but
+    not the kernel's names in `own`."""
     number = os.stat(device).st_rdev
     place = f"/sys/dev/block/{os.major(number)}:{os.minor(number)}"
     users = [*_listed(f"{place}/holders"), *loops.find(device)]
     users += [name for name in _listed(place) if os.path.exists(f"{place}/{name}/partition")]
-    if users:
-        raise PoolRefused(f"{field} {device} is in use: {', '.join(sorted(users))} stands on it; remove that first")
+    if foreign := set(users) - own:
+        raise PoolRefused(f"{field} {device} is in use: {', '.join(sorted(foreign))} stands on it; remove that first")
 
 
 def _listed(directory: str) -> list[str]:
@@ -313,6 +314,9 @@ class Maker:
     def _prove_devices(self) -> None:
         """Of an earlier init: the mark at the end of a device of data, and what the kernel has formatted."""
         it = self._it
+        for field, device in (("--device", it.data), ("--metadata-device", it.metadata)):
+            if device:
+                _refuse_users(field, device, self._below.parts())
         if it.metadata and not it.data_bytes:
             size = ioctls.size_bytes(it.data)
             marked = self._below.is_marked(it.data, size)

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -34,7 +34,7 @@ log = logging.getLogger("runvol.snapshotter")
 
 STORE = "snapshots.db"
 _RETRY, _LOOK, _PAUSE = 2.0, 10.0, 1.0
-_OPENING, _RECOVERY = "opening the pool", "the recovery"
+_OPENING = "opening the pool"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +104,12 @@ class Node:
         self._extender: Extender | None = None
         self.found = recovery.Found()
         self._compared: Compared | None = None
+        self._ahead: dict[str, Callable[[], None]] = {
+            "the recovery": self._recover_behind, "starting the reaper": self._start_reaper,
+            "making the empty base": self._make_base,
+        }  # fmt: skip
+        if self.sealer is not None:
+            self._ahead["starting the sealer"] = self.sealer.start
         self._threads = [threading.Thread(target=self._run, name="pool", daemon=True)]
 
     def _shared_images(self) -> Images | None:
@@ -200,19 +206,19 @@ class Node:
         self._stop.wait(_PAUSE)
         if self._stop.is_set():
             return
-        self._recover_behind()
-        self.reaper.start()
-        self.reaper.tell(0)
-        with self.background.survived("making the empty base"):
-            self._make_base()
-        if self.sealer is not None:
-            with self.background.survived("the layers to be sealed"):
-                self.sealer.start()
+        self._catch_up()
         said: set[str] = set()
         while not self._stop.is_set():
             with self.background.survived("the watch over the pool"):
                 self._watch(said)
             self._stop.wait(_PAUSE)
+
+    def _catch_up(self) -> None:
+        """What a start has to do behind the calls; what fails is done with the next look at the pool."""
+        for what, work in list(self._ahead.items()):
+            with self.background.survived(what):
+                work()
+                del self._ahead[what]
 
     def _try_to_open(self) -> None:
         """A pool that is not there or not ours is no trouble of this thread's: calls are told."""
@@ -223,10 +229,13 @@ class Node:
             log.error("the pool cannot be used", extra={"why": str(error)})
 
     def _recover_behind(self) -> None:
-        with self.background.survived(_RECOVERY):
-            found = self.recover()
-            log.info("recovered", extra={"settled": found.settled, "unmapped": found.unmapped, "lost": len(found.lost),
-                                         "orphans": len(found.orphans), "quarantined": len(found.foreign)})  # fmt: skip
+        found = self.recover()
+        log.info("recovered", extra={"settled": found.settled, "unmapped": found.unmapped, "lost": len(found.lost),
+                                     "orphans": len(found.orphans), "quarantined": len(found.foreign)})  # fmt: skip
+
+    def _start_reaper(self) -> None:
+        self.reaper.start()
+        self.reaper.tell(0)
 
     def _make_base(self) -> None:
         try:
@@ -240,8 +249,7 @@ class Node:
             while not self._stop.is_set():
                 if self.store.barred:
                     self._compare()
-                if self.background.fails(_RECOVERY):
-                    self._recover_behind()
+                self._catch_up()
                 found = self._findings()
                 for finding in sorted(found - said):
                     log.warning("pool", extra={"finding": finding})

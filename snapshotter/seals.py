@@ -178,9 +178,10 @@ class Sealer:
         self._thread = threading.Thread(target=self._run, name="sealer", daemon=True)
 
     def start(self) -> None:
-        """Layers that were committed and not sealed come first."""
-        self._thread.start()
-        self._background.started(self._thread)
+        """Layers that were committed and not sealed come first. May be repeated if it failed."""
+        if self._thread.ident is None:
+            self._thread.start()
+            self._background.started(self._thread)
         for page in self._store.pages():
             for row in page:
                 self.tell(row.key)

@@ -147,6 +147,17 @@ def test_a_device_that_somebody_took_since_an_init_was_killed_is_refused(mapper:
     _is_whole(disk, before)
 
 
+def test_a_device_that_somebody_has_mapped_since_is_refused(mapper: Mapper, state: str, disk: str) -> None:
+    wish = Wish(name="whole", device=disk)
+    _killed_after_the_description(mapper, state, wish)
+    mapper.establish("somebody", [Linear(length=8, device=disk)])
+    with pytest.raises(PoolRefused, match="in use"):
+        assembly.init(mapper, state, wish, soon())
+    mapper.remove("somebody")
+    assembly.init(mapper, state, wish, soon())
+    _apart(mapper, state)
+
+
 def test_the_second_device_too(mapper: Mapper, state: str, disk: str, tmp_path: Path) -> None:
     with loop_device(tmp_path / "meta", 8 * MIB) as metadata:
         wish = Wish(name="two", device=disk, metadata_device=metadata)
