@@ -20,7 +20,7 @@ _END = 4 << 20
 _COPY_EVERY = 128 << 20
 _COPIES = 64
 # Of a look all over a disk: what is read whole, the least number of pages, their smallest distance; bytes, seconds.
-_WHOLE, _LEAST, _NEAR, _PAGE, _PATIENCE = 1 << 30, 4096, 128 << 10, 4096, 10.0
+_WHOLE, _LEAST, _NEAR, _PAGE, _PATIENCE = 1 << 30, 4096, 128 << 10, 4096, 5.0
 
 
 def signature(path: str, deadline: Deadline) -> str | None:
