@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import time
+from collections.abc import Iterator
 
 from blockdev.commands import run
 from blockdev.deadlines import Deadline
@@ -17,6 +19,8 @@ _CHUNK = 1 << 20
 _END = 4 << 20
 _COPY_EVERY = 128 << 20
 _COPIES = 64
+# Of a look all over a disk: what is read whole, the least number of pages, their smallest distance; bytes, seconds.
+_WHOLE, _LEAST, _NEAR, _PAGE, _PATIENCE = 1 << 30, 4096, 128 << 10, 4096, 5.0
 
 
 def signature(path: str, deadline: Deadline) -> str | None:
@@ -44,6 +48,39 @@ def prove_blank(path: str, deadline: Deadline) -> bool:
             return _prove_file(fd, path, deadline)
         _prove_node(fd, path, size_bytes(path), deadline)
         return False
+
+
+def prove_unused(path: str, deadline: Deadline, *, end: int | None = None) -> None:
+    """`prove_blank` for a whole disk that an operator names, as far as byte `end`: a look all over it besides.
+
+    A device of a GiB is read whole. Of a larger one pages in equal distances are read, then those in the middle between
+    them, and so on, until the distance is small or some seconds have passed; at least a few thousand are.
+    """
+    found = signature(path, deadline)
+    if found is not None:
+        raise NotBlank(path, f"it holds {found}")
+    size = size_bytes(path) if end is None else end
+    with opened(path) as fd:
+        _prove_node(fd, path, size, deadline)
+        if size <= _WHOLE:
+            _zeros(fd, path, 0, size, deadline)
+            return
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+        until = time.monotonic() + _PATIENCE
+        for number, at in enumerate(_spread(size)):
+            if number >= _LEAST and time.monotonic() >= until:
+                return
+            _zeros(fd, path, at, min(at + _PAGE, size), deadline)
+
+
+def _spread(size: int) -> Iterator[int]:
+    """Places all over the size, in one direction each time, the distance halved from one time to the next."""
+    step = size // _LEAST // _PAGE * _PAGE
+    yield from range(0, size, step)
+    while step > _NEAR:
+        half = step // 2 // _PAGE * _PAGE
+        yield from range(half, size, step)
+        step = half
 
 
 def _prove_file(fd: int, path: str, deadline: Deadline) -> bool:

@@ -50,7 +50,7 @@ def serve(config: Config, pool_name: str | None) -> None:
     if pool_name is not None and node.pool.name != pool_name:
         raise PoolRefused(f"--pool {pool_name}: {state_dir(config)} describes pool {node.pool.name}")
     # Kept open as long as the process lives.
-    server.alone(config.text("snapshotter.endpoint"), state_dir(config))
+    server.alone(config.text("snapshotter.endpoint"), state_dir(config), node.pool.identity)
     observe = None
     if config.text("snapshotter.metrics"):
         from snapshotter import metrics

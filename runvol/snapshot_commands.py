@@ -16,7 +16,7 @@ from runvol.serve_snapshots import limits, state_dir
 from snapshotter import assembly, backing
 from snapshotter.assembly import Extender, Wish
 from snapshotter.backing import Backing
-from snapshotter.errors import NotFound, PoolRefused
+from snapshotter.errors import NotFound, PoolRefused, WrongState
 from snapshotter.model import Kind
 from snapshotter.node import STORE
 from snapshotter.pool import Pool
@@ -200,6 +200,9 @@ def pool_quarantine(load: Loader, free: tuple[int, ...], free_all: bool, yes: bo
     unknown = sorted(set(chosen) - set(there))
     if unknown:
         raise NotFound(str(unknown[0]), "quarantined device")
+    for device in chosen:
+        if owners := store.owners(device):
+            raise WrongState(f"device {device} is that of snapshot {owners[0]!r}; remove the snapshot first")
     if chosen:
         if not yes:
             click.confirm(f"Delete {len(chosen)} devices and their data?", abort=True)

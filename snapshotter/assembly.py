@@ -3,72 +3,82 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-from blockdev import Deadline, blankness, durable, ioctls, loops
+from blockdev import Deadline, durable, ioctls, loops
 from blockdev.commands import run
 from blockdev.devicemapper import Device, Mapper, MapperError, node
 from blockdev.dm_targets import SECTOR, PoolStatus
-from blockdev.errors import CommandFailed
-from snapshotter import backing
+from blockdev.errors import BlockdevError, CommandFailed
+from snapshotter import backing, making
 from snapshotter.backing import Backing, Description
-from snapshotter.errors import BadRequest, PoolRefused, Unavailable
+from snapshotter.errors import PoolRefused, SnapshotterError, Unavailable
+from snapshotter.making import Wish
 from snapshotter.pool import Limits, Pool
 from snapshotter.store import Store
 
+log = logging.getLogger("runvol.snapshotter")
+
 UUID = "RUNVOL-POOL-"
-_SMALLEST_DATA = 64 << 20
 _NO_POOL = "no pool is described in {}; make one with `runvol pool init`"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wish:
-    """What `runvol pool init` was asked for. One of `device`, `group` and `directory`; sizes in bytes.
-
-    `metadata_device` goes with `device`: the pool then lies on both as they are, without a mapping in between.
-    """
-
-    name: str
-    device: str = ""
-    metadata_device: str = ""
-    group: str = ""
-    directory: str = ""
-    size: int = 0
-    metadata_size: int = 0
-    block: int = 64 << 10
 
 
 def init(mapper: Mapper, state_dir: str, wish: Wish, deadline: Deadline) -> Pool:
     """Make a pool and assemble it. PoolRefused if there is one already, BadRequest for what cannot be a pool.
 
-    A device must be provably blank. Interrupted, the same call goes on where it stopped.
+    Nothing that may be anybody's is written to (`making`). Interrupted, the same call goes on where it stopped.
     """
-    backing.check_name(wish.name)
-    backing.check_block(wish.block)
-    if sum(map(bool, (wish.device, wish.group, wish.directory))) != 1:
-        raise BadRequest("--device, --vg, --loop", "", "takes exactly one of them")
+    making.check(wish)
     existing = backing.load(state_dir)
-    if existing is not None and os.path.exists(_made(state_dir)):
-        raise PoolRefused(f"{state_dir} already has pool {existing.name} (on {existing.data}); `runvol pool status`")
-    description = existing or _describe(wish, deadline)
     if existing is None:
+        description = making.describe(wish, deadline)
+        _refuse_taken_names(mapper, state_dir, description)
         backing.save(state_dir, description)
-    _make_backing(description, wish, deadline)
-    below = Backing(mapper, state_dir, description)
-    if not description.data_bytes:
-        below.mark()
-    metadata, _data = below.attach(deadline)
-    if _found(mapper, description) is None:
-        backing.format_metadata(metadata)
+    else:
+        if os.path.exists(_made(state_dir)):
+            raise PoolRefused(
+                f"{state_dir} already has pool {existing.name} (on {existing.data}); `runvol pool status`"
+            )
+        making.refuse_other(existing, wish, state_dir)
+        _refuse_taken_names(mapper, state_dir, existing)
+        description = existing
+    return _make(mapper, Backing(mapper, state_dir, description), wish, deadline, fresh=existing is None)
+
+
+def _refuse_taken_names(mapper: Mapper, state_dir: str, description: Description) -> None:
+    """Before anything is written: a mapped device of the name is somebody else's."""
+    _found(mapper, description)
+    Backing(mapper, state_dir, description).refuse_taken_names()
+
+
+def _make(mapper: Mapper, below: Backing, wish: Wish, deadline: Deadline, *, fresh: bool) -> Pool:
+    state_dir, maker = below.state_dir, making.Maker(below, wish, deadline)
+    if _found(mapper, below.description) is None:
+        try:
+            maker.make(fresh=fresh)
+        except BaseException:
+            if fresh and not maker.begun:
+                # Nothing stands yet, so the next call may ask for something else.
+                os.unlink(os.path.join(state_dir, backing.FILE))
+            raise
+        if not below.description.data_bytes:
+            below.mark()
     pool = _assemble(mapper, below, deadline, check=False)
-    if pool.status().transaction == 0:
+    status = pool.status()
+    if status.transaction == 0 or fresh:
+        if status.data_used or (fresh and status.transaction):
+            disassemble(mapper, pool, below, deadline)
+            raise PoolRefused(
+                f"the metadata of pool {pool.name} on {pool.metadata} is not what `runvol pool init` makes: it has "
+                f"{status.data_used} blocks of data. If nobody needs it, clear it (`wipefs --all`, and its first 4 KiB)"
+            )
         # The identity of the pool itself: a number that no other pool has.
         pool.set_transaction(0, int.from_bytes(os.urandom(5), "big") << 16 | 1)
-    durable.replace(_made(state_dir), f"{description.identity}\n".encode())
+    _write_made(below)
     return pool
 
 
@@ -76,69 +86,23 @@ def _made(state_dir: str) -> str:
     return os.path.join(state_dir, "pool.made")
 
 
-def _describe(wish: Wish, deadline: Deadline) -> Description:
-    identity = backing.new_identity()
-    if wish.device:
-        return _describe_devices(wish, identity, deadline)
-    if wish.metadata_device:
-        raise BadRequest("--metadata-device", wish.metadata_device, "goes with --device only")
-    if wish.size < _SMALLEST_DATA:
-        raise BadRequest("--size", wish.size, "a pool has at least 64 MiB")
-    metadata = wish.metadata_size or backing.metadata_size(wish.size, wish.block)
-    if metadata < backing.SMALLEST_METADATA:
-        raise BadRequest("--metadata-size", metadata, "the kernel wants at least 2 MiB")
-    if wish.group:
-        return Description(name=wish.name, identity=identity, kind="lvm", group=wish.group, data=f"{wish.name}_data",
-                           metadata=f"{wish.name}_meta", metadata_bytes=metadata, block=wish.block)  # fmt: skip
-    directory = os.path.abspath(wish.directory)
-    data, tables = (os.path.join(directory, f"{wish.name}.{part}") for part in ("data", "metadata"))
-    return Description(name=wish.name, identity=identity, kind="loop", data=data, metadata=tables,
-                       metadata_bytes=metadata, block=wish.block)  # fmt: skip
+def _write_made(below: Backing) -> None:
+    durable.replace(_made(below.state_dir), f"{below.description.identity}\n".encode())
 
 
-def _describe_devices(wish: Wish, identity: str, deadline: Deadline) -> Description:
-    """Names stay as they were given: `/dev/disk/by-id/…` is the same disk after a reboot, `/dev/sdb` may not be."""
-    size = _blank("--device", wish.device, deadline)
-    metadata = wish.metadata_size or backing.metadata_size(size, wish.block)
-    if wish.metadata_device:
-        if wish.metadata_size:
-            raise BadRequest("--metadata-size", wish.metadata_size, "the metadata takes all of --metadata-device")
-        metadata = _blank("--metadata-device", wish.metadata_device, deadline)
-        if metadata < backing.SMALLEST_METADATA:
-            raise BadRequest("--metadata-device", wish.metadata_device, f"has {metadata} bytes; the kernel wants 2 MiB")
-        if os.stat(wish.metadata_device).st_rdev == os.stat(wish.device).st_rdev:
-            raise BadRequest("--metadata-device", wish.metadata_device, "is the device of the data")
-    needed = _SMALLEST_DATA + (0 if wish.metadata_device else metadata)
-    if size < needed:
-        raise BadRequest("--device", wish.device, f"has {size} bytes; {needed} are needed")
-    return Description(name=wish.name, identity=identity, kind="device", data=os.path.abspath(wish.device),
-                       metadata=os.path.abspath(wish.metadata_device) if wish.metadata_device else "",
-                       metadata_bytes=metadata, block=wish.block)  # fmt: skip
-
-
-def _blank(field: str, device: str, deadline: Deadline) -> int:
-    """The size of a block device that has nothing on it."""
-    if not ioctls.is_block(device):
-        raise BadRequest(field, device, "is no block device")
-    blankness.prove_blank(device, deadline)
-    return ioctls.size_bytes(device)
-
-
-def _make_backing(description: Description, wish: Wish, deadline: Deadline) -> None:
-    if description.kind == "loop":
-        os.makedirs(os.path.dirname(description.data), mode=0o700, exist_ok=True)
-        for path, size in ((description.data, wish.size), (description.metadata, description.metadata_bytes)):
-            with open(path, "ab") as opened:
-                os.fchmod(opened.fileno(), 0o600)
-                if os.fstat(opened.fileno()).st_size == 0:
-                    opened.truncate(size)
-    elif description.kind == "lvm":
-        for volume, size in ((description.metadata, description.metadata_bytes), (description.data, wish.size)):
-            try:
-                run("lvs", "--noheadings", f"{description.group}/{volume}", deadline=deadline)
-            except CommandFailed:
-                run("lvcreate", "-Wn", "-Zn", "-an", "-n", volume, "-L", f"{size}b", description.group,
-                    deadline=deadline)  # fmt: skip
+def _expect_made(mapper: Mapper, below: Backing, deadline: Deadline) -> None:
+    """PoolRefused if the pool's making did not end. A mark that is lost is written again: the pool itself tells."""
+    if os.path.exists(_made(below.state_dir)):
+        return
+    it = below.description
+    mapped = _found(mapper, it) is not None
+    if not (mapper.pool_status(it.name).transaction if mapped else making.transaction(below, deadline)):
+        raise PoolRefused(
+            f"the making of pool {it.name}, described in {os.path.join(below.state_dir, backing.FILE)}, did not end: "
+            "repeat `runvol pool init` with the arguments that it had, or remove the file"
+        )
+    log.warning("the mark of a pool that was made is lost; it is written again", extra={"pool": it.name})
+    _write_made(below)
 
 
 def assemble(mapper: Mapper, state_dir: str, deadline: Deadline, limits: Limits | None = None) -> tuple[Pool, Backing]:
@@ -147,9 +111,10 @@ def assemble(mapper: Mapper, state_dir: str, deadline: Deadline, limits: Limits 
     Unavailable if something below it is absent or damaged, PoolRefused if none is described.
     """
     description = backing.load(state_dir)
-    if description is None or not os.path.exists(_made(state_dir)):
+    if description is None:
         raise PoolRefused(_NO_POOL.format(state_dir))
     below = Backing(mapper, state_dir, description)
+    _expect_made(mapper, below, deadline)
     return _assemble(mapper, below, deadline, check=True, limits=limits), below
 
 
@@ -300,39 +265,45 @@ class Extender:
         return self._pool.status()
 
     def as_needed(self, deadline: Deadline) -> list[str]:
-        """Extend what has passed its threshold; what was done, as sentences."""
+        """Extend what has passed its threshold, each part whatever becomes of the other; what was done, as sentences.
+
+        Unavailable with what could not be extended, once all was tried.
+        """
         status = self._pool.status()
         done: list[str] = []
         limits = self._pool.limits
         if status.mode in ("fail", "error") or not limits.extend_by:
             return done
-        block = self._below.description.block
+        block, failed = self._below.description.block, []
         for part, used, total, unit in (
-            ("data", status.data_used, status.data_total, block),
             ("metadata", status.metadata_used, status.metadata_total, backing.METADATA_BLOCK),
+            ("data", status.data_used, status.data_total, block),
         ):
             if used * 100 >= total * limits.extend_above:
                 more = max(unit, -(-total * unit * limits.extend_by // 100 // block) * block)
-                after = self.extend(part, more, deadline)
+                try:
+                    after = self.extend(part, more, deadline)
+                except (SnapshotterError, BlockdevError, OSError) as error:
+                    failed.append(f"the {part}: {error}")
+                    continue
                 done.append(f"extended the {part} of pool {self._pool.name} by {more} bytes (now {after.mode})")
+                log.warning("pool", extra={"extended": done[-1]})
+        if failed:
+            raise Unavailable("; ".join(failed))
         return done
 
 
-def bind(pool: Pool, store: Store) -> list[int]:
-    """Prove that store and pool belong together, and open a new generation; ids that must not be touched.
+def bind(pool: Pool, store: Store) -> None:
+    """Prove that store and pool belong together, and open a new generation.
 
     The pool's transaction id is the generation: it starts at a random number and moves by one with each bind, so an
-    older copy of the database, or another pool, is recognised. A store without a pool adopts this one; the devices that
-    it finds there are somebody's, and are quarantined. PoolRefused where they do not fit.
+    older copy of the database, or another pool, is recognised; a copy that was made since the last bind is not
+    (`strangers` is for its devices). A store without a pool adopts this one. PoolRefused where they do not fit.
     """
     status = pool.status()
     known, pending = store.read_fact("generation"), store.read_fact("generation_next")
-    foreign: list[int] = []
     if known is None:
-        foreign = sorted(pool.ids(Deadline.after(120)) - store.devices())
         with store.transaction():
-            store.quarantine(foreign, time.time_ns())
-            store.raise_devices(max(foreign, default=0))
             store.set_fact("pool", pool.identity)
             store.set_fact("generation", str(status.transaction))
     elif store.read_fact("pool") != pool.identity or str(status.transaction) not in (known, pending):
@@ -342,14 +313,13 @@ def bind(pool: Pool, store: Store) -> list[int]:
             "to go on with this pool and an empty store, move the store away: its devices are then quarantined"
         )
     if status.mode not in ("rw", "out_of_data_space") or status.needs_check:
-        return foreign
+        return
     following = status.transaction + 1
     with store.transaction():
         store.set_fact("generation_next", str(following))
     pool.set_transaction(status.transaction, following)
     with store.transaction():
         store.set_fact("generation", str(following))
-    return foreign
 
 
 __all__ = ["SECTOR", "Extender", "Wish", "assemble", "bind", "check_metadata", "disassemble", "init", "node", "repair"]

@@ -20,7 +20,7 @@ import msgspec
 
 from blockdev import Deadline, durable, ioctls, loops
 from blockdev.commands import run
-from blockdev.devicemapper import Mapper, MapperError, make_node, node
+from blockdev.devicemapper import Device, Mapper, MapperError, make_node, node
 from blockdev.dm_targets import BLOCK_STEP, LARGEST_BLOCK, SECTOR, SMALLEST_BLOCK, Linear, ThinPool
 from snapshotter.errors import BadRequest, PoolRefused, Unavailable
 
@@ -30,8 +30,9 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,50}\Z")
 SMALLEST_METADATA, LARGEST_METADATA = 2 << 20, 16 << 30
 METADATA_BLOCK = 4096
 _METADATA_PER_BLOCK = 48
-_MARK = 4096
+MARK = 4096
 _GRAIN = 4 << 20
+_ABSENT = "the pool's file {} does not exist; mount the filesystem that it lies on"
 
 
 class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -76,7 +77,9 @@ def load(state_dir: str) -> Description | None:
     except FileNotFoundError:
         return None
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise PoolRefused(f"{path}: {error}; restore it, or describe the pool anew with `runvol pool init`") from None
+        raise PoolRefused(
+            f"{path}: {error}. Restore it, or use the release that has written it; without it the pool is not found"
+        ) from None
 
 
 def save(state_dir: str, description: Description) -> None:
@@ -94,7 +97,7 @@ class Backing:
     """The devices below the pool. Every verb may be repeated."""
 
     def __init__(self, mapper: Mapper, state_dir: str, description: Description) -> None:
-        self._mapper, self._state_dir, self.description = mapper, state_dir, description
+        self._mapper, self.state_dir, self.description = mapper, state_dir, description
 
     def attach(self, deadline: Deadline) -> tuple[str, str]:
         """The nodes of metadata and data; Unavailable, naming what is absent."""
@@ -110,16 +113,33 @@ class Backing:
         it = self._refreshed()
         for device in (it.metadata, it.data):
             self._expect_device(device)
-        if _read_mark(it.data, it.data_bytes) != self._mark():
+        if not self.is_marked(it.data, it.data_bytes):
             raise Unavailable(
                 f"{it.data} is not the data device of pool {it.name}: no mark of it ends at byte {it.data_bytes}. Name "
-                f"the right one in {os.path.join(self._state_dir, FILE)}"
+                f"the right one in {os.path.join(self.state_dir, FILE)}"
             )
         return it.metadata, it.data
 
+    def is_marked(self, device: str, end: int) -> bool:
+        """Whether this pool's mark ends at this byte."""
+        return _read_mark(device, end) == self._mark()
+
+    def first_of_metadata(self, deadline: Deadline) -> str:
+        """What begins with the metadata, without mapping anything that is not there; Unavailable where it is absent."""
+        it = self.description
+        if it.kind == "lvm":
+            run("lvchange", "-ay", "-K", f"{it.group}/{it.metadata}", deadline=deadline)
+            return self._logical(it.metadata)
+        path = it.metadata or it.data
+        if it.kind == "device":
+            self._expect_device(path)
+        elif not os.path.isfile(path):
+            raise Unavailable(_ABSENT.format(path))
+        return path
+
     def _refreshed(self) -> Description:
         """As it stands in the file: another process may have extended the pool."""
-        self.description = load(self._state_dir) or self.description
+        self.description = load(self.state_dir) or self.description
         return self.description
 
     def mark(self) -> None:
@@ -128,21 +148,21 @@ class Backing:
         if it.kind == "device" and it.metadata:
             size = ioctls.size_bytes(it.data)
             with ioctls.opened(it.data, os.O_RDWR) as fd:
-                os.pwrite(fd, self._mark(), size - _MARK)
+                os.pwrite(fd, self._mark(), size - MARK)
                 os.fsync(fd)
             if it.data_bytes != size:
                 self.description = msgspec.structs.replace(it, data_bytes=size)
-                save(self._state_dir, self.description)
+                save(self.state_dir, self.description)
 
     def _mark(self) -> bytes:
         it = self.description
-        return f"runvol pool {it.name}, data\nidentity {it.identity}\n".encode().ljust(_MARK, b"\0")
+        return f"runvol pool {it.name}, data\nidentity {it.identity}\n".encode().ljust(MARK, b"\0")
 
     def table(self, metadata: str, data: str) -> ThinPool:
         """The pool over all of the data device but the mark."""
         it = self.description
         return pool_table(
-            metadata, data, it.block, (it.data_bytes - _MARK) if it.data_bytes else ioctls.size_bytes(data)
+            metadata, data, it.block, (it.data_bytes - MARK) if it.data_bytes else ioctls.size_bytes(data)
         )
 
     def _expect_device(self, device: str) -> None:
@@ -175,11 +195,42 @@ class Backing:
     def _be_mapped(self, name: str, target: Linear) -> None:
         found = self._mapper.find(name)
         if found is None:
-            self._mapper.create(name, f"RUNVOL-PART-{self.description.identity}-{name}")
-        elif found.active and not found.suspended and ioctls.size_bytes(node(name)) == target.length * SECTOR:
+            self._mapper.create(name, self._part_uuid(name))
+        elif (
+            self._refuse_foreign(found)
+            and found.active
+            and not found.suspended
+            and ioctls.size_bytes(node(name)) == target.length * SECTOR
+        ):
             return
         self._mapper.load(name, [target])
         self._mapper.resume(name)
+
+    def _refuse_foreign(self, found: Device) -> bool:
+        if found.uuid != self._part_uuid(found.name):
+            raise PoolRefused(
+                f"a mapped device {found.name} exists that is not part of this pool (its UUID is "
+                f"{found.uuid or 'empty'}); rename it, or describe this pool under another name"
+            )
+        return True
+
+    def _part_uuid(self, name: str) -> str:
+        return f"RUNVOL-PART-{self.description.identity}-{name}"
+
+    def parts(self) -> frozenset[str]:
+        """The kernel's names of the two parts of a device, as far as they are mapped."""
+        found = (self._mapper.find(f"{self.description.name}-{part}") for part in ("meta", "data"))
+        return frozenset(f"dm-{one.minor}" for one in found if one is not None)
+
+    def refuse_taken_names(self) -> None:
+        """PoolRefused if the parts' names are those of somebody else's mapped devices."""
+        it = self.description
+        if it.kind == "device" and not it.metadata:
+            for part in ("meta", "data"):
+                name = f"{it.name}-{part}"
+                found = self._mapper.find(name)
+                if found is not None:
+                    self._refuse_foreign(found)
 
     def extend(self, part: str, more: int, deadline: Deadline) -> None:
         """Make the data or the metadata device `more` bytes larger; Unavailable where nothing is left."""
@@ -231,7 +282,7 @@ class Backing:
 
 def _loop(path: str, deadline: Deadline) -> str:
     if not os.path.isfile(path):
-        raise Unavailable(f"the pool's file {path} does not exist; mount the filesystem that it lies on")
+        raise Unavailable(_ABSENT.format(path))
     found = loops.find(path)
     return found[0] if found else loops.attach(path, deadline=deadline)
 
@@ -254,7 +305,7 @@ def format_metadata(path: str) -> None:
 
 def _read_mark(device: str, end: int) -> bytes:
     with ioctls.opened(device) as fd:
-        return os.pread(fd, _MARK, max(0, end - _MARK))
+        return os.pread(fd, MARK, max(0, end - MARK))
 
 
 def pool_table(metadata: str, data: str, block: int, size: int, *, queue: bool = True) -> ThinPool:

@@ -34,6 +34,16 @@ class _Pool:
             ("lost", len(found.lost)),
         ):
             yield GaugeMetricFamily(f"runvol_recovery_{name}", f"What the last start found: {name}.", value=value)
+        failures = CounterMetricFamily(
+            "runvol_background_failures", "What failed behind the calls, and was survived.", labels=["what"]
+        )
+        for what, count in node.background.failures().items():
+            failures.add_metric([what], count)
+        yield failures
+        yield GaugeMetricFamily(
+            "runvol_background_troubles", "Threads that have ended, and what fails now.",
+            value=len(node.background.troubles()),
+        )  # fmt: skip
         yield CounterMetricFamily("runvol_devices_deleted", "Devices deleted behind.", value=node.reaper.deleted)
         yield CounterMetricFamily(
             "runvol_devices_unmapped_idle", "Devices unmapped as nobody had them open.", value=node.reaper.idled

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from blockdev import Deadline
 from blockdev.devicemapper import Events, Mapper
 from blockdev.errors import BlockdevError
-from snapshotter import assembly, backing, recovery
+from snapshotter import assembly, backing, recovery, strangers
 from snapshotter.assembly import Extender
+from snapshotter.background import Background
 from snapshotter.bases import Bases
 from snapshotter.errors import PoolRefused, SnapshotterError, Unavailable
 from snapshotter.idle import Idle
@@ -22,6 +24,7 @@ from snapshotter.pool import Limits, Pool
 from snapshotter.reaper import Reaper
 from snapshotter.snapshots import Sizes, Snapshotter
 from snapshotter.store import Store
+from snapshotter.strangers import Compared
 
 if TYPE_CHECKING:
     from snapshotter.images import Images
@@ -31,6 +34,7 @@ log = logging.getLogger("runvol.snapshotter")
 
 STORE = "snapshots.db"
 _RETRY, _LOOK, _PAUSE = 2.0, 10.0, 1.0
+_OPENING = "opening the pool"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +80,9 @@ class Node:
         if description is None:
             raise PoolRefused(f"no pool is described in {settings.state_dir}; make one with `runvol pool init`")
         self.settings, self.activity = settings, Activity()
+        self.background = Background()
         self.store = Store(os.path.join(settings.state_dir, STORE))
+        self.store.barred = f"the devices of pool {description.name} are not compared with the store's yet"
         self.mapper = Mapper()
         # Its nodes are known only once it is assembled; the name and the identity are known now.
         self.pool = Pool(self.mapper, description.name, description.identity, "", settings.limits)
@@ -86,7 +92,7 @@ class Node:
         self.idle = Idle(settings.unmap_idle)
         self.reaper = Reaper(self.store, self.pool, self.idle, discard=settings.discard, busy=self.activity.quiet_for,
                              release_images=self.images.release_unused if self.images else None,
-                             seals=self.seals)  # fmt: skip
+                             seals=self.seals, background=self.background)  # fmt: skip
         self.snapshots = Snapshotter(
             self.store, self.pool, self.bases,
             Sizes(fstype=settings.fstype, size=settings.size, by_namespace=settings.by_namespace),
@@ -97,6 +103,13 @@ class Node:
         self._why_not = f"pool {description.name} is being assembled"
         self._extender: Extender | None = None
         self.found = recovery.Found()
+        self._compared: Compared | None = None
+        self._ahead: dict[str, Callable[[], None]] = {
+            "the recovery": self._recover_behind, "starting the reaper": self._start_reaper,
+            "making the empty base": self._make_base,
+        }  # fmt: skip
+        if self.sealer is not None:
+            self._ahead["starting the sealer"] = self.sealer.start
         self._threads = [threading.Thread(target=self._run, name="pool", daemon=True)]
 
     def _shared_images(self) -> Images | None:
@@ -115,7 +128,7 @@ class Node:
         from snapshotter.seals import Sealer, Seals
 
         seals = Seals(self.mapper, self.store, self.pool, directory)
-        return seals, Sealer(seals, self.store, self._done_with) if self.settings.verity else None
+        return seals, Sealer(seals, self.store, self._done_with, self.background) if self.settings.verity else None
 
     def _done_with(self, device: int) -> None:
         self.reaper.tell(device)
@@ -132,6 +145,7 @@ class Node:
     def start(self) -> None:
         for thread in self._threads:
             thread.start()
+            self.background.started(thread)
 
     def wait_for_pool(self, deadline: Deadline) -> None:
         """Unavailable, with the reason, if the pool does not come in time."""
@@ -144,45 +158,84 @@ class Node:
             self.mapper, self.settings.state_dir, Deadline.after(300), self.settings.limits
         )  # fmt: skip
         self.pool.metadata = pool.metadata
-        foreign = assembly.bind(self.pool, self.store)
-        if foreign:
-            log.warning("the pool has devices that the store does not know; they are quarantined",
-                        extra={"devices": foreign[:20], "count": len(foreign)})  # fmt: skip
+        for device, keys in self.store.guard(time.time_ns()).items():
+            log.error("a device that was given more than once, or is not its snapshot's, is quarantined",
+                      extra={"device": device, "snapshots": keys[:20]})  # fmt: skip
+        assembly.bind(self.pool, self.store)
+        self._compare()
         self._extender = Extender(self.mapper, self.pool, below)
         self._usable.set()
 
+    def _compare(self) -> None:
+        """Let ids be given: only once what the pool has and the store does not know is out of the way.
+
+        A pool that is broken cannot be read; what is there already is served meanwhile.
+        """
+        status = self.pool.status()
+        if status.mode not in ("rw", "out_of_data_space") or status.needs_check:
+            self.store.barred = (
+                f"the devices of pool {self.pool.name} cannot be compared with the store's while it is "
+                f"{'waiting for a check' if status.needs_check else status.mode}; `runvol pool status` tells more"
+            )
+            return
+        self._compared = strangers.compare(self.store, self.pool, Deadline.after(120))
+        unknown = sorted({*self._compared.orphans, *self._compared.foreign})
+        if unknown:
+            log.warning("the pool has devices that the store does not know; they are quarantined",
+                        extra={"devices": unknown[:20], "count": len(unknown)})  # fmt: skip
+        self.store.barred = ""
+
     def recover(self) -> recovery.Found:
         """Finish or undo what a killed process left."""
-        self.found = recovery.recover(self.store, self.pool, self.bases, self.snapshots, self.reaper)
+        self.found = recovery.recover(
+            self.store, self.pool, self.bases, self.snapshots, self.reaper, self._compared
+        )  # fmt: skip
         if self.seals is not None:
             self.seals.sweep()
         return self.found
 
     def _run(self) -> None:
-        while not self._stop.is_set():
-            try:
-                self.open_pool()
-                break
-            except (SnapshotterError, BlockdevError, OSError) as error:
-                self._why_not = str(error)
-                log.error("the pool cannot be used", extra={"why": str(error)})
+        """Whatever is raised in here is logged, counted and survived: nothing is deleted or extended without it."""
+        while not self._stop.is_set() and not self.ready:
+            with self.background.survived(_OPENING):
+                self._try_to_open()
+            if not self.ready:
+                self._why_not = self.background.fails(_OPENING) or self._why_not
                 self._stop.wait(_RETRY)
         # Whoever waited for this start goes first; what they ask for is settled by their calls.
         self._stop.wait(_PAUSE)
         if self._stop.is_set():
             return
+        self._catch_up()
+        said: set[str] = set()
+        while not self._stop.is_set():
+            with self.background.survived("the watch over the pool"):
+                self._watch(said)
+            self._stop.wait(_PAUSE)
+
+    def _catch_up(self) -> None:
+        """What a start has to do behind the calls; what fails is done with the next look at the pool."""
+        for what, work in list(self._ahead.items()):
+            with self.background.survived(what):
+                work()
+                del self._ahead[what]
+
+    def _try_to_open(self) -> None:
+        """A pool that is not there or not ours is no trouble of this thread's: calls are told."""
         try:
-            found = self.recover()
-            log.info("recovered", extra={"settled": found.settled, "unmapped": found.unmapped, "lost": len(found.lost),
-                                         "orphans": len(found.orphans), "quarantined": len(found.foreign)})  # fmt: skip
-        except (SnapshotterError, BlockdevError, OSError):
-            log.exception("the recovery did not end; the next start goes on with it")
+            self.open_pool()
+        except (SnapshotterError, BlockdevError, OSError) as error:
+            self._why_not = str(error)
+            log.error("the pool cannot be used", extra={"why": str(error)})
+
+    def _recover_behind(self) -> None:
+        found = self.recover()
+        log.info("recovered", extra={"settled": found.settled, "unmapped": found.unmapped, "lost": len(found.lost),
+                                     "orphans": len(found.orphans), "quarantined": len(found.foreign)})  # fmt: skip
+
+    def _start_reaper(self) -> None:
         self.reaper.start()
         self.reaper.tell(0)
-        self._make_base()
-        if self.sealer is not None:
-            self.sealer.start()
-        self._watch()
 
     def _make_base(self) -> None:
         try:
@@ -190,30 +243,31 @@ class Node:
         except (SnapshotterError, BlockdevError, OSError) as error:
             log.error("the empty base cannot be made yet", extra={"why": str(error)})
 
-    def _watch(self) -> None:
-        """Look at the pool after each event, and now and then."""
-        events = Events()
-        said: set[str] = set()
-        while not self._stop.is_set():
-            found = self._findings()
-            for finding in sorted(found - said):
-                log.warning("pool", extra={"finding": finding})
-            said = found
-            # Every new device is an event too: one look a second is enough for what thresholds are for.
-            self._stop.wait(_PAUSE)
-            until = time.monotonic() + _LOOK
-            while time.monotonic() < until and not self._stop.is_set():
-                if events.wait(0.5):
-                    break
-        events.close()
+    def _watch(self, said: set[str]) -> None:
+        """Look at the pool after each event, and now and then. `said` are the findings that were logged."""
+        with contextlib.closing(Events()) as events:
+            while not self._stop.is_set():
+                if self.store.barred:
+                    self._compare()
+                self._catch_up()
+                found = self._findings()
+                for finding in sorted(found - said):
+                    log.warning("pool", extra={"finding": finding})
+                said.clear()
+                said.update(found)
+                # Every new device is an event too: one look a second is enough for what thresholds are for.
+                self._stop.wait(_PAUSE)
+                until = time.monotonic() + _LOOK
+                while time.monotonic() < until and not self._stop.is_set():
+                    if events.wait(0.5):
+                        break
 
     def _findings(self) -> set[str]:
         """What is not well with the pool, after what can be extended was; a finding is logged when it is new."""
         found: set[str] = set()
         try:
             if self._extender is not None:
-                for done in self._extender.as_needed(Deadline.after(60)):
-                    log.warning("pool", extra={"extended": done})
+                self._extender.as_needed(Deadline.after(60))
         except (SnapshotterError, BlockdevError, OSError) as error:
             found.add(f"it cannot be extended: {error}")
         try:
@@ -231,7 +285,8 @@ class Node:
         if self.sealer is not None:
             self.sealer.stop()
         self.reaper.stop()
-        self.store.write_made()
+        with self.background.survived("writing down what was made"):
+            self.store.write_made()
         for thread in self._threads:
             if thread.is_alive():
                 thread.join(10)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import struct
 import time
@@ -21,10 +22,14 @@ from blockdev.devicemapper import Device, Mapper, MapperError, node
 from blockdev.dm_targets import SECTOR, PoolStatus, Thin
 from snapshotter.errors import PoolFull, SnapshotterError, Unavailable
 
+log = logging.getLogger("runvol.snapshotter")
+
 _BLKDISCARD = 0x1277
 _DISCARD_STEP = 1 << 30
 # Seconds for which a status is good enough to let a snapshot be made.
 _FRESH = 0.25
+# Mappings in a metadata block, at the least, when they are made here and there.
+_MAPPINGS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +43,10 @@ class Limits:
 
 class DeviceMissing(SnapshotterError):
     """The pool has no device of this id."""
+
+
+class DeviceThere(SnapshotterError):
+    """The pool has a device of this id already, which this process has not made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +65,7 @@ class Pool:
         self.mapper, self.name, self.identity, self.metadata = mapper, name, identity, metadata
         self.limits = limits or Limits()
         self._number = ""
+        self._block = 0
         self._seen: tuple[float, PoolStatus] | None = None
 
     # -- devices ----------------------------------------------------------------------------------------------------
@@ -220,18 +230,26 @@ class Pool:
 
     # -- messages ---------------------------------------------------------------------------------------------------
 
-    def create_thin(self, device: int) -> None:
-        """A new, empty device; done is done."""
-        self._send(f"create_thin {device}", errno.EEXIST)
-        self._confirm()
+    def create_thin(self, device: int, *, again: bool = False) -> None:
+        """A new, empty device. DeviceThere if the id is taken, unless `again`: an earlier life made it for this row."""
+        self._create(f"create_thin {device}", device, again=again)
 
-    def create_snapshot(self, device: int, origin: int) -> None:
-        """A snapshot of `origin`, which must be quiet; done is done. DeviceMissing without the origin."""
+    def create_snapshot(self, device: int, origin: int, *, again: bool = False) -> None:
+        """A snapshot of `origin`, which must be quiet. DeviceMissing without the origin; DeviceThere as above."""
         try:
-            self._send(f"create_snap {device} {origin}", errno.EEXIST)
+            self._create(f"create_snap {device} {origin}", device, again=again)
         except MapperError as error:
             if error.errno == errno.ENODATA:
                 raise DeviceMissing(f"pool {self.name} has no device {origin}, the origin of {device}") from None
+            raise
+
+    def _create(self, message: str, device: int, *, again: bool) -> None:
+        """What exists is somebody else's, or another snapshot's: a success would hand out its data."""
+        try:
+            self._send(message, errno.EEXIST if again else None)
+        except MapperError as error:
+            if error.errno == errno.EEXIST:
+                raise DeviceThere(f"pool {self.name} has a device {device} already that no snapshot has made") from None
             raise
         self._confirm()
 
@@ -285,8 +303,11 @@ class Pool:
         seen = self._seen
         return seen[1] if seen is not None and time.monotonic() - seen[0] < _FRESH else self.status()
 
-    def admit(self) -> None:
-        """Return if a new snapshot may be made. PoolFull before writes would hang, Unavailable where nothing can."""
+    def admit(self, places: int = 0, each: int = 0) -> None:
+        """Return if a new snapshot may be made that writes `each` bytes at so many places at once.
+
+        PoolFull before writes would hang, Unavailable where nothing can be made.
+        """
         status = self._recent()
         for finding in self.health(status):
             if finding.state == "broken":
@@ -304,6 +325,32 @@ class Pool:
                 f"the metadata of pool {self.name} is full: {status.metadata_free} of {status.metadata_total} blocks "
                 f"are free, and {metadata_reserve(status)} are kept for deletions. `runvol pool extend --metadata`"
             )
+        if places:
+            self._admit_writes(status, places, each)
+
+    def _admit_writes(self, status: PoolStatus, places: int, each: int) -> None:
+        """Count what a large filesystem costs before anybody has written to it."""
+        blocks = places * max(2, -(-each // self.block_bytes()))
+        kept = status.data_total * self.limits.data_reserve // 100
+        metadata = blocks // _MAPPINGS + 1
+        if status.data_free - blocks < kept or status.metadata_free - metadata < metadata_reserve(status):
+            raise PoolFull(
+                f"pool {self.name} has no room for a filesystem of this size: its own tables take up to {blocks} data "
+                f"and {metadata} metadata blocks, and {max(0, status.data_free - kept)} and "
+                f"{max(0, status.metadata_free - metadata_reserve(status))} may be used. Ask for less, or `runvol pool "
+                "extend`"
+            )
+
+    def block_bytes(self) -> int:
+        """Size of a data block of the pool."""
+        if not self._block:
+            ((_kind, table),) = self.mapper.lines(self.name, table=True)
+            self._block = int(table.split()[2]) * SECTOR
+        return self._block
+
+    def data_bytes(self) -> int:
+        """What the pool holds, as it was a moment ago."""
+        return self._recent().data_total * self.block_bytes()
 
     def health(self, status: PoolStatus | None = None) -> list[Health]:
         """What is wrong with the pool and what to do; one `ok` if nothing is."""
@@ -367,7 +414,7 @@ class Pool:
         """Every device that the pool has."""
         with self.metadata_snapshot(deadline):
             _, output = run("thin_ls", "-m", "--no-headers", "-o", "DEV", self.metadata, deadline=deadline)
-        return {int(line) for line in output.split()}
+        return set(_numbers(output))
 
     def check_live(self, deadline: Deadline) -> None:
         """thin_check on the pool as it runs; CommandFailed with its words."""
@@ -380,18 +427,27 @@ class Pool:
             _, output = run(
                 "thin_delta", "-m", "--snap1", str(origin), "--snap2", str(device), self.metadata, deadline=deadline
             )
-        return _added_blocks(output) * self._block_bytes(output)
-
-    def _block_bytes(self, output: str) -> int:
-        return int(_attribute(output, "data_block_size")) * SECTOR
+        xml = _document(output)
+        return _added_blocks(xml) * int(_attribute(xml, "data_block_size")) * SECTOR
 
     def mapped_bytes(self, deadline: Deadline) -> dict[int, tuple[int, int]]:
         """Id to (bytes that only it maps, bytes that it shares)."""
         with self.metadata_snapshot(deadline):
             _, output = run("thin_ls", "-m", "--no-headers", "-o", "DEV,EXCLUSIVE_BYTES,SHARED_BYTES", self.metadata,
                             deadline=deadline)  # fmt: skip
-        rows = (line.split() for line in output.splitlines() if line.strip())
-        return {int(row[0]): (int(row[1]), int(row[2])) for row in rows}
+        rows = (line.split() for line in output.splitlines())
+        return {
+            int(row[0]): (int(row[1]), int(row[2])) for row in rows if len(row) == 3 and all(map(str.isdecimal, row))
+        }
+
+
+def _numbers(output: str) -> Iterator[int]:
+    """The lines that are a number. A tool's warning among them is told, and is no device."""
+    for line in filter(None, map(str.strip, output.splitlines())):
+        if line.isdecimal():
+            yield int(line)
+        else:
+            log.warning("a line of thin_ls is no device", extra={"line": line[:200]})
 
 
 def _locked(fd: int) -> bool:
@@ -419,6 +475,11 @@ def metadata_reserve(status: PoolStatus) -> int:
 def _attribute(xml: str, name: str) -> str:
     at = xml.index(f'{name}="') + len(name) + 2
     return xml[at : xml.index('"', at)]
+
+
+def _document(output: str) -> str:
+    """The XML without what the tool has warned of around it."""
+    return "\n".join(line for line in output.splitlines() if line.lstrip().startswith("<"))
 
 
 def _added_blocks(xml: str) -> int:

@@ -11,14 +11,15 @@ import errno
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from blockdev.devicemapper import MapperError
+from snapshotter.background import Background
 from snapshotter.entries import Entries
 from snapshotter.errors import SnapshotterError
 from snapshotter.idle import Idle
-from snapshotter.pool import DeviceMissing, Pool
+from snapshotter.pool import DeviceMissing, DeviceThere, Pool
 from snapshotter.store import Store
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ log = logging.getLogger("runvol.snapshotter")
 
 _QUIET, _LONGEST_WAIT = 0.15, 2.0
 _BATCH = 64
+_REAPING = "giving devices back"
 # Of snapshots that are made only to be deleted: the pool is busy with each for as long as with a Prepare's.
 _FEW = 16
 # Seconds until what was busy is tried again, and until the store is looked at anew: the command line dooms devices too.
@@ -40,18 +42,23 @@ class Reaper:
     def __init__(
         self, store: Store, pool: Pool, idle: Idle, *, discard: bool, busy: Callable[[], float],
         release_images: Callable[[], object] | None = None, seals: Seals | None = None,
+        background: Background | None = None,
     ) -> None:  # fmt: skip
+        self._background = background or Background()
         self._store, self._pool, self._idle, self._discard, self._busy = store, pool, idle, discard, busy
         self._release_images, self._seals = release_images or (lambda: None), seals
         self.entries = Entries()
         self._lock = threading.Lock()
         self._done_with: set[int] = set()
+        self._tried: set[int] = set()
+        self._progress = False
         self._wake, self._stop = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="reaper", daemon=True)
         self.deleted = self.failed = self.idled = 0
 
     def start(self) -> None:
         self._thread.start()
+        self._background.started(self._thread)
 
     def stop(self) -> None:
         """End after the device under way."""
@@ -73,16 +80,13 @@ class Reaper:
 
     def _run(self) -> None:
         while not self._stop.is_set():
-            self._wake.wait(_RETRY if self._waits() else _LOOK)
-            self._wake.clear()
-            self._let_calls_pass()
-            if self._stop.is_set():
-                return
-            try:
-                if self.round():
+            with self._background.survived(_REAPING):
+                self._wake.wait(_RETRY if self._waits() else _LOOK)
+                self._wake.clear()
+                self._let_calls_pass()
+                if not self._stop.is_set() and self.round():
                     self._wake.set()
-            except Exception:
-                log.exception("giving devices back failed; trying again")
+            if self._background.fails(_REAPING):
                 self._stop.wait(_RETRY)
 
     def _waits(self) -> bool:
@@ -102,10 +106,10 @@ class Reaper:
         with self._lock:
             done_with = self._done_with - doomed.keys()
         for device in done_with:
-            if self._unmap(device):
+            if self._unmap_if_free(device):
                 with self._lock:
                     self._done_with.discard(device)
-        gone = [one for one in list(doomed)[:_BATCH] if not self._stop.is_set() and self._delete(one, doomed[one])]
+        gone = [one for one in self._turn(doomed) if not self._stop.is_set() and self._delete(one, doomed[one])]
         if gone:
             with self._store.transaction(durable=False):
                 self._store.buried(gone)
@@ -115,7 +119,29 @@ class Reaper:
         more = self._unmap_idle() or self._shorten()
         self._release_images()
         self._store.tidy()
-        return more or (bool(gone) and len(doomed) > len(gone))
+        return more or self._goes_on(doomed, gone)
+
+    def _turn(self, doomed: Mapping[int, int]) -> list[int]:
+        """Some of those that were not tried since all were: who stays busy for ever keeps nobody else waiting."""
+        batch = [device for device in doomed if device not in self._tried][:_BATCH]
+        self._tried.update(batch)
+        return batch
+
+    def _goes_on(self, doomed: Mapping[int, int], gone: Sequence[int]) -> bool:
+        """Whether some were not tried yet, or all were, and not in vain."""
+        self._progress |= bool(gone)
+        if doomed.keys() - self._tried:
+            return True
+        again, self._progress = self._progress and len(doomed) > len(gone), False
+        self._tried.clear()
+        return again
+
+    def _unmap_if_free(self, device: int) -> bool:
+        try:
+            return self._unmap(device)
+        except (MapperError, SnapshotterError, OSError) as error:
+            log.warning("device is not unmapped yet", extra={"device": device, "why": str(error)})
+            return False
 
     def _delete(self, device: int, size: int) -> bool:
         """Whether the device is gone from the pool."""
@@ -181,12 +207,19 @@ class Reaper:
                     return False
                 if self._pool.find(device) is None:
                     with contextlib.suppress(DeviceMissing):
-                        self._pool.create_snapshot(copy, device)
+                        self._copy(copy, device)
                 self.entries.gone(device)
         except (MapperError, SnapshotterError) as error:
             log.warning("the kernel's list of devices is not shortened yet", extra={"why": str(error)})
             return False
         return True
+
+    def _copy(self, copy: int, device: int) -> None:
+        try:
+            self._pool.create_snapshot(copy, device)
+        except DeviceThere:
+            # It is somebody else's, and must not be deleted.
+            self._store.refuse(copy, time.time_ns())
 
     def _give_blocks_back(self, device: int, size: int) -> None:
         try:

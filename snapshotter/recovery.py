@@ -7,7 +7,6 @@ intent that a call asks for is settled by that call.
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import dataclass, field
 
 from blockdev import Deadline
@@ -20,13 +19,14 @@ from snapshotter.pool import Pool
 from snapshotter.reaper import Reaper
 from snapshotter.snapshots import Snapshotter
 from snapshotter.store import Store
+from snapshotter.strangers import Compared
 
 log = logging.getLogger("runvol.snapshotter")
 
 
 @dataclass
 class Found:
-    """What a start put right; counts, and the ids that nobody knows."""
+    """What a start put right; counts, and the ids that nobody knows (`strangers`)."""
 
     resumed: int = 0
     settled: int = 0
@@ -36,9 +36,14 @@ class Found:
     lost: list[int] = field(default_factory=list)
 
 
-def recover(store: Store, pool: Pool, golden: Bases, snapshots: Snapshotter, reaper: Reaper) -> Found:
-    """Bring store, pool and mapped devices into agreement. May be repeated."""
+def recover(
+    store: Store, pool: Pool, golden: Bases, snapshots: Snapshotter, reaper: Reaper, compared: Compared | None = None
+) -> Found:
+    """Bring store, pool and mapped devices into agreement. May be repeated. `compared` was found before any id was
+    given, as far as the pool could be read."""
     found = Found()
+    if compared is not None:
+        found.orphans, found.foreign, found.lost = compared.orphans, compared.foreign, compared.lost
     found.resumed = len(pool.resume_suspended())
     for row in store.intents():
         try:
@@ -48,7 +53,6 @@ def recover(store: Store, pool: Pool, golden: Bases, snapshots: Snapshotter, rea
             log.warning("an intent is not settled yet", extra={"key": row.key, "why": str(error)})
     golden.drop_unfinished()
     found.unmapped = _unmap(store, pool, reaper)
-    compare(store, pool, found)
     return found
 
 
@@ -67,24 +71,4 @@ def _unmap(store: Store, pool: Pool, reaper: Reaper) -> int:
     return len(mapped - needed)
 
 
-def compare(store: Store, pool: Pool, found: Found) -> None:
-    """The pool's devices against the store's: an id of ours without a row is deleted, a foreign one quarantined."""
-    # The store first: an id that is made meanwhile is in neither set, or in both.
-    before = store.devices()
-    ids = pool.ids(Deadline.after(120))
-    known = before | store.devices()
-    following = int(store.read_fact("next_device") or "1")
-    found.orphans = sorted(device for device in ids - known if device < following)
-    found.foreign = sorted(device for device in ids - known if device >= following)
-    missing = {row.device for page in store.pages() for row in page if row.device and row.device in before} - ids
-    found.lost = sorted(missing)
-    now = time.time_ns()
-    with store.transaction():
-        store.quarantine(found.foreign, now)
-        if found.foreign:
-            store.raise_devices(max(found.foreign))
-        for device in found.orphans:
-            store.doom(device, now)
-
-
-__all__ = ["Found", "compare", "recover"]
+__all__ = ["Found", "recover"]

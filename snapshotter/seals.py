@@ -22,6 +22,7 @@ from blockdev.devicemapper import Mapper, MapperError, node
 from blockdev.dm_targets import SECTOR, Verity
 from blockdev.errors import BlockdevError
 from snapshotter import verity
+from snapshotter.background import Background
 from snapshotter.errors import SnapshotterError
 from snapshotter.model import Kind, Snapshot
 from snapshotter.pool import DeviceMissing, Pool
@@ -168,17 +169,22 @@ class Seals:
 class Sealer:
     """A thread that seals what was committed, one layer after the other. `after` is told of devices it had mapped."""
 
-    def __init__(self, seals: Seals, store: Store, after: Callable[[int], None]) -> None:
+    def __init__(
+        self, seals: Seals, store: Store, after: Callable[[int], None], background: Background | None = None
+    ) -> None:
+        self._background = background or Background()
         self._seals, self._store, self._after = seals, store, after
         self._keys: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="sealer", daemon=True)
 
     def start(self) -> None:
-        """Layers that were committed and not sealed come first."""
+        """Layers that were committed and not sealed come first. May be repeated if it failed."""
+        if self._thread.ident is None:
+            self._thread.start()
+            self._background.started(self._thread)
         for page in self._store.pages():
             for row in page:
                 self.tell(row.key)
-        self._thread.start()
 
     def tell(self, key: str) -> None:
         self._keys.put(key)
@@ -189,7 +195,10 @@ class Sealer:
 
     def _run(self) -> None:
         while (key := self._keys.get()) is not None:
-            if not self.seal(key):
+            done = True
+            with self._background.survived("sealing layers"):
+                done = self.seal(key)
+            if not done:
                 time.sleep(_PAUSE)
                 self._keys.put(key)
 

@@ -16,6 +16,8 @@ from snapshotter.service import Observer, Service
 from snapshotter.workers import Workers
 
 _SUFFIX = ".sock"
+# Of all snapshotters of the machine, wherever their state lies.
+_LOCKS = "/run/runvol"
 _GRACE, _WORKERS = 10.0, 16
 _LARGEST_MESSAGE = 16 << 20
 
@@ -34,7 +36,7 @@ def serve(node: Node, *, endpoint: str, limit: float, observe: Observer | None =
     """Serve until SIGTERM or SIGINT; calls under way then have ten seconds."""
     path, told = socket_path(endpoint), _signals()
     workers = Workers(_WORKERS)
-    service = Service(node, workers, limit=limit, observe=observe)
+    service = Service(node, workers, limit=limit, observe=observe, background=node.background)
     server = grpc.server(
         workers,  # type: ignore[arg-type]  # an Executor is what it uses
         options=[
@@ -66,20 +68,29 @@ def _signals() -> socket.socket:
     return told
 
 
-def alone(endpoint: str, state_dir: str) -> int:
-    """Prove that no other process serves the socket or the state; a descriptor that says so to the next one.
+def alone(endpoint: str, state_dir: str, identity: str = "") -> list[int]:
+    """Prove that no other process serves the socket, the state, or the pool of this identity, which a copy of the state
+    has too; descriptors that say so to the next one.
 
     BadRequest if there is one.
     """
-    path = socket_path(endpoint)
-    if _answers(path):
+    if _answers(socket_path(endpoint)):
         raise BadRequest("--endpoint", endpoint, "another process serves this socket; stop it first")
-    lock = os.open(os.path.join(state_dir, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    held = [_locked(os.path.join(state_dir, "lock"), state_dir, "another process uses it; stop that first")]
+    if identity:
+        os.makedirs(_LOCKS, mode=0o750, exist_ok=True)
+        held.append(_locked(os.path.join(_LOCKS, f"pool-{identity}.lock"), state_dir,
+                            "is a copy: another process serves its pool; stop that first"))  # fmt: skip
+    return held
+
+
+def _locked(path: str, state_dir: str, why_not: str) -> int:
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(lock)
-        raise BadRequest("snapshotter.state_dir", state_dir, "another process uses it; stop that first") from None
+        raise BadRequest("snapshotter.state_dir", state_dir, why_not) from None
     return lock
 
 

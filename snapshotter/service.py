@@ -24,6 +24,7 @@ from blockdev import Deadline
 from runvol_proto import containerd_snapshots_pb2 as pb
 from runvol_proto import grpc_health_pb2 as health_pb
 from snapshotter import wire
+from snapshotter.background import Background
 from snapshotter.errors import SnapshotterError
 from snapshotter.model import Kind
 from snapshotter.node import Node
@@ -52,7 +53,11 @@ class _Running:
 class Service:
     """The RPCs over a node's snapshotter. `limit` is the longest that a call may take, in seconds."""
 
-    def __init__(self, node: Node, workers: Workers, *, limit: float, observe: Observer | None = None) -> None:
+    def __init__(
+        self, node: Node, workers: Workers, *, limit: float, observe: Observer | None = None,
+        background: Background | None = None,
+    ) -> None:  # fmt: skip
+        self._background = background or Background()
         self._node, self._workers, self._limit, self._observe = node, workers, limit, observe
         self._numbers = itertools.count(1)
         self._running: dict[int, _Running] = {}
@@ -60,6 +65,7 @@ class Service:
         self._stop = threading.Event()
         self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._watchdog.start()
+        self._background.started(self._watchdog)
 
     def close(self) -> None:
         self._stop.set()
@@ -89,12 +95,14 @@ class Service:
         )  # fmt: skip
         return grpc.method_handlers_generic_handler(NAME, methods)
 
-    @staticmethod
-    def health() -> grpc.GenericRpcHandler[Any, Any]:
-        """gRPC's health service: SERVING while calls are answered, whatever the pool's state is."""
+    def health(self) -> grpc.GenericRpcHandler[Any, Any]:
+        """gRPC's health service: SERVING while calls are answered, whatever the pool's state is, and while what runs
+        behind them goes on: without it nothing is deleted or extended."""
 
         def check(_request: Any, _context: grpc.ServicerContext) -> Message:
-            return health_pb.HealthCheckResponse(status=health_pb.HealthCheckResponse.SERVING)
+            troubles = self._background.troubles()
+            answers = health_pb.HealthCheckResponse
+            return answers(status=answers.NOT_SERVING if troubles else answers.SERVING)
 
         handler = grpc.unary_unary_rpc_method_handler(
             check, request_deserializer=health_pb.HealthCheckRequest.FromString,
@@ -129,16 +137,17 @@ class Service:
     def _watch(self) -> None:
         """Release callers whose call hangs in the kernel."""
         while not self._stop.wait(1.0):
-            now = time.monotonic()
-            for number, one in list(self._running.items()):
-                if now > one.until + _GRACE and not one.released:
-                    one.released = True
-                    log.error(
-                        "call hangs in the kernel; its caller is released", extra={"rpc": one.name, "key": one.key}
-                    )
-                    one.context.cancel()  # type: ignore[no-untyped-call]
-                    with self._ending:
-                        one.replaced = number in self._running and self._workers.give_up()
+            with self._background.survived("releasing calls that hang"):
+                self._release_hanging(time.monotonic())
+
+    def _release_hanging(self, now: float) -> None:
+        for number, one in list(self._running.items()):
+            if now > one.until + _GRACE and not one.released:
+                one.released = True
+                log.error("call hangs in the kernel; its caller is released", extra={"rpc": one.name, "key": one.key})
+                one.context.cancel()  # type: ignore[no-untyped-call]
+                with self._ending:
+                    one.replaced = number in self._running and self._workers.give_up()
 
     def _ended(self, number: int, running: _Running) -> None:
         with self._ending:

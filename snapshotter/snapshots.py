@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from blockdev import Deadline, filesystems, superblocks
 from blockdev.errors import BlockdevError
-from snapshotter import bases, filters
+from snapshotter import bases, filters, strangers
 from snapshotter.bases import Bases
 from snapshotter.errors import (
     AlreadyExists,
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from snapshotter.seals import Seals
 
 _LABEL_LIMIT = 4096
+# A label may ask for a filesystem that is so many times as large as the pool, which can grow.
+_OVERCOMMIT = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,9 +112,11 @@ class Snapshotter:
             self._pool.admit()
             origin = self._origin(key, parent, labels, deadline)
             size = self._wanted_size(key, labels, origin) if kind is Kind.ACTIVE else origin.size
+            if size > origin.size:
+                self._pool.admit(*bases.cost(origin.fstype, self._first_size(parent), origin.size, size))
             row = self._intend(key, parent, kind, labels, origin, size)
             try:
-                self._create(row, origin, deadline)
+                row = self._create(row, origin, deadline)
             except DeviceMissing as error:
                 self._drop(row)
                 if not parent:
@@ -123,7 +127,7 @@ class Snapshotter:
                 # The caller may never come again, and would not find it: an intent is in no list.
                 if row.state is State.PREPARING:
                     with contextlib.suppress(SnapshotterError):
-                        self._drop(row)
+                        self._drop(self._store.get(key) or row)
                 raise
             self._store.made(row)
             return self._mounts(row, deadline)
@@ -133,17 +137,45 @@ class Snapshotter:
             above = self._seen(parent, deadline, what="parent")
             if above.kind is not Kind.COMMITTED:
                 raise BadRequest("parent", parent, "is not committed")
+            self._refuse_shared(above)
             return _Origin(device=above.device, size=above.size, fstype=above.fstype, image=above.image)
         fstype = labels.get(LABEL_FSTYPE, self._sizes.fstype)
-        size = _size_label(labels) or self._sizes.of(key)
+        size = self._size_label(key, labels) or self._sizes.of(key)
         bases.check(fstype, size, field=LABEL_SIZE if LABEL_SIZE in labels else "snapshotter.size")
         size = -(-size // bases.GRAIN) * bases.GRAIN
         return _Origin(device=self._bases.device(fstype, size, deadline), size=size, fstype=fstype, image="")
 
     def _wanted_size(self, key: str, labels: Mapping[str, str], origin: _Origin) -> int:
         """Grow only: what is smaller than the parent is the parent's size."""
-        wanted = max(origin.size, _size_label(labels) or 0, self._sizes.by_namespace.get(key.split("/", 1)[0], 0))
+        asked = self._size_label(key, labels) or 0
+        wanted = max(origin.size, asked, self._sizes.by_namespace.get(key.split("/", 1)[0], 0))
         return -(-wanted // bases.GRAIN) * bases.GRAIN if wanted > origin.size else origin.size
+
+    def _size_label(self, key: str, labels: Mapping[str, str]) -> int | None:
+        """The label's bytes. BadRequest for more than a few times what the pool holds, or is given without a label."""
+        size = _size_label(labels)
+        if size is not None:
+            limit = max(_OVERCOMMIT * self._pool.data_bytes(), self._sizes.of(key))
+            if size > limit:
+                why = f"at most {limit} bytes, {_OVERCOMMIT} times what the pool holds"
+                raise BadRequest(LABEL_SIZE, labels[LABEL_SIZE][:80], why)
+        return size
+
+    def _first_size(self, key: str) -> int:
+        """The size that the filesystem of `key` was made with: that of the first in its chain."""
+        size = 0
+        while key and (row := self._store.get(key)) is not None:
+            key, size = row.parent, row.size
+        return size
+
+    def _refuse_shared(self, row: Snapshot) -> None:
+        """WrongState for a snapshot whose device several had: whose data it holds, nobody knows."""
+        if row.device in self._store.shared:
+            raise WrongState(
+                f"device {row.device} of snapshot {row.key!r} was given more than once by an older release, or is not "
+                "its own, so its data may be another's: it is quarantined. Remove the snapshot and make it anew "
+                "(`runvol pool quarantine` lists such devices)"
+            )
 
     def _intend(
         self, key: str, parent: str, kind: Kind, labels: Mapping[str, str], origin: _Origin, size: int
@@ -168,16 +200,28 @@ class Snapshotter:
             self._store.insert(row)
             return row
 
-    def _create(self, row: Snapshot, origin: _Origin, deadline: Deadline) -> None:
-        if origin.device:
+    def _create(self, row: Snapshot, origin: _Origin, deadline: Deadline) -> Snapshot:
+        """Make and map the device; the row, which has another id where the pool had that one already."""
+
+        def create(device: int) -> None:
+            # Only what an earlier life has made for this very row may be there.
+            again = row.state is State.RECOVERED
+            if not origin.device:
+                self._pool.create_thin(device, again=again)
+                return
             alone = self._devices.held(str(origin.device), deadline=deadline)
             with alone, self._pool.quiet(origin.device):
-                self._pool.create_snapshot(row.device, origin.device)
-        else:
-            self._pool.create_thin(row.device)
+                self._pool.create_snapshot(device, origin.device, again=again)
+
+        device = strangers.make(
+            self._store, self._pool, row.device, create, lambda taken: self._store.replace_device(row.key, taken),
+            deadline,
+        )  # fmt: skip
+        row = row if device == row.device else replace(row, device=device)
         self._activate(row, deadline)
         if row.size > origin.size:
             filesystems.grow(self._pool.path(row.device), deadline)
+        return row
 
     def _activate(self, row: Snapshot, deadline: Deadline) -> None:
         below = self._images.origin(row.image, deadline) if row.image else ""
@@ -197,6 +241,9 @@ class Snapshotter:
     def _settle(self, key: str, deadline: Deadline) -> None:
         row = self._store.get(key)
         if row is None or row.state is not State.PREPARING:
+            return
+        if row.device in self._store.shared:
+            self._drop(row)
             return
         try:
             self._activate(row, deadline)
@@ -227,6 +274,7 @@ class Snapshotter:
     def mounts(self, key: str, deadline: Deadline) -> list[Mount]:
         """The mount of an active snapshot or view; its device is there when the call returns."""
         row = self._seen(key, deadline)
+        self._refuse_shared(row)
         if row.state is State.READY and row.kind is not Kind.COMMITTED:
             self._idle.handed(row.device, deadline.began)
             if not self._idle.leaving(row.device) and self._pool.find(row.device) is not None:
@@ -254,7 +302,7 @@ class Snapshotter:
         """The active snapshot `key` becomes the committed `name`; its device is unmapped behind."""
         _check_key("name", name)
         labels = _check_labels(labels)
-        self._seen(key, deadline)
+        self._refuse_shared(self._seen(key, deadline))
         with self._locks.held(key, name, deadline=deadline):
             row = self._seen_now(key)
             if row.kind is Kind.ACTIVE:

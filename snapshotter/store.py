@@ -2,7 +2,8 @@
 
 Write-ahead log, synchronous=FULL for what a caller is told, so that it is on the disk when the call returns; what a
 later start can find out again from the pool (that an intended device exists by now) is written without waiting for the
-disk. Device ids are never used twice. Nothing but SQL happens under the lock.
+disk. Device ids are never used twice: whatever becomes of a transaction, memory follows the disk, and the database
+itself refuses a second row with a device. Nothing but SQL happens under the lock.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from snapshotter.errors import StoreFailed
+from blockdev.dm_targets import MAX_THIN_ID
+from snapshotter.errors import PoolFull, StoreFailed, Unavailable
 from snapshotter.model import Kind, Snapshot, State
 
 _SCHEMA = 1
@@ -51,6 +53,21 @@ _PAGE = 256
 # rest of a run.
 _RUN = 64
 _LONG_LOG = 2 << 20
+# Ids above one that somebody else has taken are drawn as long as this many are left; below that, those around it.
+_ENOUGH = MAX_THIN_ID // 2
+# One row a device. Not part of the schema's number, as an older release works with it too.
+_ONE_ROW = "CREATE UNIQUE INDEX IF NOT EXISTS one_row ON snapshots (device) WHERE device <> 0"
+_BY_DEVICE = "CREATE INDEX IF NOT EXISTS by_device ON snapshots (device) WHERE device <> 0"
+_ONE_BASE = "CREATE UNIQUE INDEX IF NOT EXISTS one_base ON bases (device)"
+_SEVERAL = (
+    "SELECT device FROM (SELECT device FROM snapshots WHERE device <> 0 UNION ALL SELECT device FROM bases "
+    "UNION ALL SELECT device FROM doomed) GROUP BY device HAVING count(*) > 1"
+)
+_GIVEN = (
+    "SELECT EXISTS (SELECT 1 FROM snapshots WHERE device = ?1 AND device <> 0) "
+    "OR EXISTS (SELECT 1 FROM doomed WHERE device = ?1) OR EXISTS (SELECT 1 FROM bases WHERE device = ?1) "
+    "OR EXISTS (SELECT 1 FROM quarantined WHERE device = ?1)"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +91,12 @@ class Store:
         self._made: dict[str, int] = {}
         self._following = self._reserved = 0
         self._synchronous = ""
+        # Why no id may be given yet; empty once the pool's devices were compared with the rows.
+        self.barred = ""
+        # Quarantined devices that snapshots have; see `guard`.
+        self.shared: frozenset[int] = frozenset()
+        # Ids that the pool turned out to have already, quarantined or about to be.
+        self._refused: set[int] = set()
         with _explained(path):
             self._db = self._connect()
             self._db.execute("PRAGMA journal_mode = WAL")
@@ -104,22 +127,66 @@ class Store:
     def transaction(self, *, durable: bool = True) -> Iterator[None]:
         """What happens inside is seen whole or not at all; unless `durable`, a power cut may undo it."""
         with self._lock, _explained(self.path):
-            wanted = "FULL" if durable else "NORMAL"
-            if wanted != self._synchronous:
-                self._db.execute(f"PRAGMA synchronous = {wanted}")
-                self._synchronous = wanted
-            self._db.execute("BEGIN IMMEDIATE")
+            self._begin("FULL" if durable else "NORMAL")
+            before = self._following, self._reserved
             try:
                 yield
             except BaseException:
-                self._db.execute("ROLLBACK")
-                # The run that was reserved in it, if any, is not.
-                self._following = self._reserved = 0
+                # What the body took is free again, and a run that was reserved in it is not reserved.
+                self._roll_back(*before)
                 raise
-            self._commit()
+            try:
+                self._commit()
+            except BaseException:
+                # Nobody knows what is on the disk: the counter is read from there again.
+                self._roll_back(0, 0)
+                raise
+
+    def _begin(self, synchronous: str) -> None:
+        if self._db.in_transaction:
+            # A rollback that failed has left it open.
+            self._db.execute("ROLLBACK")
+        if synchronous != self._synchronous:
+            self._db.execute(f"PRAGMA synchronous = {synchronous}")
+            self._synchronous = synchronous
+        self._db.execute("BEGIN IMMEDIATE")
 
     def _commit(self) -> None:
         self._db.execute("COMMIT")
+
+    def _roll_back(self, following: int, reserved: int) -> None:
+        """Memory first: it must follow the disk although the rollback itself fails. What the caller raises counts."""
+        self._following, self._reserved = following, reserved
+        with contextlib.suppress(sqlite3.Error):
+            # A full disk may have ended the transaction already.
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+
+    def guard(self, now: int) -> dict[int, list[str]]:
+        """Have the database refuse a second row with a device; the devices that have several owners, with their keys.
+
+        An older release could give a device twice. Such a one is quarantined: never deleted, no base, and not mapped
+        afresh. As long as it has several rows, `new_device` alone keeps ids from being given again. May be repeated;
+        for the server only.
+        """
+        with self.transaction():
+            several = [row[0] for row in self._db.execute(_SEVERAL).fetchall()]
+            self.quarantine(several, now)
+            self.buried(several)
+            self._db.executemany("DELETE FROM bases WHERE device = ?", ((device,) for device in several))
+            doubled = self._db.execute(
+                "SELECT 1 FROM snapshots WHERE device <> 0 GROUP BY device HAVING count(*) > 1 LIMIT 1"
+            ).fetchone()
+            self._db.execute(_BY_DEVICE if doubled else _ONE_ROW)
+            self._db.execute(_ONE_BASE)
+            rows = self._db.execute(
+                "SELECT device, key FROM snapshots WHERE device IN (SELECT device FROM quarantined) ORDER BY key"
+            ).fetchall()
+        owners: dict[int, list[str]] = {}
+        for device, key in rows:
+            owners.setdefault(device, []).append(key)
+        self.shared = frozenset(owners)
+        return owners
 
     def tidy(self) -> None:
         """Copy a log that has grown back into the database, without making anybody wait. For one thread only."""
@@ -154,7 +221,6 @@ class Store:
         )  # fmt: skip
 
     def set_state(self, key: str, state: State) -> None:
-        self._made.pop(key, None)
         self._db.execute("UPDATE snapshots SET state = ? WHERE key = ?", (state, key))
 
     def set_labels(self, key: str, labels: Mapping[str, str], updated: int) -> None:
@@ -171,31 +237,70 @@ class Store:
         )
 
     def remove(self, key: str, now: int) -> None:
-        """The snapshot is gone, and its device is to be deleted behind."""
-        self._db.execute(
-            "INSERT OR IGNORE INTO doomed SELECT device, ?, size FROM snapshots WHERE key = ? AND device <> 0",
-            (now, key),
-        )
-        self._db.execute("DELETE FROM snapshots WHERE key = ?", (key,))
+        """The snapshot is gone, and its device is to be deleted behind, unless it is quarantined."""
+        row = self.find(key)
+        if row is not None:
+            self._db.execute("DELETE FROM snapshots WHERE key = ?", (key,))
+            if row.device:
+                self.abandon(row.device, now, row.size)
+
+    def abandon(self, device: int, now: int, size: int = 0) -> None:
+        """`doom`, but a device that is quarantined stays so: it may hold somebody else's data."""
+        if device in self._refused:
+            self.quarantine([device], now)
+        elif not self._db.execute("SELECT 1 FROM quarantined WHERE device = ?", (device,)).fetchone():
+            self.doom(device, now, size)
+
+    def refuse(self, device: int, now: int) -> None:
+        """The pool has this id already: it is quarantined, in a transaction of its own. Remembered if that fails."""
+        self._refused.add(device)
+        with self.transaction():
+            self.quarantine([device], now)
+            self.buried([device])
 
     def new_device(self) -> int:
-        """An id that was never given before, if the transaction is committed."""
-        if self._following >= self._reserved:
-            self._following = int(self.fact("next_device") or "1")
-            self._reserved = self._following + _RUN
-            self.set_fact("next_device", str(self._reserved))
-        self._following += 1
-        return self._following - 1
+        """An id that was never given before, if the transaction is committed.
+
+        Unavailable while the store was not compared with its pool, PoolFull once no id is left.
+        """
+        if self.barred:
+            raise Unavailable(self.barred)
+        while True:
+            if self._following >= self._reserved:
+                self._following = int(self.fact("next_device") or "1")
+                self._reserved = self._following + _RUN
+                self.set_fact("next_device", str(self._reserved))
+            device, self._following = self._following, self._following + 1
+            if device > MAX_THIN_ID:
+                raise PoolFull(
+                    f"the pool has given all of its {MAX_THIN_ID} device ids; drain the node and make a new pool"
+                )
+            if not self._db.execute(_GIVEN, (device,)).fetchone()[0]:
+                return device
 
     def raise_devices(self, above: int) -> None:
-        """Give no id up to `above`: the pool has them already."""
-        if above >= max(self._following, int(self.fact("next_device") or "1")):
+        """Give no id up to `above`, which the pool has already, unless that would leave few."""
+        if above >= _ENOUGH:
+            return
+        if self._following <= above < self._reserved:
+            self._following = above + 1
+        elif above >= int(self.fact("next_device") or "1"):
             self.set_fact("next_device", str(above + 1))
             self._following = self._reserved = 0
 
+    def replace_device(self, key: str, device: int) -> int:
+        """The intent `key` has another id from now on, since the pool has `device` already, which is quarantined."""
+        new = self.new_device()
+        self._db.execute("UPDATE snapshots SET device = ? WHERE key = ? AND device = ?", (new, key, device))
+        return new
+
     def doom(self, device: int, now: int, size: int = 0) -> None:
-        """Delete this device behind; without a size its blocks are not discarded first."""
-        self._db.execute("INSERT OR IGNORE INTO doomed VALUES (?, ?, ?)", (device, now, size))
+        """Delete this device behind, unless a snapshot has it; without a size its blocks are not discarded first."""
+        self._db.execute(
+            "INSERT OR IGNORE INTO doomed SELECT ?1, ?2, ?3 "
+            "WHERE NOT EXISTS (SELECT 1 FROM snapshots WHERE device = ?1 AND device <> 0)",
+            (device, now, size),
+        )
 
     def buried(self, devices: Iterable[int]) -> None:
         """These are gone from the pool."""
@@ -312,6 +417,10 @@ class Store:
         with self._reading, _explained(self.path):
             return dict(self._reader.execute("SELECT device, size FROM doomed ORDER BY since, device").fetchall())
 
+    def owners(self, device: int) -> list[str]:
+        """Keys of the snapshots that have this device: one, or none."""
+        return [row.key for row in self._many("device = ? AND device <> 0", device)]
+
     def quarantined(self) -> list[int]:
         return self._numbers("SELECT device FROM quarantined ORDER BY device")
 
@@ -323,6 +432,10 @@ class Store:
                 "UNION SELECT device FROM bases UNION SELECT device FROM quarantined"
             )
         )
+
+    def fulfilled(self) -> set[int]:
+        """Devices of snapshots that are more than an intent."""
+        return set(self._numbers(f"SELECT device FROM snapshots WHERE device <> 0 AND state <> {int(State.PREPARING)}"))  # noqa: S608
 
     def base(self, fstype: str, size: int) -> Base | None:
         found = [base for base in self.bases() if (base.fstype, base.size) == (fstype, size)]

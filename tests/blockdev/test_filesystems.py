@@ -171,3 +171,27 @@ def test_damage_that_needs_a_person_is_reported_and_not_mounted(image, soon):
 def test_mkfs_ends_with_the_calls_deadline(image):
     with pytest.raises(WaitExpired):
         filesystems.make(image(64), "ext4", Deadline.after(0))
+
+
+@pytest.mark.parametrize("where", [5 << 20, 3 << 30, (8 << 30) - (20 << 20)])
+def test_data_that_lies_between_the_ends_of_a_disk_is_found(image, where, soon):
+    path = image(8 << 10)
+    blankness.prove_unused(path, soon)
+    with open(path, "r+b") as file:
+        file.seek(where)
+        file.write(b"\x01" * (1 << 20))
+    with pytest.raises(NotBlank, match="data near byte"):
+        blankness.prove_unused(path, soon)
+
+
+def test_a_small_disk_is_read_whole_as_far_as_is_asked(image, soon):
+    path = image(256)
+    with open(path, "r+b") as file:
+        file.seek((256 << 20) - 4096)
+        file.write(b"a mark")
+    blankness.prove_unused(path, soon, end=(256 << 20) - 4096)
+    with open(path, "r+b") as file:
+        file.seek(77_777_777)
+        file.write(b"\x01")
+    with pytest.raises(NotBlank, match="data near byte"):
+        blankness.prove_unused(path, soon, end=(256 << 20) - 4096)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from snapshotter.errors import StoreFailed
+from blockdev.dm_targets import MAX_THIN_ID
+from snapshotter.errors import PoolFull, StoreFailed, Unavailable
 from snapshotter.model import Kind, Snapshot, State
 from snapshotter.store import Base, Store
 
@@ -145,3 +146,153 @@ def test_a_store_of_the_future_and_a_damaged_one_are_refused(path: str) -> None:
         Path(path + suffix).unlink(missing_ok=True)
     with pytest.raises(StoreFailed, match="runvol doctor"):
         Store(path)
+
+
+# -- an id is given once, whatever fails ------------------------------------------------------------------------------
+
+
+def _refuse(store: Store, *words: str) -> None:
+    """These statements fail from now on, as on a full or broken disk; none at all: the disk is well again."""
+
+    def allows(_action: int, word: str | None, *_more: object) -> int:
+        return sqlite3.SQLITE_DENY if word in words else sqlite3.SQLITE_OK
+
+    store._db.set_authorizer(allows if words else None)
+
+
+def _draw(store: Store) -> int:
+    with store.transaction():
+        return store.new_device()
+
+
+@pytest.mark.parametrize("refused", [("COMMIT",), ("COMMIT", "ROLLBACK")], ids=" and ".join)
+@pytest.mark.parametrize("before", [0, 10, 64], ids=lambda count: f"after {count} ids")
+def test_a_commit_that_fails_gives_no_id_twice(path: str, before: int, refused: tuple[str, ...]) -> None:
+    store = Store(path)
+    given = [_draw(store) for _ in range(before)]
+    _refuse(store, *refused)
+    for _ in range(3):
+        with pytest.raises(StoreFailed):
+            _draw(store)
+    _refuse(store)
+    given += [_draw(store) for _ in range(130)]
+    store.close()
+    store = Store(path)
+    given += [_draw(store) for _ in range(130)]
+    assert len(set(given)) == len(given)
+
+
+def test_a_commit_that_fails_takes_its_rows_back(path: str) -> None:
+    store = Store(path)
+    _refuse(store, "COMMIT", "ROLLBACK")
+    with pytest.raises(StoreFailed):
+        _insert(store, ROW)
+    _refuse(store)
+    _insert(store, replace(ROW, key="other"))
+    assert store.get("k") is None
+    assert Store(path).get("k") is None
+
+
+def test_refused_calls_use_up_no_ids(path: str) -> None:
+    store = Store(path)
+    first = _draw(store)
+    for _ in range(200):
+        with pytest.raises(ZeroDivisionError), store.transaction():
+            store.new_device()
+            raise ZeroDivisionError
+    assert _draw(store) == first + 1
+
+
+def test_an_id_that_anything_has_already_is_not_given(path: str) -> None:
+    store = Store(path)
+    with store.transaction():
+        store.insert(replace(ROW, device=1))
+        store.doom(2, 1)
+        store.set_base(Base(fstype="ext4", size=1, device=3, ready=True))
+        store.quarantine([4], 1)
+    assert _draw(store) == 5
+
+
+def test_no_id_is_given_before_the_store_was_compared_or_after_the_last_one(path: str) -> None:
+    store = Store(path)
+    store.barred = "not compared yet"
+    with pytest.raises(Unavailable, match="not compared yet"):
+        _draw(store)
+    store.barred = ""
+    with store.transaction():
+        store.set_fact("next_device", str(MAX_THIN_ID))
+    assert _draw(store) == MAX_THIN_ID
+    for _ in range(2):
+        with pytest.raises(PoolFull, match="device ids"):
+            _draw(store)
+    assert store.read_fact("next_device") == str(MAX_THIN_ID + 64)
+
+
+def test_a_strangers_id_near_the_end_does_not_use_up_all_others(path: str) -> None:
+    store = Store(path)
+    with store.transaction():
+        store.raise_devices(MAX_THIN_ID)
+    assert _draw(store) == 1
+    for above in (30, 5000, 5010, 4):
+        with store.transaction():
+            store.raise_devices(above)
+    assert _draw(store) == 5011
+
+
+def test_the_database_refuses_a_second_row_with_a_device(path: str) -> None:
+    store = Store(path)
+    assert store.guard(1) == {}
+    _insert(store, ROW)
+    with pytest.raises(StoreFailed, match="UNIQUE"):
+        _insert(store, replace(ROW, key="other"))
+    with store.transaction():
+        store.insert(replace(ROW, key="on a shared image", device=0))
+        store.insert(replace(ROW, key="on another", device=0))
+
+
+def _doubled(path: str) -> Store:
+    """What an older release could leave: one device in two rows, one that is a base too, one that is to be deleted."""
+    store = Store(path)
+    with store.transaction():
+        for key, device in (("a", 1), ("b", 1), ("c", 2), ("d", 3), ("e", 4)):
+            store.insert(replace(ROW, key=key, device=device, state=State.READY))
+        store.set_base(Base(fstype="ext4", size=1, device=2, ready=True))
+        store._db.execute("INSERT INTO doomed VALUES (3, 1, 0)")
+    return store
+
+
+def test_devices_that_were_given_twice_are_quarantined_and_named(path: str) -> None:
+    store = _doubled(path)
+    assert store.guard(1) == {1: ["a", "b"], 2: ["c"], 3: ["d"]}
+    assert (store.quarantined(), store.doomed(), store.bases(), set(store.shared)) == ([1, 2, 3], {}, [], {1, 2, 3})
+    with store.transaction():
+        store.remove("a", 2)
+        store.remove("d", 2)
+        store.remove("e", 2)
+    assert store.doomed() == {4: 1 << 20}, "data that may be another's is deleted"
+    # Once each has one row again, the database itself watches over them; what is quarantined stays so.
+    assert store.guard(3) == {1: ["b"], 2: ["c"]}
+    with pytest.raises(StoreFailed, match="UNIQUE"):
+        _insert(store, replace(ROW, key="new", device=2))
+
+
+def test_a_device_that_a_snapshot_has_cannot_be_doomed(path: str) -> None:
+    store = Store(path)
+    _insert(store, ROW)
+    with store.transaction():
+        store.doom(1, 1)
+    assert store.doomed() == {}
+    assert store.owners(1) == ["k"]
+
+
+def test_an_id_that_the_pool_had_already_is_never_deleted(path: str) -> None:
+    """Not even if it could not be written down at once."""
+    store = Store(path)
+    _insert(store, ROW)
+    _refuse(store, "COMMIT")
+    with pytest.raises(StoreFailed):
+        store.refuse(1, 1)
+    _refuse(store)
+    with store.transaction():
+        store.remove("k", 2)
+    assert (store.doomed(), store.quarantined()) == ({}, [1])

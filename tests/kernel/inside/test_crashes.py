@@ -159,6 +159,7 @@ def test_a_kill_in_front_of_every_step_loses_and_leaks_nothing(
         _clear(lab)
         assert not lab.leaks(), f"after a kill in front of step {number} of {name}"
         assert lab.read("layer", "content") == _CONTENT
+        assert not lab.node.store.quarantined(), "what is ours was not known to be ours"
         if status == 0:
             break
     else:
