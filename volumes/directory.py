@@ -95,6 +95,7 @@ class DirectoryBackend:
             volume_id = PREFIX + os.urandom(16).hex()
             with self._store.transaction():
                 self._reserve(capacity)
+                self._pass_over_foreign_projects()
                 self._store.insert(volume_id=volume_id, name=name, backend=self.name, capacity=capacity,
                                    parameters=parameters, state=State.CREATING)  # fmt: skip
             row = self._row(volume_id)
@@ -105,6 +106,13 @@ class DirectoryBackend:
                 raise
             self._store.set_state(volume_id, State.READY)
         return self._known(volume_id)
+
+    def _pass_over_foreign_projects(self) -> None:
+        """A store that was lost began to count anew, and its directories still count for the projects that they had."""
+        numbers = [quotas.project_of(path) - FIRST_PROJECT for path in self.unknown_files() if _is_directory(path)]
+        highest = max((number for number in numbers if 0 < number < FIRST_PROJECT), default=0)
+        if highest:
+            self._store.number_above(highest)
 
     def _same(self, old: Row, size: SizeRange, parameters: Mapping[str, str], source: ContentSource | None) -> Volume:
         if source is not None:
@@ -276,6 +284,10 @@ class DirectoryBackend:
                 f"{more} bytes are asked for and {available} can still be promised in {self._directory}; "
                 "delete volumes, or give the directory a larger disk"
             )
+
+
+def _is_directory(path: str) -> bool:
+    return os.path.isdir(path) and not os.path.islink(path)
 
 
 def _limited(row: Row) -> bool:

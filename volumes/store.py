@@ -194,6 +194,13 @@ class Store:
             (volume_id, name, backend, capacity, json.dumps(dict(parameters), sort_keys=True), state.value, source),
         )
 
+    def number_above(self, seq: int) -> None:
+        """Rows that come from now on have a greater `seq` than this."""
+        with self.transaction():
+            self._execute("INSERT INTO sqlite_sequence (name, seq) SELECT 'volumes', 0 WHERE NOT EXISTS "
+                          "(SELECT 1 FROM sqlite_sequence WHERE name = 'volumes')", ())  # fmt: skip
+            self._execute("UPDATE sqlite_sequence SET seq = max(seq, ?) WHERE name = 'volumes'", (seq,))
+
     def set_state(self, volume_id: str, state: State) -> None:
         self._execute("UPDATE volumes SET state = ? WHERE id = ?", (state.value, volume_id))
 

@@ -24,20 +24,21 @@ def listed(driver: Driver) -> set[str]:
 
 
 def test_a_volume_that_cannot_be_looked_at_is_listed_with_the_reason(driver):
-    """Its superblock is one that no reader can make sense of: the look at it fails."""
+    """In its place is something that cannot be read: the look at it fails."""
     bad, good = driver.create("bad"), driver.create("good")
     path = image(driver, bad)
     path.unlink()
-    path.symlink_to(path)  # too many levels of symbolic links
+    path.mkdir()
     entries = {entry.volume.volume_id: entry for entry in driver.client.ListVolumes().entries}
     assert set(entries) == {bad.volume_id, good.volume_id}
     assert entries[bad.volume_id].status.volume_condition.abnormal
     assert not entries[good.volume_id].status.volume_condition.abnormal
+    assert "cannot be looked at" in entries[bad.volume_id].status.volume_condition.message
     (unwell,) = driver.client.ControllerListVolumeHealth().entries
     assert unwell.volume_id == bad.volume_id
     assert good.volume_id in driver.cli("volumes", "--json").stdout
     assert bad.volume_id in driver.cli("doctor", "--json", check=False).stdout
-    path.unlink()
+    path.rmdir()
     driver.delete(bad)
     driver.delete(good)
 

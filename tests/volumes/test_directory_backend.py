@@ -11,7 +11,7 @@ import pytest
 from blockdev import NotRemoved
 from blockdev.quotas import QuotaUnavailable
 from volumes import Catalog, ContentSource, NoSpace, SizeNotAllowed, SizeRange, VolumeConflict, VolumeNotFound
-from volumes.directory import DirectoryBackend
+from volumes.directory import FIRST_PROJECT, DirectoryBackend
 
 MIB = 1 << 20
 FREE = {"backend": "directory", "quota": "none"}
@@ -147,6 +147,16 @@ def test_what_no_row_knows_is_told_and_kept(backend):
     stranger.mkdir()
     backend.recover()
     assert backend.unknown_files() == [str(stranger)]
+
+
+def test_a_project_that_a_lost_stores_directory_has_is_not_given_again(backend, monkeypatch):
+    (Path(backend.directory) / "dir-of-a-lost-store").mkdir()
+    (Path(backend.directory) / "link").symlink_to("/etc")
+    monkeypatch.setattr("blockdev.quotas.project_of", lambda path: FIRST_PROJECT + 7 if "lost" in path else 0)
+    make(backend)
+    (Path(backend.directory) / "dir-of-a-lost-store").rmdir()
+    make(backend, "two")
+    assert [seq for seq, _volume in backend.list()] == [8, 9]
 
 
 def test_a_list_over_all_backends_has_stable_pages(tmp_path):
