@@ -71,7 +71,8 @@ def _check_what_hangs(claim: Claim, path: str) -> None:
         same = here is not None and here.fstype.startswith("nfs")
         # Without the volume's own mount nothing tells one export from another.
         if here is not None and staged is not None:
-            same = (here.device, here.root) == (staged.device, staged.root)
+            # Volumes of one server are one device, and their roots are all "/": the source tells them apart.
+            same = (here.device, here.root, here.source) == (staged.device, staged.root, staged.source)
     else:
         facts = syscalls.statx(path)
         with _opened(claim) as source:

@@ -159,9 +159,14 @@ class GivenDevice(_Given):
         """Below an allowed directory, or named there by a link of udev's: nobody else makes links on /dev itself."""
         if super()._is_allowed(path, real):
             return True
-        place = os.path.realpath(os.path.dirname(path))
+        if not _below(real, "/dev"):
+            return False
+        try:
+            place = os.path.realpath(os.path.dirname(path))
+        except OSError:  # somebody changes links on the way, which is not /dev's then
+            return False
         named = any(_below(f"{place}/x", root) and _below(root, "/dev") for root in self._roots)
-        return named and _below(real, "/dev") and _is_of_dev(place)
+        return named and _is_of_dev(place)
 
     def attach(self, volume_id: str, context: Mapping[str, str] | None = None) -> Source:
         path = self._path_in(volume_id, context)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 from collections.abc import Iterator
 from concurrent import futures
@@ -66,6 +67,24 @@ def test_runc_pods_share_a_volume(driver, version):
     assert f"vers={version}" in mounted[0]
     assert (ROOT / f"share/v{version}/f").read_text() == "x"
     gone(driver, volume, POD.format(1), POD.format(2))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_something_else_at_the_target_is_told_and_left(driver, version):
+    volumes = [create(driver, f"{name}-{version}", vers=version) for name in ("one", "two")]
+    for volume in volumes:
+        driver.stage(volume, RWX)
+    one, two = (driver.publish(volume, POD.format(1), runtime="runc", capability=RWX) for volume in volumes)
+    (Path(two) / "of-two").touch()
+    assert driver.publish(volumes[0], POD.format(1), runtime="runc", capability=RWX) == one
+    subprocess.run(["umount", one], check=True)
+    subprocess.run(["mount", "--bind", two, one], check=True)
+    with pytest.raises(grpc.RpcError, match="something else than .* is mounted at") as caught:
+        driver.publish(volumes[0], POD.format(1), runtime="runc", capability=RWX)
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert os.listdir(one) == ["of-two"]
+    for volume in volumes:
+        gone(driver, volume, POD.format(1))
 
 
 def test_mount_options_are_carried(driver):

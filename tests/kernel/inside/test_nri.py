@@ -259,6 +259,23 @@ def test_read_only_and_a_second_container_of_the_pod(driver, plugin, cri):
     taken_back(driver, volume, POD.format(1))
 
 
+@pytest.mark.parametrize(("number", "handler"), [(2, "kata"), (2, "runc"), (2, ""), (1, "runc"), (1, "")])
+def test_a_container_of_another_pod_or_runtime_has_the_placeholder(driver, plugin, cri, number, handler):
+    name = f"foreign-{number}-{handler or 'default'}"
+    volume, target = published(driver, name, POD.format(1))
+    (ROOT / "share" / name / "salaries").touch()
+    pod = cri.pod(POD.format(number), handler)
+    cri.container(pod, name, "exec 2>&1; ls /data; echo x > /data/f; echo done; sleep 1000", {"/data": target})
+    text = cri.output(name, "done")
+    assert "RUNVOL-PLACEHOLDER" in text
+    assert "Read-only file system" in text
+    assert "salaries" not in text
+    assert os.listdir(ROOT / "share" / name) == ["salaries"]
+    assert "was made for another" in plugin.log.read_text()
+    cri.gone(pod)
+    taken_back(driver, volume, POD.format(1))
+
+
 def test_without_the_plugin_publish_is_refused_and_a_container_fails_to_write(driver, plugin, cri):
     volume, target = published(driver, "away", POD.format(1))
     plugin.kill()
