@@ -39,11 +39,14 @@ def init(mapper: Mapper, state_dir: str, wish: Wish, deadline: Deadline) -> Pool
         _refuse_taken_names(mapper, state_dir, description)
         backing.save(state_dir, description)
     else:
-        if os.path.exists(_made(state_dir)):
+        different = making.difference(existing, wish, state_dir)
+        # Without its mark a pool may be made all the same, and then nobody is told to remove what describes it.
+        if os.path.exists(_made(state_dir)) or (different and _seems_made(mapper, state_dir, existing, deadline)):
             raise PoolRefused(
                 f"{state_dir} already has pool {existing.name} (on {existing.data}); `runvol pool status`"
             )
-        making.refuse_other(existing, wish, state_dir)
+        if different:
+            raise PoolRefused(different)
         _refuse_taken_names(mapper, state_dir, existing)
         description = existing
     return _make(mapper, Backing(mapper, state_dir, description), wish, deadline, fresh=existing is None)
@@ -90,19 +93,24 @@ def _write_made(below: Backing) -> None:
     durable.replace(_made(below.state_dir), f"{below.description.identity}\n".encode())
 
 
-def _expect_made(mapper: Mapper, below: Backing, deadline: Deadline) -> None:
-    """PoolRefused if the pool's making did not end. A mark that is lost is written again: the pool itself tells."""
+def _is_made(mapper: Mapper, below: Backing, deadline: Deadline) -> bool:
+    """Whether the pool's making ended. A mark that is lost is written again: the pool itself tells."""
     if os.path.exists(_made(below.state_dir)):
-        return
+        return True
     it = below.description
     mapped = _found(mapper, it) is not None
     if not (mapper.pool_status(it.name).transaction if mapped else making.transaction(below, deadline)):
-        raise PoolRefused(
-            f"the making of pool {it.name}, described in {os.path.join(below.state_dir, backing.FILE)}, did not end: "
-            "repeat `runvol pool init` with the arguments that it had, or remove the file"
-        )
+        return False
     log.warning("the mark of a pool that was made is lost; it is written again", extra={"pool": it.name})
     _write_made(below)
+    return True
+
+
+def _seems_made(mapper: Mapper, state_dir: str, description: Description, deadline: Deadline) -> bool:
+    """`_is_made`; not if what it stands on is absent."""
+    with contextlib.suppress(Unavailable, CommandFailed):
+        return _is_made(mapper, Backing(mapper, state_dir, description), deadline)
+    return False
 
 
 def assemble(mapper: Mapper, state_dir: str, deadline: Deadline, limits: Limits | None = None) -> tuple[Pool, Backing]:
@@ -114,7 +122,11 @@ def assemble(mapper: Mapper, state_dir: str, deadline: Deadline, limits: Limits 
     if description is None:
         raise PoolRefused(_NO_POOL.format(state_dir))
     below = Backing(mapper, state_dir, description)
-    _expect_made(mapper, below, deadline)
+    if not _is_made(mapper, below, deadline):
+        raise PoolRefused(
+            f"the making of pool {description.name}, described in {state_dir}/{backing.FILE}, did not end: repeat "
+            "`runvol pool init` with the arguments that it had, or remove the file"
+        )
     return _assemble(mapper, below, deadline, check=True, limits=limits), below
 
 

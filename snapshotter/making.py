@@ -179,15 +179,16 @@ def transaction(below: Backing, deadline: Deadline) -> int:
     return superblock(below.first_of_metadata(deadline)) or 0
 
 
-def refuse_other(it: Description, wish: Wish, state_dir: str) -> None:
-    """PoolRefused, naming both, where what is asked for is not what an interrupted init has described."""
+def difference(it: Description, wish: Wish, state_dir: str) -> str:
+    """What is asked for other than an interrupted init has described, naming both; empty if nothing is."""
     for option, described, asked in _pairs(it, wish):
         if described != asked:
-            raise PoolRefused(
+            return (
                 f"{os.path.join(state_dir, backing.FILE)} describes pool {it.name} with {option} {described}, whose "
                 f"making did not end, and this asks for {option} {asked}. Repeat `runvol pool init` with what is "
                 "described, or remove the file if that pool is not wanted"
             )
+    return ""
 
 
 def _pairs(it: Description, wish: Wish) -> Iterator[tuple[str, object, object]]:

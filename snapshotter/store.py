@@ -95,7 +95,7 @@ class Store:
         self.barred = ""
         # Quarantined devices that snapshots have; see `guard`.
         self.shared: frozenset[int] = frozenset()
-        # Ids that the pool turned out to have already, quarantined or about to be.
+        # Ids that the pool turned out to have already, and that could not be quarantined yet.
         self._refused: set[int] = set()
         with _explained(path):
             self._db = self._connect()
@@ -238,11 +238,14 @@ class Store:
 
     def remove(self, key: str, now: int) -> None:
         """The snapshot is gone, and its device is to be deleted behind, unless it is quarantined."""
-        row = self.find(key)
-        if row is not None:
-            self._db.execute("DELETE FROM snapshots WHERE key = ?", (key,))
-            if row.device:
-                self.abandon(row.device, now, row.size)
+        if self._refused:
+            self.quarantine(self._refused, now)
+        self._db.execute(
+            "INSERT OR IGNORE INTO doomed SELECT device, ?, size FROM snapshots WHERE key = ? AND device <> 0 "
+            "AND device NOT IN (SELECT device FROM quarantined)",
+            (now, key),
+        )
+        self._db.execute("DELETE FROM snapshots WHERE key = ?", (key,))
 
     def abandon(self, device: int, now: int, size: int = 0) -> None:
         """`doom`, but a device that is quarantined stays so: it may hold somebody else's data."""
@@ -257,6 +260,7 @@ class Store:
         with self.transaction():
             self.quarantine([device], now)
             self.buried([device])
+        self._refused.discard(device)
 
     def new_device(self) -> int:
         """An id that was never given before, if the transaction is committed.
