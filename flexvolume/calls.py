@@ -167,7 +167,8 @@ class Driver:
         claim = self._node.claims.peek(volume)
         # What CSI has staged, CSI unstages.
         ours = claim is not None and claim.staging_path.startswith(self._staging + "/")
-        if claim is not None and ours and not claim.targets and claim.owner is None:
+        if claim is not None and ours and not claim.targets:
+            # Where somebody still has the device, the claim lingers; kubelet does not ask again.
             self._node.unstage(volume, claim.staging_path, deadline)
         self._let_go_if_unclaimed(volume)
 

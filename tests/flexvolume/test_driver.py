@@ -415,3 +415,24 @@ def test_init_loads_nothing_of_the_rooms(flex):
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
     code = "import sys; import flexvolume, runvol.assembly; print([n for n in ('grpc', 'kubernetes', 'urllib3', 'click', 'ssl', 'sh') if n in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_mount_namespace_of_somebodys_own_does_not_fail_an_unmount(flex, volume):
+    """kubelet does not ask again once the path is gone: what is left to do is a start's, or gc's."""
+    target = flex.mount(volume, runtime="runc")
+    keeper = subprocess.Popen(
+        ["unshare", "-m", "--propagation", "private", sys.executable, "-c", "import time; print(flush=True); time.sleep(300)"],
+        stdout=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert keeper.stdout is not None
+        keeper.stdout.readline()
+        flex.ok("unmount", target)
+        assert not os.path.ismount(target) and flex.driver.loop_devices()
+        again = flex.mount(volume, pod=11, runtime="runc")
+        flex.ok("unmount", again)
+    finally:
+        keeper.kill()
+        keeper.wait()
+    flex.driver.cli("gc")
+    assert not flex.driver.left_over()["claims and locks"] and not flex.driver.loop_devices()
