@@ -17,13 +17,13 @@ import msgspec
 from blockdev import Deadline, DeviceBusy, filesystems, ioctls, mounts, nfs
 from blockdev.detached import private_mount
 from blockdev.errors import BlockdevError
-from guestmount import file_delivery, groups, host_delivery, ownership, paths, placeholder, preflight
-from guestmount.claims import HOST, SANDBOX, Cell, Claim, Claims, NfsMount, Owner, Target, Use
+from guestmount import agreement, file_delivery, groups, host_delivery, ownership, paths, placeholder, preflight
+from guestmount.claims import HOST, SANDBOX, Cell, Claim, Claims, Owner, Target, Use
 from guestmount.detect import Detector, Runtime
-from guestmount.errors import BadRequest, Conflict, Refused
-from guestmount.handoff import Delivery, Dialect, KataDialect, NfsDelivery
+from guestmount.errors import Refused
+from guestmount.handoff import Dialect, KataDialect
 from guestmount.reach import Reach
-from guestmount.requests import PublishRequest, StageRequest, check_capability, check_options, exists
+from guestmount.requests import PublishRequest, StageRequest, check_capability, check_options
 from volumes import Catalog, NfsSource, SizeRange, Source, VolumeError, VolumeKind, VolumeNotFound, parameters
 from volumes.backend import Backend, BlockBackend
 from volumes.nfs import set_mode
@@ -64,21 +64,21 @@ class Node:
             fstype = self._fstype(request, source, deadline) if backend.kind is VolumeKind.BLOCK else ""
             use = Use.of(request.capability, fstype)
             if isinstance(attached, NfsSource):
-                attached, use = _with_version(attached, use, request.context.get("vers", ""))
+                attached, use = agreement.with_version(attached, use, request.context.get("vers", ""))
             if claim is not None and claim.made_again:
                 claim = cell.write(claim.but(staging_path=staging, use=use))
             if claim is not None and claim.staging_path != staging and not claim.targets:
                 claim = self._restage(cell, staging, use, deadline)
-            if claim is not None and _other_export(claim, attached):
+            if claim is not None and agreement.other_export(claim, attached):
                 claim = self._of_this_export(cell, request, attached, deadline)
             if claim is None:
                 parameters.check_delivered(request.context)
                 check_options(use.mount_flags)
             else:
-                _check_same_stage(claim, staging, use)
+                agreement.check_same_stage(claim, staging, use)
                 if claim.owner is not None:
                     return  # kubelet has restarted; nothing is opened for writing
-            new = _new_claim(request, attached, use, backend.kind)
+            new = agreement.new_claim(request, attached, use, backend.kind)
             if isinstance(backend, BlockBackend) and not request.capability.raw:
                 ownership.acquire(claim or new, deadline)
                 backend.format(request.volume_id, fstype, deadline)
@@ -93,9 +93,9 @@ class Node:
     ) -> Claim | None:  # fmt: skip
         """The claim, if its pods may go on with the export that they have; None once it is gone, as nobody has it."""
         ownership.forget_vanished(cell, self._alive)
-        claim = _present(cell)
+        claim = agreement.present(cell)
         if claim.targets:
-            _check_same_export(claim, attached, self._as_before(request, attached))
+            agreement.check_same_export(claim, attached, self._as_before(request, attached))
             return claim
         self._let_go(cell, deadline)
         cell.remove()
@@ -123,10 +123,10 @@ class Node:
         try:
             self._let_go(cell, deadline)
         except Refused:
-            if _present(cell).staging_path or _present(cell).use != use:
+            if agreement.present(cell).staging_path or agreement.present(cell).use != use:
                 raise
             # Its last owner still has it, and may have it again; whether another may is asked at the publish.
-            return cell.write(_present(cell).but(staging_path=staging))
+            return cell.write(agreement.present(cell).but(staging_path=staging))
         if cell.claim is not None and not cell.claim.staging_path:
             cell.remove()
         return cell.claim
@@ -149,7 +149,7 @@ class Node:
             try:
                 self._let_go(cell, deadline)
             except Refused as error:
-                claim = _present(cell)
+                claim = agreement.present(cell)
                 if claim.targets or mounts.is_mount_point(staging):
                     raise
                 log.warning("the volume is still in use", extra={"volume": volume_id, "reason": str(error)})
@@ -193,17 +193,17 @@ class Node:
                 raise Refused(
                     f"volume {request.volume_id} {where}; call NodeStageVolume with this staging_target_path first"
                 )
-            target = _target(request)
+            target = agreement.target_of(request)
             if claim.made_again and path in claim.targets:
                 known = msgspec.structs.replace(target, read_only=claim.targets[path].read_only)
                 claim = cell.write(claim.but(targets={**claim.targets, path: known}, made_again=False))
             old = claim.targets.get(path)
             if isinstance(attached, NfsSource):
                 # Without a version in the context, that of the mount options counts, which staging has seen.
-                asked = attached if request.context.get("vers") else _in_version_of(claim, attached)
+                asked = attached if request.context.get("vers") else agreement.in_version_of(claim, attached)
                 before = self._as_before(request, asked) if old is not None else None
-                _check_same_export(claim, asked, before)
-            _check_same_publish(claim, request, old, target)
+                agreement.check_same_export(claim, asked, before)
+            agreement.check_same_publish(claim, request, old, target)
             if claim.kind is VolumeKind.FILES:
                 self._publish_files(cell, request, path, old or target, deadline)
                 return
@@ -216,9 +216,9 @@ class Node:
         self._check_reach()
         runtime = self.detector.detect(request.pod, request.context.get("runtime", ""), deadline)
         ownership.forget_vanished(cell, self._alive)
-        claim = _present(cell)
+        claim = agreement.present(cell)
         check_options(claim.use.mount_flags)
-        owner = _owner(request, runtime)
+        owner = agreement.owner_of(request, runtime)
         if runtime.kind == SANDBOX and not claim.use.raw:
             preflight.check(
                 runtime,
@@ -226,11 +226,11 @@ class Node:
                 read_only=target.read_only,
                 rust_shared_block=self.rust_shared_block,
             )
-            self._dialect(owner).check(_delivery(claim, path, target))
+            self._dialect(owner).check(agreement.delivery_of(claim, path, target))
         if claim.lingers and claim.owner is not None and not claim.owner.is_same_kernel(owner):
             with _explaining_guest(claim):
                 ownership.release(cell, deadline)
-            claim = _present(cell)
+            claim = agreement.present(cell)
         ownership.admit(claim, owner, path, target)
         if claim.owner is None:
             ownership.acquire(claim, deadline)
@@ -246,7 +246,7 @@ class Node:
     def _publish_files(
         self, cell: Cell, request: PublishRequest, path: str, target: Target, deadline: Deadline
     ) -> None:
-        claim = _present(cell)
+        claim = agreement.present(cell)
         repeated = path in claim.targets
         if not repeated:
             self._check_reach()
@@ -254,7 +254,7 @@ class Node:
             if runtime.kind == SANDBOX:
                 claim, target = self._for_guest(cell, request, path, target, runtime, deadline)
             ownership.forget_vanished(cell, self._alive)
-            claim = _present(cell)
+            claim = agreement.present(cell)
             ownership.admit_files(claim, path)
             target = msgspec.structs.replace(target, handler=runtime.handler)
             claim = cell.write(claim.but(targets={**claim.targets, path: target}))
@@ -279,11 +279,11 @@ class Node:
         self, cell: Cell, request: PublishRequest, path: str, target: Target, runtime: Runtime, deadline: Deadline
     ) -> tuple[Claim, Target]:  # fmt: skip
         """How a volume of files reaches this sandbox: mounted by the guest if the target has a dialect, else shared."""
-        claim = _present(cell)
+        claim = agreement.present(cell)
         if claim.nfs is None or request.context.get("inSandbox") == "share":
             preflight.check_share(runtime, pv_name=claim.volume)
             return claim, target
-        self._dialect_of(runtime.dialect, runtime.handler).check_nfs(_export(claim, path, target))
+        self._dialect_of(runtime.dialect, runtime.handler).check_nfs(agreement.export_of(claim, path, target))
         preflight.check_mounts(runtime, pv_name=claim.volume)
         if request.context.get("probe", "host") == "host":
             # Said here in words; a guest that waits for a dead server says nothing for minutes.
@@ -300,7 +300,7 @@ class Node:
     def _hand_over_export(self, claim: Claim, path: str, target: Target, deadline: Deadline) -> None:
         os.makedirs(path, mode=0o750, exist_ok=True)
         placeholder.be_placed(path, deadline)
-        self._dialect_of(target.dialect, target.handler).deliver_nfs(_export(claim, path, target))
+        self._dialect_of(target.dialect, target.handler).deliver_nfs(agreement.export_of(claim, path, target))
 
     def _deliver(self, cell: Cell, claim: Claim, path: str, target: Target, deadline: Deadline) -> None:
         """What the claim says is true on the disk and in the kernel."""
@@ -330,7 +330,7 @@ class Node:
         dialect = self._dialect(claim.owner)
         if dialect.needs_node:
             claim = host_delivery.be_attached(cell, claim, deadline)
-        dialect.deliver(_delivery(claim, path, target))
+        dialect.deliver(agreement.delivery_of(claim, path, target))
 
     def _dialect(self, owner: Owner | None) -> Dialect:
         return self._dialect_of(owner.dialect, owner.handler) if owner is not None else self._dialect_of("", "")
@@ -407,7 +407,7 @@ class Node:
                 return self._expand_in_guest(claim, backend, size)
             with _explaining_guest(claim):
                 ownership.release(cell, deadline)
-                claim = _present(cell)
+                claim = agreement.present(cell)
                 if claim.owner is None:
                     ownership.guest_has_let_go(claim)
             volume = backend.expand(volume_id, size)
@@ -478,146 +478,3 @@ def _explaining_guest(claim: Claim) -> Iterator[None]:
             f"volume {claim.volume} is in use: {who} still has it open (held by {by}; {error}). It is free again when "
             "that process ends"
         ) from error
-
-
-def _present(cell: Cell) -> Claim:
-    if cell.claim is None:
-        raise Refused("the volume's claim has vanished; stage the volume again")
-    return cell.claim
-
-
-def _new_claim(request: StageRequest, source: Source, use: Use, kind: VolumeKind) -> Claim:
-    mount, name = None, source.path
-    if isinstance(source, NfsSource):
-        mount = NfsMount(server=source.server, path=source.path, version=source.version, options=source.options)
-        name = mount.export.source
-    return Claim(
-        volume=request.volume_id, source=name, staging_path=request.staging_path, use=use, kind=kind, nfs=mount
-    )
-
-
-def _with_version(source: NfsSource, use: Use, named: str) -> tuple[NfsSource, Use]:
-    """An NFS version that stands among the mount options, as mount(8) takes it, becomes the mount's."""
-    asked, flags = nfs.version_among(use.mount_flags)
-    if not asked:
-        return source, use
-    if named and named != asked:
-        raise BadRequest("mount_flags", f"vers={asked}", f"contradicts the volume's parameter vers = {named}")
-    return dataclasses.replace(source, version=asked), msgspec.structs.replace(use, mount_flags=flags)
-
-
-def _other_export(claim: Claim, source: Source) -> bool:
-    """Whether the claim is of another export than `source`, or of the same in another version or with other options."""
-    if claim.nfs is None or not isinstance(source, NfsSource):
-        return False
-    old = claim.nfs
-    return (old.server, old.path, old.version, old.options) != (
-        source.server, source.path, source.version, source.options,
-    )  # fmt: skip
-
-
-def _in_version_of(claim: Claim, source: NfsSource) -> NfsSource:
-    return source if claim.nfs is None else dataclasses.replace(source, version=claim.nfs.version)
-
-
-def _check_same_export(claim: Claim, source: Source, before: Source | None) -> None:
-    """Conflict where the volume's context speaks of another export than the one that its pods have."""
-    if claim.nfs is None or not isinstance(source, NfsSource) or not _other_export(claim, source):
-        return
-    if before is not None and not _other_export(claim, before):
-        return
-    asked = NfsMount(server=source.server, path=source.path, version=source.version, options=source.options)
-    raise Conflict(
-        f"volume {claim.volume} is {_export_words(claim.nfs)} on this node, asked for is {_export_words(asked)}; "
-        "unpublish its pods and stage it again, or give the other export a volumeHandle of its own"
-    )
-
-
-def _export_words(mount: NfsMount) -> str:
-    options = f", options {','.join(mount.options)}" if mount.options else ""
-    return f"{mount.export.source} (NFS {mount.version}{options})"
-
-
-def _check_same_stage(claim: Claim, staging: str, use: Use) -> None:
-    if claim.staging_path != staging:
-        raise Refused(f"volume {claim.volume} is staged at {claim.staging_path}; unstage it there first")
-    if (claim.use.raw, claim.use.fstype, claim.use.mode, claim.use.mount_flags) != (
-        use.raw,
-        use.fstype,
-        use.mode,
-        use.mount_flags,
-    ):
-        raise Conflict(
-            f"volume {claim.volume} is staged at {staging} with another capability ({_words(claim.use)}, asked for is "
-            f"{_words(use)}); unstage it first"
-        )
-
-
-def _words(use: Use) -> str:
-    kind = "raw block" if use.raw else f"filesystem {use.fstype}, options [{len(use.mount_flags)}]"
-    return f"{use.access_mode}, {kind}"
-
-
-def _check_same_publish(claim: Claim, request: PublishRequest, old: Target | None, new: Target) -> None:
-    capability = request.capability
-    same_fstype = claim.kind is VolumeKind.FILES or capability.fstype in ("", claim.use.fstype)
-    same = capability.raw == claim.use.raw and same_fstype
-    if not same or capability.mode.value != claim.use.mode:
-        raise Conflict(
-            f"volume {claim.volume} is staged as {_words(claim.use)}; it cannot be published with another capability"
-        )
-    if old is not None and (old.read_only, old.mount_group) != (new.read_only, new.mount_group):
-        raise Conflict(
-            f"volume {claim.volume} is published at {request.target} with readonly = {old.read_only} and mount group "
-            f"{old.mount_group!r} already; unpublish it first"
-        )
-    if old is None and exists(request.target) and mounts.is_mount_point(request.target):
-        raise Conflict(f"something else is mounted at {request.target}; unmount it first")
-
-
-def _target(request: PublishRequest) -> Target:
-    return Target(
-        read_only=request.wants_read_only,
-        pod_uid=request.pod_uid,
-        pod_namespace=request.pod.namespace,
-        pod_name=request.pod.name,
-        mount_group=request.capability.mount_group,
-    )
-
-
-def _owner(request: PublishRequest, runtime: Runtime) -> Owner:
-    if runtime.kind == HOST:
-        return Owner(kind=HOST, handler=runtime.handler)
-    return Owner(
-        kind=SANDBOX,
-        pod_uid=request.pod_uid,
-        pod_namespace=request.pod.namespace,
-        pod_name=request.pod.name,
-        handler=runtime.handler,
-        dialect=runtime.dialect,
-    )
-
-
-def _delivery(claim: Claim, path: str, target: Target) -> Delivery:
-    return Delivery(
-        volume_id=claim.volume,
-        target=path,
-        device=claim.device or claim.source,
-        fstype=claim.use.fstype,
-        options=claim.use.mount_flags,
-        read_only=target.read_only,
-    )
-
-
-def _export(claim: Claim, path: str, target: Target) -> NfsDelivery:
-    if claim.nfs is None:
-        raise Refused(f"volume {claim.volume} is no NFS export")
-    return NfsDelivery(
-        volume_id=claim.volume,
-        target=path,
-        server=claim.nfs.server,
-        path=claim.nfs.path,
-        version=claim.nfs.version,
-        options=(*claim.nfs.options, *(flag for flag in claim.use.mount_flags if flag not in ("ro", "rw", "defaults"))),
-        read_only=target.read_only,
-    )
