@@ -273,8 +273,8 @@ def test_a_hand_off_that_the_shim_left_its_id_in_is_withdrawn_whole(driver, volu
 
 
 def test_a_start_withdraws_its_own_hand_offs_that_no_claim_knows_and_no_others(driver, volume):
-    """A shim would hot-plug the device of a hand-off that nobody remembers."""
-    driver.publish(volume, A, runtime="kata")
+    """A shim would hot-plug the device of a hand-off that nobody remembers; a pod that kubelet still has is remembered."""
+    target = driver.publish(volume, A, runtime="kata")
     (place,) = driver.direct_volumes.iterdir()
     foreign = driver.direct_volumes / "L290aGVy"
     foreign.mkdir()
@@ -284,6 +284,12 @@ def test_a_start_withdraws_its_own_hand_offs_that_no_claim_knows_and_no_others(d
     assert place.exists()  # claimed: a running pod's
     driver.kill()
     shutil.rmtree(driver.run / "claims")
+    driver.start()
+    assert place.exists()
+    driver.kill()
+    shutil.rmtree(driver.run / "claims")
+    subprocess.run(["umount", target], check=True)
+    shutil.rmtree(driver.kubelet / "pods" / A)
     driver.start()
     assert not place.exists() and (foreign / "mountInfo.json").exists()
     shutil.rmtree(foreign)
