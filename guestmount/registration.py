@@ -8,8 +8,11 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 
+# Seconds in which a question, which takes microseconds, has passed.
+_PATIENCE = 0.5
 _FILE = "nri.alive"
 
 
@@ -40,8 +43,19 @@ def opened(run_dir: str) -> Iterator[int]:
 
 
 def begun(fd: int) -> None:
-    """Registered from now on. BlockingIOError if another plugin of this node is."""
-    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    """Registered from now on. BlockingIOError if another plugin of this node is.
+
+    Who asks in this moment has the file for an instant too, so one refusal says nothing.
+    """
+    until = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                raise
+            time.sleep(0.005)
 
 
 def ended(fd: int) -> None:

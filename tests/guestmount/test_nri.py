@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import socket
 import struct
 import threading
@@ -294,6 +296,19 @@ def test_it_says_when_it_is_registered_and_comes_back_for_ever(plugin, runtime, 
         while registration.is_alive(run):
             assert time.monotonic() < until + 5
             time.sleep(0.02)
+
+
+def test_who_asks_in_that_moment_does_not_refuse_the_registration(tmp_path) -> None:
+    run = str(tmp_path)
+    with registration.opened(run) as fd:
+        held = os.open(os.path.join(run, os.listdir(run)[0]), os.O_RDWR)
+        fcntl.flock(held, fcntl.LOCK_SH)
+        threading.Timer(0.1, fcntl.flock, (held, fcntl.LOCK_UN)).start()
+        registration.begun(fd)
+        assert registration.is_alive(run)
+        with registration.opened(run) as other, pytest.raises(BlockingIOError):
+            registration.begun(other)
+        os.close(held)
 
 
 def test_large_messages_go_in_frames_that_a_go_peer_takes_and_come_in_any() -> None:
