@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
 
 # Seconds after which what a killed process was writing is nobody's work any more.
 _ABANDONED = 60.0
 _END = ".new"
+# What `replace` puts behind the beginning of its names: a process and a number.
+_OWN = re.compile(r"[0-9]+-[0-9a-f]{8}\.new")
 
 
 def sync_directory(path: str) -> None:
@@ -71,12 +74,16 @@ def replace(path: str, content: bytes, *, beside: str = "", mode: int = 0o600, d
         os.fsync(dir_fd)
 
 
-def sweep(beside: str) -> None:
-    """Remove what killed calls of `replace` have left under names that begin with `beside`."""
+def sweep(beside: str, *, abandoned: bool = False) -> None:
+    """Remove what killed calls of `replace` have left under names of theirs that begin with `beside`, after a minute.
+
+    `abandoned`: at once, and only names of just this form, as the caller knows that nobody else writes them.
+    """
     place, prefix = os.path.split(beside)
     for name in os.listdir(place or "."):
-        if name.startswith(prefix) and name.endswith(_END):
+        rest = name[len(prefix) :]
+        if name.startswith(prefix) and (_OWN.fullmatch(rest) if abandoned else rest.endswith(_END)):
             path = os.path.join(place, name)
             with contextlib.suppress(FileNotFoundError):
-                if time.time() - os.lstat(path).st_mtime > _ABANDONED:
+                if abandoned or time.time() - os.lstat(path).st_mtime > _ABANDONED:
                     os.unlink(path)

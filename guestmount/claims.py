@@ -142,8 +142,10 @@ class Cell:
         return claim
 
     def remove(self) -> None:
+        """No record, nor what a killed process was writing of it: that was the lock's holder before us."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._path)
+        durable.sweep(self._temporary, abandoned=True)
         self.claim = None
 
 

@@ -118,3 +118,14 @@ def test_an_owner_is_named_as_a_person_would():
     assert str(Owner(kind=HOST)) == "the host's kernel (runc pods)"
     owner = Owner(kind=SANDBOX, pod_uid="u", pod_namespace="prod", pod_name="db-0", handler="kata-qemu")
     assert str(owner) == "pod prod/db-0 (runtime handler kata-qemu)"
+
+
+def test_what_a_killed_writer_left_goes_with_the_record_and_a_neighbours_does_not(tmp_path):
+    claims = Claims(str(tmp_path))
+    left = tmp_path / "tmp" / "loop-a.123-0123abcd.new"
+    neighbours = tmp_path / "tmp" / "loop-a.b.123-0123abcd.new"
+    for path in (left, neighbours):
+        path.write_text("half")
+    with claims.locked("loop-a", Deadline.after(5)) as cell:
+        cell.remove()
+    assert not left.exists() and neighbours.exists()

@@ -82,14 +82,17 @@ def test_restarts_while_a_guest_writes_and_then_the_guest_is_killed(driver):
 
 @pytest.mark.parametrize("shim", [GO, RUST])
 def test_what_the_driver_hands_over_both_shims_take(driver, shim, vm):
-    """Mount options, a group, growth before the container starts, xfs; and a raw volume, in the shared guest."""
+    """Mount options, a group, growth with the next pod, xfs; and a raw volume, in the shared guest."""
     capability = mount_capability(fstype="xfs", group="2000", flags=("noatime",))
     volume = driver.create("pvc", 320 << 20, capability)
     driver.stage(volume, capability)
     target = driver.publish(volume, A, runtime="kata", capability=capability)
-    driver.client.NodeExpandVolume(
-        volume_id=volume.volume_id, volume_path=target, capacity_range={"required_bytes": 512 << 20}
-    )
+    with refused("FAILED_PRECONDITION", "deleted and made again"):
+        driver.client.NodeExpandVolume(
+            volume_id=volume.volume_id, volume_path=target, capacity_range={"required_bytes": 512 << 20}
+        )
+    driver.unpublish(volume, A)
+    target = driver.publish(volume, A, runtime="kata", capability=capability)
     sandbox = Sandbox(vm=vm, settings=Settings(shim=shim, direct_volumes=driver.direct_volumes))
     name = f"both-{shim}"
     sandbox.create_container(write_bundle(driver.directory / "b", [volume_mount(target)]), name)
@@ -121,8 +124,9 @@ def test_a_raw_volume_goes_into_the_guest_as_a_device(driver, vm):
     code, output = sandbox.run("raw", "sh", "-c", "echo from-the-guest | dd of=/dev/data bs=512 conv=sync,fsync")
     assert code == 0, output
     driver.unpublish(volume, A)
-    with refused("FAILED_PRECONDITION", f"pid {vm.pid}"):
-        driver.unstage(volume)
-    sandbox.remove_container("raw")
     driver.unstage(volume)
+    with refused("FAILED_PRECONDITION", f"pid {vm.pid}"):
+        driver.delete(volume)
+    sandbox.remove_container("raw")
+    driver.cli("gc")
     assert image(driver, volume).read_bytes()[:14] == b"from-the-guest" and driver.loop_devices() == []
