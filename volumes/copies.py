@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from blockdev import Deadline, exclusivity, sparse
 from blockdev.errors import DeviceBusy
@@ -16,28 +17,36 @@ _CHUNK = 64 << 20
 _NO_REFLINK = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.ENOSYS)
 
 
-def copy(source: str, target: str, deadline: Deadline, *, check: Callable[[], None] = lambda: None) -> None:
+def copy(source: str, target: str, deadline: Deadline, *, check: Callable[[], None] | None) -> None:
     """Make `target`, durable, with the content and the holes of `source`.
 
     A reflink (XFS, btrfs) is atomic, so the source may be in use: the copy is what a power cut would leave. Without
     reflinks a copy takes time, so `check` is asked first and raises if somebody may come in the middle, and the source
-    must be open nowhere, before and after, and unchanged: DeviceBusy with the holders otherwise.
+    must be open nowhere, before and after, and unchanged: DeviceBusy with the holders otherwise. None for a source that
+    never changes, which any number may read.
     """
     writer = os.open(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
         if not _reflink(source, writer):
-            check()
-            exclusivity.prove_free(source, past_known=False)
-            with opened(source) as reader:
-                before = os.fstat(reader)
-                _copy_data(reader, writer, source, deadline)
-            exclusivity.prove_free(source, past_known=False)
-            after = os.stat(source)
-            if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
-                raise DeviceBusy(source, "it was written to while it was copied")
+            with _unchanged(source, check) if check is not None else contextlib.nullcontext():
+                with opened(source) as reader:
+                    _copy_data(reader, writer, source, deadline)
         os.fsync(writer)
     finally:
         os.close(writer)
+
+
+@contextlib.contextmanager
+def _unchanged(source: str, check: Callable[[], None]) -> Iterator[None]:
+    """Nobody wrote to the file while the block ran."""
+    check()
+    exclusivity.prove_free(source, past_known=False)
+    before = os.stat(source)
+    yield
+    exclusivity.prove_free(source, past_known=False)
+    after = os.stat(source)
+    if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
+        raise DeviceBusy(source, "it was written to while it was copied")
 
 
 def _reflink(source: str, writer: int) -> bool:

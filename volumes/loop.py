@@ -332,7 +332,7 @@ class LoopBackend:
     def _make_file(self, volume_id: str, capacity: int, source: ContentSource | None, *, preallocate: bool) -> None:
         new = os.path.join(self._directory, volume_id + _NEW)
         if source is not None:
-            check = partial(self.check_copy, source.source_id) if source.kind == "volume" else _nothing
+            check = partial(self.check_copy, source.source_id) if source.kind == "volume" else None
             copies.copy(self._content(source), new, Deadline.after(_COPY_LIMIT), check=check)
         fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -365,10 +365,6 @@ class LoopBackend:
                 os.unlink(os.path.join(self._directory, volume_id + suffix))
         durable.sync_directory(self._directory)
         self._store.remove(volume_id)
-
-
-def _nothing() -> None:
-    """A snapshot never changes."""
 
 
 def _left(row: Row | SnapshotRow) -> str:

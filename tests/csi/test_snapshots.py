@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
+from concurrent import futures
 
 import pytest
 
-from blockdev import mounts
+from blockdev import Deadline, DeviceBusy, mounts
 from tests.csi.helpers import PODS, image, refused, vmm
 from tests.driver import Driver, mount_capability
+from volumes import copies
 
 pytestmark = pytest.mark.kernel
 A = PODS[0]
@@ -194,3 +196,29 @@ def test_a_server_killed_in_the_middle_leaves_no_half_snapshot(driver):
     assert not driver.client.ListSnapshots().entries and len(driver.left_over()["files"]) == 1
     again = driver.client.CreateSnapshot(source_volume_id=volume.volume_id, name="snap").snapshot
     assert again.snapshot_id != snapshot.snapshot_id
+
+
+def test_one_snapshot_is_restored_many_times_at_once(driver):
+    volume = driver.create("pvc")
+    write(driver, volume, "many")
+    taken = driver.client.CreateSnapshot(source_volume_id=volume.volume_id, name="snap").snapshot
+    with futures.ThreadPoolExecutor(8) as several:
+        made = list(several.map(
+            lambda number: restore(driver, f"r{number}", snapshot={"snapshot_id": taken.snapshot_id}), range(8)
+        ))  # fmt: skip
+    assert len({one.volume_id for one in made}) == 8
+
+
+def test_what_is_written_in_the_middle_of_a_copy_is_no_snapshot(tmp_path, monkeypatch):
+    """Opened and closed again between the two looks: only the file's time of change tells."""
+    source = tmp_path / "image"
+    source.write_bytes(bytes(1 << 20))
+
+    def written(_reader, _writer, path, _deadline):
+        with open(path, "r+b") as file:
+            file.write(b"later")
+
+    monkeypatch.setattr(copies, "_copy_data", written)
+    monkeypatch.setattr(copies, "_reflink", lambda _source, _writer: False)
+    with pytest.raises(DeviceBusy, match="written to while"):
+        copies.copy(str(source), str(tmp_path / "copy"), Deadline.after(5), check=lambda: None)
