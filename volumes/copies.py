@@ -28,9 +28,9 @@ def copy(source: str, target: str, deadline: Deadline, *, check: Callable[[], No
     writer = os.open(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
         if not _reflink(source, writer):
-            with _unchanged(source, check) if check is not None else contextlib.nullcontext():
-                with opened(source) as reader:
-                    _copy_data(reader, writer, source, deadline)
+            settled = _unchanged(source, check) if check is not None else contextlib.nullcontext()
+            with settled, opened(source) as reader:
+                _copy_data(reader, writer, source, deadline)
         os.fsync(writer)
     finally:
         os.close(writer)
