@@ -195,3 +195,16 @@ def test_a_small_disk_is_read_whole_as_far_as_is_asked(image, soon):
         file.write(b"\x01")
     with pytest.raises(NotBlank, match="data near byte"):
         blankness.prove_unused(path, soon, end=(256 << 20) - 4096)
+
+
+def test_a_private_mount_does_not_do_as_the_superblock_says(tmp_path, soon):
+    """A guest may have written `panic` there."""
+    path = str(tmp_path / "image")
+    with open(path, "wb") as file:
+        file.truncate(64 << 20)
+    filesystems.make(path, "ext4", soon)
+    subprocess.run(["tune2fs", "-e", "panic", path], check=True, capture_output=True)
+    with private_mount(path, "ext4", deadline=soon):
+        (device,) = loops.find(path)
+        with open(f"/proc/fs/ext4/{os.path.basename(device)}/options") as options:
+            assert "errors=remount-ro\n" in options.readlines()
