@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from blockdev import loops, mountinfo
+from blockdev import loops, mountinfo, superblocks
 from tests.csi.helpers import PODS, image, refused
 from tests.driver import block_capability, mount_capability
 
@@ -63,8 +63,10 @@ def test_a_mount_namespace_of_somebodys_own_does_not_fail_an_unpublish_or_an_uns
         driver.unpublish(volume, A)
         with refused("FAILED_PRECONDITION", volume.volume_id, f"pid {keeper.pid}"):
             driver.publish(volume, B, runtime="kata")
-        # The same kernel has it again at once, and fsck does not touch what is mounted.
+        # The same kernel has it again at once, and fsck, which would mark it clean, does not touch what is mounted.
+        assert not superblocks.read(str(image(driver, volume))).clean
         assert open(f"{driver.publish(volume, B, runtime='runc')}/file").read() == "kept"
+        assert not superblocks.read(str(image(driver, volume))).clean
         driver.unpublish(volume, B)
         driver.unstage(volume)
         with refused("FAILED_PRECONDITION", volume.volume_id, f"pid {keeper.pid}"):
