@@ -115,6 +115,10 @@ def _is_read_only(volume: Mapping[str, Any]) -> bool:
     return bool(source.get("readOnly"))
 
 
+# What names a FlexVolume's disk: its id, or what describes it.
+_NAMED_BY = ("volume", "device", "directory")
+
+
 def _disks_without_claims(meta: Mapping[str, Any], volumes: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     found = {}
     for volume in volumes:
@@ -123,6 +127,7 @@ def _disks_without_claims(meta: Mapping[str, Any], volumes: Sequence[Mapping[str
             # The name that Kubernetes gives the claim that it makes.
             found[name] = f"claim {meta.get('name', '') + '-' + name!r}"
         elif volume.get("flexVolume"):
-            named = (volume["flexVolume"].get("options") or {}).get("volume") or name
+            options = volume["flexVolume"].get("options") or {}
+            named = next((options[key] for key in _NAMED_BY if options.get(key)), name)
             found[name] = f"FlexVolume {named!r}"
     return found

@@ -169,8 +169,16 @@ class Node:
     def _compare(self) -> None:
         """Let ids be given: only once what the pool has and the store does not know is out of the way.
 
-        A pool that is broken cannot be read; what is there already is served meanwhile.
+        A pool that is broken, or that the tools cannot read now, is compared later; what is there already is served
+        meanwhile.
         """
+        try:
+            self._compare_now()
+        except (SnapshotterError, BlockdevError, OSError) as error:
+            log.error("the pool's devices cannot be compared with the store's", extra={"why": str(error)})
+            self.store.barred = f"the devices of pool {self.pool.name} cannot be compared with the store's: {error}"
+
+    def _compare_now(self) -> None:
         status = self.pool.status()
         if status.mode not in ("rw", "out_of_data_space") or status.needs_check:
             self.store.barred = (

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from blockdev.devicemapper import MapperError
 from snapshotter.background import Background
 from snapshotter.entries import Entries
-from snapshotter.errors import SnapshotterError
+from snapshotter.errors import SnapshotterError, StoreFailed
 from snapshotter.idle import Idle
 from snapshotter.pool import DeviceMissing, DeviceThere, Pool
 from snapshotter.store import Store
@@ -102,6 +102,8 @@ class Reaper:
     def round(self) -> bool:
         """Do what can be done now; whether it is worth coming again at once."""
         self._store.write_made()
+        with contextlib.suppress(StoreFailed):  # there may be no room yet; nothing that is refused is deleted meanwhile
+            self._store.quarantine_refused(time.time_ns())
         doomed = self._store.doomed()
         with self._lock:
             done_with = self._done_with - doomed.keys()
@@ -146,7 +148,7 @@ class Reaper:
     def _delete(self, device: int, size: int) -> bool:
         """Whether the device is gone from the pool."""
         try:
-            if not self._unmap(device):
+            if self._store.is_foreign(device) or not self._unmap(device):
                 return False
             if self._discard and size:
                 self._give_blocks_back(device, size)

@@ -113,7 +113,7 @@ class Snapshotter:
             origin = self._origin(key, parent, labels, deadline)
             size = self._wanted_size(key, labels, origin) if kind is Kind.ACTIVE else origin.size
             if size > origin.size:
-                self._pool.admit(*bases.cost(origin.fstype, self._first_size(parent), origin.size, size))
+                self._pool.admit(*bases.cost(origin.fstype, self._first_size(parent) or origin.size, origin.size, size))
             row = self._intend(key, parent, kind, labels, origin, size)
             try:
                 row = self._create(row, origin, deadline)
@@ -242,7 +242,7 @@ class Snapshotter:
         row = self._store.get(key)
         if row is None or row.state is not State.PREPARING:
             return
-        if row.device in self._store.shared:
+        if self._store.is_foreign(row.device):
             self._drop(row)
             return
         try:
@@ -415,7 +415,7 @@ def _size_label(labels: Mapping[str, str]) -> int | None:
     text = labels.get(LABEL_SIZE)
     if not text:
         return None
-    if not text.isdecimal() or int(text) == 0:
+    if not (text.isascii() and text.isdecimal()) or int(text) == 0:
         raise BadRequest(LABEL_SIZE, text, "is a number of bytes, in decimal digits")
     return int(text)
 

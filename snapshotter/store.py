@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from blockdev.dm_targets import MAX_THIN_ID
 from snapshotter.errors import PoolFull, StoreFailed, Unavailable
 from snapshotter.model import Kind, Snapshot, State
+from snapshotter.refusals import Refusals
 
 _SCHEMA = 1
 _TABLES = """
@@ -95,8 +96,9 @@ class Store:
         self.barred = ""
         # Quarantined devices that snapshots have; see `guard`.
         self.shared: frozenset[int] = frozenset()
-        # Ids that the pool turned out to have already, and that could not be quarantined yet.
+        # Ids that the pool turned out to have already, and that could not be quarantined yet; on the disk as well.
         self._refused: set[int] = set()
+        self._refusals = Refusals(f"{path}.refused")
         with _explained(path):
             self._db = self._connect()
             self._db.execute("PRAGMA journal_mode = WAL")
@@ -169,8 +171,10 @@ class Store:
         afresh. As long as it has several rows, `new_device` alone keeps ids from being given again. May be repeated;
         for the server only.
         """
+        with _told(self.path):
+            left = self._refusals.prepare() | self._refused
         with self.transaction():
-            several = [row[0] for row in self._db.execute(_SEVERAL).fetchall()]
+            several = sorted({*left, *(row[0] for row in self._db.execute(_SEVERAL).fetchall())})
             self.quarantine(several, now)
             self.buried(several)
             self._db.executemany("DELETE FROM bases WHERE device = ?", ((device,) for device in several))
@@ -186,6 +190,10 @@ class Store:
         for device, key in rows:
             owners.setdefault(device, []).append(key)
         self.shared = frozenset(owners)
+        self._refused -= left
+        if left:
+            with _told(self.path):
+                self._refusals.clear()
         return owners
 
     def tidy(self) -> None:
@@ -257,10 +265,26 @@ class Store:
     def refuse(self, device: int, now: int) -> None:
         """The pool has this id already: it is quarantined, in a transaction of its own. Remembered if that fails."""
         self._refused.add(device)
+        self._refusals.add(device)
+        self.quarantine_refused(now)
+
+    def quarantine_refused(self, now: int) -> None:
+        """What was refused and could not be quarantined then is now. Does nothing where there is none."""
+        refused = sorted(self._refused)
+        if not refused:
+            return
         with self.transaction():
-            self.quarantine([device], now)
-            self.buried([device])
-        self._refused.discard(device)
+            self.quarantine(refused, now)
+            self.buried(refused)
+        self._refused.difference_update(refused)
+        for device in refused:
+            self._refusals.drop(device)
+
+    def is_foreign(self, device: int) -> bool:
+        """Whether the device is not what a row says: refused, or quarantined. Such a one is never mapped or deleted."""
+        if device in self._refused or device in self.shared:
+            return True
+        return bool(self._numbers("SELECT count(*) FROM quarantined WHERE device = ?", device)[0])
 
     def new_device(self) -> int:
         """An id that was never given before, if the transaction is committed.
@@ -458,13 +482,21 @@ class Store:
     def count(self) -> int:
         return self._numbers("SELECT count(*) FROM snapshots")[0]
 
-    def _numbers(self, query: str) -> list[int]:
+    def _numbers(self, query: str, *values: int) -> list[int]:
         with self._reading, _explained(self.path):
-            return [int(row[0]) for row in self._reader.execute(query).fetchall()]
+            return [int(row[0]) for row in self._reader.execute(query, values).fetchall()]
 
 
 def _dump(labels: Mapping[str, str]) -> str:
     return json.dumps(dict(labels), sort_keys=True) if labels else ""
+
+
+@contextlib.contextmanager
+def _told(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StoreFailed(f"the store {path}: {error.strerror}; see `runvol doctor`") from error
 
 
 @contextlib.contextmanager

@@ -35,7 +35,8 @@ class _Given:
     def __init__(self, *, allowed: Sequence[str]) -> None:
         self.allowed = allowed
         # Once, as the operator wrote them: what lies below another one could be a link that a pod has made since.
-        outermost = [one for one in allowed if not any(_below(one, other) for other in allowed)]
+        plain = {os.path.normpath(one) for one in allowed}
+        outermost = [one for one in plain if not any(other != one and _below(one, other) for other in plain)]
         self._roots = [os.path.realpath(root) for root in outermost]
 
     def id_of(self, path: str) -> str:
