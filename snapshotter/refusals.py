@@ -31,10 +31,11 @@ class Refusals:
                 raw = page.read(_SLOTS * _ENTRY.size)
         except FileNotFoundError:
             raw = b""
-        if len(raw) < _SLOTS * _ENTRY.size:
+        size = len(raw)
+        raw = raw[: size - size % _ENTRY.size]
+        if size < _SLOTS * _ENTRY.size:
             durable.replace(self._path, raw.ljust(_SLOTS * _ENTRY.size, b"\0"))
-        whole = len(raw) - len(raw) % _ENTRY.size
-        return {one for (one,) in _ENTRY.iter_unpack(raw[:whole]) if one}
+        return {one for (one,) in _ENTRY.iter_unpack(raw) if one}
 
     def add(self, device: int) -> bool:
         """Whether the id is on the disk. What cannot be written is told: the caller has the id in memory only."""

@@ -105,6 +105,9 @@ class _Store:
 
     get = pages = write_made = lambda self, *_: [] if not self.full else self.doomed()
 
+    def quarantine_refused(self, _now: int) -> None:
+        pass
+
     def tidy(self) -> None:
         pass
 
