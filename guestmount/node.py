@@ -24,7 +24,17 @@ from guestmount.errors import Refused
 from guestmount.handoff import Dialect, KataDialect
 from guestmount.reach import Reach
 from guestmount.requests import PublishRequest, StageRequest, check_capability, check_options
-from volumes import Catalog, NfsSource, SizeRange, Source, VolumeError, VolumeKind, VolumeNotFound, parameters
+from volumes import (
+    Catalog,
+    InvalidParameter,
+    NfsSource,
+    SizeRange,
+    Source,
+    VolumeError,
+    VolumeKind,
+    VolumeNotFound,
+    parameters,
+)
 from volumes.backend import Backend, BlockBackend
 from volumes.nfs import set_mode
 
@@ -72,7 +82,7 @@ class Node:
             if claim is not None and agreement.other_export(claim, attached):
                 claim = self._of_this_export(cell, request, attached, deadline)
             if claim is None:
-                parameters.check_delivered(request.context)
+                _tell_passed_over(request)
                 check_options(use.mount_flags)
             else:
                 agreement.check_same_stage(claim, staging, use)
@@ -464,6 +474,15 @@ class Node:
                 self._drop_unclaimed(volume_id, deadline)
             yield
             cell.remove()
+
+
+def _tell_passed_over(request: StageRequest) -> None:
+    """What a static volume's attributes say that means nothing on a node. An older release passed over it, and such a
+    PersistentVolume cannot be changed: its pods go on."""
+    try:
+        parameters.check_delivered(request.context)
+    except InvalidParameter as error:
+        log.warning("a volume attribute is passed over", extra={"volume": request.volume_id, "why": str(error)})
 
 
 @contextlib.contextmanager

@@ -277,7 +277,8 @@ class NfsBackend:
         facts = context if context is not None and described else self._ready(volume_id).parameters
         export = exports.of_class(facts, [])
         _, options = nfs.version_among([word for word in facts.get("options", "").split(",") if word])
-        path = os.path.join(export.path, _sub_directory(facts)) if described and "subDir" in facts else export.path
+        # Described by hand, `path` with its `subDir` is what is mounted, whatever `volumeAs` says of others.
+        path = os.path.join(export.path, facts["subDir"]) if described and facts.get("subDir") else export.path
         return NfsSource(server=export.server, path=path, version=export.version, options=options)
 
     def recover(self) -> Sequence[str]:

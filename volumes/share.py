@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import stat
 from collections.abc import Iterator
 from typing import TypeVar
@@ -23,6 +24,8 @@ from volumes.troubles import Trouble
 RECORDS = ".runvol"
 # What the ids of volumes and of snapshots begin with.
 NFS_VOLUME, NFS_SNAPSHOT = "nfs-", "nfssnap-"
+# What is called so: see `exports.id_of`.
+_RECORD = re.compile(r"nfs(?:snap)?-[0-9a-f]{12}-[0-9a-f]{20}\.json")
 _LONGEST = 65536
 # Seconds that one call removes a tree; the next goes on.
 _REMOVAL = 100.0
@@ -112,9 +115,12 @@ def remove(root: int, name: str) -> None:
 
 
 def records(root: int, prefix: str, kind: type[R], trouble: Trouble) -> Iterator[R]:
-    """Those whose id begins with `prefix`. `trouble` is told of one that cannot be read."""
+    """Those whose id begins with `prefix`. `trouble` is told of one that cannot be read.
+
+    A file whose name can be nobody's id is none, whatever it says: everybody on the share can put one there.
+    """
     for name in sorted(names(root, prefix)):
-        if name.endswith(".json"):
+        if _RECORD.fullmatch(name):
             try:
                 record = read(root, name.removesuffix(".json"), kind)
             except VolumeUnfinished as error:

@@ -310,7 +310,7 @@ def test_records_that_lead_elsewhere_by_a_link_are_not_followed(backend, share, 
 def test_one_bad_record_stops_itself_only(backend, share, tmp_path, kind):
     one, two = make(backend, "one", **REMOVED), make(backend, "two", **REMOVED)
     (share / "two/data").write_text("x")
-    bad = share / ".runvol/nfs-zzz.json"
+    bad = share / ".runvol/nfs-0123456789ab-0123456789abcdef0123.json"
     if kind == "fifo":
         os.mkfifo(bad)
     elif kind == "link":
@@ -323,7 +323,7 @@ def test_one_bad_record_stops_itself_only(backend, share, tmp_path, kind):
     said: list[str] = []
     assert {volume.volume_id for _place, volume in backend.list(trouble=said.append)} == {one.volume_id, two.volume_id}
     assert len(said) == 1
-    assert ".runvol/nfs-zzz.json cannot be read" in said[0]
+    assert ".runvol/nfs-0123456789ab-0123456789abcdef0123.json cannot be read" in said[0]
     backend.delete(one.volume_id)
     backend.delete(two.volume_id)
     assert not (share / "two").exists()
@@ -333,10 +333,22 @@ def test_one_bad_record_stops_itself_only(backend, share, tmp_path, kind):
 
 def test_a_sub_directory_waits_for_the_record_that_cannot_be_read(backend, share):
     volume = make(backend, subDir="team/a")
-    (share / ".runvol/nfs-zzz.json").write_text("{")
-    with pytest.raises(VolumeUnfinished, match=r"nfs-zzz\.json"):
+    (share / ".runvol/nfs-0123456789ab-0123456789abcdef0123.json").write_text("{")
+    with pytest.raises(VolumeUnfinished, match=r"nfs-0123456789ab-0123456789abcdef0123\.json"):
         backend.delete(volume.volume_id)
     assert (share / "team/a").is_dir()
+
+
+def test_a_file_that_can_be_nobodys_record_keeps_nothing(backend, share):
+    """Whoever has the share whole can put one there, under any name."""
+    one, two = make(backend, "one", **REMOVED), make(backend, "two", subDir="team/a", **REMOVED)
+    for name in ("nfs-junk.json", "nfs-.json", "nfs-0123456789ab-0123456789ABCDEF0123.json", "nfssnap-x.json"):
+        (share / ".runvol" / name).write_text("{")
+    said: list[str] = []
+    assert len(backend.list(trouble=said.append)) == 2 and not said
+    backend.delete(one.volume_id)
+    backend.delete(two.volume_id)
+    assert not (share / "one").exists() and not (share / "team/a").exists()
 
 
 # -- what the volume context of a static volume says
@@ -346,8 +358,7 @@ def test_a_static_volumes_sub_directory_is_what_is_mounted(backend):
     context = parameters.check_context(CLASS | {"subDir": "app1/data", "volumeAs": "subpath"})
     assert backend.attach("static-1", context).path == "/e/app1/data"
     assert backend.attach("static-1", CLASS).path == "/e"
-    with pytest.raises(InvalidParameter, match="'subDir' = 'a': means nothing with volumeAs: sharepath"):
-        backend.attach("static-1", CLASS | {"subDir": "a", "volumeAs": "sharepath"})
+    assert backend.attach("static-1", CLASS | {"subDir": "a", "volumeAs": "sharepath"}).path == "/e/a"
     for wrong in ("../other", "a/../b", "/a", ".runvol"):
         with pytest.raises(InvalidParameter, match="'subDir'"):
             parameters.check_context(CLASS | {"subDir": wrong})
