@@ -24,6 +24,8 @@ from blockdev.errors import NotRemoved
 # and for all levels together.
 _AHEAD, _AHEAD_IN_ALL = 1000, 100_000
 _MOMENT = 0.01
+# Names of files that a walk holds at a time: a pod makes millions of them in one directory.
+_PART = 10_000
 # What a name answers that was taken away, or given to something else, since it was read.
 NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE)
 
@@ -48,15 +50,17 @@ def remove(parent: int | str, name: str, deadline: Deadline) -> None:
 def walk(root: int, what: str, deadline: Deadline) -> Iterator[tuple[int, list[str], list[str]]]:
     """Every directory of the tree below the directory descriptor `root`, itself first: a descriptor of it, which is
     good until the next step, the names of the directories in it, and all its other names. A name may mean something
-    else already when it is used. Mounts are not entered. WaitExpired, naming `what`."""
+    else already when it is used. Mounts are not entered. A directory of very many files comes in parts, the one with its
+    directories last. WaitExpired, naming `what`."""
     place = _Place(os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root))
     try:
         fresh = True
         while True:
             deadline.check(what)
             if fresh:
-                directories, others = _named(place.here)
-                yield place.here, directories, others
+                directories: list[str] = []
+                for directories, others in _named(place.here):
+                    yield place.here, directories, others
                 place.level.ahead = directories[::-1]
             fresh = False
             while place.level.ahead and not fresh:
@@ -262,13 +266,17 @@ def _allowed_into(directory: int, name: str, flags: int) -> int:
         os.close(held)
 
 
-def _named(directory: int) -> tuple[list[str], list[str]]:
+def _named(directory: int) -> Iterator[tuple[list[str], list[str]]]:
+    """Names of directories and of all else; of the latter so many at a time."""
     directories: list[str] = []
     others: list[str] = []
     with os.scandir(directory) as entries:
         for entry in entries:
             (directories if entry.is_dir(follow_symlinks=False) else others).append(entry.name)
-    return directories, others
+            if len(others) == _PART:
+                yield [], others
+                others = []
+    yield directories, others
 
 
 def _identity(fd: int) -> tuple[int, int]:

@@ -201,3 +201,17 @@ def test_every_directory_is_walked_once_however_deep(tmp_path, soon, few_descrip
     assert ([], ["f"]) in seen
     assert len(seen) == 2502
     trees.remove(str(tmp_path), "root", soon)
+
+
+def test_a_directory_of_very_many_files_is_walked_in_parts(tmp_path, soon, monkeypatch):
+    monkeypatch.setattr(trees, "_PART", 10)
+    for number in range(35):
+        (tmp_path / f"f{number}").touch()
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "in").touch()
+    fd = os.open(tmp_path, os.O_RDONLY)
+    try:
+        parts = [(sorted(directories), len(others)) for _fd, directories, others in trees.walk(fd, "walking", soon)]
+    finally:
+        os.close(fd)
+    assert parts == [([], 10), ([], 10), ([], 10), (["d"], 5), ([], 1)]

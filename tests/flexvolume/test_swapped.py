@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from volumes import InvalidParameter
+from volumes.given import GivenDirectory
+
 from blockdev import Deadline, beneath, mounts
 from flexvolume import Driver as Calls
 from flexvolume import Reply
@@ -200,6 +203,18 @@ def test_a_root_below_another_one_is_no_root_of_its_own(here):
     here.environment["RUNVOL_FLEXVOLUME_DIRECTORIES"] = f"{root}/data,{root}/data/team/images"
     said = here.fails("mount", here.target("v"), described(directory=f"{root}/data/team/images/ssl"))
     assert "must lie below" in said
+
+
+@pytest.mark.parametrize("allowed", ["{root}/", "{root}//sub/..", "/"])
+def test_an_allowed_directory_may_be_written_with_a_slash_at_its_end(tmp_path, allowed):
+    (tmp_path / "v").mkdir()
+    given = GivenDirectory(allowed=[allowed.format(root=tmp_path)])
+    assert given.id_of(str(tmp_path / "v")).startswith("given-dir-")
+    narrow = GivenDirectory(allowed=[f"{tmp_path}/v/", f"{tmp_path}/v"])
+    (tmp_path / "v" / "in").mkdir()
+    assert narrow.id_of(str(tmp_path / "v" / "in"))
+    with pytest.raises(InvalidParameter, match="must lie below"):
+        narrow.id_of(str(tmp_path))
 
 
 @pytest.mark.parametrize("option", ["journal_path=/dev/sda", "journal_dev=0x800", "logdev=/dev/sda", "rtdev=/dev/sda"])

@@ -195,6 +195,9 @@ SIDECAR = ("side", ["data"], "Always")
         (of(containers=[ONE, ("two", ["again"])], volumes=[
             {"name": name, "flexVolume": {"driver": "runvol/runvol", "options": {"volume": "loop-1"}}}
             for name in ("data", "again")]), ("FlexVolume 'loop-1'",)),
+        (of(containers=[ONE, ("two", ["again"])], volumes=[
+            {"name": name, "flexVolume": {"driver": "runvol/runvol", "options": {"device": "/img/x.img"}}}
+            for name in ("data", "again")]), ("FlexVolume '/img/x.img'",)),
     ],
 )  # fmt: skip
 def test_two_containers_that_write_to_one_block_volume_are_refused_under_the_rust_shim(node, pod, names):
