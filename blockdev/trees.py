@@ -50,9 +50,9 @@ def remove(parent: int | str, name: str, deadline: Deadline) -> None:
 def walk(root: int, what: str, deadline: Deadline) -> Iterator[tuple[int, list[str], list[str]]]:
     """Every directory of the tree below the directory descriptor `root`, itself first.
 
-    A descriptor of it, which is good until the next step, the names of the directories in it, and all its other names. A
-    name may mean something else already when it is used. Mounts are not entered. A directory of very many files comes in
-    parts, the one with its directories last. WaitExpired, naming `what`.
+    A descriptor of it, which is good until the next step, the names of the directories in it, and all its other names.
+    A name may mean something else already when it is used. Mounts are not entered. A directory of very many files
+    comes in parts, the one with its directories last. WaitExpired, naming `what`.
     """
     place = _Place(os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root))
     try:
