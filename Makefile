@@ -23,8 +23,9 @@ demo: venv
 	@tests/prepare/debian.sh test
 	@.venv/bin/python -m tests.demo $(ARGS)
 
+# Two workers share the files of tests; each test has its machines, directories and addresses to itself.
 test: prepare
-	@.venv/bin/python -m pytest $(ARGS)
+	@.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-kernel: prepare
 	@.venv/bin/python -m tests.kernel $(ARGS)

@@ -46,7 +46,18 @@ def shared_driver() -> Iterator[Driver]:
         yield running
 
 
+# What takes minutes goes first, so that several workers, who share the files, end together.
+LONG = ("kernel/test_tier.py", "sandbox/", "sanity/", "kernel/", "package/", "kill/")
+
+
+def _place(item: pytest.Item) -> int:
+    path = item.nodeid.removeprefix("tests/")
+    return next((place for place, start in enumerate(LONG) if path.startswith(start)), len(LONG))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=_place)
     if os.geteuid() != 0:
         for item in items:
             item.add_marker(pytest.mark.skip(reason="needs root: loop devices and mounts"))

@@ -97,6 +97,8 @@ def run(arguments: list[str], *, show: bool = True) -> tuple[int, str]:
 def _machines(arguments: list[str]) -> int:
     """How many kernels share the tests: each has one processor and takes up to 6 GiB."""
     chosen = [one for one in arguments if one.startswith(f"{INSIDE}/")]
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return 1  # another worker has the other processor
     available = next(int(line.split()[1]) for line in open("/proc/meminfo") if line.startswith("MemAvailable")) >> 20
     return 2 if not chosen and (os.cpu_count() or 1) > 1 and available >= 10 else 1
 

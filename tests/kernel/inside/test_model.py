@@ -184,7 +184,7 @@ def _run(examples: int, steps: int) -> None:
 
 @pytest.mark.short
 def test_a_few_lives() -> None:
-    _run(4, 25)
+    _run(2, 25)
 
 
 def test_many_lives() -> None:

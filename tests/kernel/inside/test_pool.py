@@ -537,7 +537,7 @@ def test_readers_of_the_metadata_take_turns_within_their_deadlines(lab: Lab) -> 
     mine = lab.node.pool
     other = Pool(mine.mapper, mine.name, mine.identity, mine.metadata)
     with ThreadPoolExecutor(8) as threads:
-        read = list(threads.map(lambda number: (mine, other)[number % 2].ids(soon()), range(24)))
+        read = list(threads.map(lambda number: (mine, other)[number % 2].ids(soon()), range(12)))
     assert all(one == read[0] for one in read)
     with other.metadata_snapshot(soon()), pytest.raises(WaitExpired, match=mine.name):
         mine.ids(Deadline.after(0.2))
