@@ -9,7 +9,6 @@ from __future__ import annotations
 import builtins
 import contextlib
 import errno
-import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 
@@ -19,6 +18,7 @@ from blockdev import Deadline, nfs, trees
 from volumes import exports, share, sizes
 from volumes.errors import (
     InvalidParameter,
+    StoreFailed,
     VolumeConflict,
     VolumeNotFound,
     VolumeUnfinished,
@@ -32,6 +32,8 @@ from volumes.troubles import Trouble, logged
 
 ARCHIVE = "archived-"
 _SMALLEST = 4096
+# How often a name may be archived.
+_ARCHIVES = 1000
 
 
 class NfsBackend:
@@ -170,13 +172,17 @@ class NfsBackend:
             if record is None:
                 return
             damaged: builtins.list[str] = []
-            others = [one for one in share.records(root, NFS_VOLUME, Record, damaged.append)
-                      if one.volume_id != volume_id]  # fmt: skip
-            self._check_not_copied(root, record, others)
+            has_others, copies = False, builtins.list[str]()
+            for other in share.records(root, NFS_VOLUME, Record, damaged.append):
+                if other.volume_id != volume_id:
+                    has_others |= _is_in(other, record)
+                    if not other.ready and other.source == f"volume:{volume_id}":
+                        copies.append(other.volume_id)
+            self._check_not_copied(root, record, copies)
             if damaged and record.parameters.get("subDir"):
                 raise VolumeUnfinished(f"{damaged[0]}; it may be of a volume in the same subDir as {volume_id}")
             share.write(root, msgspec.structs.replace(record, ready=False))
-            if record.directory and record.made is not False and not _has_others(record, others):
+            if record.directory and record.made is not False and not has_others:
                 # Where not all is known, nothing is removed that might be somebody's.
                 doubtful = record.made is None or bool(damaged)
                 if doubtful or record.parameters.get("archiveOnDelete", "true") == "true":
@@ -186,11 +192,11 @@ class NfsBackend:
             share.tidy(root, f"new-{volume_id}.")
             share.remove(root, volume_id)
 
-    def _check_not_copied(self, root: int, record: Record, others: Sequence[Record]) -> None:
-        """VolumeUnfinished while something is being made from this volume, or it from something."""
+    def _check_not_copied(self, root: int, record: Record, copies: Sequence[str]) -> None:
+        """VolumeUnfinished while something is being made from this volume (`copies`: volumes), or it from something."""
         if self._jobs.progress(record.volume_id) is not None:
             raise VolumeUnfinished(f"volume {record.volume_id} is being filled from {record.source}")
-        made = [one.volume_id for one in others if not one.ready and one.source == f"volume:{record.volume_id}"]
+        made = [*copies]
         made += [one.snapshot_id for one in share.records(root, NFS_SNAPSHOT, SnapshotRecord, logged)
                  if not one.ready and one.source == record.volume_id]  # fmt: skip
         if made:
@@ -355,9 +361,9 @@ def _with_directory(root: int, record: Record) -> tuple[Record, bool]:
     return msgspec.structs.replace(record, made=False if record.made else record.made), False
 
 
-def _has_others(record: Record, others: Sequence[Record]) -> bool:
-    """Whether another volume has this directory too, or one in it: a subDir may be the same for several."""
-    return any(f"{one.directory}/".startswith(f"{record.directory}/") for one in others)
+def _is_in(other: Record, record: Record) -> bool:
+    """Whether another volume has this one's directory too, or one in it: a subDir may be the same for several."""
+    return f"{other.directory}/".startswith(f"{record.directory}/")
 
 
 def _directory(name: str) -> str:
@@ -390,15 +396,16 @@ def _archive(root: int, record: Record) -> None:
     """The directory has another name, which tells what it was."""
     first = f"{ARCHIVE}{record.directory.replace('/', '-')[:200]}-{record.volume_id[-8:]}"
     with contextlib.suppress(FileNotFoundError), share.parent(root, record.directory) as (fd, name):
-        for number in itertools.count(1):
+        for number in range(1, _ARCHIVES + 1):
             archived = first if number == 1 else f"{first}-{number}"
             try:
                 os.rename(name, archived, src_dir_fd=fd, dst_dir_fd=root)
                 return
             except OSError as error:
-                # An earlier volume of this name was archived, too.
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                # An earlier volume of this name was archived, too; or somebody has put something of this name there.
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                     raise
+        raise StoreFailed(f"{first} and {_ARCHIVES - 1} more such names are taken on the share; remove some of them")
 
 
 def _remove(root: int, record: Record) -> None:
@@ -422,6 +429,12 @@ def _check_same(
         raise VolumeConflict(name, f"was made with the parameters {old.parameters}")
     if old.source != str(source or ""):
         raise VolumeConflict(name, f"was made from {old.source or 'nothing'}, not from {source or 'nothing'}")
+    if old.directory != _place_of(name, parameters):
+        # Everybody on the share can have written that.
+        raise VolumeUnfinished(
+            f"the share's {RECORDS}/{old.volume_id}.json says that volume {name} lies at {old.directory[:200]!r}, "
+            "which is not its place; remove that record, or put it right"
+        )
     sizes.check_fits(name, old.capacity, size)
 
 
@@ -432,6 +445,7 @@ def _volume(record: Record, export: nfs.Export) -> Volume:
         name=record.name,
         backend=NfsBackend.name,
         capacity_bytes=record.capacity,
-        parameters={**record.parameters, "path": path},
+        # Which export that is, the record does not decide.
+        parameters={**record.parameters, "server": export.server, "path": path},
         source=record.source,
     )

@@ -291,6 +291,11 @@ def check_delivered(context: Mapping[str, str]) -> None:
                                    "it out of the volumeAttributes")  # fmt: skip
 
 
+def is_known(key: str) -> bool:
+    """Whether there is a parameter of this name."""
+    return key in _BY_KEY
+
+
 def context_of(parameters: Mapping[str, str]) -> dict[str, str]:
     """What the node needs to know of them, for the volume context.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import re
 import stat
@@ -18,7 +19,9 @@ from typing import TypeVar
 import msgspec
 
 from blockdev import BlockdevError, Deadline, durable, trees
+from volumes import parameters, sizes
 from volumes.errors import NoSpace, StoreFailed, VolumeUnfinished
+from volumes.model import VOLUME_ID
 from volumes.troubles import Trouble
 
 RECORDS = ".runvol"
@@ -27,6 +30,11 @@ NFS_VOLUME, NFS_SNAPSHOT = "nfs-", "nfssnap-"
 # What is called so: see `exports.id_of`.
 _RECORD = re.compile(r"nfs(?:snap)?-[0-9a-f]{12}-[0-9a-f]{20}\.json")
 _LONGEST = 65536
+# So many records of one share are looked at, and so many bytes of them; more than runvol ever makes there.
+_MOST, _MOST_BYTES = 100_000, 64 << 20
+_SOURCE = re.compile(r"(?:(?:volume|snapshot):[a-z0-9.-]{1,128})?")
+# No snapshot was taken later, in seconds since 1970.
+_LATEST = 1 << 33
 # Seconds that one call removes a tree; the next goes on.
 _REMOVAL = 100.0
 
@@ -63,19 +71,51 @@ R = TypeVar("R", Record, SnapshotRecord)
 
 def read(root: int, name: str, kind: type[R]) -> R | None:
     """The record of this id; VolumeUnfinished if it cannot be read."""
+    raw = _raw(root, name)
+    return None if raw is None else _decoded(raw, name, kind)
+
+
+def _raw(root: int, name: str) -> bytes | None:
     try:
         with opened(root, RECORDS) as place:
             fd = _regular(place, f"{name}.json")
     except FileNotFoundError:
         return None
     with open(fd, "rb") as file:
-        try:
-            record = msgspec.json.decode(file.read(_LONGEST), type=kind)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise VolumeUnfinished(f"the share's {RECORDS}/{name}.json cannot be read: {error}") from None
-    if _id_of(record) != name:
-        raise VolumeUnfinished(f"the share's {RECORDS}/{name}.json cannot be read: it is the record of another id")
+        return file.read(_LONGEST)
+
+
+def _decoded(raw: bytes, name: str, kind: type[R]) -> R:
+    try:
+        record = msgspec.json.decode(raw, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise VolumeUnfinished(f"the share's {RECORDS}/{name}.json cannot be read: {error}") from None
+    wrong = "it is the record of another id" if _id_of(record) != name else _wrong(record)
+    if wrong:
+        raise VolumeUnfinished(f"the share's {RECORDS}/{name}.json cannot be read: {wrong}")
     return record
+
+
+def _wrong(record: Record | SnapshotRecord) -> str:
+    """What no runvol can have written, in words; empty where there is nothing of the kind."""
+    if not 0 < record.capacity <= sizes.LARGEST:
+        return f"no volume has the capacity {record.capacity}"
+    if isinstance(record, SnapshotRecord):
+        if not 0 <= record.created < _LATEST:
+            return f"no snapshot was made at {record.created}"
+        return "" if VOLUME_ID.match(record.source) else f"its source {record.source[:200]!r} is no volume"
+    if record.directory and not is_place(record.directory):
+        return f"its directory {record.directory[:200]!r} is no place below the share"
+    if not _SOURCE.fullmatch(record.source):
+        return f"its source {record.source[:200]!r} is neither volume nor snapshot"
+    unknown = [key for key in record.parameters if not parameters.is_known(key)]
+    return f"{unknown[0][:200]!r} is no parameter of this release" if unknown else ""
+
+
+def is_place(path: str) -> bool:
+    """Whether the path leads to something below a share that is none of runvol's own records."""
+    parts = path.split("/")
+    return not {"", ".", ".."} & {*parts} and parts[0] != RECORDS and "\0" not in path
 
 
 def _id_of(record: Record | SnapshotRecord) -> str:
@@ -119,22 +159,30 @@ def records(root: int, prefix: str, kind: type[R], trouble: Trouble) -> Iterator
 
     A file whose name can be nobody's id is none, whatever it says: everybody on the share can put one there.
     """
-    for name in sorted(names(root, prefix)):
-        if _RECORD.fullmatch(name):
-            try:
-                record = read(root, name.removesuffix(".json"), kind)
-            except VolumeUnfinished as error:
-                trouble(str(error))
-                continue
-            if record is not None:
-                yield record
+    found = names(root, prefix, _RECORD)
+    left = _MOST_BYTES
+    for number, file in enumerate(sorted(found)):
+        name = file.removesuffix(".json")
+        if number >= _MOST or left <= 0:
+            trouble(f"the records on the share ({RECORDS}/{prefix}*.json) are too many, or too large: those from "
+                    f"{file} on are not looked at")  # fmt: skip
+            return
+        try:
+            raw = _raw(root, name)
+            if raw is not None:
+                left -= len(raw)
+                yield _decoded(raw, name, kind)
+        except VolumeUnfinished as error:
+            trouble(str(error))
 
 
-def names(root: int, prefix: str) -> list[str]:
-    """What lies among the records under names that begin so."""
+def names(root: int, prefix: str, pattern: re.Pattern[str] | None = None) -> list[str]:
+    """What lies among the records under names that begin so, and match; so many that a caller sees there are too many.
+    Everybody on the share can put any number there."""
     try:
-        with opened(root, RECORDS) as place:
-            return [name for name in os.listdir(place) if name.startswith(prefix)]
+        with opened(root, RECORDS) as place, os.scandir(place) as entries:
+            wanted = (one.name for one in entries if one.name.startswith(prefix))
+            return [*itertools.islice((one for one in wanted if not pattern or pattern.fullmatch(one)), _MOST + 1)]
     except FileNotFoundError:
         return []
 
@@ -149,7 +197,7 @@ def directory(root: int, path: str) -> int:
 def parent(root: int, path: str, *, made: bool = False) -> Iterator[tuple[int, str]]:
     """The directory that holds `path`, and the last name of it; `made` makes what is missing on the way."""
     *way, name = path.split("/")
-    if ".." in (*way, name) or path.startswith("/"):
+    if {"", ".."} & {*way, name}:
         raise StoreFailed(f"a record on the share speaks of {path!r}, which is no place in it")
     fd = os.dup(root)
     try:

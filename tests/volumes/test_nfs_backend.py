@@ -376,3 +376,97 @@ def test_what_a_node_could_only_ignore_is_refused_by_name(backend):
     assert backend.attach(volume.volume_id, {}).path == "/e/a/b"
     with pytest.raises(VolumeNotFound):
         backend.attach("nfs-mine", {})
+
+
+# -- records that somebody on the share has written
+
+
+def rewritten(share: Path, volume, **facts) -> None:
+    record(share, volume).write_text(json.dumps(json.loads(record(share, volume).read_text()) | facts))
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({"directory": "/another-tenants-export"}, "no place below the share"),
+        ({"directory": "../other"}, "no place below the share"),
+        ({"directory": "a//b"}, "no place below the share"),
+        ({"directory": ".runvol"}, "no place below the share"),
+        ({"directory": "."}, "no place below the share"),
+        ({"capacity": 1 << 70}, "capacity"),
+        ({"capacity": 0}, "capacity"),
+        ({"parameters": {"zzz": "1"}}, "no parameter"),
+        ({"source": "elsewhere"}, "neither volume nor snapshot"),
+    ],
+    ids=str,
+)
+def test_a_record_that_runvol_cannot_have_written_stops_itself_only(backend, share, facts, words):
+    volume, other = make(backend, "one"), make(backend, "two")
+    rewritten(share, volume, **facts)
+    said: list[str] = []
+    assert [one.volume_id for _place, one in backend.list(trouble=said.append)] == [other.volume_id]
+    assert words in said[0]
+    for call in (backend.get, backend.attach, backend.delete):
+        with pytest.raises(VolumeUnfinished, match=words):
+            call(volume.volume_id)
+
+
+@pytest.mark.parametrize("facts", [{"created": 1e300}, {"created": -1.0}, {"capacity": 1 << 70}, {"source": "/x"}])
+def test_a_snapshots_record_that_runvol_cannot_have_written_stops_itself_only(backend, share, facts):
+    volume = make(backend)
+    one, two = (backend.take_snapshot(name, volume.volume_id, Deadline.after(20)) for name in ("s1", "s2"))
+    path = share / ".runvol" / f"{one.snapshot_id}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | facts))
+    said: list[str] = []
+    assert [found.snapshot_id for _place, found in backend.snapshots(trouble=said.append)] == [two.snapshot_id]
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("place", ["/another-tenants-export", "another", ""])
+def test_a_record_does_not_say_where_a_volume_lies_that_is_being_made(backend, share, monkeypatch, place):
+    """The copy is under way, and the provisioner asks again: in between somebody on the share says that all is done."""
+    source = make(backend, "source")
+    content = ContentSource(kind="volume", source_id=source.volume_id)
+
+    def unfinished(*_: object) -> None:
+        raise VolumeUnfinished("still being copied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(backend._jobs, "finished", unfinished)
+        with pytest.raises(VolumeUnfinished):
+            make(backend, "clone", content)
+    (path,) = (one for one in (share / ".runvol").iterdir() if json.loads(one.read_text())["name"] == "clone")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"directory": place, "ready": True}))
+    with pytest.raises(VolumeUnfinished, match="place"):
+        make(backend, "clone", content)
+
+
+def test_a_record_does_not_say_which_server_a_volume_is_on(backend, share):
+    volume = make(backend)
+    rewritten(share, volume, parameters={**CLASS, "server": "evil", "path": "/theirs"})
+    attached = backend.attach(volume.volume_id)
+    assert (attached.server, attached.path) == ("nas", "/e/one")
+
+
+@pytest.mark.parametrize("what", ["file", "link"])
+def test_what_lies_where_a_volume_would_be_archived_keeps_none(backend, share, what):
+    volume = make(backend)
+    (share / "one/data").write_text("x")
+    at = share / f"archived-one-{volume.volume_id[-8:]}"
+    at.write_text("") if what == "file" else at.symlink_to("/nowhere")
+    backend.delete(volume.volume_id)
+    assert (share / f"{at.name}-2/data").read_text() == "x"
+
+
+@pytest.mark.parametrize("bound", ["_MOST", "_MOST_BYTES"])
+def test_so_many_records_are_looked_at_and_no_more(backend, share, monkeypatch, bound):
+    """With more of them nothing is known to be alone in its directory, so nothing is removed."""
+    monkeypatch.setattr(f"volumes.share.{bound}", 3)
+    volume = make(backend, **REMOVED)
+    for number in range(5):
+        (share / f".runvol/nfs-0123456789ab-{number:020x}.json").write_text("{")
+    said: list[str] = []
+    backend.list(trouble=said.append)
+    assert "are not looked at" in said[-1]
+    backend.delete(volume.volume_id)
+    assert len([*share.glob("archived-one-*")]) == 1
