@@ -18,7 +18,7 @@ from snapshotter import assembly, backing, recovery, strangers
 from snapshotter.assembly import Extender
 from snapshotter.background import Background
 from snapshotter.bases import Bases
-from snapshotter.errors import PoolRefused, SnapshotterError, Unavailable
+from snapshotter.errors import PoolRefused, SnapshotterError, StoreFailed, Unavailable
 from snapshotter.idle import Idle
 from snapshotter.pool import Limits, Pool
 from snapshotter.reaper import Reaper
@@ -158,13 +158,17 @@ class Node:
             self.mapper, self.settings.state_dir, Deadline.after(300), self.settings.limits
         )  # fmt: skip
         self.pool.metadata = pool.metadata
-        for device, keys in self.store.guard(time.time_ns()).items():
-            log.error("a device that was given more than once, or is not its snapshot's, is quarantined",
-                      extra={"device": device, "snapshots": keys[:20]})  # fmt: skip
+        with contextlib.suppress(StoreFailed):
+            self._guard()  # what failed is tried again before ids are given; what there is is served meanwhile
         assembly.bind(self.pool, self.store)
         self._compare()
         self._extender = Extender(self.mapper, self.pool, below)
         self._usable.set()
+
+    def _guard(self) -> None:
+        for device, keys in self.store.guard(time.time_ns()).items():
+            log.error("a device that was given more than once, or is not its snapshot's, is quarantined",
+                      extra={"device": device, "snapshots": keys[:20]})  # fmt: skip
 
     def _compare(self) -> None:
         """Let ids be given: only once what the pool has and the store does not know is out of the way.
@@ -175,10 +179,14 @@ class Node:
         try:
             self._compare_now()
         except (SnapshotterError, BlockdevError, OSError) as error:
-            log.error("the pool's devices cannot be compared with the store's", extra={"why": str(error)})
-            self.store.barred = f"the devices of pool {self.pool.name} cannot be compared with the store's: {error}"
+            why = f"the devices of pool {self.pool.name} cannot be compared with the store's: {error}"
+            if why != self.store.barred:
+                log.error("no device can be given", extra={"why": why})
+            self.store.barred = why
 
     def _compare_now(self) -> None:
+        if not self.store.guarded:
+            self._guard()
         status = self.pool.status()
         if status.mode not in ("rw", "out_of_data_space") or status.needs_check:
             self.store.barred = (

@@ -145,9 +145,11 @@ class Service:
             if now > one.until + _GRACE and not one.released:
                 one.released = True
                 log.error("call hangs in the kernel; its caller is released", extra={"rpc": one.name, "key": one.key})
-                with self._ending:  # there is room for others before the caller knows
-                    one.replaced = number in self._running and self._workers.give_up()
-                one.context.cancel()  # type: ignore[no-untyped-call]
+                try:
+                    with self._ending:  # there is room for others before the caller knows
+                        one.replaced = number in self._running and self._workers.give_up()
+                finally:
+                    one.context.cancel()  # type: ignore[no-untyped-call]
 
     def _ended(self, number: int, running: _Running) -> None:
         with self._ending:

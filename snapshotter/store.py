@@ -13,13 +13,13 @@ import json
 import os
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from blockdev.dm_targets import MAX_THIN_ID
 from snapshotter.errors import PoolFull, StoreFailed, Unavailable
 from snapshotter.model import Kind, Snapshot, State
-from snapshotter.refusals import Refusals
+from snapshotter.refusals import SLOTS, Refusals
 
 _SCHEMA = 1
 _TABLES = """
@@ -94,6 +94,8 @@ class Store:
         self._synchronous = ""
         # Why no id may be given yet; empty once the pool's devices were compared with the rows.
         self.barred = ""
+        # Whether what `guard` does is on the disk.
+        self.guarded = False
         # Quarantined devices that snapshots have; see `guard`.
         self.shared: frozenset[int] = frozenset()
         # Ids that the pool turned out to have already, and that could not be quarantined yet; on the disk as well.
@@ -169,12 +171,14 @@ class Store:
 
         An older release could give a device twice. Such a one is quarantined: never deleted, no base, and not mapped
         afresh. As long as it has several rows, `new_device` alone keeps ids from being given again. May be repeated;
-        for the server only.
+        for the server only. StoreFailed where not all of it is on the disk (`guarded` is False then): what is known is
+        kept to in memory all the same, and no id is given until it is.
         """
-        with _told(self.path):
-            left = self._refusals.prepare() | self._refused
+        self.guarded = False
+        self._refused |= self._refusals.prepare() | set(self._numbers(_SEVERAL))
+        several = sorted(self._refused)
+        self.shared = frozenset(self._owners(several))
         with self.transaction():
-            several = sorted({*left, *(row[0] for row in self._db.execute(_SEVERAL).fetchall())})
             self.quarantine(several, now)
             self.buried(several)
             self._db.executemany("DELETE FROM bases WHERE device = ?", ((device,) for device in several))
@@ -183,18 +187,24 @@ class Store:
             ).fetchone()
             self._db.execute(_BY_DEVICE if doubled else _ONE_ROW)
             self._db.execute(_ONE_BASE)
-            rows = self._db.execute(
-                "SELECT device, key FROM snapshots WHERE device IN (SELECT device FROM quarantined) ORDER BY key"
-            ).fetchall()
-        owners: dict[int, list[str]] = {}
-        for device, key in rows:
-            owners.setdefault(device, []).append(key)
+        owners = self._owners(self.quarantined())
         self.shared = frozenset(owners)
-        self._refused -= left
-        if left:
-            with _told(self.path):
-                self._refusals.clear()
+        self._refused.difference_update(several)
+        if several:
+            self._refusals.clear()
+        if self._refusals.trouble:
+            raise StoreFailed(self._refusals.trouble)
+        self.guarded = True
         return owners
+
+    def _owners(self, devices: Sequence[int]) -> dict[int, list[str]]:
+        """The snapshots that have one of these devices, by device."""
+        owners: dict[int, list[str]] = {}
+        with self._reading, _explained(self.path):
+            for device in devices:
+                keys = self._reader.execute("SELECT key FROM snapshots WHERE device = ? ORDER BY key", (device,))
+                owners[device] = [str(row[0]) for row in keys.fetchall()]
+        return {device: keys for device, keys in owners.items() if keys}
 
     def tidy(self) -> None:
         """Copy a log that has grown back into the database, without making anybody wait. For one thread only."""
@@ -247,7 +257,7 @@ class Store:
     def remove(self, key: str, now: int) -> None:
         """The snapshot is gone, and its device is to be deleted behind, unless it is quarantined."""
         if self._refused:
-            self.quarantine(self._refused, now)
+            self.quarantine(tuple(self._refused), now)
         self._db.execute(
             "INSERT OR IGNORE INTO doomed SELECT device, ?, size FROM snapshots WHERE key = ? AND device <> 0 "
             "AND device NOT IN (SELECT device FROM quarantined)",
@@ -282,7 +292,7 @@ class Store:
 
     def is_foreign(self, device: int) -> bool:
         """Whether the device is not what a row says: refused, or quarantined. Such a one is never mapped or deleted."""
-        if device in self._refused or device in self.shared:
+        if device in self._refused:
             return True
         return bool(self._numbers("SELECT count(*) FROM quarantined WHERE device = ?", device)[0])
 
@@ -293,6 +303,11 @@ class Store:
         """
         if self.barred:
             raise Unavailable(self.barred)
+        if len(self._refused) >= SLOTS // 2 or (self._refused and self._refusals.trouble):
+            raise Unavailable(
+                f"{len(self._refused)} devices are not ours, and the store {self.path} cannot take that down "
+                f"{self._refusals.trouble}; make room on its disk"
+            )
         while True:
             if self._following >= self._reserved:
                 self._following = int(self.fact("next_device") or "1")

@@ -39,7 +39,11 @@ class Workers(futures.Executor):
         self._jobs.put((future, fn, args, kwargs))
         with self._lock:
             if not self._idle and self._threads < self._limit + self._given_up:
-                self._begin()
+                try:
+                    self._begin()
+                except RuntimeError:
+                    if not self._threads:
+                        raise  # else one of them comes to it
         return future
 
     def give_up(self) -> bool:
@@ -48,7 +52,11 @@ class Workers(futures.Executor):
             if self._given_up >= self._most:
                 return False
             self._given_up += 1
-            self._begin()
+            try:
+                self._begin()
+            except BaseException:
+                self._given_up -= 1
+                raise
             return True
 
     def came_back(self) -> None:
@@ -61,8 +69,8 @@ class Workers(futures.Executor):
         """The threads are daemons: what hangs must not keep the process from ending."""
 
     def _begin(self) -> None:
+        threading.Thread(target=self._run, name=f"snapshots-{self._threads + 1}", daemon=True).start()
         self._threads += 1
-        threading.Thread(target=self._run, name=f"snapshots-{self._threads}", daemon=True).start()
 
     def _run(self) -> None:
         while True:

@@ -74,6 +74,19 @@ def test_more_hanging_calls_than_threads_leave_room_for_others(served: Served) -
     assert served.stat("another") is grpc.StatusCode.NOT_FOUND
 
 
+def test_a_caller_is_released_although_no_thread_can_take_the_place(served: Served, monkeypatch) -> None:
+    def refused(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    assert served.stat("another") is grpc.StatusCode.NOT_FOUND
+    with monkeypatch.context() as patched:
+        patched.setattr(served.workers, "_begin", refused)
+        assert served.stat("hang") is grpc.StatusCode.CANCELLED
+    assert served.workers.given_up == 0
+    with futures.ThreadPoolExecutor(2 * LIMIT) as callers:
+        assert set(callers.map(served.stat, ["x"] * 30)) == {grpc.StatusCode.NOT_FOUND}
+
+
 def test_threads_that_come_back_are_not_kept(served: Served) -> None:
     with futures.ThreadPoolExecutor(2 * LIMIT) as callers:
         list(callers.map(served.stat, [f"hang {number}" for number in range(2 * LIMIT)]))
