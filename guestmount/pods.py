@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from blockdev import Deadline
+from volumes.loop import LoopBackend
 
 UNTRUSTED = "io.kubernetes.cri.untrusted-workload"
 
@@ -115,8 +117,8 @@ def _is_read_only(volume: Mapping[str, Any]) -> bool:
     return bool(source.get("readOnly"))
 
 
-# What names a FlexVolume's disk: its id, or what describes it.
-_NAMED_BY = ("volume", "device", "directory")
+# FlexVolume options that name a disk (another driver's words for `volume` among them), and those of what is none.
+_DISKS, _NO_DISKS = ("volume", "volumeId", "volumeID", "device"), ("directory", "server")
 
 
 def _disks_without_claims(meta: Mapping[str, Any], volumes: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -127,7 +129,25 @@ def _disks_without_claims(meta: Mapping[str, Any], volumes: Sequence[Mapping[str
             # The name that Kubernetes gives the claim that it makes.
             found[name] = f"claim {meta.get('name', '') + '-' + name!r}"
         elif volume.get("flexVolume"):
-            options = volume["flexVolume"].get("options") or {}
-            named = next((options[key] for key in _NAMED_BY if options.get(key)), name)
-            found[name] = f"FlexVolume {named!r}"
+            disk = _disk_of(volume["flexVolume"], name)
+            if disk:
+                found[name] = f"FlexVolume {disk!r}"
     return found
+
+
+def _disk_of(volume: Mapping[str, Any], name: str) -> str:
+    """What names the disk of a FlexVolume; empty for one that is none of ours, or no disk.
+
+    Ours may be installed under any name; of other drivers nothing is known, and no guest gets their disks.
+    """
+    options, driver = volume.get("options") or {}, str(volume.get("driver", "")).rpartition("/")[2]
+    named = next((str(options[key]) for key in _DISKS if options.get(key)), "")
+    if named and (driver == "disk" or named.startswith((LoopBackend.prefix, "/"))):
+        return _one_name(named)
+    return name if driver == "runvol" and not any(options.get(key) for key in _NO_DISKS) else ""
+
+
+def _one_name(named: str) -> str:
+    """The same for all names of one disk, of which udev makes several. Elsewhere a look at a path might hang."""
+    path = os.path.normpath(named) if named.startswith("/") else named
+    return os.path.realpath(path) if path.startswith("/dev/") else path

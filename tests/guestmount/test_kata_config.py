@@ -198,6 +198,12 @@ SIDECAR = ("side", ["data"], "Always")
         (of(containers=[ONE, ("two", ["again"])], volumes=[
             {"name": name, "flexVolume": {"driver": "runvol/runvol", "options": {"device": "/img/x.img"}}}
             for name in ("data", "again")]), ("FlexVolume '/img/x.img'",)),
+        (of(containers=[ONE, ("two", ["again"])], volumes=[
+            {"name": name, "flexVolume": {"driver": "alicloud/disk", "options": {key: "d-1"}}}
+            for name, key in (("data", "volumeId"), ("again", "volumeID"))]), ("FlexVolume 'd-1'",)),
+        (of(containers=[ONE, ("two", ["again"])], volumes=[
+            {"name": name, "flexVolume": {"driver": "acme/blocks", "options": {"device": device}}}
+            for name, device in (("data", "/dev/stdin"), ("again", "/dev/fd/0"))]), ("FlexVolume",)),
     ],
 )  # fmt: skip
 def test_two_containers_that_write_to_one_block_volume_are_refused_under_the_rust_shim(node, pod, names):
@@ -247,6 +253,22 @@ def test_mixing_is_told_by_claims_and_by_who_lives_at_the_same_time(node, pod, r
         return
     with pytest.raises(Refused, match="cannot mix them"):
         preflight.check(runtime, pv_name="v", rust_shared_block=True)
+
+
+@pytest.mark.parametrize(
+    "flex",
+    [
+        {"driver": "other/x", "options": {"volume": "v"}},
+        {"driver": "runvol/runvol", "options": {"directory": "/data"}},
+        {"driver": "runvol/runvol", "options": {"server": "s", "path": "/e"}},
+        {"driver": "alicloud/nas", "options": {"server": "s", "path": "/e"}},
+    ],
+    ids=str,
+)
+def test_a_flexvolume_that_is_no_disk_of_ours_may_be_written_by_several(node, flex):
+    volumes = [{"name": "data", "flexVolume": flex}, {"name": "again", "flexVolume": flex}]
+    pod = of(containers=[ONE, ("two", ["data", "again"])], volumes=volumes)
+    preflight.check(rust(node, pod), pv_name="v")
 
 
 def test_what_the_rust_shim_does_with_disks_is_no_concern_of_nfs(node):
