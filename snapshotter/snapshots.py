@@ -113,7 +113,7 @@ class Snapshotter:
             origin = self._origin(key, parent, labels, deadline)
             size = self._wanted_size(key, labels, origin) if kind is Kind.ACTIVE else origin.size
             if size > origin.size:
-                self._pool.admit(*bases.cost(origin.fstype, self._first_size(parent) or origin.size, origin.size, size))
+                self._pool.admit(*bases.cost(origin.fstype, self._made_with(parent, origin), origin.size, size))
             row = self._intend(key, parent, kind, labels, origin, size)
             try:
                 row = self._create(row, origin, deadline)
@@ -161,12 +161,15 @@ class Snapshotter:
                 raise BadRequest(LABEL_SIZE, labels[LABEL_SIZE][:80], why)
         return size
 
-    def _first_size(self, key: str) -> int:
-        """The size that the filesystem of `key` was made with: that of the first in its chain."""
-        size = 0
-        while key and (row := self._store.get(key)) is not None:
-            key, size = row.parent, row.size
-        return size
+    def _made_with(self, parent: str, origin: _Origin) -> int:
+        """The size that the filesystem was made with, or a smaller one: that of a base which the first in the chain may
+        have grown from. A chain from before the bases, or from elsewhere, has the size of its first."""
+        if not parent:
+            return origin.size
+        first = origin.size
+        while parent and (row := self._store.get(parent)) is not None:
+            parent, first = row.parent, row.size
+        return min([first, *(base.size for base in self._store.bases() if base.fstype == origin.fstype)])
 
     def _refuse_shared(self, row: Snapshot) -> None:
         """WrongState for a snapshot whose device several had: whose data it holds, nobody knows."""

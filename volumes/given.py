@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from blockdev import Deadline, beneath, filesystems, mounts
 from volumes.errors import InvalidParameter, SizeNotAllowed, VolumeNotFound
 from volumes.model import BlockSource, Capability, ContentSource, DirectorySource, SizeRange, Source, Volume, VolumeKind
-from volumes.troubles import Trouble, logged
+from volumes.troubles import Trouble, log, logged
 
 _NAMED = "is described by its path: it is not made, grown or deleted by runvol"
 
@@ -35,9 +35,16 @@ class _Given:
     def __init__(self, *, allowed: Sequence[str]) -> None:
         self.allowed = allowed
         # Once, as the operator wrote them: what lies below another one could be a link that a pod has made since.
-        plain = {os.path.normpath(one) for one in allowed}
+        plain = {"/" + os.path.normpath(one).lstrip("/") for one in allowed if self._is_absolute(one)}
         outermost = [one for one in plain if not any(other != one and _below(one, other) for other in plain)]
         self._roots = [os.path.realpath(root) for root in outermost]
+
+    def _is_absolute(self, one: str) -> bool:
+        """An empty or relative one would be taken from where the process happens to run."""
+        if not one.startswith("/"):
+            log.error("an allowed directory is no absolute path and allows nothing",
+                      extra={"setting": self.setting, "value": one})  # fmt: skip
+        return one.startswith("/")
 
     def id_of(self, path: str) -> str:
         """The volume's id; InvalidParameter for a path that is not allowed."""

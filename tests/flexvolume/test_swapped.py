@@ -215,6 +215,22 @@ def test_an_allowed_directory_may_be_written_with_a_slash_at_its_end(tmp_path, a
     assert narrow.id_of(str(tmp_path / "v" / "in"))
     with pytest.raises(InvalidParameter, match="must lie below"):
         narrow.id_of(str(tmp_path))
+    assert GivenDirectory(allowed=["/", "//", f"/{tmp_path}"]).id_of(str(tmp_path / "v"))
+
+
+@pytest.mark.parametrize("allowed", ["", ".", "v"])
+def test_an_allowed_directory_that_is_no_absolute_path_allows_nothing(tmp_path, monkeypatch, caplog, allowed):
+    (tmp_path / "v").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InvalidParameter, match="must lie below"):
+        GivenDirectory(allowed=[allowed]).id_of(str(tmp_path / "v"))
+    assert "no absolute path" in caplog.text
+
+
+def test_a_second_spelling_of_an_allowed_directory_is_no_root_of_its_own(tmp_path):
+    (tmp_path / "in").symlink_to("/etc")
+    with pytest.raises(InvalidParameter, match="must lie below"):
+        GivenDirectory(allowed=[str(tmp_path), f"/{tmp_path}/in"]).id_of("/etc/ssl")
 
 
 @pytest.mark.parametrize("option", ["journal_path=/dev/sda", "journal_dev=0x800", "logdev=/dev/sda", "rtdev=/dev/sda"])

@@ -13,8 +13,9 @@ from blockdev.errors import CommandMissing
 from snapshotter import assembly, backing, node
 from snapshotter.backing import Description
 from snapshotter.errors import PoolFull, Unavailable
+from snapshotter.model import Kind, Snapshot, State
 from snapshotter.snapshots import Sizes, Snapshotter
-from snapshotter.store import Store
+from snapshotter.store import Base, Store
 
 GIB = 1 << 30
 
@@ -70,4 +71,15 @@ def test_the_cost_of_an_xfs_without_a_parent_goes_by_the_base_that_it_grows_from
         snapshots.prepare("big/1/c", "", {"containerd.io/snapshot/max-size": str(GIB)}, Deadline.after(5))
     ((places, _each),) = (cost for cost in asked if cost)
     assert places == 99 * 4
+    asked.clear()
+    with store.transaction():
+        store.set_base(Base(fstype="xfs", size=GIB, device=1, ready=True))
+        store.insert(Snapshot(key="big/2/layer", parent="", kind=Kind.COMMITTED, state=State.READY, device=2,
+                              size=100 * GIB, fstype="xfs", created=1, updated=1))  # fmt: skip
+    with pytest.raises(PoolFull):
+        snapshots.prepare(
+            "big/3/d", "big/2/layer", {"containerd.io/snapshot/max-size": str(200 * GIB)}, Deadline.after(5)
+        )
+    ((places, _each),) = (cost for cost in asked if cost)
+    assert places == 100 * 4, "the first layer was grown from a base of 1 GiB"
     store.close()
