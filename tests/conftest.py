@@ -8,7 +8,9 @@ import os
 # Tests fork (mkfs) in a process that has gRPC channels; its fork handlers would abort the child.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
+import ctypes
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,6 +46,26 @@ def shared_driver() -> Iterator[Driver]:
     """One driver for tests that only ask questions."""
     with Driver() as running:
         yield running
+
+
+_CLONE_NEWNS = 0x20000
+
+
+_kubelet: list[subprocess.Popen[bytes]] = []
+
+
+def pytest_configure() -> None:
+    """A worker has mounts of its own: namespaces that a test makes would copy, and so hold, those of another's tests.
+
+    A process there stands for kubelet's.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ and os.geteuid() == 0:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.unshare(_CLONE_NEWNS) != 0:
+            raise OSError(ctypes.get_errno(), "unshare")
+        subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+        _kubelet.append(subprocess.Popen(["cat"], stdin=subprocess.PIPE))  # ends with this process
+        os.environ["RUNVOL_NODE_KUBELET_PROCESS"] = str(_kubelet[0].pid)
 
 
 # What takes minutes goes first, so that several workers, who share the files, end together.
