@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from guestmount import GuestmountError, Node
-from guestmount.usage import Problem, problems
+from guestmount.usage import problems
+from guestmount.ways import Problem
 from runvol_proto import csi_pb2
 from volumes import VolumeNotFound
 from volumes.troubles import EXPECTED

@@ -37,6 +37,16 @@ class Use(msgspec.Struct, frozen=True, kw_only=True):
     def access_mode(self) -> AccessMode:
         return AccessMode(self.mode)
 
+    def serves(self, asked: Capability) -> bool:
+        """Whether a volume that was staged so can be published as asked."""
+        # A provisioner fills a filesystem's type in by itself, also for a volume that has none.
+        same_fstype = not self.fstype or asked.fstype in ("", self.fstype)
+        return asked.raw == self.raw and same_fstype and asked.mode.value == self.mode
+
+    def __str__(self) -> str:
+        kind = "raw block" if self.raw else f"filesystem {self.fstype}, options [{len(self.mount_flags)}]"
+        return f"{self.access_mode}, {kind}"
+
 
 class Owner(msgspec.Struct, frozen=True, kw_only=True):
     """The kernel that has the volume: the host's, or that of one pod's guest."""
@@ -60,7 +70,8 @@ class Owner(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True):
-    """One publish, by the path that kubelet gave."""
+    """One publish, by the path that kubelet gave. `way`: how the volume reached it; empty in records that older
+    releases wrote."""
 
     read_only: bool
     pod_uid: str
@@ -69,6 +80,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     mount_group: str = ""
     handler: str = ""
     dialect: str = ""
+    way: str = ""
 
     @property
     def pod(self) -> str:
@@ -89,6 +101,14 @@ class NfsMount(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def export(self) -> nfs.Export:
         return nfs.Export(server=self.server, path=self.path, version=self.version, options=self.options)
+
+    def is_same(self, other: NfsMount) -> bool:
+        """Whether both are one export, in one version and with the same options."""
+        return self.export == other.export
+
+    def __str__(self) -> str:
+        options = f", options {','.join(self.options)}" if self.options else ""
+        return f"{self.export.source} (NFS {self.version}{options})"
 
 
 class Claim(msgspec.Struct, frozen=True, kw_only=True):
@@ -134,6 +154,13 @@ class Cell:
         """`temporary`: what the names begin with under which it is written."""
         self._path, self._temporary = path, temporary
         self.claim = _read(path)
+
+    @property
+    def present(self) -> Claim:
+        """The claim of a volume that must have one."""
+        if self.claim is None:
+            raise Refused("the volume's claim has vanished; stage the volume again")
+        return self.claim
 
     def write(self, claim: Claim) -> Claim:
         """Replace the record, whole or not at all."""

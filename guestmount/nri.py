@@ -27,6 +27,7 @@ from guestmount.errors import RuntimeUnknown
 from guestmount.handoff import KataDialect
 from guestmount.nri_mux import PLUGIN, RUNTIME, Mux
 from guestmount.pods import UNTRUSTED
+from guestmount.ways import guest_mount
 from runvol_proto import nri_pb2 as pb
 
 log = logging.getLogger("runvol.nri")
@@ -133,10 +134,7 @@ class Plugin:
         claims, damaged = self._claims.readable()
         for error in damaged:
             log.error("a claim cannot be read: a container of its pods has the placeholder", extra={"why": str(error)})
-        for claim in claims:
-            for path, target in claim.targets.items():
-                if claim.nfs is not None and target.dialect == KataDialect.name:
-                    yield path, (claim, target)
+        return guest_mount.of_kata(claims)
 
 
 def replacement(mount: pb.Mount, claim: Claim, target: Target, *, ips: list[str]) -> pb.Mount:

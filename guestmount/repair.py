@@ -10,12 +10,13 @@ from dataclasses import dataclass
 
 from blockdev import Deadline, exclusivity, loops, mountinfo, mounts
 from blockdev.errors import BlockdevError
-from guestmount import ownership, witnesses
+from guestmount import ways, witnesses
 from guestmount.claims import Claim
 from guestmount.errors import BadRequest, Busy, GuestmountError, Refused
 from guestmount.handoff import Delivered, Dialect
 from guestmount.node import Node
 from guestmount.placeholder import NOTE
+from guestmount.ways import exclusion
 from volumes import VolumeError
 
 log = logging.getLogger("runvol.repair")
@@ -157,14 +158,14 @@ def _places(claim: Claim) -> str:
 def _forget(node: Node, volume_id: str, deadline: Deadline, *, gone: bool) -> None:
     """The volume's last owner is forgotten, and the claim too if nothing stages it; DeviceBusy while it is in use."""
     with node.claims.locked(volume_id, deadline) as cell:
-        ownership.release(cell, deadline)
+        exclusion.release(cell, deadline)
         if cell.claim is not None and not cell.claim.targets and (gone or not cell.claim.staging_path):
             cell.remove()
 
 
 def _volume_is_gone(node: Node, claim: Claim) -> bool:
     """Only a volume of this node's own stores can be: what an export or a given path is, its claim alone says."""
-    if claim.nfs is not None:
+    if not ways.of_claim(claim).stored:
         return False
     try:
         return node.catalog.of(claim.volume).get(claim.volume) is None

@@ -16,6 +16,7 @@ from guestmount.claims import SANDBOX, Claim, Owner, Target, Use
 from guestmount.errors import BadRequest, Busy, Refused
 from guestmount.handoff import Delivered
 from guestmount.node import Node
+from guestmount.ways.guest_device import GuestDevice
 from volumes import AccessMode
 
 _UID = r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
@@ -86,7 +87,7 @@ def _claim(volume_id: str, one: Delivered, pod_uid: str) -> Claim:
         staging_path="",
         use=Use(mode=AccessMode.SINGLE_NODE_MULTI_WRITER.value, fstype=one.fstype),
         owner=Owner(kind=SANDBOX, pod_uid=pod_uid, dialect=one.dialect),
-        targets={one.target: Target(read_only="ro" in one.options, pod_uid=pod_uid)},
+        targets={one.target: Target(read_only="ro" in one.options, pod_uid=pod_uid, way=GuestDevice.name)},
         prepared=True,
         made_again=True,
     )

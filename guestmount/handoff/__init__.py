@@ -1,6 +1,7 @@
 """Hand-off dialects: how a runtime is told which device a volume is. One module a dialect."""
 
 from guestmount.handoff.base import Delivered, Delivery, Dialect, NfsDelivery
+from guestmount.handoff.dialects import Dialects
 from guestmount.handoff.kata import KataDialect
 from guestmount.handoff.rund2 import Rund2Dialect
 from guestmount.handoff.rund3 import Rund3Dialect
@@ -10,6 +11,7 @@ __all__ = [
     "Delivered",
     "Delivery",
     "Dialect",
+    "Dialects",
     "KataDialect",
     "NfsDelivery",
     "Rund2Dialect",

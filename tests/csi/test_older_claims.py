@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,10 @@ def test_every_recorded_claim_is_tried():
     assert {path.stem for path in OLD.glob("*.json")} == set(KINDS)
 
 
+WAYS = {"runc": "mounted", "kata": "guest-device", "raw": "device-node", "raw-kata": "device-node",
+        "directory": "shared"}  # fmt: skip
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_pod_of_an_older_release_goes_on(driver, kind):
     runtime, capability, parameters = KINDS[kind]
@@ -44,6 +49,8 @@ def test_a_pod_of_an_older_release_goes_on(driver, kind):
     driver.stage(volume, capability)
     driver.publish(volume, A, runtime=runtime, capability=capability, name="web-0")
     assert before == (driver.left_over()["hand-off files"], driver.mounts(), driver.loop_devices())
+    known = json.loads((driver.run / "claims" / f"{volume.volume_id}.json").read_text())
+    assert known["targets"][target]["way"] == WAYS[kind]
     driver.client.NodeGetVolumeStats(volume_id=volume.volume_id, volume_path=target)
     if kind == "kata":
         with refused("FAILED_PRECONDITION", "default/web-0"):

@@ -1,7 +1,7 @@
-"""A volume of files for any pod: a directory of the node, or an NFS mount, bound to the target.
+"""A volume of files of which the host has a mount: a directory of the node, or an NFS mount, bound to the target.
 
-For a runc pod that is the volume. For a sandbox the runtime shares what is bound there into the guest, by virtio-fs;
-`preflight` has refused a runtime that would do it by 9p, or not at all.
+For a runc pod that is the volume. For a sandbox the runtime shares what is bound there into the guest, by virtio-fs; a
+runtime that would do it by 9p, or not at all, is refused.
 """
 
 from __future__ import annotations
@@ -9,16 +9,48 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from blockdev import Deadline, beneath, mountinfo, mounts, nfs, syscalls
-from guestmount import groups
-from guestmount.claims import Claim, Target
+from guestmount import groups, preflight
+from guestmount.claims import SANDBOX, Cell, Claim, Target
 from guestmount.errors import Refused
+from guestmount.handoff import Delivered
+from guestmount.ways.base import Arrival, Means, Problem, Usage, of_mount
+from guestmount.ways.exclusion import AnyKernel, with_handler
+from guestmount.ways.mounted import nothing_mounted
+from volumes import SizeRange
+from volumes.backend import Backend
 from volumes.given import GivenDirectory
 
 
-def bind(claim: Claim, path: str, target: Target, deadline: Deadline) -> None:
+class Shared(AnyKernel):
+    """What is bound at the target is the volume; a sandbox's runtime shares it from there."""
+
+    name = "shared"
+
+    def check(self, _means: Means, claim: Claim, arrival: Arrival, _deadline: Deadline) -> tuple[Claim, Target]:
+        if arrival.runtime.kind == SANDBOX:
+            preflight.check_share(arrival.runtime, pv_name=claim.volume)
+        return claim, with_handler(arrival)
+
+    def deliver(self, _means: Means, _cell: Cell, claim: Claim, path: str, target: Target, deadline: Deadline) -> None:
+        _bind(claim, path, target, deadline)
+
+    def take_back(self, claim: Claim, path: str) -> None:
+        let_go(claim, path)
+
+    def expand(self, claim: Claim, backend: Backend, size: SizeRange) -> int | None:
+        return backend.expand(claim.volume, size).capacity_bytes
+
+    def usage(self, _claim: Claim, path: str, deadline: Deadline) -> Usage:
+        return of_mount(path, deadline)
+
+    def problems(self, _claim: Claim, path: str, _handed: Mapping[str, Delivered]) -> list[Problem]:
+        return nothing_mounted(path)
+
+
+def _bind(claim: Claim, path: str, target: Target, deadline: Deadline) -> None:
     """The directory hangs at `path`; nothing happens if it does already, and Refused if something else does."""
     if mounts.in_table(path):
         _check_what_hangs(claim, path)
@@ -93,7 +125,7 @@ def _be_mounted(claim: Claim, deadline: Deadline) -> None:
         nfs.mount(export, claim.staging_path, deadline)
 
 
-def take_back(claim: Claim, path: str) -> None:
+def let_go(claim: Claim, path: str) -> None:
     """Nothing hangs at `path`, nor at the staging path once nobody else needs it; a dead server is not waited for."""
     mounts.be_let_go(path)
     if claim.nfs is not None and not [at for at in claim.targets if at != path]:

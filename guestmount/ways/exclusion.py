@@ -1,46 +1,122 @@
 """Who may have a volume next: the claim and the kernel together.
 
 `admit` judges by the record, `acquire` asks the kernel before a new owner is written, `release` asks it before an
-old one is forgotten.
+old one is forgotten. `OneKernel` is what the ways of a block volume have in common, `AnyKernel` those of files.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+
+import msgspec
 
 from blockdev import Deadline, DeviceBusy, exclusivity, loops, mountinfo, mounts
 from guestmount.claims import HOST, SANDBOX, Cell, Claim, Owner, Target
 from guestmount.errors import Refused
+from guestmount.ways.base import Arrival
 from volumes import AccessMode
 
-log = logging.getLogger("runvol.ownership")
+log = logging.getLogger("runvol.exclusion")
 
 
-def admit_files(claim: Claim, path: str) -> None:
-    """Refused if a volume of files may not have another target: only ReadWriteOncePod says so."""
-    others = [at for at in claim.targets if at != path]
-    if others and claim.use.access_mode is AccessMode.SINGLE_NODE_SINGLE_WRITER:
-        raise Refused(
-            f"volume {claim.volume} has access mode SINGLE_NODE_SINGLE_WRITER (ReadWriteOncePod) and is published to "
-            f"{_names(claim)} already"
+class OneKernel:
+    """A block volume belongs to the host's kernel or to one guest's."""
+
+    # Whether the kernels of one kind may have it together, where the access mode says so.
+    shareable = False
+
+    def owner(self, arrival: Arrival) -> Owner:
+        """The kernel that the target is for."""
+        if arrival.runtime.kind == HOST:
+            return Owner(kind=HOST, handler=arrival.runtime.handler)
+        request = arrival.request
+        return Owner(
+            kind=SANDBOX,
+            pod_uid=request.pod_uid,
+            pod_namespace=request.pod.namespace,
+            pod_name=request.pod.name,
+            handler=arrival.runtime.handler,
+            dialect=arrival.runtime.dialect,
         )
 
+    def admit(self, cell: Cell, arrival: Arrival, deadline: Deadline) -> Claim:
+        """The claim with its owner, new or as it was; whoever lingered and is another kernel has let go."""
+        claim, owner = cell.present, self.owner(arrival)
+        if claim.lingers and claim.owner is not None and not claim.owner.is_same_kernel(owner):
+            with explained(claim):
+                release(cell, deadline)
+            claim = cell.present
+        admit(claim, owner, arrival.path, arrival.target, shareable=self.shareable)
+        if claim.owner is None:
+            acquire(claim, deadline)
+            claim = claim.but(owner=owner, prepared=False, proved=False)
+        return claim
 
-def admit(claim: Claim, owner: Owner, path: str, target: Target) -> None:
+    def holds(self, claim: Claim) -> bool:
+        return claim.owner is not None
+
+    def keeps(self, _path: str) -> bool:
+        return True
+
+    def take_back(self, _claim: Claim, _path: str) -> None:
+        """The unmount is all; the staging path goes with the owner."""
+
+
+class AnyKernel:
+    """Any number of kernels may have a volume of files; each target names its handler."""
+
+    def admit(self, cell: Cell, arrival: Arrival, _deadline: Deadline) -> Claim:
+        """Refused only where ReadWriteOncePod says so."""
+        claim = cell.present
+        others = [at for at in claim.targets if at != arrival.path]
+        if others and claim.use.access_mode is AccessMode.SINGLE_NODE_SINGLE_WRITER:
+            raise Refused(_once(claim))
+        return claim
+
+    def holds(self, _claim: Claim) -> bool:
+        return True
+
+    def keeps(self, path: str) -> bool:
+        return mounts.in_table(path)
+
+
+def with_handler(arrival: Arrival, *, dialect: str = "") -> Target:
+    """A target of a volume without an owner: it says itself what its pod's runtime is."""
+    return msgspec.structs.replace(arrival.target, handler=arrival.runtime.handler, dialect=dialect)
+
+
+def in_guest(claim: Claim) -> bool:
+    """Whether a sandbox has a target of the volume, and so may write to it at any moment."""
+    return claim.owner is not None and claim.owner.kind == SANDBOX and bool(claim.targets)
+
+
+@contextlib.contextmanager
+def explained(claim: Claim) -> Iterator[None]:
+    """DeviceBusy, told as what it means for the volume."""
+    try:
+        yield
+    except DeviceBusy as error:
+        by = ", ".join(map(str, error.holders)) or "an unknown process"
+        who = f"the guest of {claim.owner}" if claim.owner is not None and claim.owner.kind == SANDBOX else "a process"
+        raise Refused(
+            f"volume {claim.volume} is in use: {who} still has it open (held by {by}; {error}). It is free again when "
+            "that process ends"
+        ) from error
+
+
+def admit(claim: Claim, owner: Owner, path: str, target: Target, *, shareable: bool) -> None:
     """Refused, with the holder's name, if `owner` may not have the volume (too) at `path`."""
     current = claim.owner
     if current is None or path in claim.targets:
         return
     mode = claim.use.access_mode
-    if claim.use.raw and mode.is_shared and current.kind == owner.kind:
+    if shareable and mode.is_shared and current.kind == owner.kind:
         return
     if mode is AccessMode.SINGLE_NODE_SINGLE_WRITER and claim.targets:
-        raise Refused(
-            f"volume {claim.volume} has access mode SINGLE_NODE_SINGLE_WRITER (ReadWriteOncePod) and is published to "
-            f"{_names(claim)} already"
-        )
+        raise Refused(_once(claim))
     if current.is_same_kernel(owner):
         return
     if current.kind == HOST:
@@ -52,6 +128,13 @@ def admit(claim: Claim, owner: Owner, path: str, target: Target) -> None:
         f"volume {claim.volume} belongs to the guest of {current}; a block volume has one kernel at a time, so "
         f"{target.pod if owner.kind == HOST else owner} has to wait until that pod is gone (a Deployment needs "
         "strategy Recreate, or maxSurge 0)"
+    )
+
+
+def _once(claim: Claim) -> str:
+    return (
+        f"volume {claim.volume} has access mode SINGLE_NODE_SINGLE_WRITER (ReadWriteOncePod) and is published to "
+        f"{_names(claim)} already"
     )
 
 

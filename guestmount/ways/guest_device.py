@@ -1,0 +1,123 @@
+"""A block filesystem that a guest gets as a device: a placeholder stands at the target, a hand-off names the device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import NoReturn
+
+from blockdev import Deadline, filesystems, ioctls, mounts, superblocks
+from blockdev.detached import private_mount
+from guestmount import groups, placeholder, preflight
+from guestmount.claims import Cell, Claim, Target
+from guestmount.errors import Refused
+from guestmount.handoff import Delivered, Delivery
+from guestmount.ways import exclusion
+from guestmount.ways.attached import be_attached
+from guestmount.ways.base import Arrival, Means, Problem, Usage
+from volumes import SizeRange, VolumeNotFound
+from volumes.backend import Backend
+
+
+class GuestDevice(exclusion.OneKernel):
+    """The guest's agent mounts it. Nothing of the host's mounts it while a sandbox has it."""
+
+    name = "guest-device"
+
+    def check(self, means: Means, claim: Claim, arrival: Arrival, _deadline: Deadline) -> tuple[Claim, Target]:
+        preflight.check(
+            arrival.runtime,
+            pv_name=claim.volume,
+            read_only=arrival.target.read_only,
+            rust_shared_block=means.rust_shared_block,
+        )
+        dialect = means.dialects.of(arrival.runtime.dialect, arrival.runtime.handler)
+        dialect.check(_delivery(claim, arrival.path, arrival.target))
+        return claim, arrival.target
+
+    def deliver(self, means: Means, cell: Cell, claim: Claim, path: str, target: Target, deadline: Deadline) -> None:
+        owner = claim.owner
+        if owner is None:
+            raise Refused(f"volume {claim.volume} has no owner")
+        if not claim.prepared:
+            claim = _prepare(cell, claim, target, deadline)
+        if not mounts.is_mount_point(path):
+            os.makedirs(path, mode=0o750, exist_ok=True)
+        placeholder.be_placed(path, deadline)
+        dialect = means.dialects.of(owner.dialect, owner.handler)
+        if dialect.needs_node:
+            claim = be_attached(cell, claim, deadline)
+        dialect.deliver(_delivery(claim, path, target))
+
+    def expand(self, claim: Claim, backend: Backend, size: SizeRange) -> int | None:
+        wanted = backend.check_expand(claim.volume, size)
+        if ioctls.size_bytes(claim.device or claim.source) >= wanted and not filesystems.lags(claim.source):
+            return wanted
+        return only_store(claim, backend, size)
+
+    def usage(self, claim: Claim, _path: str, _deadline: Deadline) -> Usage:
+        return of_superblock(claim)
+
+    def problems(self, _claim: Claim, path: str, handed: Mapping[str, Delivered]) -> list[Problem]:
+        found = no_placeholder(path)
+        if path not in handed or handed[path].problem:
+            why = handed[path].problem if path in handed else "it is missing"
+            found.append(Problem(reason="HandOffDamaged", message=f"the hand-off for {path}: {why}", unreachable=True))
+        return found
+
+
+def no_placeholder(path: str) -> list[Problem]:
+    """The problem of a target that only a guest may use."""
+    if placeholder.stands(path):
+        return []
+    return [Problem(reason="PlaceholderMissing", message=f"no read-only placeholder stands at {path}")]
+
+
+def _prepare(cell: Cell, claim: Claim, target: Target, deadline: Deadline) -> Claim:
+    """Checked, grown and given its group. No guest can have it yet: the hand-off is written after this."""
+    filesystems.check(claim.source, claim.use.fstype, deadline)
+    filesystems.grow(claim.source, deadline)
+    if target.mount_group and not target.read_only:
+        with private_mount(claim.source, claim.use.fstype, deadline=deadline) as root:
+            groups.apply(root, int(target.mount_group), deadline)
+    return cell.write(claim.but(prepared=True))
+
+
+def _delivery(claim: Claim, path: str, target: Target) -> Delivery:
+    return Delivery(
+        volume_id=claim.volume,
+        target=path,
+        device=claim.device or claim.source,
+        fstype=claim.use.fstype,
+        options=claim.use.mount_flags,
+        read_only=target.read_only,
+    )
+
+
+def only_store(claim: Claim, backend: Backend, size: SizeRange) -> NoReturn:
+    """Refused, once the store of a volume that a sandbox has is as large as asked for.
+
+    The runtime plugs the device in again for each container, asking nobody, so the host leaves device and filesystem
+    alone, whether they are open now or not. Only the file behind gets longer, which whoever has it open does not see:
+    the next publish, before it hands the device over, lets the filesystem take it.
+    """
+    volume = backend.expand(claim.volume, size)
+    raise Refused(
+        f"volume {claim.volume} belongs to the guest of {claim.owner}, so only its store grew, to "
+        f"{volume.capacity_bytes} bytes; the guest gets the new size when the pod is deleted and made again"
+    )
+
+
+def of_superblock(claim: Claim) -> Usage:
+    """What the superblock says, which a guest writes back now and then."""
+    block = superblocks.read(claim.source)
+    if block is None:
+        raise VolumeNotFound(f"{claim.volume} (there is no filesystem on {claim.source})")
+    return Usage(
+        total_bytes=block.total_bytes,
+        used_bytes=block.total_bytes - block.free_bytes,
+        available_bytes=block.free_bytes,
+        inodes=block.inodes,
+        used_inodes=block.inodes - block.free_inodes,
+        free_inodes=block.free_inodes,
+    )

@@ -1,0 +1,81 @@
+"""An NFS export that a guest mounts itself: a placeholder stands at the target, a hand-off says what to mount."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+
+import msgspec
+
+from blockdev import Deadline, nfs
+from guestmount import placeholder, preflight
+from guestmount.claims import Cell, Claim, Target
+from guestmount.errors import Refused
+from guestmount.handoff import Delivered, KataDialect, NfsDelivery
+from guestmount.ways.base import Arrival, Means, Problem, Usage, of_mount
+from guestmount.ways.exclusion import AnyKernel, with_handler
+from guestmount.ways.guest_device import no_placeholder
+from guestmount.ways.shared import let_go
+from volumes import SizeRange
+from volumes.backend import Backend
+
+
+class GuestMount(AnyKernel):
+    """The host has no mount of it for this pod, though it may have one for others."""
+
+    name = "guest-mount"
+
+    def check(self, means: Means, claim: Claim, arrival: Arrival, deadline: Deadline) -> tuple[Claim, Target]:
+        runtime = arrival.runtime
+        means.dialects.of(runtime.dialect, runtime.handler).check_nfs(_delivery(claim, arrival.path, arrival.target))
+        preflight.check_mounts(runtime, pv_name=claim.volume)
+        mount = claim.nfs
+        if mount is not None and arrival.request.context.get("probe", "host") == "host":
+            # Said here in words; a guest that waits for a dead server says nothing for minutes.
+            nfs.probe(mount.server, nfs.resolve(mount.server, deadline), mount.version, deadline)
+        if mount is not None and runtime.dialect == KataDialect.name:
+            preflight.check_guest_nfs(runtime, mount.version, pv_name=claim.volume)
+            # No helper runs in the guest, so what it would find out is found out here.
+            address = nfs.resolve(mount.server, deadline)
+            port = nfs.mountd_port(mount.server, address, deadline) if mount.version == "3" else 0
+            claim = claim.but(nfs=msgspec.structs.replace(mount, address=address, mount_port=port))
+        return claim, with_handler(arrival, dialect=runtime.dialect)
+
+    def deliver(self, means: Means, _cell: Cell, claim: Claim, path: str, target: Target, deadline: Deadline) -> None:
+        os.makedirs(path, mode=0o750, exist_ok=True)
+        placeholder.be_placed(path, deadline)
+        means.dialects.of(target.dialect, target.handler).deliver_nfs(_delivery(claim, path, target))
+
+    def take_back(self, claim: Claim, path: str) -> None:
+        let_go(claim, path)
+
+    def expand(self, claim: Claim, backend: Backend, size: SizeRange) -> int | None:
+        return backend.expand(claim.volume, size).capacity_bytes
+
+    def usage(self, _claim: Claim, path: str, deadline: Deadline) -> Usage:
+        return of_mount(path, deadline)
+
+    def problems(self, _claim: Claim, path: str, _handed: Mapping[str, Delivered]) -> list[Problem]:
+        return no_placeholder(path)
+
+
+def of_kata(claims: list[Claim]) -> Iterator[tuple[str, tuple[Claim, Target]]]:
+    """Targets, with their claims, whose export a Kata guest mounts when its container is created."""
+    for claim in claims:
+        for path, target in claim.targets.items():
+            if claim.nfs is not None and target.dialect == KataDialect.name:
+                yield path, (claim, target)
+
+
+def _delivery(claim: Claim, path: str, target: Target) -> NfsDelivery:
+    if claim.nfs is None:
+        raise Refused(f"volume {claim.volume} is no NFS export")
+    return NfsDelivery(
+        volume_id=claim.volume,
+        target=path,
+        server=claim.nfs.server,
+        path=claim.nfs.path,
+        version=claim.nfs.version,
+        options=(*claim.nfs.options, *(flag for flag in claim.use.mount_flags if flag not in ("ro", "rw", "defaults"))),
+        read_only=target.read_only,
+    )

@@ -1,0 +1,119 @@
+"""A block filesystem that the host's kernel mounts: once, at the staging path, and bound to each target."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from blockdev import Deadline, exclusivity, filesystems, ioctls, loops, mounts
+from blockdev.errors import CapabilityMissing, MountFailed
+from guestmount import groups
+from guestmount.claims import Cell, Claim, Target
+from guestmount.handoff import Delivered
+from guestmount.ways import exclusion
+from guestmount.ways.attached import be_attached, is_ours
+from guestmount.ways.base import Arrival, Means, Problem, Usage, of_mount
+from volumes import SizeRange
+from volumes.backend import Backend
+
+
+class Mounted(exclusion.OneKernel):
+    """For pods that run on the host's kernel."""
+
+    name = "mounted"
+
+    def check(self, _means: Means, claim: Claim, arrival: Arrival, _deadline: Deadline) -> tuple[Claim, Target]:
+        return claim, arrival.target
+
+    def deliver(self, _means: Means, cell: Cell, claim: Claim, path: str, target: Target, deadline: Deadline) -> None:
+        claim = _be_staged(cell, claim, deadline)
+        staging = claim.staging_path
+        if target.mount_group and not target.read_only:
+            root = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                groups.apply(root, int(target.mount_group), deadline)
+            finally:
+                os.close(root)
+        if not mounts.is_mount_point(path):
+            os.makedirs(path, mode=0o750, exist_ok=True)
+            mounts.bind(staging, path, read_only=target.read_only)
+        elif not mounts.same_filesystem(path, staging):
+            raise MountFailed(staging, path, "something else is mounted there; unpublish the volume first")
+
+    def expand(self, _claim: Claim, _backend: Backend, _size: SizeRange) -> int | None:
+        return None
+
+    def usage(self, _claim: Claim, path: str, deadline: Deadline) -> Usage:
+        return of_mount(path, deadline)
+
+    def problems(self, _claim: Claim, path: str, _handed: Mapping[str, Delivered]) -> list[Problem]:
+        return nothing_mounted(path)
+
+
+def nothing_mounted(path: str) -> list[Problem]:
+    """The problem of a target at which something of the host's has to be mounted."""
+    if mounts.is_mount_point(path):
+        return []
+    return [Problem(reason="MountMissing", message=f"nothing is mounted at {path}", unreachable=True)]
+
+
+def _be_staged(cell: Cell, claim: Claim, deadline: Deadline) -> Claim:
+    """The filesystem hangs at the staging path, checked before and grown to its device."""
+    staging, use = claim.staging_path, claim.use
+    if not mounts.is_mount_point(staging):
+        if not (claim.prepared and claim.device and not exclusivity.is_free(claim.device, past_known=True)):
+            # Otherwise it is still mounted for somebody who did not let go, and is no business of fsck's.
+            filesystems.check(claim.source, use.fstype, deadline)
+            if not claim.device:
+                filesystems.grow(claim.source, deadline)  # unmounted, it needs no capability
+        claim = be_attached(cell, claim, deadline)
+        options = [*use.mount_flags, *mounts.safety(use.fstype)]
+        os.makedirs(staging, mode=0o750, exist_ok=True)
+        mounts.mount(claim.device, staging, use.fstype, options, deadline)
+    else:
+        _check_staged(claim)
+    if claim.prepared:
+        return claim
+    _take_size(claim)
+    return cell.write(claim.but(prepared=True))
+
+
+def _check_staged(claim: Claim) -> None:
+    """What hangs at the staging path is this volume's device, and that is this volume's file still."""
+    if not mounts.is_of_device(claim.staging_path, claim.device) or not is_ours(claim):
+        raise MountFailed(
+            claim.source, claim.staging_path, "something else is mounted there; unpublish and unstage the volume first"
+        )
+
+
+def _take_size(claim: Claim) -> None:
+    if filesystems.lags(claim.device):
+        try:
+            filesystems.grow_mounted(claim.staging_path, ioctls.size_bytes(claim.device), claim.device)
+        except CapabilityMissing:
+            # The volume works at its old size; NodeExpand says what is missing.
+            return
+
+
+def grow(claim: Claim, deadline: Deadline) -> None:
+    """The filesystem takes the size that the volume's store has now: online for the host, else unmounted.
+
+    The caller has proved that a volume without an owner is free.
+    """
+    grow_device(claim)
+    if claim.owner is None:
+        filesystems.grow(claim.source, deadline)
+        return
+    if not mounts.is_mount_point(claim.staging_path):
+        raise MountFailed(claim.source, claim.staging_path, "it is not mounted there; publish the volume again")
+    _check_staged(claim)
+    if filesystems.lags(claim.device):
+        filesystems.grow_mounted(claim.staging_path, ioctls.size_bytes(claim.device), claim.device)
+
+
+def grow_device(claim: Claim) -> None:
+    """The loop device, if there is one, takes the size of its file."""
+    if claim.device and claim.device != claim.source:
+        if not loops.be_kept(claim.device, claim.source):
+            raise MountFailed(claim.source, claim.device, "the device is not the volume's any more; publish it again")
+        loops.resize(claim.device)
