@@ -93,7 +93,7 @@ class GroupController:
 
     def __init__(self, node: Node, node_id: str) -> None:
         self._node, self._node_id = node, node_id
-        self._snapshots = node.catalog.loop.image_snapshots
+        self._groups = node.catalog.grouping
 
     def GroupControllerGetCapabilities(
         self, _request: csi_pb2.GroupControllerGetCapabilitiesRequest, _deadline: Deadline
@@ -115,10 +115,9 @@ class GroupController:
             self._node.catalog.get(volume_id)
             _check_can_be_grouped(self._node, volume_id)
         with self._node.still(volume_ids, deadline):
-            sources = [(one, self._node.catalog.loop.attach(one).path) for one in volume_ids]
             for volume_id in volume_ids:
                 self._node.check_unowned(volume_id)
-            made = self._snapshots.create_group(name, sources, deadline)
+            made = self._groups.create_group(name, volume_ids, deadline)
         return csi_pb2.CreateVolumeGroupSnapshotResponse(group_snapshot=self._group(made))
 
     def DeleteVolumeGroupSnapshot(
@@ -127,8 +126,8 @@ class GroupController:
         group_id = checks.required("group_snapshot_id", request.group_snapshot_id)
         checks.bounded_map("secrets", request.secrets, secret=True)
         with contextlib.suppress(VolumeNotFound):
-            _check_members(self._snapshots.group(group_id), request.snapshot_ids)
-        self._snapshots.delete_group(group_id)
+            _check_members(self._groups.group(group_id), request.snapshot_ids)
+        self._groups.delete_group(group_id)
         return csi_pb2.DeleteVolumeGroupSnapshotResponse()
 
     def GetVolumeGroupSnapshot(
@@ -136,7 +135,7 @@ class GroupController:
     ) -> csi_pb2.GetVolumeGroupSnapshotResponse:
         group_id = checks.required("group_snapshot_id", request.group_snapshot_id)
         checks.bounded_map("secrets", request.secrets, secret=True)
-        found = self._snapshots.group(group_id)
+        found = self._groups.group(group_id)
         _check_members(found, request.snapshot_ids)
         return csi_pb2.GetVolumeGroupSnapshotResponse(group_snapshot=self._group(found))
 
@@ -158,7 +157,7 @@ def _snapshot_backend(node: Node, volume_id: str) -> SnapshotBackend:
 
 def _check_can_be_grouped(node: Node, volume_id: str) -> None:
     backend = node.catalog.of(volume_id)
-    if backend is not node.catalog.loop:
+    if backend is not node.catalog.grouping:
         raise BadRequest("source_volume_ids", volume_id, f"the backend {backend.name} takes no snapshots of groups")
 
 

@@ -20,7 +20,7 @@ from flexvolume.options import Options, parse
 from flexvolume.targets import Targets
 from guestmount import BadRequest, GuestmountError, Node, PublishRequest, StageRequest, paths
 from volumes import AccessMode, Capability, SizeRange, VolumeError, VolumeNotFound, parameters
-from volumes.given import GivenDevice, GivenDirectory
+from volumes.backend import DescribedBackend
 
 NFS = "nfs"
 # Seconds that a call waits for another one of its volume. This protocol has no word for "come again soon": each failure
@@ -141,7 +141,7 @@ class Driver:
             volume = f"nfs-given-{hashlib.sha256(words.encode()).hexdigest()[:32]}"
         else:
             backend = self._node.catalog.named(described["backend"])
-            if not isinstance(backend, GivenDirectory | GivenDevice):
+            if not isinstance(backend, DescribedBackend):
                 raise BadRequest("the options", described["backend"], "describe no volume of this node")
             volume = backend.id_of(described[backend.key])
         return volume, {**described, **runtime}
@@ -176,7 +176,7 @@ class Driver:
         """What only a claim needs is not kept without one, whoever ended it, and whoever was killed meanwhile."""
         with contextlib.suppress(VolumeNotFound):
             backend = self._node.catalog.of(volume)
-            if isinstance(backend, GivenDevice) and self._node.claims.peek(volume) is None:
+            if isinstance(backend, DescribedBackend) and self._node.claims.peek(volume) is None:
                 backend.let_go(volume)
 
     def _claimed_at(self, path: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from guestmount import BadRequest, PodRef
-from volumes.given import GivenDevice, GivenDirectory
+from volumes.registry import REGISTRY
 
 _OWN = "kubernetes.io/"
 _SECRET = "kubernetes.io/secret/"  # noqa: S105 - the prefix of the keys, not a secret
@@ -15,11 +15,7 @@ _GROUP_KEYS = ("kubernetes.io/mounterArgs.FsGroup", "kubernetes.io/fsGroup")
 # kubelet's limit for one argument is the kernel's (128 KiB).
 _LARGEST = 128 << 10
 # What describes a volume that nobody has to make, by the backend whose options they are.
-DESCRIBED: Mapping[str, tuple[str, ...]] = {
-    "nfs": ("server", "path", "vers", "options", "mode", "modeType", "inSandbox", "probe"),
-    GivenDirectory.name: (GivenDirectory.key,),
-    GivenDevice.name: (GivenDevice.key,),
-}
+DESCRIBED: Mapping[str, tuple[str, ...]] = {entry.name: entry.described_by for entry in REGISTRY if entry.described_by}
 COMMON = ("runtime", "mountOptions")
 # Mount options of ext4 and XFS that name another device, which no setting has allowed.
 _OTHER_DEVICES = frozenset({"journal_path", "journal_dev", "logdev", "rtdev"})
@@ -102,7 +98,7 @@ def _described(mine: Mapping[str, str]) -> dict[str, str]:
     if not ways:
         raise BadRequest(
             "option 'volume'", "", "must name a volume (`runvol volumes` lists them), or the options must describe "
-            f"one: server and path, {GivenDirectory.key}, or {GivenDevice.key}"
+            f"one: by {', '.join(keys[0] for keys in DESCRIBED.values())}"
         )  # fmt: skip
     if len(ways) > 1:
         raise BadRequest(f"option {ways[1]!r}", "", f"describes another volume than {ways[0]!r}; give one of them")

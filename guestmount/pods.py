@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from blockdev import Deadline
-from volumes.loop import LoopBackend
+from volumes.registry import DISKS
 
 UNTRUSTED = "io.kubernetes.cri.untrusted-workload"
 
@@ -142,7 +142,7 @@ def _disk_of(volume: Mapping[str, Any], name: str) -> str:
     """
     options, driver = volume.get("options") or {}, str(volume.get("driver", "")).rpartition("/")[2]
     named = next((str(options[key]) for key in _DISKS if options.get(key)), "")
-    if named and (driver == "disk" or named.startswith((LoopBackend.prefix, "/"))):
+    if named and (driver == "disk" or named.startswith((*DISKS, "/"))):
         return _one_name(named)
     return name if driver == "runvol" and not any(options.get(key) for key in _NO_DISKS) else ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -49,45 +50,45 @@ def collect(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
     return found
 
 
-def _ours(node: Node) -> list[tuple[Dialect, Delivered]]:
-    """By the device that they name; another driver's are never touched."""
-    ours = node.catalog.loop.directory + "/"
-    return [(dialect, one) for dialect in node.dialects for one in dialect.delivered() if one.device.startswith(ours)]
+def _ours(node: Node) -> list[tuple[Dialect, Delivered, str]]:
+    """With the volume's id, by the device that they name; another driver's are never touched."""
+    return [
+        (dialect, one, volume_id)
+        for dialect in node.dialects
+        for one in dialect.delivered()
+        if (volume_id := node.catalog.volume_at(one.device)) is not None
+    ]
 
 
 def _hand_offs(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
     """Those that no claim has and that nothing speaks for."""
     found = []
-    for dialect, one in _ours(node):
+    for dialect, one, volume_id in _ours(node):
         if witnesses.pod_exists(one.target, node.roots) or witnesses.device_in_use(one.device):
             continue
         take_back = functools.partial(dialect.withdraw, one.target) if not dry_run else _nothing
-        if _unless_claimed(node, one.device, deadline, functools.partial(_has_target, one.target), take_back):
+        if _unless_claimed(node, volume_id, deadline, functools.partial(_has_target, one.target), take_back):
             why = f"no claim has {one.target}"
             found.append(Finding(kind="hand-off", place=one.place, why=why, done=not dry_run))
     return found
 
 
 def _unless_claimed(
-    node: Node, path: str, deadline: Deadline, in_use: Callable[[Claim], bool], take_back: Callable[[], None]
+    node: Node, volume_id: str, deadline: Deadline, in_use: Callable[[Claim], bool], take_back: Callable[[], None]
 ) -> bool:
-    """Whether `take_back` was called for something of the volume whose file is `path`, while its claim was held still.
+    """Whether `take_back` was called for something of the volume, while its claim was held still.
 
     A decision from a list of claims that was read earlier would take away what a publish has made since. A volume that
     somebody works on, or whose claim cannot be read, is left alone.
     """
     try:
-        with node.claims.locked(_volume_of(path), deadline) as cell:
+        with node.claims.locked(volume_id, deadline) as cell:
             if cell.claim is not None and in_use(cell.claim):
                 return False
             take_back()
             return True
     except (Busy, BadRequest, Refused):
         return False
-
-
-def _volume_of(path: str) -> str:
-    return os.path.splitext(os.path.basename(path))[0]
 
 
 def _has_target(target: str, claim: Claim) -> bool:
@@ -100,10 +101,6 @@ def _has_device(device: str, claim: Claim) -> bool:
 
 def _nothing() -> None:
     """A dry run."""
-
-
-def _sources(node: Node) -> list[str]:
-    return [node.catalog.loop.attach(volume.volume_id).path for _seq, volume in node.catalog.loop.list()]
 
 
 def _placeholders(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
@@ -175,15 +172,25 @@ def _volume_is_gone(node: Node, claim: Claim) -> bool:
 
 def _loop_devices(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
     found = []
-    files = {(os.stat(path).st_dev, os.stat(path).st_ino): path for path in _sources(node)}
+    files = _by_inode(node.catalog.images())
     for device in loops.bound():
         under = loops.backing(device)
-        path = files.get((under.device, under.inode)) if under is not None else None
-        if path is None or not exclusivity.is_free(device) or mountinfo.node_targets(device):
+        volume_id, path = files.get((under.device, under.inode), ("", "")) if under is not None else ("", "")
+        if not path or not exclusivity.is_free(device) or mountinfo.node_targets(device):
             continue
         take_back = functools.partial(loops.detach, device, path, deadline) if not dry_run else _nothing
-        if _unless_claimed(node, path, deadline, functools.partial(_has_device, device), take_back):
+        if _unless_claimed(node, volume_id, deadline, functools.partial(_has_device, device), take_back):
             found.append(Finding(kind="loop device", place=device, why=f"nobody uses it on {path}", done=not dry_run))
+    return found
+
+
+def _by_inode(images: Sequence[tuple[str, str]]) -> dict[tuple[int, int], tuple[str, str]]:
+    """Volumes and files by filesystem and inode, without those whose file has gone meanwhile."""
+    found = {}
+    for volume_id, path in images:
+        with contextlib.suppress(FileNotFoundError):
+            facts = os.stat(path)
+            found[facts.st_dev, facts.st_ino] = volume_id, path
     return found
 
 
@@ -212,7 +219,7 @@ def at_start(node: Node) -> list[str]:
 
 
 def _reclaim(node: Node, deadline: Deadline) -> list[str]:
-    return witnesses.reclaim(node, [(_volume_of(one.device), one) for _dialect, one in _ours(node)], deadline)
+    return witnesses.reclaim(node, [(volume_id, one) for _dialect, one, volume_id in _ours(node)], deadline)
 
 
 def _withdraw(node: Node, deadline: Deadline) -> list[str]:

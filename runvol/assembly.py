@@ -20,6 +20,7 @@ from guestmount import (
 )
 from runvol.config import Config
 from volumes import Catalog
+from volumes.registry import Settings
 
 
 def build(config: Config) -> Node:
@@ -30,14 +31,16 @@ def build(config: Config) -> Node:
     os.makedirs(state_dir, mode=0o700, exist_ok=True)
     return Node(
         catalog=Catalog.open(
-            state_dir,
-            capacity_limit=config.number("loop.capacity_bytes"),
-            directory=config.text("directory.path"),
-            directory_limit=config.number("directory.capacity_bytes"),
+            Settings(
+                state_dir=state_dir,
+                capacity_limit=config.number("loop.capacity_bytes"),
+                directory=config.text("directory.path"),
+                directory_limit=config.number("directory.capacity_bytes"),
+                given_directories=config.words("flexvolume.directories"),
+                given_devices=config.words("flexvolume.devices"),
+                held=os.path.join(run_dir, "given"),
+            ),
             enabled=config.words("volumes.backends"),
-            given_directories=config.words("flexvolume.directories"),
-            given_devices=config.words("flexvolume.devices"),
-            held=os.path.join(run_dir, "given"),
         ),
         claims=Claims(run_dir),
         detector=detector(config),

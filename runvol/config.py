@@ -21,6 +21,10 @@ class ConfigError(Exception):
     """A setting that cannot be used; names it, its value and its source."""
 
 
+# As `volumes.registry` has them, which what kubelet executes cannot afford to import; a test compares.
+BACKENDS = ("loop", "directory", "nfs")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """One key: its default gives its type."""
@@ -71,7 +75,7 @@ TABLE: Mapping[str, Setting] = {
         "it: refuse or allow",
     ),
     "volumes.backends": Setting(
-        default=("loop", "directory", "nfs"),
+        default=BACKENDS,
         meaning="backends that make volumes; the first serves classes that name none",
     ),
     "directory.path": Setting(
@@ -242,9 +246,9 @@ def _check(config: Config) -> None:
             raise ConfigError(f"{key} = {config.number(key)}: must not be negative")
     if config.text("directory.path") and not config.text("directory.path").startswith("/"):
         raise ConfigError(f"directory.path = {config.text('directory.path')!r}: must be an absolute path")
-    if not config.words("volumes.backends") or set(config.words("volumes.backends")) - {"loop", "directory", "nfs"}:
+    if not config.words("volumes.backends") or set(config.words("volumes.backends")) - {*BACKENDS}:
         raise ConfigError(
-            f"volumes.backends = {list(config.words('volumes.backends'))}: takes any of loop, directory, nfs"
+            f"volumes.backends = {list(config.words('volumes.backends'))}: takes any of {', '.join(BACKENDS)}"
         )
     _check_snapshotter(config)
     if not _NODE_ID.match(config.node_id):

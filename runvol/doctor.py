@@ -6,15 +6,13 @@ import os
 import shutil
 from collections.abc import Iterator
 
-from blockdev import Deadline, nfs, quotas
-from blockdev.quotas import QuotaUnavailable
+from blockdev import Deadline
 from guestmount import GuestmountError, Node, guest_kernel, kata_config, preflight, repair, runtimes
 from guestmount.usage import problems
 from runvol import doctor_snapshots
 from runvol.config import Config
 from runvol.diagnosis import BROKEN, OK, WARNING, Diagnosis
 from volumes import VolumeError
-from volumes.directory import FIRST_PROJECT
 from volumes.troubles import EXPECTED
 
 _CAP_SYS_ADMIN, _CAP_SYS_RESOURCE = 21, 24
@@ -162,23 +160,9 @@ def _reach(node: Node) -> Iterator[Diagnosis]:
 
 def _backends(node: Node) -> Iterator[Diagnosis]:
     """What the backends of files need of this node's kernel."""
-    names = [backend.name for backend in node.catalog.backends]
-    if "directory" in names:
-        directory = node.catalog.directory.directory
-        try:
-            quotas.read(directory, FIRST_PROJECT)
-            yield Diagnosis(state=OK, subject="backend directory", finding=f"project quotas are kept on {directory}")
-        except QuotaUnavailable as error:
-            yield Diagnosis(
-                state=WARNING, subject="backend directory", finding=f"{error}; until then classes need `quota: none`"
-            )
-    if "nfs" in names:
-        there = nfs.client_in_kernel()
-        yield Diagnosis(
-            state=OK if there else WARNING,
-            subject="backend nfs",
-            finding="the kernel has an NFS client" if there else "this kernel has no NFS client loaded: modprobe nfs",
-        )
+    for backend in node.catalog.backends:
+        for need in backend.needs():
+            yield Diagnosis(state=OK if need.met else WARNING, subject=f"backend {backend.name}", finding=need.finding)
 
 
 def _volumes(node: Node) -> Iterator[Diagnosis]:

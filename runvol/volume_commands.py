@@ -101,7 +101,7 @@ def volumes_create(load: Loader, name: str, size_bytes: int, parameter: tuple[st
 def volumes_adopt(load: Loader, file: str, name: str, as_json: bool) -> None:
     """Take over an existing image file, with its data; it is moved into the state directory."""
     node = _node(load)
-    made = node.catalog.loop.adopt(file, name)
+    made = node.catalog.adopt(file, name)
     tables.show([_volume_row(made, None)], ("volume", "name", "size"), as_json=as_json, empty="")
 
 

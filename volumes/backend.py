@@ -6,12 +6,22 @@ calls for one volume.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from blockdev import Deadline
-from volumes.model import Capability, ContentSource, SizeRange, Snapshot, Source, Volume, VolumeKind
-from volumes.troubles import Trouble, logged
+from volumes.model import (
+    Capability,
+    ContentSource,
+    Need,
+    SizeRange,
+    Snapshot,
+    SnapshotGroup,
+    Source,
+    Volume,
+    VolumeKind,
+)
+from volumes.troubles import Trouble, Unfinished, logged
 
 
 class Backend(Protocol):
@@ -72,6 +82,15 @@ class Backend(Protocol):
     def recover(self) -> Sequence[str]:
         """Finish or undo what a killed process left; what was done, in words. What cannot be done stops nothing."""
 
+    def check_store(self) -> None:
+        """StoreFailed if the store of its volumes cannot be read; asks no server."""
+
+    def unfinished(self) -> Sequence[Unfinished]:
+        """What `recover` would do now, and what it could not do."""
+
+    def needs(self) -> Sequence[Need]:
+        """What of this node decides whether its volumes work here."""
+
     def unknown_files(self) -> Sequence[str]:
         """What lies among the volumes although no row speaks of it; never removed by runvol."""
 
@@ -85,6 +104,52 @@ class BlockBackend(Backend, Protocol):
 
         A volume that already holds `fstype` is left alone. Raises WrongFilesystem or NotBlank.
         """
+
+
+@runtime_checkable
+class ImageBackend(BlockBackend, Protocol):
+    """One whose volumes are files of this node, which loop devices, hand-offs and copies of bytes speak of."""
+
+    # Asked with a volume's id before its bytes are copied one after the other; who knows of owners sets it, and raises
+    # if somebody may write in the middle.
+    check_copy: Callable[[str], None]
+
+    def images(self) -> Sequence[tuple[str, str]]:
+        """Every volume's id with its file."""
+
+    def volume_at(self, path: str) -> str | None:
+        """The id of the volume that this file would be; None for a path that is no volume's of this backend."""
+
+    def adopt(self, path: str, name: str) -> Volume:
+        """Take over an existing image file, with its data and its filesystem."""
+
+
+@runtime_checkable
+class GroupBackend(Backend, Protocol):
+    """One that takes snapshots of several volumes at one moment."""
+
+    def create_group(self, name: str, volume_ids: Sequence[str], deadline: Deadline) -> SnapshotGroup:
+        """The snapshots of volumes that nobody uses, taken now or before."""
+
+    def group(self, group_id: str) -> SnapshotGroup:
+        """VolumeNotFound where there is none."""
+
+    def delete_group(self, group_id: str) -> None:
+        """No such group, nor any of its snapshots, afterwards."""
+
+
+@runtime_checkable
+class DescribedBackend(Backend, Protocol):
+    """One whose volumes nobody makes: a path describes each."""
+
+    # What the path is called, in a façade's options and in the volume's context.
+    key: str
+
+    def id_of(self, path: str) -> str:
+        """The volume's id; InvalidParameter for a path that is not allowed."""
+
+    def let_go(self, volume_id: str) -> None:
+        """Nothing of ours keeps the volume. For callers that know that it is in no use."""
 
 
 @runtime_checkable

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import builtins
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Protocol, TypeVar
 
-from volumes.backend import Backend, SnapshotBackend
-from volumes.directory import DirectoryBackend
+from volumes.backend import Backend, GroupBackend, ImageBackend, SnapshotBackend
 from volumes.errors import InvalidParameter, VolumeNotFound
-from volumes.given import GivenDevice, GivenDirectory
-from volumes.loop import LoopBackend
 from volumes.model import VOLUME_ID, Snapshot, Volume
-from volumes.nfs import NfsBackend
+from volumes.registry import DESCRIBING, NAMES, REGISTRY, Settings
 from volumes.troubles import EXPECTED, Trouble, Unfinished, log, logged
 
-ALL = (LoopBackend.name, DirectoryBackend.name, NfsBackend.name)
-# Those whose volumes may be described by their context alone.
-_STATIC = frozenset({NfsBackend.name, GivenDirectory.name, GivenDevice.name})
 # A place in the list of all volumes: the backend above, the place in its own list below.
 _SHIFT = 56
 E_co = TypeVar("E_co", covariant=True)
@@ -28,33 +21,19 @@ E_co = TypeVar("E_co", covariant=True)
 class Catalog:
     """The enabled backends; the first is the one of classes that name none. Lookups never make anything."""
 
-    def __init__(
-        self, loop: LoopBackend, directory: DirectoryBackend, *others: Backend, enabled: Sequence[str] = ALL
-    ) -> None:
-        self.loop, self.directory = loop, directory
-        self._backends: tuple[Backend, ...] = (loop, directory, *others)
+    def __init__(self, backends: Sequence[Backend], *, enabled: Sequence[str] = NAMES) -> None:
+        self._backends = tuple(backends)
         self._by_name = {backend.name: backend for backend in self._backends}
-        self._enabled = [name for name in enabled if any(one.name == name for one in self._backends)]
+        self._enabled = [name for name in enabled if name in self._by_name]
 
     @classmethod
-    def open(
-        cls, state_dir: str, *, capacity_limit: int = 0, directory: str = "", directory_limit: int = 0,
-        enabled: Sequence[str] = ALL, given_directories: Sequence[str] = (), given_devices: Sequence[str] = (),
-        held: str = "",
-    ) -> Catalog:  # fmt: skip
-        """The backends of a node under its state directory; limits in bytes, 0 for none.
+    def open(cls, settings: Settings | str, *, enabled: Sequence[str] = NAMES) -> Catalog:
+        """Every backend that there is; a state directory alone stands for the settings that hold without others.
 
-        One that is not enabled makes no volumes, but those that it has made are still served. `given_…`: where volumes
-        that are described by a path may lie; `held`: where those in use get names of our own.
+        One that is not enabled makes no volumes, but those that it has made are still served.
         """
-        return cls(
-            LoopBackend(state_dir, capacity_limit=capacity_limit),
-            DirectoryBackend(state_dir, directory=directory, capacity_limit=directory_limit),
-            NfsBackend(state_dir),
-            GivenDirectory(allowed=tuple(given_directories)),
-            GivenDevice(allowed=tuple(given_devices), held=held or os.path.join(state_dir, "given")),
-            enabled=enabled,
-        )
+        it = Settings(state_dir=settings) if isinstance(settings, str) else settings
+        return cls([entry.open(it) for entry in REGISTRY], enabled=enabled)
 
     def close(self) -> None:
         for backend in self._backends:
@@ -80,9 +59,40 @@ class Catalog:
         return any(isinstance(backend, SnapshotBackend) for backend in self.backends)
 
     @property
+    def grouping(self) -> GroupBackend:
+        """The backend that takes snapshots of several volumes at one moment."""
+        return next(backend for backend in self._backends if isinstance(backend, GroupBackend))
+
+    @property
     def takes_groups(self) -> bool:
-        """Whether an enabled backend can take snapshots of several volumes at one moment."""
-        return self.loop.name in self._enabled
+        """Whether it is enabled."""
+        return self.grouping.name in self._enabled
+
+    @property
+    def _of_images(self) -> builtins.list[ImageBackend]:
+        return [backend for backend in self._backends if isinstance(backend, ImageBackend)]
+
+    @property
+    def loop(self) -> ImageBackend:
+        """The backend whose volumes are files of this node."""
+        return self._of_images[0]
+
+    def watch_copies(self, check: Callable[[str], None]) -> None:
+        """`check` is asked with a volume's id before its bytes are copied one after the other."""
+        for backend in self._of_images:
+            backend.check_copy = check
+
+    def images(self) -> Sequence[tuple[str, str]]:
+        """Every volume that is a file of this node, with the file."""
+        return [one for backend in self._of_images for one in backend.images()]
+
+    def volume_at(self, path: str) -> str | None:
+        """The id of the volume that this file would be; None for what is no volume's file of ours."""
+        return next((found for one in self._of_images if (found := one.volume_at(path)) is not None), None)
+
+    def adopt(self, path: str, name: str) -> Volume:
+        """Take over an existing image file."""
+        return self.loop.adopt(path, name)
 
     def of_snapshot(self, snapshot_id: str) -> SnapshotBackend:
         """The backend of a snapshot; VolumeNotFound if none can have made that id."""
@@ -117,7 +127,7 @@ class Catalog:
         A static volume's id may be anything: its context says what it is.
         """
         named = context.get("backend", "") if context else ""
-        if named in _STATIC and named in self._by_name and VOLUME_ID.match(volume_id):
+        if named in DESCRIBING and named in self._by_name and VOLUME_ID.match(volume_id):
             return self._by_name[named]
         if VOLUME_ID.match(volume_id):
             for backend in self._backends:
@@ -143,8 +153,8 @@ class Catalog:
 
     def check_stores(self) -> None:
         """StoreFailed if one cannot be read; asks no server."""
-        for backend in (self.loop, self.directory):
-            backend.list(limit=1)
+        for backend in self._backends:
+            backend.check_store()
 
     def recover(self) -> Sequence[str]:
         """What was finished or undone after a crash, in words. What cannot be is logged and stays `unfinished`."""
@@ -152,7 +162,7 @@ class Catalog:
 
     def unfinished(self) -> Sequence[Unfinished]:
         """What `recover` would do now, and what it could not do."""
-        return [*self.loop.unfinished(), *self.directory.unfinished()]
+        return [one for backend in self._backends for one in backend.unfinished()]
 
     def unknown_files(self) -> Sequence[str]:
         """What lies among the volumes although no store knows it."""

@@ -28,11 +28,13 @@ from volumes.model import (
     Capability,
     ContentSource,
     DirectorySource,
+    Need,
     SizeRange,
     Source,
     Volume,
     VolumeKind,
 )
+from volumes.parameter import Parameter, one_of
 from volumes.store import Row, State, Store
 from volumes.troubles import Recovery, Step, Trouble, Unfinished, logged
 
@@ -45,6 +47,18 @@ _REMOVAL, _REMOVAL_AT_START = 100.0, 10.0
 _BIND = frozenset({"ro", "rw", "defaults"})
 # Projects are numbers that a whole filesystem shares; others count from 1 (projid files, container runtimes).
 FIRST_PROJECT = 1 << 30
+
+PARAMETERS = (
+    Parameter(
+        key="quota",
+        values="project, none",
+        default="project",
+        meaning="Backend `directory`: what enforces the size. `project`: a project quota of the filesystem; without "
+        "one no volume is made. `none`: nothing does.",
+        accepts=one_of("project", "none"),
+        of_controller=True,
+    ),
+)
 
 
 class DirectoryBackend:
@@ -71,6 +85,16 @@ class DirectoryBackend:
     def directory(self) -> str:
         """Where every volume of this backend lies."""
         return self._directory
+
+    def check_store(self) -> None:
+        self.list(limit=1)
+
+    def needs(self) -> Sequence[Need]:
+        try:
+            quotas.read(self._directory, FIRST_PROJECT)
+        except QuotaUnavailable as error:
+            return [Need(met=False, finding=f"{error}; until then classes need `quota: none`")]
+        return [Need(met=True, finding=f"project quotas are kept on {self._directory}")]
 
     def create(
         self,

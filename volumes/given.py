@@ -16,8 +16,18 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from blockdev import Deadline, beneath, filesystems, mounts
 from volumes.errors import InvalidParameter, SizeNotAllowed, VolumeNotFound
-from volumes.model import BlockSource, Capability, ContentSource, DirectorySource, SizeRange, Source, Volume, VolumeKind
-from volumes.troubles import Trouble, log, logged
+from volumes.model import (
+    BlockSource,
+    Capability,
+    ContentSource,
+    DirectorySource,
+    Need,
+    SizeRange,
+    Source,
+    Volume,
+    VolumeKind,
+)
+from volumes.troubles import Trouble, Unfinished, log, logged
 
 _NAMED = "is described by its path: it is not made, grown or deleted by runvol"
 
@@ -120,6 +130,15 @@ class _Given:
         return []
 
     def unknown_files(self) -> Sequence[str]:
+        return []
+
+    def check_store(self) -> None:
+        """There is none."""
+
+    def unfinished(self) -> Sequence[Unfinished]:
+        return []
+
+    def needs(self) -> Sequence[Need]:
         return []
 
     def let_go(self, volume_id: str) -> None:

@@ -16,7 +16,6 @@ from typing import NoReturn
 from blockdev import Deadline, blankness, durable, exclusivity, filesystems
 from blockdev.errors import WrongFilesystem
 from volumes import copies, sizes
-from volumes import parameters as classes
 from volumes.busy import Busy
 from volumes.errors import (
     InvalidParameter,
@@ -26,7 +25,19 @@ from volumes.errors import (
     VolumeNotFound,
     VolumeUnfinished,
 )
-from volumes.model import VOLUME_ID, BlockSource, Capability, ContentSource, SizeRange, Snapshot, Volume, VolumeKind
+from volumes.model import (
+    VOLUME_ID,
+    BlockSource,
+    Capability,
+    ContentSource,
+    Need,
+    SizeRange,
+    Snapshot,
+    SnapshotGroup,
+    Volume,
+    VolumeKind,
+)
+from volumes.parameter import FSTYPE, Parameter, one_of
 from volumes.snapshots import PREFIX as SNAPSHOT_PREFIX
 from volumes.snapshots import Snapshots
 from volumes.store import Row, SnapshotRow, State, Store
@@ -35,6 +46,17 @@ from volumes.troubles import Recovery, Step, Trouble, Unfinished, logged
 PREFIX = "loop-"
 _SUFFIX, _NEW = ".img", ".new"
 _COPY_LIMIT = 3600.0
+
+PARAMETERS = (
+    Parameter(
+        key="preallocate",
+        values="true, false",
+        default="false",
+        meaning="Backend `loop`: take the whole size from the node's disk at once instead of as it is written.",
+        accepts=one_of("true", "false"),
+        of_controller=True,
+    ),
+)
 
 
 class LoopBackend:
@@ -71,6 +93,16 @@ class LoopBackend:
     def directory(self) -> str:
         """Where every file of this backend lies."""
         return self._directory
+
+    def images(self) -> Sequence[tuple[str, str]]:
+        """One whose file is gone is left out; its health says so."""
+        rows = self._store.rows(state=State.READY)
+        return [(row.volume_id, path) for row in rows if os.path.exists(path := self._path(row.volume_id))]
+
+    def volume_at(self, path: str) -> str | None:
+        directory, name = os.path.split(path)
+        stem, suffix = os.path.splitext(name)
+        return stem if directory == self._directory and suffix == _SUFFIX else None
 
     # -- the controller's verbs
 
@@ -227,7 +259,24 @@ class LoopBackend:
         del trouble
         return self.image_snapshots.list(after=after, limit=limit, source=source)
 
+    def create_group(self, name: str, volume_ids: Sequence[str], deadline: Deadline) -> SnapshotGroup:
+        """The caller keeps the volumes still."""
+        sources = [(one, self.attach(one).path) for one in volume_ids]
+        return self.image_snapshots.create_group(name, sources, deadline)
+
+    def group(self, group_id: str) -> SnapshotGroup:
+        return self.image_snapshots.group(group_id)
+
+    def delete_group(self, group_id: str) -> None:
+        self.image_snapshots.delete_group(group_id)
+
     # -- static volumes and repair
+
+    def check_store(self) -> None:
+        self.list(limit=1)
+
+    def needs(self) -> Sequence[Need]:
+        return []
 
     def adopt(self, path: str, name: str) -> Volume:
         """Take over an existing image file, by rename into the directory, with its data and its filesystem."""
@@ -374,7 +423,7 @@ def _left(row: Row | SnapshotRow) -> str:
 def _smallest(use: Capability, parameters: Mapping[str, str]) -> int:
     if use.raw:
         return 4096
-    return filesystems.SMALLEST[use.fstype or parameters.get(classes.FSTYPE) or filesystems.DEFAULT]
+    return filesystems.SMALLEST[use.fstype or parameters.get(FSTYPE) or filesystems.DEFAULT]
 
 
 def _same(

@@ -132,6 +132,14 @@ class ContentSource:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Need:
+    """What a backend needs of its node, and whether the node has it: a sentence for people."""
+
+    met: bool
+    finding: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class BlockSource:
     """A regular file or a block node; `path` is the one name that the volume's bytes have for its whole life."""
 

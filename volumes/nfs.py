@@ -25,10 +25,10 @@ from volumes.errors import (
 )
 from volumes.exports import Exports
 from volumes.jobs import PATIENCE, Jobs, Progress
-from volumes.model import Capability, ContentSource, NfsSource, SizeRange, Snapshot, Source, Volume, VolumeKind
+from volumes.model import Capability, ContentSource, Need, NfsSource, SizeRange, Snapshot, Source, Volume, VolumeKind
 from volumes.nfs_snapshots import NfsSnapshots
 from volumes.share import NFS_SNAPSHOT, NFS_VOLUME, RECORDS, Record, SnapshotRecord
-from volumes.troubles import Trouble, logged
+from volumes.troubles import Trouble, Unfinished, logged
 
 ARCHIVE = "archived-"
 _SMALLEST = 4096
@@ -52,6 +52,17 @@ class NfsBackend:
 
     def close(self) -> None:
         """Nothing is held."""
+
+    def check_store(self) -> None:
+        """Its records lie on the shares; no server is asked."""
+
+    def unfinished(self) -> Sequence[Unfinished]:
+        return []
+
+    def needs(self) -> Sequence[Need]:
+        there = nfs.client_in_kernel()
+        return [Need(met=there, finding="the kernel has an NFS client" if there
+                     else "this kernel has no NFS client loaded: modprobe nfs")]  # fmt: skip
 
     # -- the controller's verbs
 

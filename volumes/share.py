@@ -19,9 +19,10 @@ from typing import TypeVar
 import msgspec
 
 from blockdev import BlockdevError, Deadline, durable, trees
-from volumes import parameters, sizes
+from volumes import nfs_parameters, sizes
 from volumes.errors import NoSpace, StoreFailed, VolumeUnfinished
 from volumes.model import VOLUME_ID
+from volumes.parameter import BACKEND, FILESYSTEM, RUNTIME
 from volumes.troubles import Trouble
 
 RECORDS = ".runvol"
@@ -33,6 +34,8 @@ _LONGEST = 65536
 # So many records of one share are looked at, and so many bytes of them; more than runvol ever makes there.
 _MOST, _MOST_BYTES = 100_000, 64 << 20
 _SOURCE = re.compile(r"(?:(?:volume|snapshot):[a-z0-9.-]{1,128})?")
+# The parameters that a record may keep.
+_KNOWN = frozenset({BACKEND, RUNTIME.key, FILESYSTEM.key, *(one.key for one in nfs_parameters.PARAMETERS)})
 # No snapshot was taken later, in seconds since 1970.
 _LATEST = 1 << 33
 # Seconds that one call removes a tree; the next goes on.
@@ -108,7 +111,7 @@ def _wrong(record: Record | SnapshotRecord) -> str:
         return f"its directory {record.directory[:200]!r} is no place below the share"
     if not _SOURCE.fullmatch(record.source):
         return f"its source {record.source[:200]!r} is neither volume nor snapshot"
-    unknown = [key for key in record.parameters if not parameters.is_known(key)]
+    unknown = [key for key in record.parameters if key not in _KNOWN]
     return f"{unknown[0][:200]!r} is no parameter of this release" if unknown else ""
 
 

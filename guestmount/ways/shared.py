@@ -21,7 +21,7 @@ from guestmount.ways.exclusion import AnyKernel, with_handler
 from guestmount.ways.mounted import nothing_mounted
 from volumes import SizeRange
 from volumes.backend import Backend
-from volumes.given import GivenDirectory
+from volumes.registry import BY_PATH
 
 
 class Shared(AnyKernel):
@@ -80,7 +80,7 @@ def _opened(claim: Claim) -> Iterator[int]:
     followed there; on the way to the others only an operator can have made one.
     """
     with contextlib.ExitStack() as stack:
-        if claim.volume.startswith(GivenDirectory.prefix):
+        if claim.volume.startswith(BY_PATH):
             try:
                 fd = stack.enter_context(beneath.opened(claim.source, os.O_PATH | os.O_DIRECTORY))
             except OSError as error:

@@ -163,7 +163,7 @@ def test_a_list_over_all_backends_has_stable_pages(tmp_path):
     catalog = Catalog.open(str(tmp_path))
     made = []
     for number in range(3):
-        made.append(catalog.loop.create(f"l{number}", SizeRange(required=MIB * 16), {}, []).volume_id)
+        made.append(catalog.named("loop").create(f"l{number}", SizeRange(required=MIB * 16), {}, []).volume_id)
     directories = catalog.for_parameters(FREE)
     for number in range(3):
         made.append(directories.create(f"d{number}", SizeRange(required=MIB), FREE, []).volume_id)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from runvol.config import BACKENDS
 from runvol.config import TABLE as SETTINGS
 from volumes.parameters import TABLE
+from volumes.registry import NAMES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -14,6 +16,10 @@ def test_the_storage_class_reference_is_made_from_the_table():
     text = (ROOT / "docs/storageclass.md").read_text()
     for one in TABLE:
         assert f"| `{one.key}` | {one.values} | {one.default} | {one.meaning} |" in text
+
+
+def test_the_setting_knows_every_backend_that_a_class_can_name():
+    assert BACKENDS == NAMES
 
 
 def test_settings_that_the_documentation_names_exist():

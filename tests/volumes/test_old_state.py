@@ -55,7 +55,7 @@ def test_all_of_it_is_read_used_and_deleted(old):
         block = superblocks.read(catalog.of(volumes[name].volume_id).attach(volumes[name].volume_id).path)
         assert block is not None
         assert block.fstype == "ext4"
-    directory = catalog.directory.attach(volumes["pvc-directory"].volume_id).path
+    directory = catalog.named("directory").attach(volumes["pvc-directory"].volume_id).path
     assert (Path(directory) / "data").read_text() == "precious"
     snapshots = [snapshot for _place, snapshot in catalog.snapshots()]
     assert {one.source for one in snapshots} == {volumes["pvc-loop"].volume_id, volumes["pvc-kept"].volume_id}

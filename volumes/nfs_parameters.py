@@ -1,0 +1,134 @@
+"""The StorageClass parameters of the backend `nfs`."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+
+from blockdev import nfs
+from volumes.parameter import Parameter, one_of
+
+
+def is_server(value: str) -> bool:
+    """A DNS name, or an address as a number."""
+    try:
+        ipaddress.ip_address(value)
+    except ValueError:
+        return re.fullmatch(r"[A-Za-z0-9]([-A-Za-z0-9.]{0,251}[A-Za-z0-9])?", value) is not None
+    return True
+
+
+def is_path(value: str) -> bool:
+    return value.startswith("/") and value.isprintable() and "," not in value and ".." not in value.split("/")
+
+
+def is_relative(value: str) -> bool:
+    """Below the share, and nothing that is runvol's own there."""
+    parts = value.split("/")
+    return value.isprintable() and all(
+        part and not part.startswith((".", "archived-")) and len(part.encode()) <= 200 for part in parts
+    )
+
+
+def are_options(value: str) -> bool:
+    words = value.split(",")
+    return value.isprintable() and all(words) and nfs.check_options(words) is None
+
+
+PARAMETERS: tuple[Parameter, ...] = (
+    Parameter(
+        key="server",
+        values="a name or an address",
+        default="(none)",
+        meaning="Backend `nfs`: the server; `name:/path` says the path as well. Required.",
+        accepts=is_server,
+        in_context=True,
+    ),
+    Parameter(
+        key="path",
+        values="an absolute path",
+        default="(none)",
+        meaning="Backend `nfs`: the exported directory (csi-driver-nfs calls it `share`). Required.",
+        accepts=is_path,
+        in_context=True,
+        aliases=("share",),
+    ),
+    Parameter(
+        key="subDir",
+        values="a relative path",
+        default="(the PersistentVolume's name)",
+        meaning="Backend `nfs`: the volume's directory below `path`, of a static volume too. `${pvc.metadata.name}`, "
+        "`${pvc.metadata.namespace}` and `${pv.metadata.name}` stand for what external-provisioner's "
+        "`--extra-create-metadata` tells.",
+        accepts=is_relative,
+    ),
+    Parameter(
+        key="volumeAs",
+        values="subpath, sharepath",
+        default="subpath",
+        meaning="Backend `nfs`: whether a volume is a directory of its own below `path`, or `path` itself. A static "
+        "volume's `path`, with its `subDir`, is what is mounted either way.",
+        accepts=one_of("subpath", "sharepath"),
+    ),
+    Parameter(
+        key="vers",
+        values=", ".join(nfs.VERSIONS),
+        default=nfs.DEFAULT_VERSION,
+        meaning="Backend `nfs`: the protocol's version.",
+        accepts=one_of(*nfs.VERSIONS),
+        in_context=True,
+    ),
+    Parameter(
+        key="options",
+        values="a comma list",
+        default="(none)",
+        meaning="Backend `nfs`: mount options besides those of the StorageClass's `mountOptions`.",
+        accepts=are_options,
+        in_context=True,
+    ),
+    Parameter(
+        key="mode",
+        values="three or four octal digits",
+        default="0777",
+        meaning="Backend `nfs`: permissions of a new volume's directory (csi-driver-nfs calls it `mountPermissions`). "
+        "Of a static volume: set for its directory when it is staged; left as they are without it.",
+        accepts=lambda value: re.fullmatch(r"0?[0-7]{3}", value) is not None,
+        aliases=("mountPermissions",),
+    ),
+    Parameter(
+        key="modeType",
+        values="non-recursive, recursive",
+        default="non-recursive",
+        meaning="Backend `nfs`: whether `mode` is set for what a static volume's directory holds, too (files: "
+        "without the bits for execution).",
+        accepts=one_of("non-recursive", "recursive"),
+    ),
+    Parameter(
+        key="archiveOnDelete",
+        values="true, false",
+        default="true",
+        meaning="Backend `nfs`: a deleted volume's directory is renamed to `archived-…` instead of being removed. A "
+        "directory that was there before the volume is left as it is.",
+        accepts=one_of("true", "false"),
+        of_controller=True,
+    ),
+    Parameter(
+        key="inSandbox",
+        values="guest, share",
+        default="guest",
+        meaning="Backend `nfs`: who mounts for a sandboxed pod: its guest, or the host, whose mount is shared.",
+        accepts=one_of("guest", "share"),
+        in_context=True,
+    ),
+    Parameter(
+        key="probe",
+        values="host, none",
+        default="host",
+        meaning="Backend `nfs`: whether the node asks the server before a guest mounts it. `none` where only the pods' "
+        "network reaches the server.",
+        accepts=one_of("host", "none"),
+        in_context=True,
+    ),
+)
+# What describes a static volume, in a context or in the options of a FlexVolume.
+DESCRIBED_BY = ("server", "path", "vers", "options", "mode", "modeType", "inSandbox", "probe")
