@@ -159,6 +159,8 @@ def be_unmounted(target: str, deadline: Deadline) -> None:
 
 
 _LAST_LOOK = 0.3
+# Several filesystems may hang on one place; so many are let go of, one after the other.
+_TRIES = 20
 _MOMENT = 0.5
 _PATIENCE = 10.0
 
@@ -186,13 +188,23 @@ def be_let_go(target: str) -> None:
     """Nothing hangs on `target` when this returns, although its server may be dead: nobody is asked and nobody waits.
 
     Whoever works in it keeps what it has; requests that wait for the server are ended. What is still to be written
-    waits for it in a thread of its own.
+    waits for it in a thread of its own. MountFailed for what cannot be detached, such as a mount that another one on a
+    directory above hides.
     """
+    tries = 0
     while in_table(target):
+        why = "it did not end"
         for flags in (syscalls.MNT_FORCE, syscalls.MNT_DETACH):
             call = functools.partial(syscalls.umount, target, flags | syscalls.UMOUNT_NOFOLLOW)
-            with contextlib.suppress(OSError, WaitExpired):
+            try:
                 bounded(f"letting go of {target}", Deadline.after(_MOMENT), call)
+            except WaitExpired:
+                continue
+            except OSError as error:
+                why = str(error.strerror)
+        tries += 1
+        if tries >= _TRIES and in_table(target):
+            raise MountFailed("nothing", target, f"detaching failed: {why}")
 
 
 def be_absent(target: str, deadline: Deadline) -> None:

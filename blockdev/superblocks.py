@@ -22,6 +22,9 @@ _EXT4_CLEAN, _EXT4_ERRORS = 1, 2
 _EXT4_NEEDS_RECOVERY, _EXT4_64BIT = 0x4, 0x80
 _EXT4_EXTENTS_OR_64BIT_OR_FLEX = 0x40 | 0x80 | 0x200
 _EXT3_JOURNAL = 0x4
+# A filesystem with a foreign journal, or one that is a journal, names another device; one with multi-mount protection
+# keeps the kernel waiting for hours, as long as it says itself. No mkfs makes one unless it is told to.
+_EXT4_NEVER = {0x8: "it is another filesystem's journal", 0x100: "multi-mount protection (mmp)"}
 # Block sizes run from 1 KiB (2^0) to 64 KiB (2^6) in ext4, and from 512 bytes to 64 KiB in XFS.
 _EXT4_LARGEST_LOG, _XFS_BLOCKS = 6, tuple(512 << shift for shift in range(8))
 _EXT4_DESCRIPTORS = (32, 64, 128, 256, 512, 1024)
@@ -97,6 +100,10 @@ def _ext4(fd: int, block: bytes, path: str) -> Superblock:
     blocks_per_group = struct.unpack_from("<I", block, 0x20)[0]
     state = struct.unpack_from("<H", block, 0x3A)[0]
     compatible, incompatible = struct.unpack_from("<II", block, 0x5C)
+    for bit, what in _EXT4_NEVER.items():
+        _must(not incompatible & bit, path, what)
+    journal_device = struct.unpack_from("<I", block, 0xE4)[0]
+    _must(not (compatible & _EXT3_JOURNAL and journal_device), path, "a journal on another device")
     _must(log_size <= _EXT4_LARGEST_LOG, path, f"blocks of 2^{10 + log_size} bytes")
     block_bytes = 1024 << log_size
     descriptor_bytes = 32

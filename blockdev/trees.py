@@ -51,8 +51,8 @@ def walk(root: int, what: str, deadline: Deadline) -> Iterator[tuple[int, list[s
     """Every directory of the tree below the directory descriptor `root`, itself first.
 
     A descriptor of it, which is good until the next step, the names of the directories in it, and all its other names.
-    A name may mean something else already when it is used. Mounts are not entered. A directory of very many files
-    comes in parts, the one with its directories last. WaitExpired, naming `what`.
+    A name may mean something else already when it is used. Mounts are not entered, nor what root may not look into. A
+    directory of very many files comes in parts, the one with its directories last. WaitExpired, naming `what`.
     """
     place = _Place(os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root))
     try:
@@ -77,8 +77,8 @@ def _entered(place: _Place, name: str) -> bool:
     try:
         return place.down(name)
     except OSError as error:
-        if error.errno == errno.EXDEV:
-            return False
+        if error.errno in (errno.EXDEV, errno.EACCES, errno.EPERM):
+            return False  # a mount, or what a share does not let root look into
         raise
 
 

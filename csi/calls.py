@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from blockdev import Deadline
-from csi.errors import CallError, code_of
+from csi.errors import CallError, code_of, sentence_of
 from csi.secrets import stripped
 from runvol_proto import csi_pb2
 
@@ -84,9 +84,10 @@ def _run(name: str, method: Method, request: Message | Malformed, context: grpc.
         code = code_of(error)
         if code is grpc.StatusCode.INTERNAL:
             log.exception("call failed", extra=_facts(name, number, request, started, code.name))
-            _abort(context, code, f"{type(error).__name__}: {error}; see the driver's log, call {number}")
-        log.warning("call refused", extra={**_facts(name, number, request, started, code.name), "reason": str(error)})
-        _abort(context, code, str(error))
+            _abort(context, code, f"{type(error).__name__}: {error}; see the driver's log")
+        said = sentence_of(error)
+        log.warning("call refused", extra={**_facts(name, number, request, started, code.name), "reason": said})
+        _abort(context, code, said)
     level = logging.DEBUG if name in _QUIET or name.endswith(("Capabilities", "Info")) else logging.INFO
     if log.isEnabledFor(level):
         log.log(level, "call done", extra=_facts(name, number, request, started, "OK"))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import grpc
 
 import blockdev
@@ -28,6 +31,11 @@ _CODES: tuple[tuple[type[BaseException], grpc.StatusCode], ...] = (
 )
 
 
+# What the node has no more of, and what its disks do not do.
+_SCARCE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+_AWAY = frozenset({errno.EROFS, errno.EIO})
+
+
 class CallError(Exception):
     """An answer that only this protocol has."""
 
@@ -43,4 +51,17 @@ def code_of(error: BaseException) -> grpc.StatusCode:
     for kind, code in _CODES:
         if isinstance(error, kind):
             return code
+    if isinstance(error, OSError) and error.errno in _SCARCE:
+        return grpc.StatusCode.RESOURCE_EXHAUSTED
+    if isinstance(error, OSError) and error.errno in _AWAY:
+        return grpc.StatusCode.UNAVAILABLE
     return grpc.StatusCode.INTERNAL
+
+
+def sentence_of(error: BaseException) -> str:
+    """What people read: the same for the same trouble."""
+    if isinstance(error, OSError) and error.errno in _SCARCE | _AWAY:
+        return (
+            f"{error.filename or 'the node'}: {os.strerror(error.errno or 0)}; the call can be repeated once that ends"
+        )
+    return str(error)

@@ -81,6 +81,8 @@ def _give(directory: int, name: str, group: int) -> bool:
     except OSError as error:
         if error.errno in trees.NOT_THERE:
             return True
+        if error.errno in _KEPT:
+            return False
         raise
     try:
         facts = os.fstat(fd)

@@ -77,12 +77,9 @@ class Reach:
         """The process that stands for kubelet's namespace; 0 if there is none."""
         if self.process.isdecimal():
             return int(self.process)
-        for name in os.listdir("/proc"):
-            if name.isdigit():
-                with contextlib.suppress(OSError), open(f"/proc/{name}/comm") as comm:
-                    if comm.read().strip() == self.process:
-                        return int(name)
-        return 0
+        named = [int(name) for name in os.listdir("/proc") if name.isdigit() and _is_named(int(name), self.process)]
+        # Any container may have a process of that name; kubelet is root's, outside of every container.
+        return min((pid for pid in named if _is_of_node(pid)), default=0)
 
     def _look(self, pid: int) -> Doubt | None:
         own, theirs = mountinfo.table(), None
@@ -101,6 +98,24 @@ class Reach:
                 why = f"{root} lies on another mount here than for kubelet ({_SETTING} = {self.process})"
                 return Doubt(why=why, certain=True)
         return None
+
+
+def _is_named(pid: int, name: str) -> bool:
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/comm") as comm:
+        return comm.read().strip() == name
+    return False
+
+
+def _is_of_node(pid: int) -> bool:
+    """Whether the process is root's and sees all processes that the node's first one sees."""
+    try:
+        return os.stat(f"/proc/{pid}").st_uid == 0 and _pid_namespace(pid) == _pid_namespace(1)
+    except OSError:
+        return False
+
+
+def _pid_namespace(pid: int) -> str:
+    return os.readlink(f"/proc/{pid}/ns/pid")
 
 
 def _namespace(pid: int) -> str:

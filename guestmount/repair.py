@@ -6,11 +6,10 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from blockdev import Deadline, exclusivity, loops, mountinfo, mounts
-from blockdev.errors import BlockdevError
 from guestmount import ways, witnesses
 from guestmount.claims import Claim
 from guestmount.errors import BadRequest, Busy, GuestmountError, Refused
@@ -18,7 +17,8 @@ from guestmount.handoff import Delivered, Dialect
 from guestmount.node import Node
 from guestmount.placeholder import NOTE
 from guestmount.ways import exclusion
-from volumes import VolumeError
+from volumes import VolumeNotFound
+from volumes.troubles import EXPECTED
 
 log = logging.getLogger("runvol.repair")
 
@@ -39,10 +39,12 @@ class Finding:
 
 def collect(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
     """Everything on the node that belongs to no volume or to no pod; removed unless `dry_run`."""
-    found = _hand_offs(node, deadline, dry_run=dry_run)
-    found += _placeholders(node, deadline, dry_run=dry_run)
-    found += _claims(node, deadline, dry_run=dry_run)
-    found += _loop_devices(node, deadline, dry_run=dry_run)
+    found: list[Finding] = []
+    for look in (_hand_offs, _placeholders, _claims, _loop_devices):
+        try:
+            found += look(node, deadline, dry_run=dry_run)
+        except (*EXPECTED, GuestmountError) as error:
+            found.append(Finding(kind="trouble", place="", why=f"not all was looked at: {error}"))
     found += [
         Finding(kind="file", place=path, why="no volume has it; `runvol volumes adopt` takes it, `rm` removes it")
         for path in node.catalog.unknown_files()
@@ -50,24 +52,48 @@ def collect(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
     return found
 
 
-def _ours(node: Node) -> list[tuple[Dialect, Delivered, str]]:
-    """With the volume's id, by the device that they name; another driver's are never touched."""
-    return [
-        (dialect, one, volume_id)
-        for dialect in node.dialects
-        for one in dialect.delivered()
-        if (volume_id := node.catalog.volume_at(one.device)) is not None
-    ]
+@dataclass(frozen=True, kw_only=True)
+class _Ours:
+    """A hand-off of a volume of ours; `path` is the volume's file, on which its device may stand."""
+
+    dialect: Dialect
+    one: Delivered
+    volume_id: str
+    path: str
+
+
+def _ours(node: Node) -> list[_Ours]:
+    """By the device that they name, a file or a loop device on one; another driver's are never touched."""
+    found, files = [], None
+    for dialect in node.dialects:
+        for one in dialect.delivered():
+            volume_id, path = node.catalog.volume_at(one.device) or "", one.device
+            if not volume_id and one.device.startswith("/dev/"):
+                files = _by_inode(node.catalog.images()) if files is None else files
+                volume_id, path = _on(one.device, files)
+            if volume_id:
+                found.append(_Ours(dialect=dialect, one=one, volume_id=volume_id, path=path))
+    return found
+
+
+def _on(device: str, files: Mapping[tuple[int, int], tuple[str, str]]) -> tuple[str, str]:
+    """The volume, and its file, on which a loop device stands; empty for any other."""
+    try:
+        under = loops.backing(device)
+    except OSError:
+        return "", ""  # a node whose driver is away
+    return files.get((under.device, under.inode), ("", "")) if under is not None else ("", "")
 
 
 def _hand_offs(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
     """Those that no claim has and that nothing speaks for."""
     found = []
-    for dialect, one, volume_id in _ours(node):
+    for ours in _ours(node):
+        one = ours.one
         if witnesses.pod_exists(one.target, node.roots) or witnesses.device_in_use(one.device):
             continue
-        take_back = functools.partial(dialect.withdraw, one.target) if not dry_run else _nothing
-        if _unless_claimed(node, volume_id, deadline, functools.partial(_has_target, one.target), take_back):
+        take_back = functools.partial(ours.dialect.withdraw, one.target) if not dry_run else _nothing
+        if _unless_claimed(node, ours.volume_id, deadline, functools.partial(_has_target, one.target), take_back):
             why = f"no claim has {one.target}"
             found.append(Finding(kind="hand-off", place=one.place, why=why, done=not dry_run))
     return found
@@ -88,6 +114,9 @@ def _unless_claimed(
             take_back()
             return True
     except (Busy, BadRequest, Refused):
+        return False
+    except EXPECTED as error:
+        log.warning("not taken back", extra={"volume": volume_id, "why": str(error)})
         return False
 
 
@@ -120,9 +149,13 @@ def _placeholders(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Find
             continue  # a container that starts without it would write to the host's disk
         if not os.path.exists(os.path.join(mount.target, NOTE)):
             continue
+        why, done = "no claim has it", not dry_run
         if not dry_run:
-            mounts.be_absent(mount.target, deadline)
-        found.append(Finding(kind="placeholder", place=mount.target, why="no claim has it", done=not dry_run))
+            try:
+                mounts.be_absent(mount.target, deadline)
+            except EXPECTED as error:
+                why, done = f"{why}, but {error}", False
+        found.append(Finding(kind="placeholder", place=mount.target, why=why, done=done))
     return found
 
 
@@ -130,7 +163,11 @@ def _claims(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
     claims, damaged = node.claims.readable()
     found = [Finding(kind="claim", place="", why=str(error)) for error in damaged]
     for claim in claims:
-        gone = _volume_is_gone(node, claim)
+        try:
+            gone = _volume_is_gone(node, claim)
+        except EXPECTED as error:
+            found.append(Finding(kind="claim", place=claim.volume, why=f"whether its volume is gone: {error}"))
+            continue
         if not gone and not claim.lingers:
             continue
         why = "its volume is gone" if gone else "its pod is gone"
@@ -142,7 +179,7 @@ def _claims(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
             try:
                 _forget(node, claim.volume, deadline, gone=gone)
                 done = True
-            except (BlockdevError, GuestmountError) as error:
+            except (*EXPECTED, GuestmountError) as error:
                 why += f", but {error}"
         found.append(Finding(kind="claim", place=claim.volume, why=why, done=done))
     return found
@@ -166,17 +203,18 @@ def _volume_is_gone(node: Node, claim: Claim) -> bool:
         return False
     try:
         return node.catalog.of(claim.volume).get(claim.volume) is None
-    except VolumeError:
+    except VolumeNotFound:
         return True
 
 
 def _loop_devices(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
     found = []
     files = _by_inode(node.catalog.images())
+    # A guest's runtime opens what its hand-off names for each container, and in between nobody does.
+    handed = {one.device for one in node.means.dialects.delivered().values()}
     for device in loops.bound():
-        under = loops.backing(device)
-        volume_id, path = files.get((under.device, under.inode), ("", "")) if under is not None else ("", "")
-        if not path or not exclusivity.is_free(device) or mountinfo.node_targets(device):
+        volume_id, path = _on(device, files)
+        if not path or device in handed or not exclusivity.is_free(device) or mountinfo.node_targets(device):
             continue
         take_back = functools.partial(loops.detach, device, path, deadline) if not dry_run else _nothing
         if _unless_claimed(node, volume_id, deadline, functools.partial(_has_device, device), take_back):
@@ -212,14 +250,14 @@ def at_start(node: Node) -> list[str]:
     for step in steps:
         try:
             said += step() or ()
-        except (BlockdevError, GuestmountError, VolumeError, OSError) as error:
+        except Exception as error:
             log.exception("a repair failed; it is tried again at the next start and by gc")
             said.append(f"a repair failed: {error}")
     return said
 
 
 def _reclaim(node: Node, deadline: Deadline) -> list[str]:
-    return witnesses.reclaim(node, [(volume_id, one) for _dialect, one, volume_id in _ours(node)], deadline)
+    return witnesses.reclaim(node, [(one.volume_id, one.path, one.one) for one in _ours(node)], deadline)
 
 
 def _withdraw(node: Node, deadline: Deadline) -> list[str]:
@@ -235,6 +273,6 @@ def _settle(node: Node) -> list[str]:
         try:
             _forget(node, claim.volume, Deadline.after(_MOMENT), gone=False)
             said.append(f"volume {claim.volume} was let go of by its last user")
-        except (BlockdevError, GuestmountError, OSError) as error:
+        except (*EXPECTED, GuestmountError) as error:
             log.warning("the volume is still in use", extra={"volume": claim.volume, "reason": str(error)})
     return said

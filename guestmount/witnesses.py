@@ -58,14 +58,14 @@ def device_in_use(path: str) -> bool:
         return False
 
 
-def reclaim(node: Node, ours: Sequence[tuple[str, Delivered]], deadline: Deadline) -> list[str]:
+def reclaim(node: Node, ours: Sequence[tuple[str, str, Delivered]], deadline: Deadline) -> list[str]:
     """Claims for hand-offs of pods that kubelet still has and that no claim speaks of; what was made, in words.
 
-    `ours`: hand-offs of this driver's volumes, each with its volume's id. What a hand-off does not tell (where the
-    volume is staged, its capability) comes with kubelet's next repeated stage and publish.
+    `ours`: hand-offs of this driver's volumes, each with its volume's id and file. What a hand-off does not tell (where
+    the volume is staged, its capability) comes with kubelet's next repeated stage and publish.
     """
     made = []
-    for volume_id, one in ours:
+    for volume_id, path, one in ours:
         directory = pod_directory(one.target, node.roots)
         if not directory or not os.path.lexists(directory):
             continue
@@ -73,17 +73,18 @@ def reclaim(node: Node, ours: Sequence[tuple[str, Delivered]], deadline: Deadlin
             with node.claims.locked(volume_id, deadline) as cell:
                 if cell.claim is not None:
                     continue
-                cell.write(_claim(volume_id, one, os.path.basename(directory)))
+                cell.write(_claim(volume_id, path, one, os.path.basename(directory)))
         except (Busy, BadRequest, Refused):
             continue  # somebody works on it, or its claim is damaged: it has one
         made.append(f"made the claim of volume {volume_id} again from its hand-off {one.place}")
     return made
 
 
-def _claim(volume_id: str, one: Delivered, pod_uid: str) -> Claim:
+def _claim(volume_id: str, path: str, one: Delivered, pod_uid: str) -> Claim:
     return Claim(
         volume=volume_id,
-        source=one.device,
+        source=path,
+        device="" if one.device == path else one.device,
         staging_path="",
         use=Use(mode=AccessMode.SINGLE_NODE_MULTI_WRITER.value, fstype=one.fstype),
         owner=Owner(kind=SANDBOX, pod_uid=pod_uid, dialect=one.dialect),

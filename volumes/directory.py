@@ -115,7 +115,10 @@ class DirectoryBackend:
                 )
             capacity = sizes.choose(size, smallest=_SMALLEST)
             if old is not None:
-                self._drop(old)
+                self._settle(old)
+                settled = self._store.by_name(name)
+                if settled is not None and settled.state is State.READY:
+                    return self._same(settled, size, parameters, source)
             volume_id = PREFIX + os.urandom(16).hex()
             with self._store.transaction():
                 self._reserve(capacity)
@@ -254,6 +257,10 @@ class DirectoryBackend:
             yield row.volume_id, left, partial(self._settle, row)
 
     def _settle(self, row: Row) -> str | None:
+        if row.state is State.CREATING and os.path.isdir(self._path(row.volume_id)):
+            # It took its name in the last step but one. If the row is of an older store, pods have it by now.
+            self._store.set_state(row.volume_id, State.READY)
+            return f"finished creating volume {row.volume_id}"
         if row.state is not State.READY:
             self._drop(row, _REMOVAL_AT_START)
             return f"removed volume {row.volume_id}, which was {row.state.value} when the process ended"
@@ -263,7 +270,7 @@ class DirectoryBackend:
 
     def unknown_files(self) -> Sequence[str]:
         """Entries of the directory that no row speaks of; never removed by runvol."""
-        rows = {row.volume_id for row in self._store.rows()}
+        rows = self._store.ids()
         names = sorted(set(os.listdir(self._directory)) - rows)
         return [os.path.join(self._directory, name) for name in names
                 if name.removeprefix(_NEW).removeprefix(_OLD) not in rows and name != "lost+found"]  # fmt: skip

@@ -125,6 +125,9 @@ class LoopBackend:
             capacity = sizes.choose(size, smallest=smallest)
             if old is not None:
                 self._settle(old)
+                settled = self._store.by_name(name)
+                if settled is not None and settled.state is State.READY:
+                    return _same(settled, size, parameters, source, self._volume(settled))
             volume_id = PREFIX + os.urandom(16).hex()
             with self._store.transaction():
                 self._reserve(capacity)
@@ -319,7 +322,7 @@ class LoopBackend:
 
         A row is written before its file and removed after it, so whatever has none is somebody else's.
         """
-        rows = {row.volume_id + suffix for row in self._store.rows() for suffix in (_SUFFIX, _NEW)}
+        rows = {volume_id + suffix for volume_id in self._store.ids() for suffix in (_SUFFIX, _NEW)}
         names = sorted(set(os.listdir(self._directory)) - rows - self.image_snapshots.known_files() - {"lost+found"})
         return [os.path.join(self._directory, name) for name in names]
 
@@ -333,6 +336,16 @@ class LoopBackend:
                 return f"finished adopting volume {row.volume_id}"
             self._store.remove(row.volume_id)
             return f"forgot volume {row.volume_id}, whose file was never moved here"
+        if row.state is State.CREATING and os.path.exists(path):
+            # Its file took its name in the last step but one. If the row is of an older store, pods have it by now.
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(self._directory, row.volume_id + _NEW))
+            if os.stat(path).st_size < row.capacity:
+                self._resize_file(self._volume(row))
+            self._store.set_state(row.volume_id, State.READY)
+            return f"finished creating volume {row.volume_id}"
+        if row.state is State.DELETING and os.path.exists(path):
+            exclusivity.prove_free(path, past_known=False)
         if row.state in (State.CREATING, State.DELETING):
             self._drop(row.volume_id)
             return f"removed volume {row.volume_id}, which was {row.state.value} when the process ended"

@@ -55,28 +55,43 @@ class Snapshots:
             return self._take(name, source, source_path, deadline, group)
 
     def _take(self, name: str, source: str, source_path: str, deadline: Deadline, group: str) -> Snapshot:
-        facts, room = os.stat(source_path), self._room()
-        if facts.st_blocks * 512 > room:
-            raise NoSpace(f"a snapshot of {source} takes {facts.st_blocks * 512} bytes; {room} can still be promised")
+        snapshot_id = self._begin(name, source, source_path, group)
+        try:
+            self._copy(snapshot_id, source, source_path, deadline)
+        except BaseException:
+            self._drop(snapshot_id)
+            raise
+        self._store.set_snapshot_state(snapshot_id, State.READY)
+        return self.get(snapshot_id)
+
+    def _begin(self, name: str, source: str, source_path: str, group: str) -> str:
+        facts = os.stat(source_path)
         snapshot_id = PREFIX + os.urandom(16).hex()
         self._store.insert_snapshot(
             snapshot_id=snapshot_id, name=name, source=source, size=facts.st_size, created=time.time(), group=group
         )
+        return snapshot_id
+
+    def _copy(self, snapshot_id: str, source: str, source_path: str, deadline: Deadline) -> None:
+        allocated, room = os.stat(source_path).st_blocks * 512, self._room()
+        if allocated > room:
+            raise NoSpace(f"a snapshot of {source} takes {allocated} bytes; {room} can still be promised")
         new = os.path.join(self._directory, snapshot_id + NEW)
         try:
             copies.copy(source_path, new, deadline, check=lambda: self._check_copy(source))
             os.rename(new, self.path(snapshot_id))
             durable.sync_directory(self._directory)
-        except BaseException as error:
-            self._drop(snapshot_id)
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise NoSpace(f"the snapshot of {source} could not be written: {error.strerror}") from error
             raise
-        self._store.set_snapshot_state(snapshot_id, State.READY)
-        return self.get(snapshot_id)
 
     def create_group(self, name: str, sources: Sequence[tuple[str, str]], deadline: Deadline) -> SnapshotGroup:
-        """Snapshots of all `sources` (volume id and path), or of none. The callers keep the volumes still meanwhile."""
+        """Snapshots of all `sources` (volume id and path), or of none. The callers keep the volumes still meanwhile.
+
+        All rows are there before the first copy, and become ready in one step after the last: what a killed process
+        leaves is unfinished as a whole.
+        """
         import uuid
 
         group_id = GROUP_PREFIX + uuid.uuid5(uuid.NAMESPACE_OID, name).hex
@@ -87,12 +102,20 @@ class Snapshots:
             return self.group(group_id)
         for row in members:  # an attempt that was killed
             self._drop(row.snapshot_id)
-        try:
-            for volume, path in sources:
-                self.create(f"\1{group_id}/{volume}", volume, path, deadline, group=group_id)
-        except BaseException:
-            self.delete_group(group_id)
-            raise
+        with self._busy():
+            made: dict[str, str] = {}
+            try:
+                with self._store.transaction():
+                    for volume, path in sources:
+                        made[volume] = self._begin(f"\1{group_id}/{volume}", volume, path, group_id)
+                for volume, path in sources:
+                    self._copy(made[volume], volume, path, deadline)
+            except BaseException:
+                self.delete_group(group_id)
+                raise
+            with self._store.transaction():
+                for snapshot_id in made.values():
+                    self._store.set_snapshot_state(snapshot_id, State.READY)
         return self.group(group_id)
 
     def group(self, group_id: str) -> SnapshotGroup:
@@ -104,8 +127,12 @@ class Snapshots:
 
     def delete_group(self, group_id: str) -> None:
         if VOLUME_ID.match(group_id):
-            for row in self._store.snapshots(group=group_id):
-                self.delete(row.snapshot_id)
+            members = self._store.snapshots(group=group_id)
+            with self._store.transaction():
+                for row in members:
+                    self._store.set_snapshot_state(row.snapshot_id, State.DELETING)
+            for row in members:
+                self._drop(row.snapshot_id)
 
     def get(self, snapshot_id: str) -> Snapshot:
         """VolumeNotFound where there is none."""
@@ -135,7 +162,7 @@ class Snapshots:
         return f"removed snapshot {row.snapshot_id}, which was {row.state.value} when the process ended"
 
     def known_files(self) -> set[str]:
-        return {row.snapshot_id + suffix for row in self._store.snapshots() for suffix in (SUFFIX, NEW)}
+        return {snapshot_id + suffix for snapshot_id in self._store.snapshot_ids() for suffix in (SUFFIX, NEW)}
 
     def _drop(self, snapshot_id: str) -> None:
         for suffix in (NEW, SUFFIX):

@@ -14,11 +14,13 @@ import os
 import sqlite3
 import threading
 import urllib.parse
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from volumes.errors import StoreFailed
 
+R = TypeVar("R")
 _SCHEMA = 1  # nothing was released with another one
 _TABLES = """
 CREATE TABLE IF NOT EXISTS volumes (
@@ -224,6 +226,16 @@ class Store:
         wanted = "seq > ? AND (? IS NULL OR state = ?)"
         return self._select(f"{wanted} ORDER BY seq LIMIT ?", after, state, state, limit)
 
+    def ids(self) -> set[str]:
+        """Of every volume, whatever else its row says."""
+        with self._lock, _explained(self.path):
+            return {row[0] for row in self._database().execute("SELECT id FROM volumes")}
+
+    def snapshot_ids(self) -> set[str]:
+        """Of every snapshot, whatever else its row says."""
+        with self._lock, _explained(self.path):
+            return {row[0] for row in self._database().execute("SELECT id FROM snapshots")}
+
     def insert_snapshot(
         self, *, snapshot_id: str, name: str, source: str, size: int, created: float, group: str
     ) -> None:
@@ -256,18 +268,31 @@ class Store:
     def _select_snapshots(self, where: str, *values: object) -> list[SnapshotRow]:
         with self._lock, _explained(self.path):
             rows = self._database().execute(f"SELECT {_SNAPSHOT_COLUMNS} FROM snapshots WHERE {where}", values)  # noqa: S608
-            names = ("seq", "snapshot_id", "name", "source", "size", "created", "state", "group")
-            facts = [dict(zip(names, row, strict=True)) for row in rows]
-        return [SnapshotRow(**(one | {"state": State(one["state"])})) for one in facts]
+            return self._readable(_snapshot_row, rows)
 
     def _one(self, where: str, *values: object) -> Row | None:
-        found = self._select(where, *values)
-        return found[0] if found else None
+        """StoreFailed for a row that cannot be read."""
+        with self._lock, _explained(self.path):
+            rows = self._database().execute(f"SELECT {_COLUMNS} FROM volumes WHERE {where}", values).fetchall()  # noqa: S608
+        try:
+            return _row(rows[0]) if rows else None
+        except (ValueError, TypeError) as error:
+            raise StoreFailed(f"the store {self.path}: the row of {rows[0][1]} cannot be read: {error}") from error
 
     def _select(self, where: str, *values: object) -> list[Row]:
         with self._lock, _explained(self.path):
             rows = self._database().execute(f"SELECT {_COLUMNS} FROM volumes WHERE {where}", values)  # noqa: S608
-            return [_row(row) for row in rows]
+            return self._readable(_row, rows)
+
+    def _readable(self, read: Callable[[Any], R], rows: Iterable[Any]) -> list[R]:
+        """What one row says cannot be read hides no other."""
+        found = []
+        for row in rows:
+            try:
+                found.append(read(row))
+            except (ValueError, TypeError) as error:
+                log.error("a row is passed over", extra={"store": self.path, "row": str(row[1]), "why": str(error)})
+        return found
 
     def _execute(self, statement: str, values: tuple[object, ...]) -> None:
         with self._lock, _explained(self.path):
@@ -287,6 +312,12 @@ def _row(row: tuple[int, str, str, str, int, str, str, int, str]) -> Row:
         formatting=bool(formatting),
         source=source,
     )
+
+
+def _snapshot_row(row: tuple[Any, ...]) -> SnapshotRow:
+    names = ("seq", "snapshot_id", "name", "source", "size", "created", "state", "group")
+    facts = dict(zip(names, row, strict=True))
+    return SnapshotRow(**(facts | {"state": State(facts["state"])}))
 
 
 def _takes_no_writes(path: str) -> bool:

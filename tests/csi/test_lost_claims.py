@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 
 import pytest
@@ -144,3 +146,85 @@ def test_gc_keeps_the_claim_of_a_volume_whose_store_is_away(driver):
     (driver.state / "away.db").rename(driver.state / "volumes.db")
     driver.start()
     driver.unpublish(volume, A)
+
+
+def test_a_loop_device_that_a_hand_off_names_stays_its_guests(driver):
+    volume, other = driver.create("pvc"), driver.create("other")
+    driver.stage(volume)
+    target = driver.publish(volume, A, runtime="runv")
+    devices = driver.loop_devices()
+    lose_run(driver)
+    driver.cli("gc")
+    # Claims lost once more, with nobody who could make them again: gc alone.
+    shutil.rmtree(driver.run / "claims")
+    (driver.run / "claims").mkdir()
+    driver.cli("gc")
+    assert driver.loop_devices() == devices and has_placeholder(target)
+    driver.stop()
+    driver.start()
+    driver.stage(other)
+    driver.publish(other, B, runtime="runc")
+    driver.unpublish(other, B)
+    with refused("FAILED_PRECONDITION", volume.volume_id, A):
+        driver.stage(volume)
+        driver.publish(volume, B, runtime="runc")
+    driver.publish(volume, A, runtime="runv")
+    driver.unpublish(volume, A)
+    for one in (volume, other):
+        driver.unstage(one)
+        driver.delete(one)
+    assert not any(driver.left_over().values())
+
+
+def test_gc_keeps_the_claim_of_a_volume_whose_store_cannot_be_read(driver):
+    volume = driver.create("pvc")
+    driver.stage(volume)
+    driver.stop()
+    store, away = driver.state / "volumes.db", driver.state / "away.db"
+    store.rename(away)
+    for suffix in ("-wal", "-shm"):
+        (driver.state / f"volumes.db{suffix}").unlink(missing_ok=True)
+    store.write_bytes(b"no database at all".ljust(8192, b"x"))
+    driver.cli("gc", check=False)
+    assert (driver.run / "claims" / f"{volume.volume_id}.json").exists()
+    store.unlink()
+    away.rename(store)
+    driver.start()
+    driver.publish(volume, A, runtime="runc")
+    driver.unpublish(volume, A)
+
+
+@pytest.mark.parametrize("backend", ["loop", "directory"])
+def test_an_older_store_that_calls_a_volume_half_made_loses_it_nothing(driver, backend):
+    more = {} if backend == "loop" else {"backend": "directory", "quota": "none"}
+    volume = driver.create("pvc", **more)
+    driver.stage(volume)
+    target = driver.publish(volume, A, runtime="runc")
+    with open(f"{target}/file", "w") as file:
+        file.write("mine")
+    driver.stop()
+    name = "volumes.db" if backend == "loop" else "directories.db"
+    with contextlib.closing(sqlite3.connect(driver.state / name)) as store, store:
+        store.execute("UPDATE volumes SET state = 'creating'")
+    driver.start()
+    with open(f"{target}/file") as file:
+        assert file.read() == "mine"
+    assert driver.create("pvc", **more).volume_id == volume.volume_id
+    driver.unpublish(volume, A)
+    driver.unstage(volume)
+    driver.delete(volume)
+
+
+def test_a_row_that_cannot_be_read_stops_nobody_else(driver):
+    volume, other = driver.create("pvc"), driver.create("other")
+    driver.stop()
+    with contextlib.closing(sqlite3.connect(driver.state / "volumes.db")) as store, store:
+        store.execute("UPDATE volumes SET state = 'paused' WHERE id = ?", (volume.volume_id,))
+    driver.start()
+    assert [one.volume.volume_id for one in driver.client.ListVolumes().entries] == [other.volume_id]
+    with refused("UNAVAILABLE", volume.volume_id, "cannot be read"):
+        driver.delete(volume)
+    driver.stage(other)
+    driver.publish(other, B, runtime="runc")
+    driver.unpublish(other, B)
+    assert volume.volume_id not in driver.cli("gc").stdout  # its file is not offered to anybody
