@@ -34,6 +34,7 @@ test-long: prepare
 	@RUNVOL_SUITES=3 RUNVOL_MANY=10000 RUNVOL_LIVES=100 RUNVOL_ROUNDS=100 .venv/bin/python -m tests.kernel $(ARGS)
 	@RUNVOL_POWER_CUTS=10 .venv/bin/python -m pytest tests/kernel/test_power_cut.py
 	@RUNVOL_FUZZ=1000000 .venv/bin/python -m pytest tests/fuzz
+	@RUNVOL_ATTACKS=100 .venv/bin/python -m pytest -s tests/attacks
 	@.venv/bin/python -m tests.kill.load --rounds 200
 
 lint: venv
