@@ -223,8 +223,11 @@ def test_recovery_undoes_what_was_half_made_and_finishes_what_was_half_deleted(b
     assert backend.get(volume.volume_id) is None
     assert not backend.list()
     assert backend.recover()
-    assert not os.listdir(path.parent) and not backend.recover()
-    assert create(backend).volume_id != volume.volume_id
+    assert not backend.recover()
+    # A whole file is never taken for half a one: where the row is an older store's, pods have it.
+    kept = state is State.CREATING and file == "whole"
+    assert os.listdir(path.parent) == ([path.name] if kept else [])
+    assert (create(backend).volume_id == volume.volume_id) is kept
 
 
 def test_a_volume_that_is_not_whole_yet_cannot_be_used(backend):
@@ -237,6 +240,9 @@ def test_a_volume_that_is_not_whole_yet_cannot_be_used(backend):
 def test_a_creation_that_was_killed_is_settled_by_the_same_name(backend):
     volume = create(backend)
     backend._store.set_state(volume.volume_id, State.CREATING)
+    assert create(backend).volume_id == volume.volume_id
+    backend._store.set_state(volume.volume_id, State.CREATING)
+    path_of(backend, volume).unlink()
     again = create(backend, required=128 * MIB)
     assert again.capacity_bytes == 128 * MIB and len(os.listdir(path_of(backend, again).parent)) == 1
 
