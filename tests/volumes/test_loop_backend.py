@@ -241,8 +241,9 @@ def test_a_creation_that_was_killed_is_settled_by_the_same_name(backend):
     volume = create(backend)
     backend._store.set_state(volume.volume_id, State.CREATING)
     assert create(backend).volume_id == volume.volume_id
+    path = path_of(backend, volume)
     backend._store.set_state(volume.volume_id, State.CREATING)
-    path_of(backend, volume).unlink()
+    path.unlink()
     again = create(backend, required=128 * MIB)
     assert again.capacity_bytes == 128 * MIB and len(os.listdir(path_of(backend, again).parent)) == 1
 
