@@ -93,11 +93,25 @@ def wait_for(what, look, seconds=20.0):
 def scsi_device(address):
     """`id:lun`: the bus is scanned for that address alone, as the kernel runs with scsi_mod.scan=none."""
     target, lun = address.split(":")
-    for host in glob.glob("/sys/class/scsi_host/host*/scan"):
-        with open(host, "w") as scan:
-            scan.write(f"0 {target} {lun}")
     pattern = f"/sys/bus/scsi/devices/*:0:{target}:{lun}/block/*"
-    return wait_for(f"scsi device {address}", lambda: node_of(glob.glob(pattern)))
+
+    def look():
+        for host in glob.glob("/sys/class/scsi_host/host*/scan"):
+            with open(host, "w") as scan:
+                scan.write(f"0 {target} {lun}")
+        return opens(node_of(glob.glob(pattern)))
+
+    return wait_for(f"scsi device {address}", look)
+
+
+def opens(node):
+    """None while it does not: QEMU forgets a SCSI disk before the guest does, and the address may be the next one's."""
+    try:
+        if node:
+            os.close(os.open(node, os.O_RDONLY))
+        return node
+    except OSError:
+        return None
 
 
 def pci_device(path):
