@@ -20,6 +20,7 @@ from google.protobuf.message_factory import GetMessageClass
 from blockdev import Deadline
 from csi.errors import CallError, code_of, sentence_of
 from csi.secrets import stripped
+from csi.workers import Workers
 from runvol_proto import csi_pb2
 
 log = logging.getLogger("runvol.csi")
@@ -30,6 +31,9 @@ _LONGEST = 3600.0
 # Answer before the caller has gone, so that it reads a sentence instead of "deadline exceeded".
 _MARGIN = 0.2
 _QUIET = frozenset({"Probe", "NodeGetVolumeStats", "NodeGetVolumeHealth"})
+_LOOKS = frozenset(
+    {"NodeGetVolumeStats", "NodeGetVolumeHealth", "ControllerGetVolumeHealth", "ControllerListVolumeHealth"}
+)
 _numbers = itertools.count(1)
 
 Method = Callable[[Any, Deadline], Message]
@@ -42,18 +46,23 @@ class Malformed:
     reason: str
 
 
-def service_handler(name: str, implementation: object) -> grpc.GenericRpcHandler[Any, Any]:
-    """A handler for the service `csi.v1.<name>`: each RPC is the method of that name."""
+def service_handler(
+    name: str, implementation: object, workers: Workers, looking: Workers
+) -> grpc.GenericRpcHandler[Any, Any]:
+    """A handler for the service `csi.v1.<name>`: each RPC is the method of that name, in a thread of `workers`, or of
+    `looking` for those that only look at what may hang."""
     service = csi_pb2.DESCRIPTOR.services_by_name[name]
     handlers = {
-        method.name: _handler(method, getattr(implementation, method.name))
+        method.name: _handler(
+            method, getattr(implementation, method.name), looking if method.name in _LOOKS else workers
+        )
         for method in service.methods
         if hasattr(implementation, method.name)
     }
     return grpc.method_handlers_generic_handler(service.full_name, handlers)
 
 
-def _handler(descriptor: MethodDescriptor, method: Method) -> grpc.RpcMethodHandler[Any, Any]:
+def _handler(descriptor: MethodDescriptor, method: Method, workers: Workers) -> grpc.RpcMethodHandler[Any, Any]:
     request_class = GetMessageClass(descriptor.input_type)
 
     def decode(raw: bytes) -> Message | Malformed:
@@ -63,14 +72,17 @@ def _handler(descriptor: MethodDescriptor, method: Method) -> grpc.RpcMethodHand
             return Malformed(str(error))
 
     def call(request: Message | Malformed, context: grpc.ServicerContext) -> Message:
-        return _run(descriptor.name, method, request, context)
+        return _run(descriptor.name, method, workers, request, context)
 
+    call.experimental_thread_pool = workers.pool  # type: ignore[attr-defined]
     return grpc.unary_unary_rpc_method_handler(
         call, request_deserializer=decode, response_serializer=GetMessageClass(descriptor.output_type).SerializeToString
     )
 
 
-def _run(name: str, method: Method, request: Message | Malformed, context: grpc.ServicerContext) -> Message:
+def _run(
+    name: str, method: Method, workers: Workers, request: Message | Malformed, context: grpc.ServicerContext
+) -> Message:
     number, started = next(_numbers), time.monotonic()
     deadline = _deadline(context.time_remaining())
     try:
@@ -79,7 +91,10 @@ def _run(name: str, method: Method, request: Message | Malformed, context: grpc.
                 grpc.StatusCode.INVALID_ARGUMENT,
                 f"the request is no valid {name}Request (is all text UTF-8?): {request.reason}",
             )
-        response = method(request, deadline)
+        if not context.is_active():
+            raise CallError(grpc.StatusCode.CANCELLED, "the caller has gone; nothing was begun")
+        with workers.admitted(request):
+            response = method(request, deadline)
     except Exception as error:
         code = code_of(error)
         if code is grpc.StatusCode.INTERNAL:

@@ -71,7 +71,7 @@ class Controller(SnapshotCalls):
             response.capabilities.add().rpc.type = capability
         return response
 
-    def CreateVolume(self, request: csi_pb2.CreateVolumeRequest, deadline: Deadline) -> csi_pb2.CreateVolumeResponse:
+    def CreateVolume(self, request: csi_pb2.CreateVolumeRequest, _deadline: Deadline) -> csi_pb2.CreateVolumeResponse:
         name = checks.required("name", request.name)
         if not request.volume_capabilities:
             raise BadRequest("volume_capabilities", None, "must be given")
@@ -90,8 +90,7 @@ class Controller(SnapshotCalls):
         with self._names.taken(name):
             backend = self._node.catalog.for_parameters(chosen)
             source = _content_source(request)
-            with self._node.still([source.source_id] if source and source.kind == "volume" else [], deadline):
-                volume = backend.create(name, checks.size_range(request.capacity_range), chosen, uses, source)
+            volume = backend.create(name, checks.size_range(request.capacity_range), chosen, uses, source)
         message = self._message(volume)
         if request.HasField("volume_content_source"):
             message.content_source.CopyFrom(request.volume_content_source)

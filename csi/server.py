@@ -6,7 +6,6 @@ import contextlib
 import os
 import socket
 from collections.abc import Collection
-from concurrent import futures
 
 import grpc
 
@@ -15,11 +14,12 @@ from csi.controller import Controller
 from csi.identity import Identity
 from csi.node import NodeService
 from csi.snapshots import GroupController
+from csi.workers import Workers
 from guestmount import BadRequest, Node
 
 SERVICES = ("identity", "controller", "node")
-_WORKERS = 32
-_GRACE = 10.0
+_WORKERS, _LOOKING, _PROBING = 32, 8, 4
+_GRACE, _AFTER = 10.0, 1.0
 _SUFFIX = ".sock"
 
 
@@ -41,19 +41,27 @@ class Server:
         if unknown:
             raise BadRequest("--services", ",".join(unknown), f"takes {', '.join(SERVICES)}")
         self._path = socket_path(endpoint)
+        probing, looking = Workers("identity", _PROBING), Workers("looking", _LOOKING)
+        self._workers = [probing, looking, Workers("controller", _WORKERS), Workers("node", _WORKERS)]
+        _, _, controller, nodes = self._workers
         self._server = grpc.server(
-            futures.ThreadPoolExecutor(max_workers=_WORKERS, thread_name_prefix="csi"),
+            probing.pool,
             options=[("grpc.max_receive_message_length", 4 << 20)],
         )
         handlers = [
-            service_handler("Identity", Identity(version, node.catalog, with_controller="controller" in services))
+            service_handler(
+                "Identity",
+                Identity(version, node.catalog, with_controller="controller" in services),
+                probing,
+                looking,
+            )
         ]
         if "controller" in services:
-            handlers.append(service_handler("Controller", Controller(node, node_id)))
+            handlers.append(service_handler("Controller", Controller(node, node_id), controller, looking))
             if node.catalog.takes_groups:
-                handlers.append(service_handler("GroupController", GroupController(node, node_id)))
+                handlers.append(service_handler("GroupController", GroupController(node, node_id), controller, looking))
         if "node" in services:
-            handlers.append(service_handler("Node", NodeService(node, node_id)))
+            handlers.append(service_handler("Node", NodeService(node, node_id), nodes, looking))
         self._server.add_generic_rpc_handlers(tuple(handlers))
 
     def start(self) -> None:
@@ -71,8 +79,11 @@ class Server:
         self._server.start()
 
     def stop(self) -> None:
-        """Let the calls under way end (ten seconds at most), then remove the socket."""
-        self._server.stop(_GRACE).wait()
+        """Let the calls under way end (ten seconds at most), then remove the socket. A call that hangs in the kernel is
+        left behind."""
+        self._server.stop(_GRACE).wait(_GRACE + _AFTER)
+        for workers in self._workers:
+            workers.close()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._path)
 

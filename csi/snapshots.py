@@ -38,8 +38,7 @@ class SnapshotCalls:
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
                 f"accessibility_requirements leave out node {self._node_id}, where a snapshot of {volume_id} has to be",
             )
-        with self._node.still([volume_id], deadline):
-            made = backend.take_snapshot(name, volume_id, deadline)
+        made = backend.take_snapshot(name, volume_id, deadline)
         return csi_pb2.CreateSnapshotResponse(snapshot=self._snapshot(made))
 
     def _snapshot(self, snapshot: Snapshot) -> csi_pb2.Snapshot:
@@ -114,10 +113,7 @@ class GroupController:
         for volume_id in volume_ids:
             self._node.catalog.get(volume_id)
             _check_can_be_grouped(self._node, volume_id)
-        with self._node.still(volume_ids, deadline):
-            for volume_id in volume_ids:
-                self._node.check_unowned(volume_id)
-            made = self._groups.create_group(name, volume_ids, deadline)
+        made = self._groups.create_group(name, volume_ids, deadline)
         return csi_pb2.CreateVolumeGroupSnapshotResponse(group_snapshot=self._group(made))
 
     def DeleteVolumeGroupSnapshot(

@@ -46,7 +46,7 @@ class Node:
     rust_shared_block: bool = False
 
     def __post_init__(self) -> None:
-        self.catalog.watch_copies(self.check_copy)
+        self.catalog.watch_copies(self)
 
     @cached_property
     def means(self) -> ways.Means:

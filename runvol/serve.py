@@ -6,12 +6,17 @@ import logging
 import os
 import signal
 import socket
+import threading
+import time
 
 from guestmount import repair
 from runvol import assembly, version
 from runvol.config import Config
 
 log = logging.getLogger("runvol")
+
+# Seconds that threads without work have to end.
+_MOMENT, _STEP = 1.0, 0.01
 
 
 def signals() -> socket.socket:
@@ -26,6 +31,17 @@ def signals() -> socket.socket:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     return told
+
+
+def leave() -> None:
+    """End the process, whatever hangs in its threads: nothing of what they do is believed before it is on the disk."""
+    until = time.monotonic() + _MOMENT
+    while left := [one.name for one in threading.enumerate() if not one.daemon and one is not threading.main_thread()]:
+        if time.monotonic() > until:
+            log.warning("calls that hang are left behind", extra={"threads": left})
+            logging.shutdown()
+            os._exit(0)
+        time.sleep(_STEP)
 
 
 def csi_plugin(config: Config) -> None:
@@ -61,3 +77,4 @@ def csi_plugin(config: Config) -> None:
         flexvolume.stop()
     server.stop()
     node.catalog.close()
+    leave()

@@ -6,7 +6,9 @@ calls for one volume.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol, runtime_checkable
 
 from blockdev import Deadline
@@ -22,6 +24,32 @@ from volumes.model import (
     VolumeKind,
 )
 from volumes.troubles import Trouble, Unfinished, logged
+
+
+class Keeper(Protocol):
+    """Who knows of a volume's owners on this node, for whoever copies its bytes."""
+
+    def still(self, volume_ids: Sequence[str], deadline: Deadline) -> AbstractContextManager[None]:
+        """Nobody gets, gives back or deletes these volumes before the block ends. Busy if somebody is doing it."""
+
+    def check_copy(self, volume_id: str) -> None:
+        """Refused while somebody may write to it in the middle of a copy. For callers that keep it `still`."""
+
+    def check_unowned(self, volume_id: str) -> None:
+        """Refused while a pod has the volume. For callers that keep it `still`."""
+
+
+class Unkept:
+    """The keeper where nobody has owners."""
+
+    def still(self, _volume_ids: Sequence[str], _deadline: Deadline) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def check_copy(self, volume_id: str) -> None:
+        """Nobody has it."""
+
+    def check_unowned(self, volume_id: str) -> None:
+        """Nobody has it."""
 
 
 class Backend(Protocol):
@@ -44,7 +72,8 @@ class Backend(Protocol):
     ) -> Volume:
         """The volume called `name`, made now or before, with the content of `source`.
 
-        Raises VolumeConflict, NoSpace, SizeNotAllowed, VolumeNotFound (of the source), DeviceBusy (it is in use).
+        Raises VolumeConflict, NoSpace, SizeNotAllowed, VolumeNotFound (of the source), DeviceBusy (it is in use),
+        VolumeUnfinished while a copy takes longer: it goes on, and who asks again waits for it.
         """
 
     def delete(self, volume_id: str) -> None:
@@ -110,10 +139,6 @@ class BlockBackend(Backend, Protocol):
 class ImageBackend(BlockBackend, Protocol):
     """One whose volumes are files of this node, which loop devices, hand-offs and copies of bytes speak of."""
 
-    # Asked with a volume's id before its bytes are copied one after the other; who knows of owners sets it, and raises
-    # if somebody may write in the middle.
-    check_copy: Callable[[str], None]
-
     def images(self) -> Sequence[tuple[str, str]]:
         """Every volume's id with its file."""
 
@@ -129,7 +154,10 @@ class GroupBackend(Backend, Protocol):
     """One that takes snapshots of several volumes at one moment."""
 
     def create_group(self, name: str, volume_ids: Sequence[str], deadline: Deadline) -> SnapshotGroup:
-        """The snapshots of volumes that nobody uses, taken now or before."""
+        """The snapshots of volumes that nobody uses, taken now or before; all of them, or none.
+
+        VolumeUnfinished while the copies take longer: they go on, and who asks again waits for them.
+        """
 
     def group(self, group_id: str) -> SnapshotGroup:
         """VolumeNotFound where there is none."""
@@ -158,9 +186,14 @@ class SnapshotBackend(Backend, Protocol):
 
     # What the ids of its snapshots begin with.
     snapshot_prefix: str
+    # Who knows of owners sets it.
+    keeper: Keeper
 
     def take_snapshot(self, name: str, volume_id: str, deadline: Deadline) -> Snapshot:
-        """The snapshot called `name`, taken now or before. VolumeConflict if the name is another volume's."""
+        """The snapshot called `name`, taken now or before. VolumeConflict if the name is another volume's.
+
+        VolumeUnfinished while a copy takes longer: it goes on, and who asks again waits for it.
+        """
 
     def snapshot(self, snapshot_id: str) -> Snapshot:
         """VolumeNotFound where there is none."""

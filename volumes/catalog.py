@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import builtins
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Protocol, TypeVar
 
-from volumes.backend import Backend, GroupBackend, ImageBackend, SnapshotBackend
+from volumes.backend import Backend, GroupBackend, ImageBackend, Keeper, SnapshotBackend
 from volumes.errors import InvalidParameter, VolumeNotFound
 from volumes.model import VOLUME_ID, Snapshot, Volume
 from volumes.registry import DESCRIBING, NAMES, REGISTRY, Settings
@@ -77,10 +77,11 @@ class Catalog:
         """The backend whose volumes are files of this node."""
         return self._of_images[0]
 
-    def watch_copies(self, check: Callable[[str], None]) -> None:
-        """`check` is asked with a volume's id before its bytes are copied one after the other."""
-        for backend in self._of_images:
-            backend.check_copy = check
+    def watch_copies(self, keeper: Keeper) -> None:
+        """`keeper` knows of owners: it is asked before a volume's bytes are copied."""
+        for backend in self._backends:
+            if isinstance(backend, SnapshotBackend):
+                backend.keeper = keeper
 
     def images(self) -> Sequence[tuple[str, str]]:
         """Every volume that is a file of this node, with the file."""

@@ -11,13 +11,23 @@ from collections.abc import Callable, Iterator
 from blockdev import Deadline, exclusivity, sparse
 from blockdev.errors import DeviceBusy
 from blockdev.ioctls import opened
+from volumes.jobs import Progress
 
 _FICLONE = 0x40049409  # linux/fs.h
 _CHUNK = 64 << 20
+# Seconds: a copy that goes on still is not the wait of any call.
+LIMIT = 86400.0
 _NO_REFLINK = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.ENOSYS)
 
 
-def copy(source: str, target: str, deadline: Deadline, *, check: Callable[[], None] | None) -> None:
+def copy(
+    source: str,
+    target: str,
+    deadline: Deadline,
+    *,
+    check: Callable[[], None] | None,
+    progress: Progress | None = None,
+) -> None:
     """Make `target`, durable, with the content and the holes of `source`.
 
     A reflink (XFS, btrfs) is atomic, so the source may be in use: the copy is what a power cut would leave. Without
@@ -30,7 +40,7 @@ def copy(source: str, target: str, deadline: Deadline, *, check: Callable[[], No
         if not _reflink(source, writer):
             settled = _unchanged(source, check) if check is not None else contextlib.nullcontext()
             with settled, opened(source) as reader:
-                _copy_data(reader, writer, source, deadline)
+                _copy_data(reader, writer, source, deadline, progress or Progress(source))
         os.fsync(writer)
     finally:
         os.close(writer)
@@ -60,11 +70,16 @@ def _reflink(source: str, writer: int) -> bool:
     return True
 
 
-def _copy_data(reader: int, writer: int, source: str, deadline: Deadline) -> None:
-    size = os.fstat(reader).st_size
+def _copy_data(reader: int, writer: int, source: str, deadline: Deadline, progress: Progress) -> None:
+    facts = os.fstat(reader)
+    size, progress.total = facts.st_size, facts.st_blocks * 512
     os.ftruncate(writer, size)
     for start, end in sparse.extents(reader, size):
         at = start
         while at < end:
             deadline.check(f"copying {source}")
-            at += os.copy_file_range(reader, writer, min(_CHUNK, end - at), at, at)
+            moved = os.copy_file_range(reader, writer, min(_CHUNK, end - at), at, at)
+            if moved == 0:
+                raise DeviceBusy(source, "it became shorter while it was copied")
+            at += moved
+            progress.add(moved)

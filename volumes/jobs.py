@@ -13,6 +13,8 @@ from volumes.errors import VolumeUnfinished
 log = logging.getLogger("runvol.jobs")
 
 _TELL_EVERY = 10.0
+# A failure that nobody has asked for is told for so many seconds; who comes later begins anew.
+_STALE = 60.0
 # Seconds that a call waits for a copy; it goes on, and the caller asks again.
 PATIENCE = 8.0
 
@@ -38,27 +40,62 @@ class Progress:
 
 
 class Jobs:
-    """Long work by key: who asks again joins it instead of beginning another."""
+    """Long work by key: who asks again joins it instead of beginning another.
 
-    def __init__(self) -> None:
+    At most `running` works go on at a time, and at most `waiting` callers wait for any; all others are told at once.
+    """
+
+    def __init__(self, *, running: int = 4, waiting: int = 12) -> None:
         self._lock = threading.Lock()
         self._jobs: dict[str, _Job] = {}
+        self._running = threading.BoundedSemaphore(running)
+        self._waiting = threading.BoundedSemaphore(waiting)
 
     def finished(self, key: str, what: str, work: Callable[[Progress], None], patience: float) -> None:
         """Return once `work` has ended well. Raises what it raised; VolumeUnfinished, with how far it is, if it
-        takes longer than `patience` seconds: it goes on, and the next call waits for it again."""
-        with self._lock:
-            job = self._jobs.get(key)
-            if job is None:
-                job = self._jobs[key] = _Job(Progress(what), work)
-                job.thread.start()
-        if not job.over.wait(patience):
-            raise VolumeUnfinished(f"{what}: {job.progress.percent}% ({job.progress.done} bytes) done; ask again")
+        takes longer than `patience` seconds, or others go first: the next call waits for it again."""
+        may_wait = self._waiting.acquire(blocking=False)
+        until = time.monotonic() + (patience if may_wait else 0)
+        try:
+            job = self._begun(key, what, work, until)
+            if not job.over.wait(max(0.0, until - time.monotonic())):
+                raise VolumeUnfinished(f"{what}: {job.progress.percent}% ({job.progress.done} bytes) done; ask again")
+        finally:
+            if may_wait:
+                self._waiting.release()
         with self._lock:
             if self._jobs.get(key) is job:
                 del self._jobs[key]
         if job.error is not None:
             raise job.error
+
+    def _begun(self, key: str, what: str, work: Callable[[Progress], None], until: float) -> _Job:
+        known = self._known(key)
+        if known is not None:
+            return known
+        if not self._running.acquire(timeout=max(0.0, until - time.monotonic())):
+            raise VolumeUnfinished(f"{what}: other copies go first; ask again")
+        with self._lock:
+            job = self._jobs.get(key)
+            if job is not None:
+                self._running.release()
+                return job
+            job = _Job(Progress(what), work, self._running.release)
+            try:
+                job.thread.start()
+            except BaseException:
+                self._running.release()
+                raise
+            self._jobs[key] = job
+            return job
+
+    def _known(self, key: str) -> _Job | None:
+        with self._lock:
+            job = self._jobs.get(key)
+            if job is not None and job.failed_before(time.monotonic() - _STALE):
+                del self._jobs[key]
+                return None
+            return job
 
     def progress(self, key: str) -> Progress | None:
         """How far the work under `key` is; None if there is none."""
@@ -68,10 +105,11 @@ class Jobs:
 
 
 class _Job:
-    def __init__(self, progress: Progress, work: Callable[[Progress], None]) -> None:
+    def __init__(self, progress: Progress, work: Callable[[Progress], None], let_next: Callable[[], None]) -> None:
         self.progress, self.over = progress, threading.Event()
         self.error: BaseException | None = None
-        self._work = work
+        self._ended = 0.0
+        self._work, self._let_next = work, let_next
         # A daemon: the next process begins the work again.
         self.thread = threading.Thread(target=self._run, name=progress.what, daemon=True)
 
@@ -85,4 +123,9 @@ class _Job:
             log.warning("not copied", extra={"what": self.progress.what, "why": str(error)})
             self.error = error
         finally:
+            self._ended = time.monotonic()
+            self._let_next()
             self.over.set()
+
+    def failed_before(self, moment: float) -> bool:
+        return self.over.is_set() and self.error is not None and self._ended < moment

@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import NoReturn
 
 from blockdev import Deadline, blankness, durable, exclusivity, filesystems
 from blockdev.errors import WrongFilesystem
 from volumes import copies, sizes
+from volumes.backend import Keeper, Unkept
 from volumes.busy import Busy
 from volumes.errors import (
     InvalidParameter,
@@ -25,6 +26,7 @@ from volumes.errors import (
     VolumeNotFound,
     VolumeUnfinished,
 )
+from volumes.jobs import PATIENCE, Jobs, Progress
 from volumes.model import (
     VOLUME_ID,
     BlockSource,
@@ -45,7 +47,6 @@ from volumes.troubles import Recovery, Step, Trouble, Unfinished, logged
 
 PREFIX = "loop-"
 _SUFFIX, _NEW = ".img", ".new"
-_COPY_LIMIT = 3600.0
 
 PARAMETERS = (
     Parameter(
@@ -74,20 +75,16 @@ class LoopBackend:
         self._limit = capacity_limit
         self._store = Store(os.path.join(state_dir, "volumes.db"))
         self._busy = Busy(os.path.join(state_dir, "volumes.lock"))
-        # Asked with a volume's id before its bytes are copied one after the other; who knows of owners sets it, and
-        # raises if somebody may write in the middle.
-        self.check_copy: Callable[[str], None] = lambda _volume_id: None
+        self.keeper: Keeper = Unkept()
+        self._jobs = Jobs()
         self._recovery = Recovery(self._store.path, self._busy, self._steps)
         self.image_snapshots = Snapshots(
-            self._store, self._directory, busy=self._busy, room=self.available_bytes,
-            check_copy=self._may_copy,
+            self._store, self._directory, self._jobs, busy=self._busy, room=self.available_bytes,
+            keeper=lambda: self.keeper,
         )  # fmt: skip
 
     def close(self) -> None:
         self._store.close()
-
-    def _may_copy(self, volume_id: str) -> None:
-        self.check_copy(volume_id)
 
     @property
     def directory(self) -> str:
@@ -115,6 +112,33 @@ class LoopBackend:
         source: ContentSource | None = None,
     ) -> Volume:
         smallest = max((_smallest(use, parameters) for use in uses), default=filesystems.SMALLEST["ext4"])
+        if source is None:
+            return self._created(name, size, parameters, smallest, None, Progress(name))
+
+        def work(progress: Progress) -> None:
+            kept = [source.source_id] if source.kind == "volume" else []
+            with self.keeper.still(kept, Deadline.after(PATIENCE)):
+                self._created(name, size, parameters, smallest, source, progress)
+
+        old, key = self._store.by_name(name), _filling(name)
+        if old is None or (old.state is not State.READY and self._jobs.progress(key) is None):
+            self._content(source)  # what is wrong with it is told at once
+        if old is None or old.state is not State.READY:
+            self._jobs.finished(key, f"volume {name} from {source}", work, PATIENCE)
+            old = self._store.by_name(name)
+        if old is None or old.state is not State.READY:
+            raise VolumeUnfinished(f"volume {name} was deleted meanwhile; ask again")
+        return _same(old, size, parameters, source, self._volume(old))
+
+    def _created(
+        self,
+        name: str,
+        size: SizeRange,
+        parameters: Mapping[str, str],
+        smallest: int,
+        source: ContentSource | None,
+        progress: Progress,
+    ) -> Volume:
         with self._busy():
             old = self._store.by_name(name)
             if old is not None and old.state is State.READY:
@@ -141,7 +165,8 @@ class LoopBackend:
                     source=str(source or ""),
                 )
             try:
-                self._make_file(volume_id, capacity, source, preallocate=parameters.get("preallocate") == "true")
+                preallocate = parameters.get("preallocate") == "true"
+                self._make_file(volume_id, capacity, source, progress, preallocate=preallocate)
             except OSError as error:
                 self._drop(volume_id)
                 _raise_no_space(error, capacity)
@@ -160,10 +185,12 @@ class LoopBackend:
         return self.attach(source.source_id).path
 
     def delete(self, volume_id: str) -> None:
-        row = self._store.get(volume_id)
-        if row is None:
-            return
         with self._busy():
+            row = self._store.get(volume_id)
+            if row is None:
+                return
+            if row.state is State.CREATING and self._jobs.progress(_filling(row.name)) is not None:
+                raise VolumeUnfinished(f"volume {volume_id} is being filled from {row.source}")
             path = self._path(volume_id)
             if row.state is State.READY and os.path.exists(path):
                 exclusivity.prove_free(path, past_known=False)
@@ -247,7 +274,6 @@ class LoopBackend:
     snapshot_prefix = SNAPSHOT_PREFIX
 
     def take_snapshot(self, name: str, volume_id: str, deadline: Deadline) -> Snapshot:
-        """The caller keeps the volume still."""
         return self.image_snapshots.create(name, volume_id, self.attach(volume_id).path, deadline)
 
     def snapshot(self, snapshot_id: str) -> Snapshot:
@@ -263,7 +289,6 @@ class LoopBackend:
         return self.image_snapshots.list(after=after, limit=limit, source=source)
 
     def create_group(self, name: str, volume_ids: Sequence[str], deadline: Deadline) -> SnapshotGroup:
-        """The caller keeps the volumes still."""
         sources = [(one, self.attach(one).path) for one in volume_ids]
         return self.image_snapshots.create_group(name, sources, deadline)
 
@@ -391,11 +416,15 @@ class LoopBackend:
                 "delete volumes, or give the directory a larger disk"
             )
 
-    def _make_file(self, volume_id: str, capacity: int, source: ContentSource | None, *, preallocate: bool) -> None:
+    def _make_file(
+        self, volume_id: str, capacity: int, source: ContentSource | None, progress: Progress, *, preallocate: bool
+    ) -> None:
         new = os.path.join(self._directory, volume_id + _NEW)
         if source is not None:
-            check = partial(self.check_copy, source.source_id) if source.kind == "volume" else None
-            copies.copy(self._content(source), new, Deadline.after(_COPY_LIMIT), check=check)
+            check = partial(self.keeper.check_copy, source.source_id) if source.kind == "volume" else None
+            copies.copy(
+                self._content(source), new, Deadline.after(copies.LIMIT), check=check, progress=progress
+            )  # fmt: skip
         fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             if preallocate:
@@ -427,6 +456,11 @@ class LoopBackend:
                 os.unlink(os.path.join(self._directory, volume_id + suffix))
         durable.sync_directory(self._directory)
         self._store.remove(volume_id)
+
+
+def _filling(name: str) -> str:
+    """The key of the work that fills a volume of that name."""
+    return f"volume {name}"
 
 
 def _left(row: Row | SnapshotRow) -> str:

@@ -16,6 +16,7 @@ import msgspec
 
 from blockdev import Deadline, nfs, trees
 from volumes import exports, share, sizes
+from volumes.backend import Keeper, Unkept
 from volumes.errors import (
     InvalidParameter,
     StoreFailed,
@@ -45,7 +46,10 @@ class NfsBackend:
     multi_node = True
 
     def __init__(self, state_dir: str) -> None:
-        self._exports, self._jobs = Exports(state_dir), Jobs()
+        self._exports = Exports(state_dir)
+        # Many, as each may wait for a server of its own.
+        self._jobs = Jobs(running=16)
+        self.keeper: Keeper = Unkept()
         # In the names of what is being made, so that two controllers never write to the same.
         self._own = os.urandom(6).hex()
         self._snapshots = NfsSnapshots(self._exports, self._jobs, self._own)
@@ -77,7 +81,12 @@ class NfsBackend:
         """VolumeUnfinished, with how far it is, while the content of `source` is still being copied."""
         export = exports.of_class(parameters, [flag for use in uses for flag in use.mount_flags])
         volume_id = exports.id_of(export, name, NFS_VOLUME)
-        with exports.opened(export) as root, share.enough_space(f"volume {name}"):
+        kept = [source.source_id] if source is not None and source.kind == "volume" else []
+        with (
+            self.keeper.still(kept, Deadline.after(PATIENCE)),
+            exports.opened(export) as root,
+            share.enough_space(f"volume {name}"),
+        ):
             self._exports.remember(export)
             record = share.read(root, volume_id, Record)
             if record is None:
@@ -219,7 +228,8 @@ class NfsBackend:
 
     def take_snapshot(self, name: str, volume_id: str, deadline: Deadline) -> Snapshot:
         """As an archive on the volume's share; not `ready` while it is being made."""
-        return self._snapshots.take(name, volume_id, deadline)
+        with self.keeper.still([volume_id], deadline):
+            return self._snapshots.take(name, volume_id, deadline)
 
     def snapshot(self, snapshot_id: str) -> Snapshot:
         return self._snapshots.get(snapshot_id)

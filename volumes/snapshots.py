@@ -15,12 +15,16 @@ from contextlib import AbstractContextManager
 
 from blockdev import Deadline, durable
 from volumes import copies
-from volumes.errors import NoSpace, VolumeConflict, VolumeNotFound
+from volumes.backend import Keeper
+from volumes.errors import NoSpace, VolumeConflict, VolumeNotFound, VolumeUnfinished
+from volumes.jobs import PATIENCE, Jobs, Progress
 from volumes.model import VOLUME_ID, Snapshot, SnapshotGroup
 from volumes.store import SnapshotRow, State, Store
 
 PREFIX, GROUP_PREFIX = "snap-", "group-"
 SUFFIX, NEW = ".snap", ".snap-new"
+# Seconds in which a call that has waited still answers.
+_SPARE = 0.5
 
 
 class Snapshots:
@@ -30,39 +34,46 @@ class Snapshots:
         self,
         store: Store,
         directory: str,
+        jobs: Jobs,
         *,
         busy: Callable[[], AbstractContextManager[None]],
         room: Callable[[], int],
-        check_copy: Callable[[str], None],
+        keeper: Callable[[], Keeper],
     ) -> None:
-        """`busy` keeps recovery away, of other processes too; `room` tells how many bytes can still be promised.
+        """`busy` keeps recovery away, of other processes too; `room` tells how many bytes can still be promised."""
+        self._store, self._directory, self._jobs, self._busy, self._room = store, directory, jobs, busy, room
+        self._keeper = keeper
 
-        `check_copy` raises if a volume's bytes cannot be copied one after the other.
-        """
-        self._store, self._directory, self._busy, self._room = store, directory, busy, room
-        self._check_copy = check_copy
-
-    def create(self, name: str, source: str, source_path: str, deadline: Deadline, *, group: str = "") -> Snapshot:
+    def create(self, name: str, source: str, source_path: str, deadline: Deadline) -> Snapshot:
         """The snapshot called `name`, taken now or before. VolumeConflict if the name is another volume's."""
+
+        def work(progress: Progress) -> None:
+            with self._keeper().still([source], Deadline.after(PATIENCE)), self._busy():
+                self._take(name, source, source_path, progress)
+
+        old, key = self._store.snapshot_by_name(name), _taking(name)
+        if old is None or old.state is not State.READY:
+            self._jobs.finished(key, f"snapshot {name} of {source}", work, _patience(deadline))
+            old = self._store.snapshot_by_name(name)
+        if old is None or old.state is not State.READY:
+            raise VolumeUnfinished(f"snapshot {name} was deleted meanwhile; ask again")
+        if old.source != source or old.group:
+            raise VolumeConflict(name, f"is a snapshot of {old.source}, not of {source}")
+        return _snapshot(old)
+
+    def _take(self, name: str, source: str, source_path: str, progress: Progress) -> None:
         old = self._store.snapshot_by_name(name)
         if old is not None and old.state is State.READY:
-            if old.source != source or old.group != group:
-                raise VolumeConflict(name, f"is a snapshot of {old.source}, not of {source}")
-            return _snapshot(old)
+            return
         if old is not None:
             self._drop(old.snapshot_id)
-        with self._busy():
-            return self._take(name, source, source_path, deadline, group)
-
-    def _take(self, name: str, source: str, source_path: str, deadline: Deadline, group: str) -> Snapshot:
-        snapshot_id = self._begin(name, source, source_path, group)
+        snapshot_id = self._begin(name, source, source_path, "")
         try:
-            self._copy(snapshot_id, source, source_path, deadline)
+            self._copy(snapshot_id, source, source_path, progress)
         except BaseException:
             self._drop(snapshot_id)
             raise
         self._store.set_snapshot_state(snapshot_id, State.READY)
-        return self.get(snapshot_id)
 
     def _begin(self, name: str, source: str, source_path: str, group: str) -> str:
         facts = os.stat(source_path)
@@ -72,13 +83,19 @@ class Snapshots:
         )
         return snapshot_id
 
-    def _copy(self, snapshot_id: str, source: str, source_path: str, deadline: Deadline) -> None:
+    def _copy(self, snapshot_id: str, source: str, source_path: str, progress: Progress) -> None:
         allocated, room = os.stat(source_path).st_blocks * 512, self._room()
         if allocated > room:
             raise NoSpace(f"a snapshot of {source} takes {allocated} bytes; {room} can still be promised")
         new = os.path.join(self._directory, snapshot_id + NEW)
         try:
-            copies.copy(source_path, new, deadline, check=lambda: self._check_copy(source))
+            copies.copy(
+                source_path,
+                new,
+                Deadline.after(copies.LIMIT),
+                check=lambda: self._keeper().check_copy(source),
+                progress=progress,
+            )
             os.rename(new, self.path(snapshot_id))
             durable.sync_directory(self._directory)
         except OSError as error:
@@ -87,7 +104,7 @@ class Snapshots:
             raise
 
     def create_group(self, name: str, sources: Sequence[tuple[str, str]], deadline: Deadline) -> SnapshotGroup:
-        """Snapshots of all `sources` (volume id and path), or of none. The callers keep the volumes still meanwhile.
+        """Snapshots of all `sources` (volume id and path), or of none. The volumes are kept still meanwhile.
 
         All rows are there before the first copy, and become ready in one step after the last: what a killed process
         leaves is unfinished as a whole.
@@ -95,28 +112,44 @@ class Snapshots:
         import uuid
 
         group_id = GROUP_PREFIX + uuid.uuid5(uuid.NAMESPACE_OID, name).hex
+        volumes = [volume for volume, _path in sources]
+
+        def work(progress: Progress) -> None:
+            keeper = self._keeper()
+            with keeper.still(volumes, Deadline.after(PATIENCE)), self._busy():
+                for volume in volumes:
+                    keeper.check_unowned(volume)
+                self._take_group(group_id, sources, progress)
+
+        if not self._is_whole(group_id):
+            self._jobs.finished(_taking(group_id), f"snapshots of the group {name}", work, _patience(deadline))
+        made = self.group(group_id)
+        if {one.source for one in made.snapshots} != set(volumes):
+            raise VolumeConflict(name, f"is a group of the volumes {sorted(one.source for one in made.snapshots)}")
+        return made
+
+    def _is_whole(self, group_id: str) -> bool:
         members = self._store.snapshots(group=group_id)
-        if members and all(row.state is State.READY for row in members):
-            if {row.source for row in members} != {volume for volume, _path in sources}:
-                raise VolumeConflict(name, f"is a group of the volumes {sorted(row.source for row in members)}")
-            return self.group(group_id)
-        for row in members:  # an attempt that was killed
+        return bool(members) and all(row.state is State.READY for row in members)
+
+    def _take_group(self, group_id: str, sources: Sequence[tuple[str, str]], progress: Progress) -> None:
+        if self._is_whole(group_id):
+            return
+        for row in self._store.snapshots(group=group_id):  # an attempt that was killed
             self._drop(row.snapshot_id)
-        with self._busy():
-            made: dict[str, str] = {}
-            try:
-                with self._store.transaction():
-                    for volume, path in sources:
-                        made[volume] = self._begin(f"\1{group_id}/{volume}", volume, path, group_id)
-                for volume, path in sources:
-                    self._copy(made[volume], volume, path, deadline)
-            except BaseException:
-                self.delete_group(group_id)
-                raise
+        made: dict[str, str] = {}
+        try:
             with self._store.transaction():
-                for snapshot_id in made.values():
-                    self._store.set_snapshot_state(snapshot_id, State.READY)
-        return self.group(group_id)
+                for volume, path in sources:
+                    made[volume] = self._begin(f"\1{group_id}/{volume}", volume, path, group_id)
+            for volume, path in sources:
+                self._copy(made[volume], volume, path, progress)
+        except BaseException:
+            self._drop_group(group_id)
+            raise
+        with self._store.transaction():
+            for snapshot_id in made.values():
+                self._store.set_snapshot_state(snapshot_id, State.READY)
 
     def group(self, group_id: str) -> SnapshotGroup:
         """VolumeNotFound for an unknown or unfinished group."""
@@ -126,13 +159,19 @@ class Snapshots:
         return SnapshotGroup(group_id=group_id, snapshots=tuple(map(_snapshot, members)))
 
     def delete_group(self, group_id: str) -> None:
+        """No such group, nor any of its snapshots, afterwards. VolumeUnfinished while they are being made."""
+        if self._jobs.progress(_taking(group_id)) is not None:
+            raise VolumeUnfinished(f"the snapshots of the group {group_id} are being made")
         if VOLUME_ID.match(group_id):
-            members = self._store.snapshots(group=group_id)
-            with self._store.transaction():
-                for row in members:
-                    self._store.set_snapshot_state(row.snapshot_id, State.DELETING)
+            self._drop_group(group_id)
+
+    def _drop_group(self, group_id: str) -> None:
+        members = self._store.snapshots(group=group_id)
+        with self._store.transaction():
             for row in members:
-                self._drop(row.snapshot_id)
+                self._store.set_snapshot_state(row.snapshot_id, State.DELETING)
+        for row in members:
+            self._drop(row.snapshot_id)
 
     def get(self, snapshot_id: str) -> Snapshot:
         """VolumeNotFound where there is none."""
@@ -146,8 +185,11 @@ class Snapshots:
         return [(row.seq, _snapshot(row)) for row in rows]
 
     def delete(self, snapshot_id: str) -> None:
-        """No such snapshot afterwards, whether there was one or not."""
-        if VOLUME_ID.match(snapshot_id) and self._store.snapshot(snapshot_id) is not None:
+        """No such snapshot afterwards, whether there was one or not. VolumeUnfinished while it is being made."""
+        row = self._store.snapshot(snapshot_id) if VOLUME_ID.match(snapshot_id) else None
+        if row is not None:
+            if row.state is State.CREATING and self._jobs.progress(_taking(row.name)) is not None:
+                raise VolumeUnfinished(f"snapshot {snapshot_id} is being made")
             self._store.set_snapshot_state(snapshot_id, State.DELETING)
             self._drop(snapshot_id)
 
@@ -170,6 +212,15 @@ class Snapshots:
                 os.unlink(os.path.join(self._directory, snapshot_id + suffix))
         durable.sync_directory(self._directory)
         self._store.remove_snapshot(snapshot_id)
+
+
+def _taking(name: str) -> str:
+    """The key of the work that takes a snapshot, or a group, of that name."""
+    return f"snapshot {name}"
+
+
+def _patience(deadline: Deadline) -> float:
+    return max(0.0, min(PATIENCE, deadline.remaining() - _SPARE))
 
 
 def _snapshot(row: SnapshotRow) -> Snapshot:

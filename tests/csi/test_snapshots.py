@@ -214,7 +214,7 @@ def test_what_is_written_in_the_middle_of_a_copy_is_no_snapshot(tmp_path, monkey
     source = tmp_path / "image"
     source.write_bytes(bytes(1 << 20))
 
-    def written(_reader, _writer, path, _deadline):
+    def written(_reader, _writer, path, _deadline, _progress):
         with open(path, "r+b") as file:
             file.write(b"later")
 

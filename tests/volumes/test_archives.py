@@ -155,3 +155,41 @@ def test_a_failure_is_told_once_and_then_tried_again():
         jobs.finished("k", "a copy", work, 10)
     jobs.finished("k", "a copy", work, 10)
     assert len(tries) == 2
+
+
+def test_few_works_go_on_and_few_callers_wait():
+    jobs, go = Jobs(running=1, waiting=1), threading.Event()
+
+    def work(_progress: Progress) -> None:
+        go.wait(10)
+
+    first = threading.Thread(target=lambda: jobs.finished("a", "the first", work, 10))
+    first.start()
+    while jobs.progress("a") is None:
+        time.sleep(0.01)
+    started = time.monotonic()
+    with pytest.raises(VolumeUnfinished, match="0%"):
+        jobs.finished("a", "the first", work, 10)
+    with pytest.raises(VolumeUnfinished, match="other copies go first"):
+        jobs.finished("b", "another", work, 10)
+    assert time.monotonic() - started < 5
+    go.set()
+    first.join()
+    jobs.finished("b", "another", work, 10)
+
+
+def test_a_failure_that_nobody_heard_of_is_no_later_callers(monkeypatch):
+    jobs, tries = Jobs(), []
+
+    def work(_progress: Progress) -> None:
+        tries.append(1)
+        time.sleep(0.2)
+        if len(tries) == 1:
+            raise StoreFailed("tar ended")
+
+    with pytest.raises(VolumeUnfinished):
+        jobs.finished("k", "a copy", work, 0.0)
+    time.sleep(0.4)
+    monkeypatch.setattr("volumes.jobs._STALE", 0.1)
+    jobs.finished("k", "a copy", work, 10)
+    assert len(tries) == 2

@@ -1,0 +1,125 @@
+"""No volume, no store and no recovery uses up what others need: threads, and an end on SIGTERM."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import subprocess
+import sys
+import time
+from concurrent import futures
+
+import grpc
+import pytest
+
+from csi.errors import CallError
+from csi.workers import Workers, family_of
+from runvol_proto import csi_pb2
+from tests.driver import mount_capability
+
+pytestmark = pytest.mark.kernel
+MIB = 1 << 20
+
+
+def test_one_store_leaves_threads_for_others():
+    workers = Workers("test", 4)
+    silent = csi_pb2.NodePublishVolumeRequest(volume_id="nfs-aaaa-1")
+    other = csi_pb2.NodePublishVolumeRequest(volume_id="loop-2")
+    with contextlib.ExitStack() as hanging:
+        for _ in range(3):
+            hanging.enter_context(workers.admitted(silent))
+        with pytest.raises(CallError, match="nfs-aaaa-"), workers.admitted(silent):
+            pass
+        with workers.admitted(other):
+            pass
+    with workers.admitted(silent):
+        pass
+    workers.close()
+    assert family_of(csi_pb2.ProbeRequest()) == "" and family_of("no message") == ""
+
+
+@pytest.fixture
+def locked(driver):
+    """A recovery of another process has the store, as long as the block lasts."""
+    fd = os.open(driver.state / "volumes.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    yield
+    os.close(fd)
+
+
+def test_a_recovery_that_takes_long_holds_up_creations_and_nothing_else(driver, locked):
+    client = driver.client
+    asked = {"volume_capabilities": [mount_capability()], "timeout": 30.0}
+    with futures.ThreadPoolExecutor(40) as several:
+        creations = [several.submit(client.CreateVolume, name=f"v{number}", **asked) for number in range(40)]
+        time.sleep(0.3)
+        assert client.Probe(timeout=3.0).ready.value
+        target = str(driver.kubelet / "t")
+        client.NodeUnpublishVolume(volume_id="loop-x", target_path=target, timeout=3.0)
+        answers = {one.exception().code() for one in creations}
+    assert answers == {grpc.StatusCode.ABORTED}
+
+
+def test_a_process_ends_whatever_its_threads_wait_for():
+    hanging = (
+        "import time; from concurrent.futures import ThreadPoolExecutor; from runvol import serve\n"
+        "pool = ThreadPoolExecutor(1); pool.submit(time.sleep, 1000); pool.shutdown(wait=False)\n"
+        "serve.leave(); print('not reached')"
+    )
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", hanging], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "" and "left behind" in done.stderr and time.monotonic() - started < 20
+
+
+def test_many_restores_at_once_hold_up_nobody(driver):
+    """A StatefulSet's: few are copied at a time, who waits too long is told so, and each is made in the end."""
+    volume = driver.create("source", 64 * MIB)
+    with open(driver.state / "volumes" / f"{volume.volume_id}.img", "r+b") as file:
+        for _ in range(60):
+            file.write(os.urandom(MIB))
+    content = {"volume": {"volume_id": volume.volume_id}}
+    made: set[str] = set()
+
+    def restored(number: int) -> None:
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
+            with contextlib.suppress(grpc.RpcError):
+                made.add(
+                    driver.client.CreateVolume(
+                        name=f"r{number}",
+                        volume_capabilities=[mount_capability()],
+                        volume_content_source=content,
+                        timeout=5.0,
+                    ).volume.volume_id
+                )
+                return
+            time.sleep(0.2)
+
+    with futures.ThreadPoolExecutor(32) as several:
+        restores = [several.submit(restored, number) for number in range(32)]
+        slowest = 0.0
+        while not all(one.done() for one in restores):
+            asked = time.monotonic()
+            driver.client.Probe(timeout=5.0)
+            driver.client.NodeUnpublishVolume(volume_id="loop-x", target_path=str(driver.kubelet / "t"), timeout=5.0)
+            slowest = max(slowest, time.monotonic() - asked)
+            time.sleep(0.05)
+    assert len(made) == 32 and slowest < 4
+
+
+def test_a_caller_that_has_gone_while_its_call_waited_has_nothing_begun(driver):
+    fd = os.open(driver.state / "volumes.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    asked = {"volume_capabilities": [mount_capability()]}
+    with futures.ThreadPoolExecutor(32) as several:
+        creations = [
+            several.submit(driver.client.CreateVolume, name=f"v{number}", timeout=30.0, **asked) for number in range(32)
+        ]
+        time.sleep(0.5)
+        with pytest.raises(grpc.RpcError):
+            driver.client.CreateVolume(name="late", timeout=1.0, **asked)
+        os.close(fd)
+        assert len({one.result().volume.volume_id for one in creations}) == 32
+    time.sleep(0.5)
+    assert len(driver.client.ListVolumes().entries) == 32
