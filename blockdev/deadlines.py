@@ -11,6 +11,8 @@ from typing import TypeVar
 from blockdev.errors import WaitExpired
 
 T = TypeVar("T")
+# Calls that have not come back, by what they do.
+_left_behind: dict[str, threading.Thread] = {}
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,12 @@ def bounded(what: str, deadline: Deadline, call: Callable[[], T]) -> T:
     """Run a system call that may never return (a dead server, a broken disk) without sharing its fate.
 
     The call runs in a thread of its own. Past the deadline WaitExpired is raised and the thread is left
-    to the kernel; a thread in an uninterruptible sleep cannot be ended by anybody.
+    to the kernel; a thread in an uninterruptible sleep cannot be ended by anybody. As long as it is there, `what` is
+    not begun again: whoever asks for it gets WaitExpired at once.
     """
+    left = _left_behind.get(what)
+    if left is not None and left.is_alive():
+        raise WaitExpired(what, deadline.given)
     outcome: list[T] = []
     failure: list[BaseException] = []
 
@@ -59,11 +65,15 @@ def bounded(what: str, deadline: Deadline, call: Callable[[], T]) -> T:
             outcome.append(call())
         except BaseException as error:
             failure.append(error)
+        finally:
+            if _left_behind.get(what) is threading.current_thread():
+                _left_behind.pop(what, None)
 
     thread = threading.Thread(target=work, name=what, daemon=True)
     thread.start()
     thread.join(deadline.remaining())
     if thread.is_alive():
+        _left_behind[what] = thread
         raise WaitExpired(what, deadline.given)
     if failure:
         raise failure[0]

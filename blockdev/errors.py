@@ -88,6 +88,13 @@ class FilesystemUnknown(MountFailed):
         super().__init__(source, "nowhere", f"this kernel has no {fstype} ({reason}); load its module")
 
 
+class TooDeep(BlockdevError):
+    """Directories are nested deeper than anything is looked for."""
+
+    def __init__(self, what: str, deepest: int) -> None:
+        super().__init__(f"{what}: it nests more than {deepest} directories in one another")
+
+
 class NotRemoved(BlockdevError):
     """Something in a directory tree that is to go does not."""
 

@@ -194,10 +194,10 @@ def be_let_go(target: str) -> None:
     tries = 0
     while in_table(target):
         why = "it did not end"
-        for flags in (syscalls.MNT_FORCE, syscalls.MNT_DETACH):
+        for how, flags in (("by force", syscalls.MNT_FORCE), ("detaching", syscalls.MNT_DETACH)):
             call = functools.partial(syscalls.umount, target, flags | syscalls.UMOUNT_NOFOLLOW)
             try:
-                bounded(f"letting go of {target}", Deadline.after(_MOMENT), call)
+                bounded(f"letting go of {target} ({how})", Deadline.after(_MOMENT), call)
             except WaitExpired:
                 continue
             except OSError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import stat
+import struct
 from dataclasses import dataclass
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -25,11 +26,9 @@ MS_PRIVATE, MS_RELATIME, MS_STRICTATIME, MS_LAZYTIME = 1 << 18, 1 << 21, 1 << 24
 
 MNT_FORCE, MNT_DETACH, UMOUNT_NOFOLLOW = 1, 2, 8
 
-_OPENAT2 = 437
-RESOLVE_NO_XDEV, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH = 1, 4, 8
 _OPEN_TREE, _MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT, _MOUNT_SETATTR = 428, 429, 430, 431, 432, 442
 _OPENAT2 = 437
-RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH = 2, 4, 8
+RESOLVE_NO_XDEV, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH = 1, 2, 4, 8
 _OPEN_TREE_CLONE = 1
 _MOVE_MOUNT_F_EMPTY_PATH = 4
 _FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE, _FSCONFIG_CMD_RECONFIGURE = 0, 1, 6, 7
@@ -126,6 +125,26 @@ def openat2(directory: int, path: str, flags: int, resolve: int) -> int:
     """openat2(2), Linux 5.6: an existing file by a path that `resolve` bounds. EXDEV, ELOOP, or EAGAIN for a race."""
     how = _OpenHow(flags=flags | os.O_CLOEXEC, resolve=resolve)
     return _check(_libc.syscall(_OPENAT2, directory, _bytes(path), ctypes.byref(how), ctypes.sizeof(how)), path)
+
+
+DT_UNKNOWN, DT_DIR = 0, 4
+_DIRENT = struct.Struct("=QqHB")
+_ENTRIES = 32768
+
+
+def entries(directory: int) -> list[tuple[str, int, int]]:
+    """Some of a directory's entries, from the descriptor's position on: names, types, and the position after each, to
+    which lseek(2) comes back from any descriptor of the directory. Empty at the end. `.` and `..` are among them."""
+    buffer = ctypes.create_string_buffer(_ENTRIES)
+    _libc.getdents64.restype = ctypes.c_ssize_t
+    length = _check(_libc.getdents64(directory, buffer, ctypes.c_size_t(_ENTRIES)))
+    found, at, raw = [], 0, buffer.raw
+    while at < length:
+        _inode, position, size, kind = _DIRENT.unpack_from(raw, at)
+        start = at + _DIRENT.size
+        found.append((os.fsdecode(raw[start : raw.index(0, start)]), kind, position))
+        at += size
+    return found
 
 
 class _Statx(ctypes.Structure):

@@ -18,14 +18,16 @@ from dataclasses import dataclass, field
 
 from blockdev import syscalls
 from blockdev.deadlines import Deadline
-from blockdev.errors import NotRemoved
+from blockdev.errors import NotRemoved, TooDeep
 
 # Names of directories that are kept in mind for one level, so that a wide one need not be read anew for each of them,
 # and for all levels together.
 _AHEAD, _AHEAD_IN_ALL = 1000, 100_000
 _MOMENT = 0.01
-# Names of files that a walk holds at a time: a pod makes millions of them in one directory.
+# Names that a walk holds of one directory at a time: a pod makes millions of them.
 _PART = 10_000
+# Levels of directories, one in another, that are gone through: each is kept in mind.
+_DEEPEST = 100_000
 # What a name answers that was taken away, or given to something else, since it was read.
 NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE)
 
@@ -52,22 +54,26 @@ def walk(root: int, what: str, deadline: Deadline) -> Iterator[tuple[int, list[s
 
     A descriptor of it, which is good until the next step, the names of the directories in it, and all its other names.
     A name may mean something else already when it is used. Mounts are not entered, nor what root may not look into. A
-    directory of very many files comes in parts, the one with its directories last. WaitExpired, naming `what`.
+    directory of very many entries comes in parts, between which its directories are walked. WaitExpired, naming `what`;
+    TooDeep.
     """
-    place = _Place(os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root))
+    place, ahead = _Place(os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root)), 0
     try:
-        fresh = True
         while True:
             deadline.check(what)
-            if fresh:
-                directories: list[str] = []
-                for directories, others in _named(place.here):
+            level = place.level
+            if level.ahead:
+                ahead -= 1
+                _entered(place, level.ahead.pop())
+                if place.depth > _DEEPEST:
+                    raise TooDeep(what, _DEEPEST)
+            elif not level.read:
+                directories, others = _part(place.here, level, max(1, min(_PART, _AHEAD_IN_ALL - ahead)))
+                if directories or others or level.read:
                     yield place.here, directories, others
-                place.level.ahead = directories[::-1]
-            fresh = False
-            while place.level.ahead and not fresh:
-                fresh = _entered(place, place.level.ahead.pop())
-            if not fresh and place.up() is None:
+                level.ahead = directories[::-1]
+                ahead += len(directories)
+            elif place.up() is None:
                 return
     finally:
         place.close()
@@ -82,13 +88,16 @@ def _entered(place: _Place, name: str) -> bool:
         raise
 
 
-@dataclass
+@dataclass(slots=True)
 class _Level:
-    """A directory on the way. `ahead`: names of directories in it that are still to be gone into."""
+    """A directory on the way. `ahead`: names of directories in it that are still to be gone into. `position`: how far
+    it was read, `read` to its end."""
 
     name: str
     identity: tuple[int, int]
     ahead: list[str] = field(default_factory=list)
+    position: int = 0
+    read: bool = False
 
 
 class _Place:
@@ -101,6 +110,10 @@ class _Place:
     @property
     def level(self) -> _Level:
         return self._levels[-1]
+
+    @property
+    def depth(self) -> int:
+        return len(self._levels)
 
     def down(self, name: str, *, forced: bool = False) -> bool:
         """Into the directory `name`; False if it is none any more. EXDEV for a mount."""
@@ -129,6 +142,13 @@ class _Place:
             os.close(fd)
         self._come_again()
         return left.name
+
+    def raise_to_top(self) -> None:
+        """Put this directory, which is deep inside, at the top of the tree, and go to the one that it was in."""
+        name = self.level.name
+        if self.up() == name:
+            with contextlib.suppress(OSError):  # it is somewhere else by now, or stays: it is found again
+                os.rename(name, f"raised-{os.urandom(16).hex()}", src_dir_fd=self.here, dst_dir_fd=self._top)
 
     def _come_again(self) -> None:
         self._go(self._top)
@@ -165,7 +185,8 @@ def _empty(fd: int, name: str, deadline: Deadline) -> None:
                 ahead -= 1
                 inner = place.level.ahead.pop()
                 with _explained(inner):
-                    place.down(inner, forced=True)
+                    if place.down(inner, forced=True) and place.depth > _DEEPEST:
+                        place.raise_to_top()
                 continue
             left = place.up()
             if left is None:
@@ -268,17 +289,32 @@ def _allowed_into(directory: int, name: str, flags: int) -> int:
         os.close(held)
 
 
-def _named(directory: int) -> Iterator[tuple[list[str], list[str]]]:
-    """Names of directories and of all else; of the latter so many at a time."""
+def _part(directory: int, level: _Level, limit: int) -> tuple[list[str], list[str]]:
+    """The next names of directories and of all else, `limit` of them at most; the level knows how far it was read."""
     directories: list[str] = []
     others: list[str] = []
-    with os.scandir(directory) as entries:
-        for entry in entries:
-            (directories if entry.is_dir(follow_symlinks=False) else others).append(entry.name)
-            if len(others) == _PART:
-                yield [], others
-                others = []
-    yield directories, others
+    os.lseek(directory, level.position, os.SEEK_SET)
+    while True:
+        some = syscalls.entries(directory)
+        if not some:
+            level.read = True
+            return directories, others
+        for name, kind, position in some:
+            level.position = position
+            if name in (".", ".."):
+                continue
+            (directories if _is_directory(directory, name, kind) else others).append(name)
+            if len(directories) + len(others) == limit:
+                return directories, others
+
+
+def _is_directory(directory: int, name: str, kind: int) -> bool:
+    if kind != syscalls.DT_UNKNOWN:
+        return kind == syscalls.DT_DIR
+    try:
+        return stat.S_ISDIR(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode)
+    except OSError:
+        return False  # gone, or nothing that can be gone into
 
 
 def _identity(fd: int) -> tuple[int, int]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
+import threading
 import time
 
 import pytest
@@ -98,6 +100,28 @@ def test_a_call_that_never_returns_costs_its_deadline_only():
     with pytest.raises(WaitExpired, match="sleeping"):
         bounded("sleeping", Deadline.after(0.2), lambda: time.sleep(5))
     assert time.monotonic() - started < 1
+
+
+def test_a_call_that_has_not_come_back_is_not_begun_again():
+    """A kubelet asks for a dead server's statistics every minute, for weeks."""
+    go, began = threading.Event(), []
+
+    def hang() -> None:
+        began.append(1)
+        go.wait(20)
+
+    for _ in range(50):
+        with pytest.raises(WaitExpired, match="measuring /dead"):
+            bounded("measuring /dead", Deadline.after(0.1 if not began else 5), hang)
+    assert began == [1]
+    go.set()
+    until = time.monotonic() + 5
+    while time.monotonic() < until:
+        with contextlib.suppress(WaitExpired):
+            assert bounded("measuring /dead", Deadline.after(5), lambda: 7) == 7
+            return
+        time.sleep(0.01)
+    raise AssertionError("a server that is back is not asked again")
 
 
 def test_programs_end_with_the_deadline_and_report_what_they_said(soon):

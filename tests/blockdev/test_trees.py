@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from blockdev import Deadline, NotRemoved, WaitExpired, trees
+from blockdev import Deadline, NotRemoved, WaitExpired, syscalls, trees
+from blockdev.errors import TooDeep
 
 
 @pytest.fixture
@@ -203,15 +204,79 @@ def test_every_directory_is_walked_once_however_deep(tmp_path, soon, few_descrip
     trees.remove(str(tmp_path), "root", soon)
 
 
-def test_a_directory_of_very_many_files_is_walked_in_parts(tmp_path, soon, monkeypatch):
+def test_a_directory_of_very_many_entries_is_walked_in_parts(tmp_path, soon, monkeypatch):
+    """Directories among them; nothing is met twice, nothing is left out, and few names are held."""
     monkeypatch.setattr(trees, "_PART", 10)
+    wanted = set()
     for number in range(35):
         (tmp_path / f"f{number}").touch()
-    (tmp_path / "d").mkdir()
-    (tmp_path / "d" / "in").touch()
+        (tmp_path / f"d{number}").mkdir()
+        for inner in range(12):
+            (tmp_path / f"d{number}" / f"i{inner}").touch()
+            wanted.add(f"d{number}/i{inner}")
+        wanted |= {f"f{number}", f"d{number}"}
+    met: list[str] = []
     fd = os.open(tmp_path, os.O_RDONLY)
     try:
-        parts = [(sorted(directories), len(others)) for _fd, directories, others in trees.walk(fd, "walking", soon)]
+        for here, directories, others in trees.walk(fd, "walking", soon):
+            assert len(directories) + len(others) <= 10
+            where = os.path.relpath(os.readlink(f"/proc/self/fd/{here}"), tmp_path)
+            met += [os.path.normpath(f"{where}/{name}") for name in (*directories, *others)]
     finally:
         os.close(fd)
-    assert parts == [([], 10), ([], 10), ([], 10), (["d"], 5), ([], 1)]
+    assert sorted(met) == sorted(wanted)
+
+
+def test_names_of_directories_are_held_for_all_levels_together(tmp_path, soon, monkeypatch):
+    monkeypatch.setattr(trees, "_AHEAD_IN_ALL", 8)
+    for one in range(6):
+        for two in range(6):
+            for three in range(6):
+                (tmp_path / str(one) / str(two) / str(three)).mkdir(parents=True)
+    fd, met, most = os.open(tmp_path, os.O_RDONLY), 0, 0
+    real = trees._part
+    levels: list[trees._Level] = []
+
+    def counted(directory: int, level: trees._Level, limit: int) -> tuple[list[str], list[str]]:
+        nonlocal most
+        levels.append(level)
+        found = real(directory, level, limit)
+        most = max(most, len(found[0]) + sum(len(one.ahead) for one in {id(x): x for x in levels}.values()))
+        return found
+
+    monkeypatch.setattr(trees, "_part", counted)
+    try:
+        for _here, directories, _others in trees.walk(fd, "walking", soon):
+            met += len(directories)
+    finally:
+        os.close(fd)
+    assert met == 6 + 36 + 216 and most <= 8 + 2
+
+
+def test_a_tree_that_nests_too_deep_is_not_walked_but_goes(tmp_path, soon, monkeypatch):
+    monkeypatch.setattr(trees, "_DEEPEST", 100)
+    root = tmp_path / "root"
+    nested(root, 950)
+    at_the_end_of(root, "open('f', 'w').close()")
+    fd = os.open(root, os.O_RDONLY)
+    with pytest.raises(TooDeep, match="more than 100"):
+        list(trees.walk(fd, "walking", soon))
+    os.close(fd)
+    trees.remove(str(tmp_path), "root", soon)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_types_that_a_filesystem_does_not_tell_are_looked_up(tmp_path, soon, monkeypatch):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "f").touch()
+    (tmp_path / "l").symlink_to("d")
+    real = syscalls.entries
+    monkeypatch.setattr(
+        syscalls, "entries", lambda fd: [(name, syscalls.DT_UNKNOWN, at) for name, _kind, at in real(fd)]
+    )
+    fd = os.open(tmp_path, os.O_RDONLY)
+    try:
+        (_, directories, others), *_ = trees.walk(fd, "walking", soon)
+    finally:
+        os.close(fd)
+    assert directories == ["d"] and sorted(others) == ["f", "l"]
