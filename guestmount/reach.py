@@ -18,7 +18,7 @@ from blockdev.mountinfo import Mount
 from guestmount.errors import Refused
 
 # include/uapi/linux/nsfs.h
-_FIRST_PID_NAMESPACE, _FIRST_MOUNT_NAMESPACE = 0xEFFFFFFC, 0xEFFFFFF8
+_PIDS_OF_ALL, _FIRST_MOUNT_NAMESPACE = f"pid:[{0xEFFFFFFC}]", 0xEFFFFFF8
 _SETTING = "node.kubelet_process"
 
 
@@ -109,13 +109,17 @@ def _is_named(pid: int, name: str) -> bool:
 def _is_of_node(pid: int) -> bool:
     """Whether the process is root's and sees all processes that the node's first one sees."""
     try:
-        return os.stat(f"/proc/{pid}").st_uid == 0 and _pid_namespace(pid) == _pid_namespace(1)
+        return os.stat(f"/proc/{pid}").st_uid == 0 and os.readlink(f"/proc/{pid}/ns/pid") == _pids_of_first()
     except OSError:
         return False
 
 
-def _pid_namespace(pid: int) -> str:
-    return os.readlink(f"/proc/{pid}/ns/pid")
+def _pids_of_first() -> str:
+    """The process namespace of the first process, which may not be looked at by everyone."""
+    try:
+        return os.readlink("/proc/1/ns/pid")
+    except OSError:
+        return _PIDS_OF_ALL if os.readlink("/proc/self/ns/pid") == _PIDS_OF_ALL else ""
 
 
 def _namespace(pid: int) -> str:
@@ -130,7 +134,7 @@ def _namespace(pid: int) -> str:
         return os.readlink(f"/proc/{pid}/ns/mnt")
     except OSError:
         pass
-    first = pid == 1 and os.readlink("/proc/self/ns/pid") == f"pid:[{_FIRST_PID_NAMESPACE}]"
+    first = pid == 1 and os.readlink("/proc/self/ns/pid") == _PIDS_OF_ALL
     return f"mnt:[{_FIRST_MOUNT_NAMESPACE}]" if first else ""
 
 

@@ -104,3 +104,27 @@ def test_a_large_filesystem_is_still_measured(tmp_path):
                     path], check=True)  # fmt: skip
     block = superblocks.read(str(path))
     assert block is not None and block.total_bytes > 3 << 40
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["-O", "mmp"], "multi-mount protection"),
+    (["-O", "journal_dev"], "another filesystem's journal"),
+])  # fmt: skip
+def test_what_would_keep_the_kernel_waiting_or_look_elsewhere_is_never_mounted(tmp_path, soon, arguments, words):
+    """Made by mkfs itself, as a guest can: a mount of the first may wait for hours, whatever the deadline."""
+    path = tmp_path / "image"
+    with path.open("wb") as file:
+        file.truncate(EXT4)
+    subprocess.run(["mkfs.ext4", "-q", "-F", *arguments, str(path)], check=True)
+    with pytest.raises(FilesystemDamaged, match=words):
+        superblocks.read(str(path))
+    started = time.monotonic()
+    with pytest.raises(FilesystemDamaged, match=words):
+        filesystems.check(str(path), "ext4", soon)
+    assert time.monotonic() - started < 5
+
+
+def test_a_journal_on_another_device_is_never_asked_for(tmp_path, images):
+    path = written(tmp_path, put(images["ext4"], 1024 + 0xE4, "<I", 0x0801), EXT4)
+    with pytest.raises(FilesystemDamaged, match="a journal on another device"):
+        superblocks.read(path)

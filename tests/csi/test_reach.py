@@ -111,3 +111,29 @@ def test_what_is_certain_is_refused_whatever_the_setting_says(shared):
         check=False, capture_output=True, text=True, cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert done.returncode == 1 and "Refused" in done.stderr and "unproved_mounts" not in done.stderr
+
+
+@pytest.mark.parametrize("prefix", [
+    ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"),
+    ("unshare", "--pid", "--fork", "--kill-child"),
+])  # fmt: skip
+def test_a_process_that_a_pod_calls_kubelet_speaks_for_nobody(shared, prefix):
+    """Of another user, or in a container: neither is taken although it has the name and the mounts."""
+    name = "runvol-kubelet"
+    called = "import ctypes,sys,time; ctypes.CDLL(None).prctl(15, sys.argv[1].encode()); print('named', flush=True); time.sleep(60)"
+    python = os.path.realpath(sys.executable)
+    impostor = subprocess.Popen([*prefix, python, "-c", called, name], stdout=subprocess.PIPE, text=True)
+    try:
+        assert impostor.stdout.readline() == "named\n"
+        said = ask(shared, name, "unshare", "-m", "--propagation", "unchanged")
+        assert said.startswith("False ") and "cannot be read" in said
+        real = subprocess.Popen([python, "-c", called, name], stdout=subprocess.PIPE, text=True)
+        try:
+            assert real.stdout.readline() == "named\n"
+            assert ask(shared, name, "unshare", "-m", "--propagation", "unchanged") == "seen\n"
+        finally:
+            real.kill()
+            real.wait()
+    finally:
+        impostor.kill()
+        impostor.wait()

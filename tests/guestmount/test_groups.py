@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import signal
 import socket
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from blockdev import Deadline, trees
+from blockdev import Deadline, syscalls, trees
 from guestmount import groups
 
 pytestmark = pytest.mark.kernel
@@ -147,3 +148,28 @@ def test_a_directory_that_moves_away_under_the_walk_does_not_lead_out(tree: Path
         if here.endswith("a/b/c"):
             os.rename(tree / "a" / "b", tree.parent / "moved")
     assert seen.count("z") == 1 and not any(name.startswith("..") for name in seen[:-1])
+
+
+def test_what_even_root_may_not_change_or_look_into_keeps_its_group(tree: Path, root: int, monkeypatch):
+    """As on a share that squashes root: an entry that refuses, and a directory that is not entered; kubelet goes on."""
+    for name in ("closed", "open"):
+        (tree / name).mkdir()
+        (tree / name / "inside").touch()
+    (tree / "theirs").touch()
+    real_chown, real_openat2 = os.chown, syscalls.openat2
+
+    def chown(path, uid, gid):
+        if os.readlink(path) == str(tree / "theirs"):
+            raise PermissionError(errno.EPERM, "Operation not permitted", path)
+        real_chown(path, uid, gid)
+
+    def openat2(directory, path, flags, resolve):
+        if path == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return real_openat2(directory, path, flags, resolve)
+
+    monkeypatch.setattr(os, "chown", chown)
+    monkeypatch.setattr(syscalls, "openat2", openat2)
+    assert groups.apply(root, GROUP, Deadline.after(5))
+    got = {name: facts(tree / name)[0] for name in ("theirs", "closed/inside", "open", "open/inside", "closed", ".")}
+    assert got == {"theirs": 0, "closed/inside": 0, "open": GROUP, "open/inside": GROUP, "closed": GROUP, ".": GROUP}
