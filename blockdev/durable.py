@@ -30,10 +30,13 @@ def write_all(fd: int, content: bytes) -> None:
         rest = rest[os.write(fd, rest) :]
 
 
-def write(path: str, content: bytes, *, mode: int = 0o600, dir_fd: int | None = None) -> None:
+def write(
+    path: str, content: bytes, *, mode: int = 0o600, dir_fd: int | None = None, synced: bool = True
+) -> None:  # fmt: skip
     """Make a new file, whole and on the disk, in a place that is the caller's alone. Nothing is left if it fails.
 
-    FileExistsError if there is one: two that write to one name would each rename the other's half.
+    FileExistsError if there is one: two that write to one name would each rename the other's half. What is not `synced`
+    may be gone after a power cut.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     fd = os.open(path, flags, 0o600, dir_fd=dir_fd)
@@ -41,7 +44,8 @@ def write(path: str, content: bytes, *, mode: int = 0o600, dir_fd: int | None = 
         try:
             write_all(fd, content)
             os.fchmod(fd, mode)
-            os.fsync(fd)
+            if synced:
+                os.fsync(fd)
         finally:
             os.close(fd)
     except BaseException:
@@ -50,16 +54,18 @@ def write(path: str, content: bytes, *, mode: int = 0o600, dir_fd: int | None = 
         raise
 
 
-def replace(path: str, content: bytes, *, beside: str = "", mode: int = 0o600, dir_fd: int | None = None) -> None:
+def replace(
+    path: str, content: bytes, *, beside: str = "", mode: int = 0o600, dir_fd: int | None = None, synced: bool = True
+) -> None:
     """`path` has this content from now on, whole, also after a power cut; if it fails, what it had before.
 
     It is written beside, under a name that no other call has, and renamed. `beside`: what that name begins with, on the
-    same filesystem; by default it lies next to `path`. `dir_fd`: the directory that the two are relative to. OSError
-    speaks of `path`, so that the same trouble is always the same sentence.
+    same filesystem; by default it lies next to `path`. `dir_fd`: the directory that the two are relative to. What is
+    not `synced` may be lost in a power cut. OSError speaks of `path`: the same trouble is always the same sentence.
     """
     new = f"{beside or f'{path}.'}{os.getpid()}-{os.urandom(4).hex()}{_END}"
     try:
-        write(new, content, mode=mode, dir_fd=dir_fd)
+        write(new, content, mode=mode, dir_fd=dir_fd, synced=synced)
         try:
             os.rename(new, path, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
         except BaseException:
@@ -68,6 +74,8 @@ def replace(path: str, content: bytes, *, beside: str = "", mode: int = 0o600, d
             raise
     except OSError as error:
         raise OSError(error.errno, error.strerror, path) from error
+    if not synced:
+        return
     if dir_fd is None:
         sync_directory(os.path.dirname(path) or ".")
     else:

@@ -34,8 +34,8 @@ _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0
 class Service:
     """Listens on `<run_dir>/flexvolume.sock` from `start` to `stop`; only the user that runs it is answered."""
 
-    def __init__(self, node: Node, run_dir: str) -> None:
-        self._node, self._directory = node, os.path.join(run_dir, "flexvolume")
+    def __init__(self, node: Node, run_dir: str, records: str) -> None:
+        self._node, self._directory = node, os.path.join(records, "flexvolume")
         self._path = os.path.join(run_dir, SOCKET)
         self._free = threading.Semaphore(_AT_ONCE)
         self._stopping = threading.Event()

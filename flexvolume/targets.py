@@ -1,7 +1,6 @@
 """Which volume was mounted at a target: kubelet's unmount says nothing but the path.
 
-One small file a target, named by the path, in a directory that a reboot empties, as it empties what the files
-speak of.
+One small file a target, named by the path, among the records of this boot: another one empties what they speak of.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ class Targets:
         """Written before anything is mounted; whole or not at all."""
         os.makedirs(self._directory, mode=0o700, exist_ok=True)
         path = self._path(target)
-        durable.replace(path, json.dumps({"target": target, "volume": volume}).encode())
+        durable.replace(path, json.dumps({"target": target, "volume": volume}).encode(), synced=False)
 
     def volume_at(self, target: str) -> str:
         """The volume's id; empty if nothing is known of the target."""

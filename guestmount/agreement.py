@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from blockdev import mounts
+import msgspec
+
 from guestmount.claims import Claim, Target, Use
 from guestmount.errors import Conflict, Refused
-from guestmount.requests import PublishRequest, exists
+from guestmount.requests import PublishRequest
 
 
 def check_same_stage(claim: Claim, staging: str, use: Use) -> None:
@@ -30,8 +31,16 @@ def check_same_publish(claim: Claim, request: PublishRequest, old: Target | None
             f"volume {claim.volume} is published at {request.target} with readonly = {old.read_only} and mount group "
             f"{old.mount_group!r} already; unpublish it first"
         )
-    if old is None and exists(request.target) and mounts.is_mount_point(request.target):
-        raise Conflict(f"something else is mounted at {request.target}; unmount it first")
+
+
+def filled_in(claim: Claim, path: str, request: PublishRequest, target: Target) -> Claim:
+    """A claim that was made again, with what kubelet says of a pod of its when it repeats the publish."""
+    old = claim.targets[path]
+    known = msgspec.structs.replace(target, read_only=old.read_only, way=old.way)
+    owner = claim.owner
+    if owner is not None and owner.pod_uid == request.pod_uid and not owner.pod_name:  # the host's has no pod
+        owner = msgspec.structs.replace(owner, pod_namespace=request.pod.namespace, pod_name=request.pod.name)
+    return claim.but(targets={**claim.targets, path: known}, owner=owner, made_again=False)
 
 
 def target_of(request: PublishRequest) -> Target:

@@ -1,24 +1,32 @@
 """Who owns a volume on this node: one record a volume, changed under a lock that holds between processes.
 
 CSI, FlexVolume, NRI and `gc` are different processes; this record is their only way to know and to change an
-owner. It lives in /run, so a reboot forgets it together with everything that it speaks of. Hand-off files are
-made from it and never read back as the truth.
+owner. It lies among the records of this boot (`guestmount.boot`), so a reboot forgets it together with everything that
+it speaks of. Hand-off files are made from it and never read back as the truth, but where it was lost or damaged.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import msgspec
 
 from blockdev import Deadline, durable, flocks, nfs
-from guestmount.errors import BadRequest, Busy, Refused
+from guestmount.errors import BadRequest, Busy, ClaimDamaged, Refused
 from volumes import VOLUME_ID, AccessMode, Capability, VolumeKind
 
+log = logging.getLogger("runvol.claims")
+
 HOST, SANDBOX = "host", "sandbox"
+# A record takes whole blocks, so that it can be changed where it stands.
+_BLOCK = 4096
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_WRITES = (*_FULL, errno.EROFS, errno.EIO)
 
 
 class Use(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,6 +89,8 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     handler: str = ""
     dialect: str = ""
     way: str = ""
+    # The record was lost: what kubelet's repeated publish says is filled in.
+    made_again: bool = False
 
     @property
     def pod(self) -> str:
@@ -163,17 +173,71 @@ class Cell:
         return self.claim
 
     def write(self, claim: Claim) -> Claim:
-        """Replace the record, whole or not at all."""
-        durable.replace(self._path, msgspec.json.encode(claim), beside=self._temporary)
+        """Replace the record, whole or not at all. What is no longer than it was can be written to a full disk too."""
+        content = _encoded(claim)
+        try:
+            self._replace(content)
+        except OSError as error:
+            if error.errno not in _FULL or not _overwritten(self._path, content):
+                raise
         self.claim = claim
         return claim
 
+    def less(self, claim: Claim) -> Claim:
+        """As `write`, for a claim that says less than the record. A disk that takes no writes holds up no pod's end:
+        what the record says too much then is proved anew, and forgotten, by whoever needs to know."""
+        try:
+            return self.write(claim)
+        except OSError as error:
+            self._bear(error)
+            self.claim = claim
+            return claim
+
+    def _bear(self, error: OSError) -> None:
+        if error.errno not in _NO_WRITES:
+            raise error
+        log.warning("a claim says more than is true, until its disk takes writes", extra={"why": str(error)})
+
+    def _replace(self, content: bytes) -> None:
+        try:
+            durable.replace(self._path, content, beside=self._temporary, synced=False)
+        except FileNotFoundError:
+            for place in (self._path, self._temporary):
+                os.makedirs(os.path.dirname(place), mode=0o700, exist_ok=True)
+            durable.replace(self._path, content, beside=self._temporary, synced=False)
+
     def remove(self) -> None:
-        """No record, nor what a killed process was writing of it: that was the lock's holder before us."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._path)
-        durable.sweep(self._temporary, abandoned=True)
+        """No record, nor what a killed process was writing of it: that was the lock's holder before us. As for `less`,
+        a disk that takes no writes is borne."""
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._path)
+            with contextlib.suppress(FileNotFoundError):
+                durable.sweep(self._temporary, abandoned=True)
+        except OSError as error:
+            self._bear(error)
         self.claim = None
+
+
+def _encoded(claim: Claim) -> bytes:
+    content = msgspec.json.encode(claim)
+    return content.ljust(-(-len(content) // _BLOCK) * _BLOCK)
+
+
+def _overwritten(path: str, content: bytes) -> bool:
+    """Whether the record could be written where it stands: that takes no block of a disk that has no more."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        if os.fstat(fd).st_size != len(content):
+            return False
+        return os.pwrite(fd, content, 0) == len(content)  # one call, which no signal ends in the middle
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
 
 
 def _read(path: str) -> Claim | None:
@@ -183,25 +247,35 @@ def _read(path: str) -> Claim | None:
     except FileNotFoundError:
         return None
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise Refused(
-            f"the claim {path} cannot be read ({error}); see `runvol doctor`, then remove the file"
+        raise ClaimDamaged(
+            f"the claim {path} cannot be read ({error}); it is made again with the next call for its volume"
         ) from error
 
 
 class Claims:
-    """The records of a node, under `<run_dir>/claims`. `patience`: seconds to wait for one that another call has."""
+    """The records of a node, under `<records>/claims`, with their locks under `run_dir`.
 
-    def __init__(self, run_dir: str, *, patience: float = 0.0) -> None:
-        self._run_dir, self._patience = run_dir, patience
-        self._directory = os.path.join(run_dir, "claims")
+    `patience`: seconds to wait for one that another call has. `records` is `run_dir` where it is not given.
+    """
+
+    def __init__(self, run_dir: str, records: str = "", *, patience: float = 0.0) -> None:
+        self._run_dir, self._records, self._patience = run_dir, records or run_dir, patience
+        self._directory = os.path.join(self._records, "claims")
         self._locks, self._turns = os.path.join(run_dir, "locks"), os.path.join(run_dir, "turns")
-        self._temporary = os.path.join(run_dir, "tmp")
-        for directory in (self._directory, self._locks, self._turns, self._temporary):
-            os.makedirs(directory, mode=0o700, exist_ok=True)
+        self._temporary = os.path.join(self._records, "tmp")
+        # What is known of a volume without its claim; who can look sets it.
+        self.remake: Callable[[str], Claim | None] | None = None
+
+    @property
+    def directory(self) -> str:
+        """Where the records lie."""
+        return self._directory
 
     def patient(self, seconds: float) -> Claims:
         """The same records for callers that cannot be told to come again soon."""
-        return Claims(self._run_dir, patience=seconds)
+        other = Claims(self._run_dir, self._records, patience=seconds)
+        other.remake = self.remake
+        return other
 
     @contextlib.contextmanager
     def locked(self, volume_id: str, deadline: Deadline) -> Iterator[Cell]:
@@ -210,15 +284,45 @@ class Claims:
         The lock is a flock, so that a process that is killed lets go. The lock's file goes with the record.
         """
         with self._held(self._locks, volume_id, deadline) as path:
-            cell = Cell(
-                os.path.join(self._directory, f"{volume_id}.json"), os.path.join(self._temporary, f"{volume_id}.")
-            )
+            cell = self._cell(volume_id)
             try:
                 yield cell
             finally:
                 if cell.claim is None:
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(path)
+
+    def remember(self, cell: Cell, volume_id: str) -> Claim | None:
+        """The claim; where there is none, made again from what stands. For calls that would take a volume that nobody
+        has."""
+        if cell.claim is None and self.remake is not None:
+            made = self.remake(volume_id)
+            if made is not None:
+                log.warning("a lost claim is made again", extra={"volume": volume_id, "owner": str(made.owner)})
+                cell.write(made)
+        return cell.claim
+
+    def _cell(self, volume_id: str) -> Cell:
+        path, temporary = (
+            os.path.join(self._directory, f"{volume_id}.json"),
+            os.path.join(self._temporary, f"{volume_id}."),
+        )
+        try:
+            return Cell(path, temporary)
+        except ClaimDamaged as error:
+            if self.remake is None:
+                raise
+            made = self.remake(volume_id)
+            aside = os.path.join(self._records, "damaged", f"{volume_id}.{os.urandom(4).hex()}")
+            os.makedirs(os.path.dirname(aside), mode=0o700, exist_ok=True)
+            os.link(path, aside)
+            if made is None:
+                os.unlink(path)
+            else:
+                durable.replace(path, _encoded(made), beside=temporary, synced=False)
+            said = {"volume": volume_id, "why": str(error), "aside": aside, "made_again": made is not None}
+            log.error("a damaged claim is laid aside", extra=said)
+        return Cell(path, temporary)
 
     @contextlib.contextmanager
     def turn(self, volume_id: str, deadline: Deadline) -> Iterator[None]:
@@ -237,7 +341,11 @@ class Claims:
     def _held(self, directory: str, volume_id: str, deadline: Deadline) -> Iterator[str]:
         _check(volume_id)
         path = os.path.join(directory, volume_id)
-        fd = flocks.take(path, min(deadline.remaining(), self._patience))
+        try:
+            fd = flocks.take(path, min(deadline.remaining(), self._patience))
+        except FileNotFoundError:
+            os.makedirs(directory, mode=0o700, exist_ok=True)
+            fd = flocks.take(path, min(deadline.remaining(), self._patience))
         if fd is None:
             raise Busy(volume_id)
         try:
@@ -260,7 +368,7 @@ class Claims:
     def readable(self) -> tuple[list[Claim], list[Refused]]:
         """Every record that can be read, by volume, and what is wrong with the others."""
         found, damaged = [], []
-        for name in sorted(name for name in os.listdir(self._directory) if name.endswith(".json")):
+        for name in sorted(name for name in _names(self._directory) if name.endswith(".json")):
             try:
                 claim = _read(os.path.join(self._directory, name))
             except Refused as error:
@@ -272,11 +380,19 @@ class Claims:
 
     def sweep(self) -> None:
         """Remove what a killed process was writing."""
-        for name in os.listdir(self._temporary):
+        for name in _names(self._temporary):
             path = os.path.join(self._temporary, name)
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - os.stat(path).st_mtime > 60:
                     os.unlink(path)
+
+
+def _names(directory: str) -> list[str]:
+    """Nothing is made by who only looks."""
+    try:
+        return os.listdir(directory)
+    except FileNotFoundError:
+        return []
 
 
 def _check(volume_id: str) -> None:

@@ -23,6 +23,10 @@ class Refused(GuestmountError):
     """The state of the volume, of the node or of its configuration forbids it; the sentence says what to change."""
 
 
+class ClaimDamaged(Refused):
+    """The record of a volume's owner cannot be read."""
+
+
 class Busy(GuestmountError):
     """Another call for this volume is under way."""
 

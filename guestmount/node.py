@@ -64,7 +64,7 @@ class Node:
             source = backend.attach(request.volume_id, request.context)
             row = ways.of_source(source, raw=request.capability.raw)
             new = row.new_claim(request, source, deadline)
-            claim = cell.claim
+            claim = self.claims.remember(cell, request.volume_id)
             if claim is not None and claim.made_again:
                 claim = cell.write(claim.but(staging_path=staging, use=new.use))
             if claim is not None and claim.staging_path != staging and not claim.targets:
@@ -130,7 +130,7 @@ class Node:
                 if claim.targets or mounts.is_mount_point(staging):
                     raise
                 log.warning("the volume is still in use", extra={"volume": volume_id, "reason": str(error)})
-                cell.write(claim.but(staging_path=""))
+                cell.less(claim.but(staging_path=""))
                 return
             cell.remove()
 
@@ -161,11 +161,8 @@ class Node:
         with self.claims.locked(request.volume_id, deadline) as cell:
             claim = self._staged(cell, request)
             target = agreement.target_of(request)
-            if claim.made_again and path in claim.targets:
-                known = msgspec.structs.replace(
-                    target, read_only=claim.targets[path].read_only, way=claim.targets[path].way
-                )
-                claim = cell.write(claim.but(targets={**claim.targets, path: known}, made_again=False))
+            if path in claim.targets and (claim.made_again or claim.targets[path].made_again):
+                claim = cell.write(agreement.filled_in(claim, path, request, target))
             old = claim.targets.get(path)
             ways.of_claim(claim).check_publish(claim, backend, request, source, old)
             agreement.check_same_publish(claim, request, old, target)
@@ -235,7 +232,7 @@ class Node:
         mounts.be_unmounted(path, deadline)
         if claim is not None:
             if path in claim.targets:
-                claim = cell.write(claim.but(targets={at: kept for at, kept in claim.targets.items() if at != path}))
+                claim = cell.less(claim.but(targets={at: kept for at, kept in claim.targets.items() if at != path}))
             if claim.lingers:
                 try:
                     exclusion.release(cell, deadline)
@@ -294,13 +291,15 @@ class Node:
         """Nobody gets, gives back or deletes these volumes before the block ends. Busy if somebody is doing it."""
         with contextlib.ExitStack() as stack:
             for volume_id in sorted(set(volume_ids)):
-                stack.enter_context(self.claims.locked(volume_id, deadline))
+                cell = stack.enter_context(self.claims.locked(volume_id, deadline))
+                self.claims.remember(cell, volume_id)
             yield
 
     @contextlib.contextmanager
     def unused(self, volume_id: str, deadline: Deadline) -> Iterator[None]:
         """Nobody has the volume, nor gets it before the block ends; its claim is gone after it. Refused otherwise."""
         with self.claims.locked(volume_id, deadline) as cell:
+            self.claims.remember(cell, volume_id)
             self._let_go(cell, deadline)
             if cell.claim is None:
                 self._drop_unclaimed(volume_id, deadline)

@@ -170,7 +170,7 @@ def serve(plugin: Plugin, run_dir: str, path: str, stop: threading.Event) -> Non
         try:
             with registration.opened(run_dir) as alive:
                 try:
-                    _connected(plugin, path, alive, stop)
+                    _connected(plugin, path, run_dir, alive, stop)
                 finally:
                     registration.ended(alive)
             log.warning("the runtime closed the connection")
@@ -183,7 +183,7 @@ def serve(plugin: Plugin, run_dir: str, path: str, stop: threading.Event) -> Non
         stop.wait(pause)
 
 
-def _connected(plugin: Plugin, path: str, alive: int, stop: threading.Event) -> None:
+def _connected(plugin: Plugin, path: str, run_dir: str, alive: int, stop: threading.Event) -> None:
     """One connection's life."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     with contextlib.closing(connection):
@@ -191,10 +191,10 @@ def _connected(plugin: Plugin, path: str, alive: int, stop: threading.Event) -> 
         connection.connect(path)
         connection.settimeout(None)
         with contextlib.closing(Mux(connection)) as mux:
-            _registered(mux, plugin, path, alive, stop)
+            _registered(mux, plugin, path, run_dir, alive, stop)
 
 
-def _registered(mux: Mux, plugin: Plugin, path: str, alive: int, stop: threading.Event) -> None:
+def _registered(mux: Mux, plugin: Plugin, path: str, run_dir: str, alive: int, stop: threading.Event) -> None:
     """Serve first, since the runtime may ask before it has answered the registration; return at the end of either."""
     service = ttrpc.Service(pb.DESCRIPTOR.services_by_name["Plugin"], plugin)
     server = ttrpc.Server(mux.stream(PLUGIN), [service])
@@ -205,5 +205,5 @@ def _registered(mux: Mux, plugin: Plugin, path: str, alive: int, stop: threading
     client.call("nri.pkg.api.v1alpha1.Runtime", "RegisterPlugin", request, pb.Empty, _REGISTRATION)
     registration.begun(alive)
     log.info("registered with the runtime", extra={"socket": path})
-    while serving.is_alive() and not stop.is_set():
+    while serving.is_alive() and not stop.is_set() and registration.stands(alive, run_dir):
         serving.join(0.2)

@@ -35,11 +35,20 @@ def is_alive(run_dir: str) -> bool:
 @contextlib.contextmanager
 def opened(run_dir: str) -> Iterator[int]:
     """The file that `begun` and `ended` lock and unlock; a process that is killed lets go of it."""
+    os.makedirs(run_dir, mode=0o700, exist_ok=True)
     fd = os.open(os.path.join(run_dir, _FILE), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         yield fd
     finally:
         os.close(fd)
+
+
+def stands(fd: int, run_dir: str) -> bool:
+    """Whether who asks still finds this file: the run directory may be emptied under a plugin that lives."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(os.path.join(run_dir, _FILE)))
+    except FileNotFoundError:
+        return False
 
 
 def begun(fd: int) -> None:

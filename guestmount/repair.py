@@ -256,6 +256,12 @@ def at_start(node: Node) -> list[str]:
     return said
 
 
+def remade(node: Node, volume_id: str) -> Claim | None:
+    """The claim of a volume as far as what stands tells, where its record is lost or cannot be read."""
+    ours = [(one.volume_id, one.path, one.one) for one in _ours(node) if one.volume_id == volume_id]
+    return witnesses.remade(node, volume_id, ours)
+
+
 def _reclaim(node: Node, deadline: Deadline) -> list[str]:
     return witnesses.reclaim(node, [(one.volume_id, one.path, one.one) for one in _ours(node)], deadline)
 

@@ -11,12 +11,14 @@ import os
 import re
 from collections.abc import Sequence
 
-from blockdev import Deadline, exclusivity
-from guestmount.claims import SANDBOX, Claim, Owner, Target, Use
+from blockdev import Deadline, exclusivity, ioctls, loops, mountinfo
+from guestmount.claims import HOST, SANDBOX, Claim, Owner, Target, Use
 from guestmount.errors import BadRequest, Busy, Refused
 from guestmount.handoff import Delivered
 from guestmount.node import Node
+from guestmount.ways.device_node import DeviceNode
 from guestmount.ways.guest_device import GuestDevice
+from guestmount.ways.mounted import Mounted
 from volumes import AccessMode
 
 _UID = r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
@@ -80,6 +82,54 @@ def reclaim(node: Node, ours: Sequence[tuple[str, str, Delivered]], deadline: De
     return made
 
 
+def remade(node: Node, volume_id: str, ours: Sequence[tuple[str, str, Delivered]]) -> Claim | None:
+    """The claim of a volume without a record, as far as its hand-offs (`ours`) or its mounts tell; None where neither
+    speaks of a pod that is left."""
+    made: Claim | None = None
+    for _volume_id, path, one in ours:
+        directory = pod_directory(one.target, node.roots)
+        if directory and os.path.lexists(directory):
+            claim = _claim(volume_id, path, one, os.path.basename(directory))
+            made = claim if made is None else made.but(targets={**made.targets, **claim.targets})
+    return made or _mounted(node, volume_id)
+
+
+def _mounted(node: Node, volume_id: str) -> Claim | None:
+    """Of a volume that the host's kernel has mounted, or whose device node is bound at targets."""
+    path = dict(node.catalog.images()).get(volume_id)
+    for device in loops.find(path) if path else []:
+        mounted = [one for one in mountinfo.mounts_of(_numbers(device)) if _is_below(one.target, node.roots)]
+        targets = {one.target: _target(one.target, one.read_only, node, Mounted.name) for one in mounted
+                   if pod_directory(one.target, node.roots)}  # fmt: skip
+        staging = next((one.target for one in mounted if one.target not in targets), "")
+        if mounted:
+            use = Use(mode=AccessMode.SINGLE_NODE_MULTI_WRITER.value, fstype=mounted[0].fstype)
+            return Claim(volume=volume_id, source=path or "", device=device, staging_path=staging, use=use,
+                         owner=Owner(kind=HOST), targets=targets, prepared=True, made_again=True)  # fmt: skip
+        bound = [one for one in mountinfo.node_targets(device) if pod_directory(one, node.roots)]
+        if bound:
+            read_only = ioctls.is_read_only(device)
+            use = Use(mode=AccessMode.SINGLE_NODE_MULTI_WRITER.value, raw=True)
+            nodes = {one: _target(one, read_only, node, DeviceNode.name) for one in bound}
+            return Claim(volume=volume_id, source=path or "", device=device, staging_path="", use=use,
+                         owner=Owner(kind=HOST), targets=nodes, made_again=True)  # fmt: skip
+    return None
+
+
+def _numbers(device: str) -> tuple[int, int]:
+    number = os.stat(device).st_rdev
+    return os.major(number), os.minor(number)
+
+
+def _is_below(path: str, roots: Sequence[str]) -> bool:
+    return any(path.startswith(f"{root}/") for root in roots)
+
+
+def _target(path: str, read_only: bool, node: Node, way: str) -> Target:
+    uid = os.path.basename(pod_directory(path, node.roots))
+    return Target(read_only=read_only, pod_uid=uid, way=way, made_again=True)
+
+
 def _claim(volume_id: str, path: str, one: Delivered, pod_uid: str) -> Claim:
     return Claim(
         volume=volume_id,
@@ -88,7 +138,9 @@ def _claim(volume_id: str, path: str, one: Delivered, pod_uid: str) -> Claim:
         staging_path="",
         use=Use(mode=AccessMode.SINGLE_NODE_MULTI_WRITER.value, fstype=one.fstype),
         owner=Owner(kind=SANDBOX, pod_uid=pod_uid, dialect=one.dialect),
-        targets={one.target: Target(read_only="ro" in one.options, pod_uid=pod_uid, way=GuestDevice.name)},
+        targets={
+            one.target: Target(read_only="ro" in one.options, pod_uid=pod_uid, way=GuestDevice.name, made_again=True)
+        },
         prepared=True,
         made_again=True,
     )

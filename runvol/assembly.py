@@ -16,7 +16,9 @@ from guestmount import (
     Rund2Dialect,
     Rund3Dialect,
     RunvDialect,
+    boot,
     registration,
+    repair,
 )
 from runvol.config import Config
 from volumes import Catalog
@@ -29,7 +31,7 @@ def build(config: Config) -> Node:
     os.makedirs(run_dir, mode=0o700, exist_ok=True)
     state_dir = config.text("paths.state_dir")
     os.makedirs(state_dir, mode=0o700, exist_ok=True)
-    return Node(
+    node = Node(
         catalog=Catalog.open(
             Settings(
                 state_dir=state_dir,
@@ -42,7 +44,7 @@ def build(config: Config) -> Node:
             ),
             enabled=config.words("volumes.backends"),
         ),
-        claims=Claims(run_dir),
+        claims=claims(config),
         detector=detector(config),
         dialects=(
             KataDialect(config.text("paths.direct_volumes"), nri_alive=partial(registration.is_alive, run_dir)),
@@ -58,6 +60,20 @@ def build(config: Config) -> Node:
         ),
         rust_shared_block=config.text("kata.rust_shared_block") == "allow",
     )
+    node.claims.remake = partial(repair.remade, node)
+    return node
+
+
+def records(config: Config) -> str:
+    """Where what this boot's calls know lies."""
+    return boot.directory(config.text("paths.state_dir"))
+
+
+def claims(config: Config) -> Claims:
+    """The node's claims, with those that an older release keeps in the run directory."""
+    run_dir, place = config.text("paths.run_dir"), records(config)
+    boot.take_over(run_dir, place)
+    return Claims(run_dir, place)
 
 
 def detector(config: Config) -> Detector:

@@ -47,7 +47,7 @@ TABLE: Mapping[str, Setting] = {
         meaning="volumes where it cannot be found out whether kubelet sees the mounts made here: refuse or allow",
     ),
     "paths.state_dir": Setting(default="/var/lib/runvol", meaning="volumes and their store; survives reboots"),
-    "paths.run_dir": Setting(default="/run/runvol", meaning="claims and locks; must not survive reboots"),
+    "paths.run_dir": Setting(default="/run/runvol", meaning="sockets and locks; must not survive reboots"),
     "paths.direct_volumes": Setting(
         default="/run/kata-containers/shared/direct-volumes", meaning="where Kata's shims look for direct volumes"
     ),

@@ -114,7 +114,7 @@ def _work(words: Sequence[str], parent: int) -> str:
         from flexvolume import Driver
         from runvol import assembly
 
-        directory = os.path.join(run_dir, "flexvolume")
+        directory = os.path.join(assembly.records(loaded), "flexvolume")
         driver = Driver(assembly.build(loaded), directory=directory, name=name)
         reply = driver.answer(words, Deadline.after(_limit()))
         return json.dumps(reply.document())

@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 
-from guestmount import repair
+from guestmount import boot, repair
 from runvol import assembly, version
 from runvol.config import Config
 
@@ -63,10 +63,14 @@ def csi_plugin(config: Config) -> None:
     doubt = node.reach.doubt() if node.reach is not None else None
     if doubt is not None:
         log.error("mounts may not reach kubelet", extra={"why": doubt.why, "certain": doubt.certain})
-    for done in repair.at_start(node):
+    for done in [*boot.forget_others(config.text("paths.state_dir")), *repair.at_start(node)]:
         log.warning("repaired", extra={"what": done})
     server.start()
-    flexvolume = Service(node, config.text("paths.run_dir")) if "node" in config.words("csi.services") else None
+    flexvolume = (
+        Service(node, config.text("paths.run_dir"), assembly.records(config))
+        if "node" in config.words("csi.services")
+        else None
+    )
     if flexvolume is not None:
         flexvolume.start()
     log.info("serving", extra={"endpoint": config.text("csi.endpoint"), "node": config.node_id,

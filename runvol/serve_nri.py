@@ -6,7 +6,6 @@ import os
 import select
 import threading
 
-from guestmount import Claims
 from runvol import assembly
 from runvol.config import Config
 from runvol.serve import signals
@@ -22,7 +21,7 @@ def serve(config: Config) -> None:
     run_dir = config.text("paths.run_dir")
     os.makedirs(run_dir, mode=0o700, exist_ok=True)
     told, stop = signals(), threading.Event()
-    plugin = nri.Plugin(Claims(run_dir), assembly.detector(config).of_handler)
+    plugin = nri.Plugin(assembly.claims(config), assembly.detector(config).of_handler)
     serving = threading.Thread(target=nri.serve, args=(plugin, run_dir, config.text("nri.socket"), stop), name="plugin")
     serving.start()
     while not select.select([told], [], [], _LOOK)[0]:

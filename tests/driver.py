@@ -104,6 +104,11 @@ class Driver:
         self.process: subprocess.Popen[bytes] | None = None
         self.client: Any = None
 
+    @property
+    def records(self) -> Path:
+        """What the driver knows of this boot."""
+        return self.state / "boots" / Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
     def __enter__(self) -> Driver:
         self.start()
         return self
@@ -182,7 +187,8 @@ class Driver:
     def left_over(self) -> dict[str, list[str]]:
         """Everything of this driver on the node: empty lists when all is taken back."""
         handed = sorted(os.listdir(self.direct_volumes)) if self.direct_volumes.exists() else []
-        claims = [name for folder in ("claims", "locks", "turns", "tmp") for name in os.listdir(self.run / folder)]
+        places = [self.records / "claims", self.records / "tmp", self.run / "locks", self.run / "turns"]
+        claims = [name for place in places if place.exists() for name in os.listdir(place)]
         files = os.listdir(self.state / "volumes")
         rows = [volume.volume.volume_id for volume in self.client.ListVolumes().entries] if self.client else []
         return {

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from blockdev import Deadline, ioctls, loops
+from blockdev import Deadline, ioctls, loops, mounts
+from guestmount import placeholder as placeholders
 from guestmount.claims import Cell, Claim
+from guestmount.errors import Conflict
+from guestmount.requests import exists
 
 
 def be_attached(cell: Cell, claim: Claim, deadline: Deadline, *, read_only: bool = False) -> Claim:
@@ -14,6 +17,14 @@ def be_attached(cell: Cell, claim: Claim, deadline: Deadline, *, read_only: bool
         return claim
     device = loops.attach(claim.source, deadline=deadline, read_only=read_only)
     return cell.write(claim.but(device=device))
+
+
+def check_nothing_at(claim: Claim, path: str, *, placeholder: bool = False) -> None:
+    """Conflict where something hangs at a target that the claim does not know; a `placeholder` of ours may be."""
+    if path in claim.targets or not exists(path) or not mounts.is_mount_point(path):
+        return
+    if not (placeholder and placeholders.stands(path)):
+        raise Conflict(f"something else is mounted at {path}; unmount it first")
 
 
 def is_ours(claim: Claim) -> bool:

@@ -11,7 +11,7 @@ from blockdev.errors import MountFailed
 from guestmount.claims import Cell, Claim, Target
 from guestmount.handoff import Delivered
 from guestmount.ways import exclusion, guest_device
-from guestmount.ways.attached import be_attached
+from guestmount.ways.attached import be_attached, check_nothing_at
 from guestmount.ways.base import Arrival, Means, Problem, Usage
 from volumes import SizeRange
 from volumes.backend import Backend
@@ -26,6 +26,7 @@ class DeviceNode(exclusion.OneKernel):
     shareable = True
 
     def check(self, _means: Means, claim: Claim, arrival: Arrival, _deadline: Deadline) -> tuple[Claim, Target]:
+        check_nothing_at(claim, arrival.path)
         return claim, arrival.target
 
     def deliver(self, _means: Means, cell: Cell, claim: Claim, path: str, target: Target, deadline: Deadline) -> None:

@@ -177,7 +177,7 @@ def forget_vanished(cell: Cell, alive: Callable[[str], bool]) -> None:
     gone = [path for path in claim.targets if not alive(path)]
     if gone:
         log.warning("targets vanished without an unpublish", extra={"volume": claim.volume, "targets": gone})
-        cell.write(claim.but(targets={path: kept for path, kept in claim.targets.items() if path not in gone}))
+        cell.less(claim.but(targets={path: kept for path, kept in claim.targets.items() if path not in gone}))
 
 
 def release(cell: Cell, deadline: Deadline) -> None:
@@ -188,7 +188,7 @@ def release(cell: Cell, deadline: Deadline) -> None:
     if claim.owner.kind == HOST and not claim.use.raw:
         mounts.be_unmounted(claim.staging_path, deadline)
     if not os.path.exists(claim.source):
-        cell.write(claim.but(owner=None, prepared=False, proved=False, device=""))
+        cell.less(claim.but(owner=None, prepared=False, proved=False, device=""))
         return
     if claim.device:
         if claim.owner.kind == SANDBOX:
@@ -200,7 +200,7 @@ def release(cell: Cell, deadline: Deadline) -> None:
         if not drop_leftovers(claim.source, deadline):
             raise
         exclusivity.prove_free(claim.source, past_known=False)
-    cell.write(claim.but(owner=None, prepared=False, proved=True, device=""))
+    cell.less(claim.but(owner=None, prepared=False, proved=True, device=""))
 
 
 def guest_has_let_go(claim: Claim) -> None:

@@ -13,7 +13,7 @@ from guestmount.claims import Cell, Claim, Target
 from guestmount.errors import Refused
 from guestmount.handoff import Delivered, Delivery
 from guestmount.ways import exclusion
-from guestmount.ways.attached import be_attached
+from guestmount.ways.attached import be_attached, check_nothing_at
 from guestmount.ways.base import Arrival, Means, Problem, Usage
 from volumes import SizeRange, VolumeNotFound
 from volumes.backend import Backend
@@ -25,6 +25,7 @@ class GuestDevice(exclusion.OneKernel):
     name = "guest-device"
 
     def check(self, means: Means, claim: Claim, arrival: Arrival, _deadline: Deadline) -> tuple[Claim, Target]:
+        check_nothing_at(claim, arrival.path)
         preflight.check(
             arrival.runtime,
             pv_name=claim.volume,

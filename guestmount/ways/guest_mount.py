@@ -12,6 +12,7 @@ from guestmount import placeholder, preflight
 from guestmount.claims import Cell, Claim, Target
 from guestmount.errors import Refused
 from guestmount.handoff import Delivered, KataDialect, NfsDelivery
+from guestmount.ways.attached import check_nothing_at
 from guestmount.ways.base import Arrival, Means, Problem, Usage, of_mount
 from guestmount.ways.exclusion import AnyKernel, with_handler
 from guestmount.ways.guest_device import no_placeholder
@@ -26,6 +27,7 @@ class GuestMount(AnyKernel):
     name = "guest-mount"
 
     def check(self, means: Means, claim: Claim, arrival: Arrival, deadline: Deadline) -> tuple[Claim, Target]:
+        check_nothing_at(claim, arrival.path, placeholder=True)
         runtime = arrival.runtime
         means.dialects.of(runtime.dialect, runtime.handler).check_nfs(_delivery(claim, arrival.path, arrival.target))
         preflight.check_mounts(runtime, pv_name=claim.volume)

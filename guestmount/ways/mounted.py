@@ -11,7 +11,7 @@ from guestmount import groups
 from guestmount.claims import Cell, Claim, Target
 from guestmount.handoff import Delivered
 from guestmount.ways import exclusion
-from guestmount.ways.attached import be_attached, is_ours
+from guestmount.ways.attached import be_attached, check_nothing_at, is_ours
 from guestmount.ways.base import Arrival, Means, Problem, Usage, of_mount
 from volumes import SizeRange
 from volumes.backend import Backend
@@ -23,6 +23,7 @@ class Mounted(exclusion.OneKernel):
     name = "mounted"
 
     def check(self, _means: Means, claim: Claim, arrival: Arrival, _deadline: Deadline) -> tuple[Claim, Target]:
+        check_nothing_at(claim, arrival.path)
         return claim, arrival.target
 
     def deliver(self, _means: Means, cell: Cell, claim: Claim, path: str, target: Target, deadline: Deadline) -> None:

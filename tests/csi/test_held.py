@@ -184,7 +184,7 @@ def test_a_lost_claim_leaves_no_loop_device(driver):
     block, publish = raw(driver, "raw")
     publish(A)
     for one in (volume, block):
-        (driver.run / "claims" / f"{one.volume_id}.json").unlink()
+        (driver.records / "claims" / f"{one.volume_id}.json").unlink()
     for one in (volume, block):
         driver.unpublish(one, A)
         driver.unstage(one)
@@ -197,7 +197,7 @@ def test_with_a_lost_claim_the_device_of_another_pod_stays(driver):
     publish(A)
     second = publish(B)
     number = os.stat(second).st_rdev
-    (driver.run / "claims" / f"{volume.volume_id}.json").unlink()
+    (driver.records / "claims" / f"{volume.volume_id}.json").unlink()
     driver.unpublish(volume, A)
     assert loops.stands_on(f"/dev/loop{os.minor(number)}", str(image(driver, volume)))
 
@@ -235,7 +235,7 @@ def test_an_older_releases_pod_with_such_an_option_goes_on(driver):
     volume = driver.create("pvc")
     driver.stage(volume)
     driver.publish(volume, A, runtime="runc")
-    path = driver.run / "claims" / f"{volume.volume_id}.json"
+    path = driver.records / "claims" / f"{volume.volume_id}.json"
     path.write_bytes(path.read_bytes().replace(b'"mount_flags":[]', b'"mount_flags":["errors=continue"]'))
     driver.stage(volume, old)
     driver.publish(volume, A, runtime="runc", capability=old)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -145,38 +146,68 @@ def test_a_deep_volume_of_a_pod_stops_neither_its_deletion_nor_a_start(driver):
     assert listed(driver) == set()
 
 
-def test_a_claim_is_as_it_was_where_the_run_directory_is_full(tmp_path):
-    """Fourteen pods of one volume: its record has more than a page."""
-    run = tmp_path / "run"
-    run.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", run], check=True)
+def test_pods_end_where_the_state_directory_is_full_and_a_claim_is_as_it_was(tmp_path):
+    """Many pods of one volume: its record grows beyond a block, for which there is no room."""
+    state = tmp_path / "state"
+    state.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", state], check=True)
     try:
-        with Driver(environment={"RUNVOL_PATHS_RUN_DIR": f"{run}/r"}) as driver:
-            driver.run = run / "r"
-            volume = driver.create("one", **FREE)
+        with Driver(environment={"RUNVOL_PATHS_STATE_DIR": f"{state}/s"}) as driver:
+            driver.state = state / "s"
+            volume = driver.create("one", 32 << 20)
             driver.stage(volume)
-            claim = run / "r/claims" / f"{volume.volume_id}.json"
+            claim = driver.records / "claims" / f"{volume.volume_id}.json"
             pods = [f"11111111-2222-3333-4444-5555555555{number:02}" for number in range(30)]
             count = 0
-            while claim.stat().st_size < 3900:
+            while len(claim.read_bytes().rstrip()) < 3700:
                 driver.publish(volume, pods[count], runtime="runc")
                 count += 1
-            free = os.statvfs(run).f_bavail
-            (run / "journal").write_bytes(b"x" * 4096 * (free - 1))
-            before = claim.read_bytes()
-            with pytest.raises(Exception, match="No space left"):
-                driver.publish(volume, pods[count], runtime="runc")
-            assert claim.read_bytes() == before
-            assert os.listdir(run / "r/tmp") == []
-            (run / "journal").unlink()
-            driver.publish(volume, pods[count], runtime="runc")
-            for pod in pods[: count + 1]:
+            with open(state / "journal", "wb", buffering=0) as file, contextlib.suppress(OSError):
+                while file.write(b"x" * 4096):
+                    pass
+            before = json.loads(claim.read_bytes())
+            with refused("RESOURCE_EXHAUSTED", "No space left"):
+                for pod in pods[count:]:
+                    driver.publish(volume, pod, runtime="runc")
+                    before = json.loads(claim.read_bytes())
+            assert json.loads(claim.read_bytes()) == before and claim.stat().st_size == 4096
+            assert os.listdir(driver.records / "tmp") == []
+            for pod in pods:
                 driver.unpublish(volume, pod)
+            assert not [one for one in driver.mounts() if "/pods/" in one]
+            driver.unstage(volume)
+            (state / "journal").unlink()
+            driver.delete(volume)
+            driver._end(signal.SIGTERM)
+    finally:
+        subprocess.run(["umount", "-l", state], check=True)
+
+
+def test_pods_end_where_the_state_directory_takes_no_writes(tmp_path):
+    """A disk with an error is read only until somebody looks after it; nodes are drained then, and pods deleted."""
+    state = tmp_path / "state"
+    state.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", state], check=True)
+    try:
+        with Driver(environment={"RUNVOL_PATHS_STATE_DIR": str(state)}) as driver:
+            driver.state = state
+            volume = driver.create("one", 32 << 20)
+            driver.stage(volume)
+            target = driver.publish(volume, PODS[0], runtime="runc")
+            driver.stop()
+            subprocess.run(["mount", "-o", "remount,ro", state], check=False)
+            driver.start()
+            driver.unpublish(volume, PODS[0])
+            driver.unpublish(volume, PODS[0])
+            assert not os.path.exists(target)
+            subprocess.run(["mount", "-o", "remount,rw", state], check=True)
+            driver.publish(volume, PODS[0], runtime="kata")
+            driver.unpublish(volume, PODS[0])
             driver.unstage(volume)
             driver.delete(volume)
             driver._end(signal.SIGTERM)
     finally:
-        subprocess.run(["umount", "-l", run], check=True)
+        subprocess.run(["umount", "-l", state], check=True)
 
 
 def test_a_static_volume_under_one_handle_is_one_export(driver):
@@ -188,7 +219,7 @@ def test_a_static_volume_under_one_handle_is_one_export(driver):
 
     use = mount_capability("MULTI_NODE_MULTI_WRITER")
     driver.stage(Static, use)
-    claim = Path(driver.run / "claims/static-1.json")
+    claim = Path(driver.records / "claims/static-1.json")
     assert json.loads(claim.read_bytes())["nfs"]["path"] == "/a/app"
     Static.volume_context = {"backend": "nfs", "server": "127.0.0.3", "path": "/b"}
     with refused("ALREADY_EXISTS", "127.0.0.3:/a/app", "127.0.0.3:/b"):

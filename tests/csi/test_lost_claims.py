@@ -19,9 +19,68 @@ A, B = PODS[:2]
 
 
 def lose_run(driver):
+    """With the records of this boot, which no longer lie there."""
     driver.stop()
     shutil.rmtree(driver.run)
+    shutil.rmtree(driver.records)
     driver.start()
+
+
+@pytest.mark.parametrize("alive", [False, True])
+def test_a_lost_run_directory_costs_nothing(driver, alive):
+    """Emptied under a plugin that serves, too; the pod's name is still known."""
+    volume, mounted = driver.create("pvc"), driver.create("mounted")
+    driver.stage(volume)
+    driver.stage(mounted)
+    target = driver.publish(volume, A, runtime="kata", name="web-0")
+    file = driver.publish(mounted, A, runtime="runc") + "/file"
+    before = driver.left_over()
+    if not alive:
+        driver.stop()
+    shutil.rmtree(driver.run)
+    if not alive:
+        driver.start()
+    with refused("FAILED_PRECONDITION", "default/web-0"):
+        driver.publish(volume, B, runtime="kata")
+    with refused("FAILED_PRECONDITION", "in use by the host's kernel"):
+        driver.client.CreateVolumeGroupSnapshot(name="g", source_volume_ids=[mounted.volume_id])
+    driver.cli("gc")
+    driver.stage(volume)
+    driver.publish(volume, A, runtime="kata", name="web-0")
+    open(file, "w").close()
+    assert has_placeholder(target) and driver.left_over() == before
+    for one in (volume, mounted):
+        driver.unpublish(one, A)
+        driver.unstage(one)
+        driver.delete(one)
+    assert not any(driver.left_over().values())
+
+
+def test_a_damaged_claim_is_made_again_from_what_stands(driver):
+    """A sandbox's from its hand-off; a mounted one's pods go on, and the record is laid aside for people."""
+    volume, mounted = driver.create("pvc"), driver.create("mounted")
+    for one in (volume, mounted):
+        driver.stage(one)
+    target = driver.publish(volume, A, runtime="kata")
+    file = driver.publish(mounted, A, runtime="runc") + "/file"
+    for one in (volume, mounted):
+        path = driver.records / "claims" / f"{one.volume_id}.json"
+        path.write_bytes(path.read_bytes()[:40])
+    with refused("FAILED_PRECONDITION", A):
+        driver.stage(volume)
+        driver.publish(volume, B, runtime="kata")
+    with refused("FAILED_PRECONDITION", "mounted by the host's kernel", A):
+        driver.stage(mounted)
+        driver.publish(mounted, B, runtime="kata")
+    assert has_placeholder(target) and len(os.listdir(driver.records / "damaged")) == 2
+    open(file, "w").close()
+    for one, runtime in ((volume, "kata"), (mounted, "runc")):
+        driver.stage(one)
+        driver.publish(one, A, runtime=runtime)
+        driver.unpublish(one, A)
+        driver.unstage(one)
+        driver.delete(one)
+    assert not any(driver.left_over().values())
 
 
 def has_placeholder(target):
@@ -81,7 +140,7 @@ def test_a_runc_pod_keeps_its_mount_and_device_through_a_lost_run_directory(driv
     with open(node, "r+b", buffering=0) as file:
         file.write(b"mine".ljust(4096))
     assert os.stat(node).st_rdev == number and image(driver, block).read_bytes()[:4] == b"mine"
-    with refused("FAILED_PRECONDITION", "in use"):
+    with refused("FAILED_PRECONDITION", target):
         driver.delete(volume)
     for one in (volume, block):
         driver.unpublish(one, A)
@@ -96,7 +155,7 @@ def test_a_hand_off_whose_pod_is_gone_is_kept_while_its_device_is_open(driver):
     target = driver.publish(volume, A, runtime="kata")
     subprocess.run(["umount", target], check=True)
     shutil.rmtree(driver.kubelet / "pods" / A)
-    (driver.run / "claims" / f"{volume.volume_id}.json").unlink()
+    (driver.records / "claims" / f"{volume.volume_id}.json").unlink()
     with vmm(image(driver, volume)):
         driver.cli("gc")
         assert driver.left_over()["hand-off files"]
@@ -104,18 +163,19 @@ def test_a_hand_off_whose_pod_is_gone_is_kept_while_its_device_is_open(driver):
     assert not driver.left_over()["hand-off files"]
 
 
-def test_a_damaged_claim_stops_what_it_speaks_of_and_nothing_else(driver):
+def test_a_damaged_claim_is_told_and_stops_nothing_else(driver):
     volume, other = driver.create("pvc"), driver.create("other")
     for one in (volume, other):
         driver.stage(one)
     target = driver.publish(volume, A, runtime="kata")
-    path = driver.run / "claims" / f"{volume.volume_id}.json"
+    path = driver.records / "claims" / f"{volume.volume_id}.json"
     whole = path.read_bytes()
     path.write_bytes(whole[:20])
-    for command in (("gc", "--dry-run", "--json"), ("gc", "--json"), ("volumes", "--json"), ("doctor", "--json")):
+    for command in (("gc", "--dry-run", "--json"), ("volumes", "--json"), ("doctor", "--json")):
         done = driver.cli(*command, check=False)
         assert str(path) in done.stdout + done.stderr, command
         assert done.returncode in (0, 1) and "Traceback" not in done.stderr
+    driver.cli("gc")
     assert has_placeholder(target) and driver.left_over()["hand-off files"]
     assert {row["volume"] for row in json.loads(driver.cli("volumes", "--json").stdout)} == {
         volume.volume_id,
@@ -125,8 +185,34 @@ def test_a_damaged_claim_stops_what_it_speaks_of_and_nothing_else(driver):
     driver.start()
     driver.publish(other, B, runtime="runc")
     driver.unpublish(other, B)
-    path.write_bytes(whole)
     driver.unpublish(volume, A)
+
+
+@pytest.mark.parametrize("kind", ["mounted", "raw", "directory"])
+def test_a_running_pod_whose_claim_alone_was_lost_is_adopted(driver, kind):
+    """kubelet repeats what it did; then all of it is taken back as ever."""
+    use = block_capability() if kind == "raw" else None
+    parameters = {"backend": "directory", "quota": "none"} if kind == "directory" else {}
+    volume = driver.create("pvc", 64 << 20, use, **parameters)
+    driver.stage(volume, use)
+    target = driver.publish(volume, A, runtime="runc", capability=use)
+    before = driver.left_over()
+    (driver.records / "claims" / f"{volume.volume_id}.json").unlink()
+    if kind != "directory":
+        with refused("FAILED_PRECONDITION", "in use"):
+            driver.client.CreateVolumeGroupSnapshot(name="g", source_volume_ids=[volume.volume_id])
+    for _ in range(2):
+        driver.stage(volume, use)
+        driver.publish(volume, A, runtime="runc", capability=use)
+    assert driver.left_over() == before
+    if kind == "raw":
+        open(target, "r+b").close()
+    else:
+        open(f"{target}/file", "w").close()
+    driver.unpublish(volume, A)
+    driver.unstage(volume)
+    driver.delete(volume)
+    assert not any(driver.left_over().values())
 
 
 def test_gc_keeps_the_claim_of_a_volume_whose_store_is_away(driver):
@@ -139,7 +225,7 @@ def test_gc_keeps_the_claim_of_a_volume_whose_store_is_away(driver):
         (driver.state / f"volumes.db{suffix}").unlink(missing_ok=True)
     driver.start()
     driver.cli("gc")
-    assert (driver.run / "claims" / f"{volume.volume_id}.json").exists() and os.path.ismount(target)
+    assert (driver.records / "claims" / f"{volume.volume_id}.json").exists() and os.path.ismount(target)
     driver.stop()
     for name in ("volumes.db", "volumes.db-wal", "volumes.db-shm"):
         (driver.state / name).unlink(missing_ok=True)
@@ -156,8 +242,8 @@ def test_a_loop_device_that_a_hand_off_names_stays_its_guests(driver):
     lose_run(driver)
     driver.cli("gc")
     # Claims lost once more, with nobody who could make them again: gc alone.
-    shutil.rmtree(driver.run / "claims")
-    (driver.run / "claims").mkdir()
+    shutil.rmtree(driver.records / "claims")
+    (driver.records / "claims").mkdir()
     driver.cli("gc")
     assert driver.loop_devices() == devices and has_placeholder(target)
     driver.stop()
@@ -186,7 +272,7 @@ def test_gc_keeps_the_claim_of_a_volume_whose_store_cannot_be_read(driver):
         (driver.state / f"volumes.db{suffix}").unlink(missing_ok=True)
     store.write_bytes(b"no database at all".ljust(8192, b"x"))
     driver.cli("gc", check=False)
-    assert (driver.run / "claims" / f"{volume.volume_id}.json").exists()
+    assert (driver.records / "claims" / f"{volume.volume_id}.json").exists()
     store.unlink()
     away.rename(store)
     driver.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -44,12 +45,15 @@ def test_a_pod_of_an_older_release_goes_on(driver, kind):
         claim = claim.replace(f"{{{key}}}", str(value))
     before = driver.left_over()["hand-off files"], driver.mounts(), devices
     driver.stop()
+    (driver.records / "claims" / f"{volume.volume_id}.json").unlink()
+    (driver.run / "claims").mkdir()
     (driver.run / "claims" / f"{volume.volume_id}.json").write_text(claim)
     driver.start()
+    assert not os.listdir(driver.run / "claims")
     driver.stage(volume, capability)
     driver.publish(volume, A, runtime=runtime, capability=capability, name="web-0")
     assert before == (driver.left_over()["hand-off files"], driver.mounts(), driver.loop_devices())
-    known = json.loads((driver.run / "claims" / f"{volume.volume_id}.json").read_text())
+    known = json.loads((driver.records / "claims" / f"{volume.volume_id}.json").read_text())
     assert known["targets"][target]["way"] == WAYS[kind]
     driver.client.NodeGetVolumeStats(volume_id=volume.volume_id, volume_path=target)
     if kind == "kata":

@@ -28,8 +28,8 @@ def flex(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flex]:
     one = Flex(driver)
     yield one
     left = [*driver.mounts(), *driver.loop_devices()]
-    records = [name for kind in ("claims", "given") if (driver.run / kind).exists()
-               for name in os.listdir(driver.run / kind)]  # fmt: skip
+    places = [driver.records / "claims", driver.run / "given"]
+    records = [name for place in places if place.exists() for name in os.listdir(place)]
     driver.remove()
     assert not left, left
     assert not records, records

@@ -103,8 +103,8 @@ def volume(flex: Flex) -> Iterator[str]:
     flex.driver.cli("volumes", "delete", "--yes", made)
     handed = flex.driver.direct_volumes
     assert not handed.exists() or not os.listdir(handed)
-    assert not os.listdir(flex.driver.run / "claims")
-    records = flex.driver.run / "flexvolume/targets"
+    assert not os.listdir(flex.driver.records / "claims")
+    records = flex.driver.records / "flexvolume/targets"
     assert not records.exists() or not os.listdir(records)
 
 
@@ -258,7 +258,7 @@ def test_the_disk_driver_of_alicloud_is_understood(flex, volume):
 
 def test_an_unmount_without_its_record_finds_the_claim(flex, volume):
     target = flex.mount(volume, runtime="kata")
-    for record in (flex.driver.run / "flexvolume/targets").iterdir():
+    for record in (flex.driver.records / "flexvolume/targets").iterdir():
         record.unlink()
     flex.ok("unmount", target)
     assert json.loads(flex.driver.cli("handoffs", "--json").stdout) == []
@@ -335,7 +335,7 @@ def test_a_volume_that_another_call_keeps_is_told_in_the_end(flex, volume):
         options = flex.options(volume, runtime="runc")
         _, reply = flex.run("mount", flex.target(volume), options, RUNVOL_FLEXVOLUME_CALL_SECONDS="1")
         assert reply["message"] == f"another operation on volume {volume} is under way; try again when it has ended"
-        assert not list((flex.driver.run / "flexvolume").glob("targets/*"))
+        assert not list((flex.driver.records / "flexvolume").glob("targets/*"))
     flex.mount(volume, runtime="runc")
 
 

@@ -26,7 +26,7 @@ def flex() -> Iterator[Flex]:
     with Driver() as driver:
         one = Flex(driver)
         yield one
-        left = [*driver.mounts(), *driver.loop_devices(), *os.listdir(driver.run / "claims")]
+        left = [*driver.mounts(), *driver.loop_devices(), *driver.left_over()["claims and locks"]]
         assert not left, left
 
 
@@ -188,7 +188,7 @@ class Failing:
 def test_whatever_accept_raises_the_next_call_is_taken(tmp_path, monkeypatch):
     numbers = (errno.ECONNABORTED, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.EPERM)
     errors: list[Exception] = [*(OSError(number, os.strerror(number)) for number in numbers), MemoryError()]
-    service = Service(None, str(tmp_path))
+    service = Service(None, str(tmp_path), str(tmp_path))
     monkeypatch.setattr(service, "_answer", lambda *_: "{}")
     bound = socket.socket
 
@@ -213,7 +213,7 @@ def test_whatever_accept_raises_the_next_call_is_taken(tmp_path, monkeypatch):
 
 
 def test_a_call_that_no_thread_can_serve_leaves_room_for_the_next(tmp_path, monkeypatch):
-    service = Service(None, str(tmp_path))
+    service = Service(None, str(tmp_path), str(tmp_path))
     monkeypatch.setattr(service, "_answer", lambda *_: "{}")
     service.start()
     start, failing = threading.Thread.start, [True] * 65
@@ -232,7 +232,7 @@ def test_a_call_that_no_thread_can_serve_leaves_room_for_the_next(tmp_path, monk
 
 
 def test_a_call_that_fails_in_an_unknown_way_is_one_call(tmp_path, monkeypatch, caplog):
-    service = Service(None, str(tmp_path))
+    service = Service(None, str(tmp_path), str(tmp_path))
     monkeypatch.setattr(service, "_answer", lambda *_: {}["no such key"])
     service.start()
     assert [asked_of(tmp_path) for _ in range(70)] == [b""] * 70

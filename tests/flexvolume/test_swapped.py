@@ -29,7 +29,7 @@ class Here(Flex):
     def __init__(self, driver: Driver) -> None:
         super().__init__(driver)
         self.node = assembly.build(config.load(environment=self.environment))
-        self.calls = Calls(self.node, directory=str(driver.run / "flexvolume"))
+        self.calls = Calls(self.node, directory=str(driver.records / "flexvolume"))
 
     def answer(self, *words: str) -> Reply:
         return self.calls.answer(words, Deadline.after(20))
@@ -261,7 +261,7 @@ def test_claims_of_the_release_before_go_on(here, kind):
     place = str(here.driver.directory / "data/team/sub") if kind == "directory" else str(image(here))
     one, two = here.target("v", 10), here.target("v", 11)
     assert here.answer("mount", one, described(**{kind: place})).status == "Success"
-    (record,) = (here.driver.run / "claims").iterdir()
+    (record,) = (here.driver.records / "claims").iterdir()
     claim = json.loads(record.read_text())
     record.write_text(json.dumps({**claim, "source": place}))
     here.node.catalog.named(f"given-{kind}").let_go(claim["volume"])
@@ -271,7 +271,7 @@ def test_claims_of_the_release_before_go_on(here, kind):
     assert (Path(two) / "f").read_text() == "x"
     for target in (one, two):
         assert here.answer("unmount", target).status == "Success"
-    assert not os.listdir(here.driver.run / "claims")
+    assert not os.listdir(here.driver.records / "claims")
 
 
 def test_what_a_killed_call_holds_is_let_go_by_the_next_one(here):

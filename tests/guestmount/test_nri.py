@@ -243,7 +243,7 @@ def test_it_comes_back_after_whatever_ends_a_connection(runtime, claims, tmp_pat
 
 def test_a_damaged_claim_stops_no_container(claims, tmp_path):
     write(claims, claim())
-    (tmp_path / "run/claims/other.json").write_bytes(b"\xff{")
+    (Path(claims.directory) / "other.json").write_bytes(b"\xff{")
     (mount,) = nri.Plugin(claims).CreateContainer(asked(bind())).adjust.mounts
     assert mount.type == "nfs4"
 

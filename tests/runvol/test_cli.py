@@ -85,8 +85,8 @@ def test_gc_says_first_and_takes_back_what_nobody_needs(driver):
         volume_id=volume.volume_id, staging_target_path=driver.staging(volume.volume_id), target_path=str(target),
         volume_capability=mount_capability(), volume_context={"runtime": "kata"},
     )  # fmt: skip
-    for name in os.listdir(driver.run / "claims"):
-        os.unlink(driver.run / "claims" / name)
+    for name in os.listdir(driver.records / "claims"):
+        os.unlink(driver.records / "claims" / name)
     planned = rows(driver.cli("gc", "--dry-run", "--json"))
     assert {row["kind"] for row in planned} == {"hand-off", "placeholder"} and not any(row["done"] for row in planned)
     assert len(driver.mounts()) == 1
