@@ -18,7 +18,7 @@ from csi.workers import Workers
 from guestmount import BadRequest, Node
 
 SERVICES = ("identity", "controller", "node")
-_WORKERS, _LOOKING, _PROBING = 32, 8, 4
+_WORKERS, _LOOKING, _PROBING = 32, 16, 4
 _GRACE, _AFTER = 10.0, 1.0
 _SUFFIX = ".sock"
 

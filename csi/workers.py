@@ -32,7 +32,7 @@ class Workers:
         with self._lock:
             if family and self._working[family] >= self._most:
                 raise CallError(
-                    grpc.StatusCode.ABORTED,
+                    grpc.StatusCode.UNAVAILABLE,
                     f"{self._most} calls for volumes {family}-… are under way; try again when some have ended",
                 )
             self._working[family] += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from functools import partial
 
+from blockdev import mounts
 from guestmount import (
     Claims,
     Detector,
@@ -20,17 +21,15 @@ from guestmount import (
     registration,
     repair,
 )
-from runvol.config import Config
+from runvol.config import Config, ConfigError
 from volumes import Catalog
 from volumes.registry import Settings
 
 
 def build(config: Config) -> Node:
     """A node's verbs over its real directories."""
-    run_dir = config.text("paths.run_dir")
-    os.makedirs(run_dir, mode=0o700, exist_ok=True)
-    state_dir = config.text("paths.state_dir")
-    os.makedirs(state_dir, mode=0o700, exist_ok=True)
+    run_dir, state_dir = config.text("paths.run_dir"), config.text("paths.state_dir")
+    _check_mounted(config)
     node = Node(
         catalog=Catalog.open(
             Settings(
@@ -62,6 +61,15 @@ def build(config: Config) -> Node:
     )
     node.claims.remake = partial(repair.remade, node)
     return node
+
+
+def _check_mounted(config: Config) -> None:
+    state_dir = config.text("paths.state_dir")
+    if config.text("paths.state_dir_mounted") == "true" and not mounts.is_mount_point(state_dir):
+        raise ConfigError(
+            f"paths.state_dir = {state_dir!r}: nothing is mounted there, and paths.state_dir_mounted = true says that "
+            "something has to be; mount its filesystem first"
+        )
 
 
 def records(config: Config) -> str:

@@ -47,6 +47,9 @@ TABLE: Mapping[str, Setting] = {
         meaning="volumes where it cannot be found out whether kubelet sees the mounts made here: refuse or allow",
     ),
     "paths.state_dir": Setting(default="/var/lib/runvol", meaning="volumes and their store; survives reboots"),
+    "paths.state_dir_mounted": Setting(
+        default="false", meaning="something must be mounted at the state directory, else nothing starts: true or false"
+    ),
     "paths.run_dir": Setting(default="/run/runvol", meaning="sockets and locks; must not survive reboots"),
     "paths.direct_volumes": Setting(
         default="/run/kata-containers/shared/direct-volumes", meaning="where Kata's shims look for direct volumes"
@@ -129,6 +132,7 @@ _WORDS = {
     "log.format": ("text", "json"),
     "detect.rund": ("rund2", "rund3"),
     "node.unproved_mounts": ("refuse", "allow"),
+    "paths.state_dir_mounted": ("true", "false"),
     "kata.rust_shared_block": ("refuse", "allow"),
 }
 # A topology label's value (Kubernetes' limit).

@@ -63,6 +63,7 @@ def csi_plugin(config: Config) -> None:
     doubt = node.reach.doubt() if node.reach is not None else None
     if doubt is not None:
         log.error("mounts may not reach kubelet", extra={"why": doubt.why, "certain": doubt.certain})
+    node.catalog.prepare()
     for done in [*boot.forget_others(config.text("paths.state_dir")), *repair.at_start(node)]:
         log.warning("repaired", extra={"what": done})
     server.start()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 
 import click
 
+_PIPE = 10_000
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
@@ -26,7 +28,8 @@ def show(rows: Sequence[Mapping[str, object]], columns: Sequence[str], *, as_jso
         table.add_column(column.upper().replace("_", " "), overflow="fold")
     for row in rows:
         table.add_row(*(str(row.get(column, "")) for column in columns))
-    Console(soft_wrap=False).print(table)
+    # A pipe has no width: programs cut lines by columns, and an id over two lines is none.
+    Console(soft_wrap=False, width=None if sys.stdout.isatty() else _PIPE).print(table)
 
 
 def size(count: int) -> str:

@@ -105,6 +105,22 @@ def volumes_adopt(load: Loader, file: str, name: str, as_json: bool) -> None:
     tables.show([_volume_row(made, None)], ("volume", "name", "size"), as_json=as_json, empty="")
 
 
+@volumes.command("forget")
+@click.argument("one_id", metavar="ID")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.pass_obj
+def volumes_forget(load: Loader, one_id: str, yes: bool) -> None:
+    """End a PersistentVolume, or a snapshot, whose store is lost for good.
+
+    Its deletion succeeds from now on, on this node; nothing is removed anywhere.
+    """
+    node = _node(load)
+    if not yes:
+        click.confirm(f"Is the store that made {one_id} lost, with its data?", abort=True)
+    name = node.catalog.forget(one_id)
+    click.echo(f"{one_id} counts as deleted (backend {name})")
+
+
 @volumes.command("delete")
 @click.argument("volume_id")
 @click.option("--yes", is_flag=True, help="Do not ask.")

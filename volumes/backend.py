@@ -125,6 +125,24 @@ class Backend(Protocol):
 
 
 @runtime_checkable
+class StoredBackend(Backend, Protocol):
+    """One that has a store on this node, and a directory for what is in it."""
+
+    def prepare(self) -> None:
+        """Store and directory are there, and belong together. StoreAway where volumes are missed in it."""
+
+    def forget(self, one_id: str) -> None:
+        """What another store made under this id is lost for good: it counts as deleted from now on."""
+
+    def holds(self, one_id: str) -> bool:
+        """Whether the store has a volume, snapshot or group of this id."""
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """What the ids begin with that it gives, those of snapshots and groups among them."""
+
+
+@runtime_checkable
 class BlockBackend(Backend, Protocol):
     """One whose volumes are block devices, or files that become some."""
 

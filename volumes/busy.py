@@ -26,6 +26,7 @@ class Busy:
         """BlockingIOError for an exclusive one while somebody is at work. VolumeUnfinished for a shared one while a
         recovery takes longer than a call waits; StoreFailed where nothing can be written."""
         try:
+            os.makedirs(os.path.dirname(self._path), mode=0o700, exist_ok=True)
             fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise StoreFailed(f"{self._path} cannot be locked: {error.strerror}") from error

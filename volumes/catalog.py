@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Protocol, TypeVar
 
-from volumes.backend import Backend, GroupBackend, ImageBackend, Keeper, SnapshotBackend
-from volumes.errors import InvalidParameter, VolumeNotFound
+from volumes.backend import Backend, GroupBackend, ImageBackend, Keeper, SnapshotBackend, StoredBackend
+from volumes.errors import InvalidParameter, VolumeConflict, VolumeNotFound
 from volumes.model import VOLUME_ID, Snapshot, Volume
 from volumes.registry import DESCRIBING, NAMES, REGISTRY, Settings
 from volumes.troubles import EXPECTED, Trouble, Unfinished, log, logged
@@ -151,6 +151,26 @@ class Catalog:
         Raises StoreFailed where a whole store cannot be read: a list without it would be taken for the truth.
         """
         return _joined([backend.list for backend in self._backends], after, limit, trouble)
+
+    def prepare(self) -> None:
+        """Stores and their directories are there. One that is away is told, and refuses its own calls."""
+        for backend in self._backends:
+            if isinstance(backend, StoredBackend):
+                try:
+                    backend.prepare()
+                except EXPECTED as error:
+                    log.error("a store's volumes are not there", extra={"backend": backend.name, "why": str(error)})
+
+    def forget(self, one_id: str) -> str:
+        """A volume, snapshot or group whose store is lost for good counts as deleted; the backend's name.
+        VolumeConflict for one that is there, VolumeNotFound for an id that no store of this node's gives."""
+        for backend in self._backends:
+            if isinstance(backend, StoredBackend) and VOLUME_ID.match(one_id) and one_id.startswith(backend.prefixes):
+                if backend.holds(one_id):
+                    raise VolumeConflict(one_id, "is in the store of this node; delete it instead")
+                backend.forget(one_id)
+                return backend.name
+        raise VolumeNotFound(one_id)
 
     def check_stores(self) -> None:
         """StoreFailed if one cannot be read; asks no server."""

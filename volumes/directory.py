@@ -35,6 +35,7 @@ from volumes.model import (
     VolumeKind,
 )
 from volumes.parameter import Parameter, one_of
+from volumes.place import Place, nearest
 from volumes.store import Row, State, Store
 from volumes.troubles import Recovery, Step, Trouble, Unfinished, logged
 
@@ -72,9 +73,9 @@ class DirectoryBackend:
     def __init__(self, state_dir: str, *, directory: str = "", capacity_limit: int = 0) -> None:
         """`directory` defaults to `<state_dir>/directories`; `capacity_limit` (bytes, 0: none) bounds the promises."""
         self._directory = os.path.realpath(directory or os.path.join(state_dir, "directories"))
-        os.makedirs(self._directory, mode=0o711, exist_ok=True)
         self._limit = capacity_limit
         self._store = Store(os.path.join(state_dir, "directories.db"))
+        self._place = Place(self._directory, self._store, 0o711)
         self._busy = Busy(os.path.join(state_dir, "directories.lock"))
         self._recovery = Recovery(self._store.path, self._busy, self._steps)
 
@@ -91,7 +92,7 @@ class DirectoryBackend:
 
     def needs(self) -> Sequence[Need]:
         try:
-            quotas.read(self._directory, FIRST_PROJECT)
+            quotas.read(nearest(self._directory), FIRST_PROJECT)
         except QuotaUnavailable as error:
             return [Need(met=False, finding=f"{error}; until then classes need `quota: none`")]
         return [Need(met=True, finding=f"project quotas are kept on {self._directory}")]
@@ -119,7 +120,8 @@ class DirectoryBackend:
                 settled = self._store.by_name(name)
                 if settled is not None and settled.state is State.READY:
                     return self._same(settled, size, parameters, source)
-            volume_id = PREFIX + os.urandom(16).hex()
+            volume_id = self._store.new_id(PREFIX)
+            self._be_ours()
             with self._store.transaction():
                 self._reserve(capacity)
                 self._pass_over_foreign_projects()
@@ -164,8 +166,10 @@ class DirectoryBackend:
     def delete(self, volume_id: str) -> None:
         row = self._store.get(volume_id)
         if row is None:
+            self._store.check_own(PREFIX, volume_id)
             return
         with self._busy():
+            self._be_ours()
             self._store.set_state(volume_id, State.DELETING)
             self._drop(row)
 
@@ -196,6 +200,8 @@ class DirectoryBackend:
 
     def get(self, volume_id: str) -> Volume | None:
         row = self._store.get(volume_id) if VOLUME_ID.match(volume_id) else None
+        if row is None:
+            self._store.check_own(PREFIX, volume_id)
         return self._volume(row) if row is not None and row.state is State.READY else None
 
     def list(
@@ -207,7 +213,7 @@ class DirectoryBackend:
 
     def available_bytes(self) -> int:
         """Free bytes of the filesystem, less what was promised and has not been used yet."""
-        facts = os.statvfs(self._directory)
+        facts = os.statvfs(nearest(self._directory))
         free = facts.f_bavail * facts.f_frsize
         promised = owed = 0
         for row in self._store.rows():
@@ -242,6 +248,8 @@ class DirectoryBackend:
         self._known(volume_id)
         path = self._path(volume_id)
         if not os.path.isdir(path):
+            if self._place.is_away():
+                self._be_ours()
             raise VolumeNotFound(f"{volume_id} (its directory {path} is gone)")
         return DirectorySource(path=path)
 
@@ -271,9 +279,24 @@ class DirectoryBackend:
     def unknown_files(self) -> Sequence[str]:
         """Entries of the directory that no row speaks of; never removed by runvol."""
         rows = self._store.ids()
-        names = sorted(set(os.listdir(self._directory)) - rows)
+        names = sorted(set(os.listdir(self._directory)) - rows) if os.path.isdir(self._directory) else []
         return [os.path.join(self._directory, name) for name in names
                 if name.removeprefix(_NEW).removeprefix(_OLD) not in rows and name != "lost+found"]  # fmt: skip
+
+    prefixes = (PREFIX,)
+
+    def prepare(self) -> None:
+        self._be_ours()
+
+    def holds(self, one_id: str) -> bool:
+        return self._store.holds(one_id)
+
+    def forget(self, one_id: str) -> None:
+        self._store.forget(one_id)
+
+    def _be_ours(self) -> None:
+        """The directory is this store's. StoreAway."""
+        self._place.be_ours(row.volume_id for row in self._store.rows(state=State.READY))
 
     def _known(self, volume_id: str) -> Volume:
         return self._volume(self._row(volume_id, ready=True))
@@ -281,6 +304,7 @@ class DirectoryBackend:
     def _row(self, volume_id: str, *, ready: bool = False) -> Row:
         row = self._store.get(volume_id) if VOLUME_ID.match(volume_id) else None
         if row is None:
+            self._store.check_own(PREFIX, volume_id)
             raise VolumeNotFound(volume_id)
         if ready and row.state is not State.READY:
             raise VolumeUnfinished(f"volume {volume_id} is {row.state.value}")

@@ -43,6 +43,10 @@ class StoreFailed(VolumeError):
     """The store of volumes cannot be read or written."""
 
 
+class StoreAway(VolumeError):
+    """The store that is here is not the one that an id or a directory belongs to."""
+
+
 class ExportUnknown(StoreFailed):
     """An id that names an export which this controller has never worked on: what lies there cannot be looked at."""
 

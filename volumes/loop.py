@@ -40,8 +40,9 @@ from volumes.model import (
     VolumeKind,
 )
 from volumes.parameter import FSTYPE, Parameter, one_of
+from volumes.place import Place, nearest
+from volumes.snapshots import GROUP_PREFIX, Snapshots
 from volumes.snapshots import PREFIX as SNAPSHOT_PREFIX
-from volumes.snapshots import Snapshots
 from volumes.store import Row, SnapshotRow, State, Store
 from volumes.troubles import Recovery, Step, Trouble, Unfinished, logged
 
@@ -71,9 +72,9 @@ class LoopBackend:
     def __init__(self, state_dir: str, *, capacity_limit: int = 0) -> None:
         """`capacity_limit` (bytes, 0 for none) bounds what all volumes together may promise."""
         self._directory = os.path.join(os.path.realpath(state_dir), "volumes")
-        os.makedirs(self._directory, mode=0o700, exist_ok=True)
         self._limit = capacity_limit
         self._store = Store(os.path.join(state_dir, "volumes.db"))
+        self._place = Place(self._directory, self._store, 0o700)
         self._busy = Busy(os.path.join(state_dir, "volumes.lock"))
         self.keeper: Keeper = Unkept()
         self._jobs = Jobs()
@@ -152,7 +153,8 @@ class LoopBackend:
                 settled = self._store.by_name(name)
                 if settled is not None and settled.state is State.READY:
                     return _same(settled, size, parameters, source, self._volume(settled))
-            volume_id = PREFIX + os.urandom(16).hex()
+            volume_id = self._store.new_id(PREFIX)
+            self._be_ours()
             with self._store.transaction():
                 self._reserve(capacity)
                 self._store.insert(
@@ -188,7 +190,9 @@ class LoopBackend:
         with self._busy():
             row = self._store.get(volume_id)
             if row is None:
+                self._store.check_own(PREFIX, volume_id)
                 return
+            self._be_ours()
             if row.state is State.CREATING and self._jobs.progress(_filling(row.name)) is not None:
                 raise VolumeUnfinished(f"volume {volume_id} is being filled from {row.source}")
             path = self._path(volume_id)
@@ -199,6 +203,8 @@ class LoopBackend:
 
     def get(self, volume_id: str) -> Volume | None:
         row = self._store.get(volume_id) if VOLUME_ID.match(volume_id) else None
+        if row is None:
+            self._store.check_own(PREFIX, volume_id)
         return self._volume(row) if row is not None and row.state is State.READY else None
 
     def list(
@@ -210,7 +216,7 @@ class LoopBackend:
 
     def available_bytes(self) -> int:
         """Free bytes of the directory's filesystem, less what sparse volumes were promised and have not used yet."""
-        facts = os.statvfs(self._directory)
+        facts = os.statvfs(nearest(self._directory))
         free = facts.f_bavail * facts.f_frsize
         promised = owed = 0
         for row in self._store.rows():
@@ -250,6 +256,8 @@ class LoopBackend:
         self._known(volume_id)
         path = self._path(volume_id)
         if not os.path.exists(path):
+            if self._place.is_away():
+                self._be_ours()
             raise VolumeNotFound(f"{volume_id} (its file {path} is gone)")
         return BlockSource(path=path)
 
@@ -309,13 +317,14 @@ class LoopBackend:
     def adopt(self, path: str, name: str) -> Volume:
         """Take over an existing image file, by rename into the directory, with its data and its filesystem."""
         facts = os.stat(path)
+        self._be_ours()
         if facts.st_dev != os.stat(self._directory).st_dev:
             raise InvalidParameter("path", path, f"must lie on the same filesystem as {self._directory}; move it there")
         if facts.st_size == 0 or facts.st_size % 512:
             raise SizeNotAllowed(f"{path} has {facts.st_size} bytes, which is no whole number of 512-byte sectors")
         exclusivity.prove_free(path, past_known=False)
         with self._busy():
-            volume_id = PREFIX + os.urandom(16).hex()
+            volume_id = self._store.new_id(PREFIX)
             with self._store.transaction():
                 if self._store.by_name(name) is not None:
                     raise VolumeConflict(name, "belongs to another volume")
@@ -348,10 +357,26 @@ class LoopBackend:
         A row is written before its file and removed after it, so whatever has none is somebody else's.
         """
         rows = {volume_id + suffix for volume_id in self._store.ids() for suffix in (_SUFFIX, _NEW)}
-        names = sorted(set(os.listdir(self._directory)) - rows - self.image_snapshots.known_files() - {"lost+found"})
+        known = rows | self.image_snapshots.known_files() | {"lost+found"}
+        names = sorted(set(os.listdir(self._directory)) - known) if os.path.isdir(self._directory) else []
         return [os.path.join(self._directory, name) for name in names]
 
     # -- inside
+
+    prefixes = (PREFIX, SNAPSHOT_PREFIX, GROUP_PREFIX)
+
+    def prepare(self) -> None:
+        self._be_ours()
+
+    def holds(self, one_id: str) -> bool:
+        return self._store.holds(one_id)
+
+    def forget(self, one_id: str) -> None:
+        self._store.forget(one_id)
+
+    def _be_ours(self) -> None:
+        """The directory is this store's. StoreAway."""
+        self._place.be_ours(row.volume_id + _SUFFIX for row in self._store.rows(state=State.READY))
 
     def _settle(self, row: Row) -> str | None:
         path = self._path(row.volume_id)
@@ -382,6 +407,7 @@ class LoopBackend:
     def _known(self, volume_id: str) -> Volume:
         row = self._store.get(volume_id) if VOLUME_ID.match(volume_id) else None
         if row is None:
+            self._store.check_own(PREFIX, volume_id)
             raise VolumeNotFound(volume_id)
         if row.state is not State.READY:
             raise VolumeUnfinished(f"volume {volume_id} is {row.state.value}")

@@ -77,7 +77,7 @@ class Snapshots:
 
     def _begin(self, name: str, source: str, source_path: str, group: str) -> str:
         facts = os.stat(source_path)
-        snapshot_id = PREFIX + os.urandom(16).hex()
+        snapshot_id = self._store.new_id(PREFIX)
         self._store.insert_snapshot(
             snapshot_id=snapshot_id, name=name, source=source, size=facts.st_size, created=time.time(), group=group
         )
@@ -111,7 +111,10 @@ class Snapshots:
         """
         import uuid
 
-        group_id = GROUP_PREFIX + uuid.uuid5(uuid.NAMESPACE_OID, name).hex
+        of_name = uuid.uuid5(uuid.NAMESPACE_OID, name).hex
+        group_id = f"{GROUP_PREFIX}{self._store.identity}-{of_name}"
+        if self._store.snapshots(group=GROUP_PREFIX + of_name):  # of a release that left the store's identity out
+            group_id = GROUP_PREFIX + of_name
         volumes = [volume for volume, _path in sources]
 
         def work(progress: Progress) -> None:
@@ -155,6 +158,8 @@ class Snapshots:
         """VolumeNotFound for an unknown or unfinished group."""
         members = self._store.snapshots(group=group_id) if VOLUME_ID.match(group_id) else []
         if not members or any(row.state is not State.READY for row in members):
+            if not members:
+                self._store.check_own(GROUP_PREFIX, group_id)
             raise VolumeNotFound(group_id)
         return SnapshotGroup(group_id=group_id, snapshots=tuple(map(_snapshot, members)))
 
@@ -167,6 +172,8 @@ class Snapshots:
 
     def _drop_group(self, group_id: str) -> None:
         members = self._store.snapshots(group=group_id)
+        if not members:
+            self._store.check_own(GROUP_PREFIX, group_id)
         with self._store.transaction():
             for row in members:
                 self._store.set_snapshot_state(row.snapshot_id, State.DELETING)
@@ -177,6 +184,8 @@ class Snapshots:
         """VolumeNotFound where there is none."""
         row = self._store.snapshot(snapshot_id) if VOLUME_ID.match(snapshot_id) else None
         if row is None or row.state is not State.READY:
+            if row is None:
+                self._store.check_own(PREFIX, snapshot_id)
             raise VolumeNotFound(snapshot_id)
         return _snapshot(row)
 
@@ -187,7 +196,9 @@ class Snapshots:
     def delete(self, snapshot_id: str) -> None:
         """No such snapshot afterwards, whether there was one or not. VolumeUnfinished while it is being made."""
         row = self._store.snapshot(snapshot_id) if VOLUME_ID.match(snapshot_id) else None
-        if row is not None:
+        if row is None:
+            self._store.check_own(PREFIX, snapshot_id)
+        else:
             if row.state is State.CREATING and self._jobs.progress(_taking(row.name)) is not None:
                 raise VolumeUnfinished(f"snapshot {snapshot_id} is being made")
             self._store.set_snapshot_state(snapshot_id, State.DELETING)

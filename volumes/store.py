@@ -11,6 +11,7 @@ import enum
 import json
 import logging
 import os
+import re
 import sqlite3
 import threading
 import urllib.parse
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from volumes.errors import StoreFailed
+from volumes.errors import StoreAway, StoreFailed
 
 R = TypeVar("R")
 _SCHEMA = 1  # nothing was released with another one
@@ -45,6 +46,13 @@ CREATE TABLE IF NOT EXISTS snapshots (
     in_group TEXT NOT NULL
 ) STRICT;
 """
+# What a store knows of itself, and ids of stores that are lost for good; an older release passes them over.
+_OF_ITSELF = """
+CREATE TABLE IF NOT EXISTS facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS forgotten (id TEXT PRIMARY KEY) STRICT;
+"""
+# What may follow an id's prefix: the identity of its store, which older releases left out, and 16 random bytes.
+_OURS = re.compile(r"(?:([0-9a-f]{8})-)?[0-9a-f]{32}\Z")
 _COLUMNS = "seq, id, name, backend, capacity, parameters, state, formatting, source"
 _SNAPSHOT_COLUMNS = "seq, id, name, source, size, created, state, in_group"
 
@@ -92,16 +100,21 @@ class Store:
     """Rows of volumes. Safe to use from several threads and beside other processes.
 
     Every change is one transaction that is on the disk when the call returns. Raises StoreFailed, also while the file
-    cannot be opened; on a filesystem that takes no writes it is read.
+    cannot be opened; on a filesystem that takes no writes it is read. The first change makes the file; who only looks
+    makes nothing.
     """
 
     def __init__(self, path: str) -> None:
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         self.path = path
         self._lock = threading.RLock()
         self._db: sqlite3.Connection | None = None
+        # Stands for a file that is not there, as long as nobody writes.
+        self._nothing: sqlite3.Connection | None = None
+        self._identity, self._adopts = "", False
         # Opened for reading alone, since its filesystem takes no writes.
         self._frozen = False
+        if not os.path.exists(path):
+            return
         try:
             self._open()
         except WrittenByNewer:
@@ -113,6 +126,8 @@ class Store:
     def _open(self) -> sqlite3.Connection:
         """Raises StoreFailed."""
         with _explained(self.path):
+            with contextlib.suppress(OSError):  # SQLite says what is wrong
+                os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
             try:
                 self._db, self._frozen = self._opened(), False
             except sqlite3.OperationalError:
@@ -128,8 +143,65 @@ class Store:
             db.execute("PRAGMA synchronous = FULL")
             self._check_version(db)
             db.executescript(_TABLES)
+            db.executescript(_OF_ITSELF)
             db.execute(f"PRAGMA user_version = {_SCHEMA}")
+            self._be_known(db)
         return db
+
+    def _be_known(self, db: sqlite3.Connection) -> None:
+        """The store has an identity. One that has had rows before it got one owns the ids that name none."""
+        if not self._learn(db):
+            db.execute("BEGIN IMMEDIATE")
+            had = "SELECT count(*) FROM sqlite_sequence"  # has a row for each table that ever had one
+            facts = {"identity": os.urandom(4).hex(), "adopts": str(int(db.execute(had).fetchone()[0] > 0))}
+            for fact in facts.items():
+                db.execute("INSERT OR IGNORE INTO facts (key, value) VALUES (?, ?)", fact)
+            db.execute("COMMIT")
+            self._learn(db)
+
+    def _learn(self, db: sqlite3.Connection) -> bool:
+        known = dict(db.execute("SELECT key, value FROM facts"))
+        self._identity, self._adopts = known.get("identity", ""), known.get("adopts") == "1"
+        return bool(self._identity)
+
+    @property
+    def identity(self) -> str:
+        """Eight hexadecimal digits that the ids of its volumes and snapshots carry. StoreFailed."""
+        with self._lock:
+            if not self._identity:
+                self._database(writing=True)
+            return self._identity
+
+    def new_id(self, prefix: str) -> str:
+        """An id that no other store gives."""
+        return f"{prefix}{self.identity}-{os.urandom(16).hex()}"
+
+    def check_own(self, prefix: str, one_id: str) -> None:
+        """StoreAway for an id of our form that another store has given; not for what nobody of ours can have made."""
+        found = _OURS.match(one_id.removeprefix(prefix))
+        if found is None:
+            return
+        with self._lock, _explained(self.path):
+            db = self._database()
+            if (found[1] is None and self._adopts) or (found[1] and found[1] == self._identity):
+                return
+            if self._identity and db.execute("SELECT 1 FROM forgotten WHERE id = ?", (one_id,)).fetchone():
+                return
+        raise StoreAway(
+            f"{one_id} was made by another store than the one in {os.path.dirname(self.path)}: its filesystem may not "
+            "be mounted; mount it and start the plugin again. If that store is lost for good, run "
+            f"`runvol volumes forget {one_id}`"
+        )
+
+    def holds(self, one_id: str) -> bool:
+        """Whether a volume, a snapshot or a group has this id."""
+        with self._lock, _explained(self.path):
+            asked = "SELECT 1 FROM volumes WHERE id = ?1 UNION SELECT 1 FROM snapshots WHERE ?1 IN (id, in_group)"
+            return self._database().execute(asked, (one_id,)).fetchone() is not None
+
+    def forget(self, one_id: str) -> None:
+        """What another store made under this id is lost: it counts as deleted from now on."""
+        self._execute("INSERT OR IGNORE INTO forgotten (id) VALUES (?)", (one_id,))
 
     def _opened_for_reading(self) -> sqlite3.Connection:
         """Without its log the file is whole, and nobody can change it; with one, SQLite reads both."""
@@ -138,6 +210,8 @@ class Store:
         db = sqlite3.connect(address, uri=True, timeout=10, isolation_level=None, check_same_thread=False)
         with _closed_on_failure(db):
             self._check_version(db)
+            with contextlib.suppress(sqlite3.OperationalError):  # of a release without
+                self._learn(db)
         return db
 
     def _check_version(self, db: sqlite3.Connection) -> None:
@@ -147,8 +221,13 @@ class Store:
                 f"the store {self.path} was written by a newer runvol (schema {version}, this one knows {_SCHEMA})"
             )
 
-    def _database(self) -> sqlite3.Connection:
+    def _database(self, *, writing: bool = False) -> sqlite3.Connection:
         """To be called with the lock held. Raises StoreFailed."""
+        if self._db is None and not writing and not os.path.exists(self.path):
+            if self._nothing is None:
+                self._nothing = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+                self._nothing.executescript(_TABLES)
+            return self._nothing
         if self._db is not None and not (self._frozen and not _takes_no_writes(self.path)):
             return self._db
         if self._db is not None:
@@ -158,14 +237,15 @@ class Store:
 
     def close(self) -> None:
         with self._lock:
-            if self._db is not None:
-                self._db.close()
+            for db in (self._db, self._nothing):
+                if db is not None:
+                    db.close()
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """What happens inside is seen by others whole or not at all, and they wait for it."""
         with self._lock, _explained(self.path):
-            db = self._database()
+            db = self._database(writing=True)
             if db.in_transaction:
                 yield
                 return
@@ -296,7 +376,7 @@ class Store:
 
     def _execute(self, statement: str, values: tuple[object, ...]) -> None:
         with self._lock, _explained(self.path):
-            self._database().execute(statement, values)
+            self._database(writing=True).execute(statement, values)
 
 
 def _row(row: tuple[int, str, str, str, int, str, str, int, str]) -> Row:

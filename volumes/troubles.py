@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -70,7 +71,9 @@ class Recovery:
         self._failed[name] = str(error)
 
     def unfinished(self) -> list[Unfinished]:
-        """What `run` would do now, or could not do when it was called; changes nothing."""
+        """What `run` would do now, or could not do when it was called; changes nothing, and makes nothing."""
+        if not os.path.exists(self._store):
+            return []
         try:
             with self._busy(exclusive=True):
                 left = {name: why for name, why, _settle in self._steps()}

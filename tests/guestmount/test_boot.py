@@ -17,7 +17,7 @@ def test_another_boots_records_are_forgotten_and_this_ones_kept(tmp_path: Path) 
         place.mkdir(parents=True)
         (place / "loop-1.json").write_text("{}")
     (said,) = boot.forget_others(str(tmp_path))
-    assert "earlier boots (1)" in said and os.listdir(own.parent) == [own.name]
+    assert "1 boot" in said and os.listdir(own.parent) == [own.name]
     assert boot.forget_others(str(tmp_path)) == []
 
 

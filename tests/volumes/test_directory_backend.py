@@ -150,6 +150,7 @@ def test_what_no_row_knows_is_told_and_kept(backend):
 
 
 def test_a_project_that_a_lost_stores_directory_has_is_not_given_again(backend, monkeypatch):
+    backend.prepare()
     (Path(backend.directory) / "dir-of-a-lost-store").mkdir()
     (Path(backend.directory) / "link").symlink_to("/etc")
     monkeypatch.setattr("blockdev.quotas.project_of", lambda path: FIRST_PROJECT + 7 if "lost" in path else 0)

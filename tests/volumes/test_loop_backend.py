@@ -402,6 +402,7 @@ def test_a_transaction_that_the_disk_refuses_is_taken_back(backend):
         def in_transaction(self):
             return self.real.in_transaction
 
+    backend.prepare()
     store = backend._store
     real, store._db = store._db, Full(store._db)
     with pytest.raises(StoreFailed, match="full"):

@@ -1,0 +1,62 @@
+"""The directory in which a store's volumes lie: it says whose it is, so that an empty one is not taken for it.
+
+A disk that is not mounted leaves an empty directory. What would be made there would lie on another disk, and what is
+deleted there would stay on its own.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable
+
+from volumes.errors import StoreAway
+from volumes.store import Store
+
+# An extended attribute of the directory: the identity of the store.
+_MARK = "trusted.runvol.store"
+_NONE = (errno.ENODATA, errno.EOPNOTSUPP, errno.ENOENT, errno.ENOTDIR, errno.EPERM)
+
+
+class Place:
+    """`directory` of the volumes in `store`; `mode` is what it is made with."""
+
+    def __init__(self, directory: str, store: Store, mode: int) -> None:
+        self._directory, self._store, self._mode = directory, store, mode
+
+    def be_ours(self, names: Iterable[str]) -> None:
+        """The directory is there, and the store's. StoreAway if volumes should be in it (`names`) and none is.
+
+        For calls that are about to make or remove something. On a filesystem without extended attributes what lies
+        there decides alone.
+        """
+        if not self.is_away():
+            return
+        expected = list(names)
+        if expected and not any(os.path.lexists(os.path.join(self._directory, name)) for name in expected):
+            raise StoreAway(
+                f"none of the {len(expected)} volumes of {self._store.path} lies in {self._directory}: its filesystem "
+                "may not be mounted; mount it and try again"
+            )
+        os.makedirs(self._directory, mode=self._mode, exist_ok=True)
+        try:
+            os.setxattr(self._directory, _MARK, self._store.identity.encode())
+        except OSError as error:
+            if error.errno not in _NONE:
+                raise
+
+    def is_away(self) -> bool:
+        """Whether the directory does not say that it is the store's; for who misses something in it."""
+        try:
+            return os.getxattr(self._directory, _MARK) != self._store.identity.encode()
+        except OSError as error:
+            if error.errno not in _NONE:
+                raise
+            return True
+
+
+def nearest(path: str) -> str:
+    """The directory, or the one above it that there is."""
+    while not os.path.isdir(path) and path != "/":
+        path = os.path.dirname(path)
+    return path
