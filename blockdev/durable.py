@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import time
+
+from blockdev import syscalls
 
 # Seconds after which what a killed process was writing is nobody's work any more.
 _ABANDONED = 60.0
@@ -67,7 +70,8 @@ def replace(
     try:
         write(new, content, mode=mode, dir_fd=dir_fd, synced=synced)
         try:
-            os.rename(new, path, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+            if synced or dir_fd is not None or not _exchanged(new, path):
+                os.rename(new, path, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(new, dir_fd=dir_fd)
@@ -80,6 +84,19 @@ def replace(
         sync_directory(os.path.dirname(path) or ".")
     else:
         os.fsync(dir_fd)
+
+
+def _exchanged(new: str, path: str) -> bool:
+    """Whether the two changed places and the old content is gone. A file that is renamed over another one is written to
+    the disk by ext4, which takes longer than all the rest."""
+    try:
+        syscalls.exchange(new, path)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.EINVAL, errno.ENOSYS):
+            return False  # nothing is there yet, or the filesystem cannot do it
+        raise
+    os.unlink(new)
+    return True
 
 
 def sweep(beside: str, *, abandoned: bool = False) -> None:

@@ -30,6 +30,7 @@ _OPEN_TREE, _MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT, _MOUNT_SETATTR = 428, 429
 _OPENAT2 = 437
 RESOLVE_NO_XDEV, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH = 1, 2, 4, 8
 _OPEN_TREE_CLONE = 1
+_RENAME_EXCHANGE = 2
 _MOVE_MOUNT_F_EMPTY_PATH = 4
 _FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE, _FSCONFIG_CMD_RECONFIGURE = 0, 1, 6, 7
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC = 1, 2, 4, 8
@@ -58,6 +59,11 @@ def mount(source: str, target: str, fstype: str | None, flags: int, data: str | 
 def umount(target: str, flags: int = UMOUNT_NOFOLLOW) -> None:
     """umount2(2)."""
     _check(_libc.umount2(_bytes(target), flags), target)
+
+
+def exchange(one: str, other: str) -> None:
+    """Both names change places, in one step: renameat2(2) with RENAME_EXCHANGE."""
+    _check(_libc.renameat2(AT_FDCWD, _bytes(one), AT_FDCWD, _bytes(other), ctypes.c_uint(_RENAME_EXCHANGE)), other)
 
 
 def fsopen(fstype: str) -> int:
