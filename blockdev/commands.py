@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import resource
 import signal
 import threading
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from blockdev.deadlines import Deadline
@@ -20,11 +22,24 @@ _SEARCH = ["/usr/sbin", "/sbin", "/usr/bin", "/bin", "/usr/local/sbin", "/usr/lo
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _die_with(parent: int) -> None:
-    """A mkfs must not go on writing after the process that ordered it was killed, nor start after that."""
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a program may use, in bytes of address space and seconds of a processor."""
+
+    memory: int
+    cpu: int
+
+
+def _before(parent: int | None, limits: Limits | None) -> None:
+    """In the child. A mkfs must not go on after the process that ordered it was killed, nor start after that."""
+    if limits is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (limits.memory, limits.memory))
+        resource.setrlimit(resource.RLIMIT_CPU, (limits.cpu, limits.cpu + 1))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if parent is not None:
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
 
 
 @functools.cache
@@ -38,7 +53,12 @@ def _command(program: str) -> sh.Command:
 
 
 def run(
-    program: str, *arguments: str, deadline: Deadline, ok: tuple[int, ...] = (0,), outlive: int | None = None
+    program: str,
+    *arguments: str,
+    deadline: Deadline,
+    ok: tuple[int, ...] = (0,),
+    outlive: int | None = None,
+    limits: Limits | None = None,
 ) -> tuple[int, str]:
     """Run `program`; the exit status and its output, both streams in one text.
 
@@ -62,7 +82,7 @@ def run(
         _err_to_out=True,
         _tty_out=False,
         _env={"PATH": ":".join(_SEARCH), "LC_ALL": "C"},
-        _preexec_fn=functools.partial(_die_with, os.getpid()) if outlive is None else None,
+        _preexec_fn=functools.partial(_before, os.getpid() if outlive is None else None, limits),
         _pass_fds=set() if outlive is None else {outlive},
         _new_session=True,
     )

@@ -50,14 +50,15 @@ def filesystem(
 
 
 @contextmanager
-def private_mount(path: str, fstype: str, *, deadline: Deadline) -> Iterator[int]:
+def private_mount(path: str, fstype: str, *, deadline: Deadline, held: bool = False) -> Iterator[int]:
     """The filesystem on a file or block node, writable, as a descriptor; flushed and gone at the end.
 
     A file gets a loop device that clears itself, also if this process is killed. Closing the descriptors ends the mount
-    only once no child that another call has just forked holds copies of them, so the end is waited for.
+    only once no child that another call has just forked holds copies of them, so the end is waited for. `held`: the
+    caller has the file open meanwhile.
     """
     with ExitStack() as stack:
-        stack.callback(_wait_until_gone, path, deadline)
+        stack.callback(_wait_until_gone, path, deadline, held=held)
         source = path
         if not is_block(path):
             source, keeper = loops.open_private(path, deadline=deadline)
@@ -72,8 +73,11 @@ def private_mount(path: str, fstype: str, *, deadline: Deadline) -> Iterator[int
             os.close(fd)
 
 
-def _wait_until_gone(path: str, deadline: Deadline) -> None:
-    deadline.poll(f"unmounting {path}", lambda: exclusivity.is_free(path, past_known=True), every=0.002)
+def _wait_until_gone(path: str, deadline: Deadline, *, held: bool) -> None:
+    def gone() -> bool:
+        return not loops.find(path) if held and not is_block(path) else exclusivity.is_free(path, past_known=True)
+
+    deadline.poll(f"unmounting {path}", gone, every=0.002)
 
 
 _SAFE = syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV | syscalls.MOUNT_ATTR_NOEXEC

@@ -10,7 +10,7 @@ import os
 
 from blockdev import ioctls, superblocks
 from blockdev.blankness import prove_blank, signature
-from blockdev.commands import run
+from blockdev.commands import Limits, run
 from blockdev.deadlines import Deadline
 from blockdev.detached import private_mount
 from blockdev.errors import CapabilityMissing, CommandFailed, FilesystemDamaged, WrongFilesystem
@@ -50,10 +50,46 @@ def check(path: str, fstype: str, deadline: Deadline) -> None:
         raise WrongFilesystem(path, found_on(path, deadline) or "no filesystem", fstype)
     if fstype == "xfs" or block.clean:
         return
+    _checked("e2fsck", "-p", path, path=path, deadline=deadline, ok=(0, 1))
+
+
+def verify(path: str, fstype: str) -> None:
+    """The whole filesystem is consistent, whoever has written it. Repairs what is no question. For callers that have
+    the device open, and have proved that nobody else has.
+
+    A program reads it, in user space, under limits that grow with the device; it takes minutes where there are millions
+    of files. Only XFS's log has to be replayed by the kernel, in one private mount. WrongFilesystem, FilesystemDamaged.
+    """
+    block = superblocks.read(path)
+    if block is None or block.fstype != fstype:
+        raise WrongFilesystem(path, "no filesystem" if block is None else block.fstype, fstype)
+    deadline = Deadline.after(_limits(path).cpu * _WAITING)
+    if fstype == "xfs":
+        with private_mount(path, fstype, deadline=deadline, held=True):
+            pass  # replays the log
+        kind = () if ioctls.is_block(path) else ("-f",)
+        _checked("xfs_repair", "-n", "-P", "-o", "ag_stride=0", *kind, path, path=path, deadline=deadline)
+    else:
+        _checked("e2fsck", "-f", "-p", path, path=path, deadline=deadline, ok=(0, 1))
+
+
+# Seconds of waiting for a disk that a second of work may have.
+_WAITING = 10
+
+
+def _limits(path: str) -> Limits:
+    """Enough for any filesystem of that size that mkfs and ordinary use make."""
+    size = ioctls.size_bytes(path)
+    return Limits(memory=(1 << 30) + size // 256, cpu=120 + (size >> 30) * 4)
+
+
+def _checked(program: str, *arguments: str, path: str, deadline: Deadline, ok: tuple[int, ...] = (0,)) -> None:
+    """A checker reads what somebody else may have written: it has limits, and its words are the answer."""
     try:
-        run("e2fsck", "-p", path, deadline=deadline, ok=(0, 1))
+        run(program, *arguments, deadline=deadline, ok=ok, limits=_limits(path))
     except CommandFailed as error:
-        raise FilesystemDamaged(path, error.output) from None
+        said = error.output if error.output.strip() else f"{program} ended with status {error.code}"
+        raise FilesystemDamaged(path, said) from None
 
 
 def grow(path: str, deadline: Deadline) -> bool:
@@ -68,12 +104,19 @@ def grow(path: str, deadline: Deadline) -> bool:
         with private_mount(path, _fstype(path), deadline=deadline) as root:
             grow_mounted(root, ioctls.size_bytes(path), path)
     except CapabilityMissing:
-        # What is mounted nowhere can be resized by e2fsprogs alone, at the price of a whole fsck. Unlike the
-        # kernel's own growth it has no journal, so it goes on to its end although this process is killed.
-        with ioctls.opened(path) as fd:
-            run("e2fsck", "-f", "-p", path, deadline=deadline, ok=(0, 1), outlive=fd)
-            run("resize2fs", path, deadline=deadline, outlive=fd)
+        grow_by_program(path, deadline)
     return True
+
+
+def grow_by_program(path: str, deadline: Deadline) -> None:
+    """Let an ext4 take its whole device without a mount, by e2fsprogs alone, at the price of a whole fsck.
+
+    Unlike the kernel's own growth it has no journal, so it goes on to its end although this process is killed.
+    """
+    with ioctls.opened(path) as fd:
+        limits = _limits(path)
+        run("e2fsck", "-f", "-p", path, deadline=deadline, ok=(0, 1), outlive=fd, limits=limits)
+        run("resize2fs", path, deadline=deadline, outlive=fd, limits=limits)
 
 
 def lags(path: str) -> bool:

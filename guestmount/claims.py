@@ -91,6 +91,8 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     way: str = ""
     # The record was lost: what kubelet's repeated publish says is filled in.
     made_again: bool = False
+    # The guest's agent gives the files to the mount group, so that the host need not mount them.
+    group_in_guest: bool = False
 
     @property
     def pod(self) -> str:
@@ -128,7 +130,8 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
     `prepared`: the owner's filesystem was checked, grown and given its group. `proved`: the kernel agreed to the
     last release. `device`: the loop device that stands between, where the owner needs a node. A volume of files
     (`kind`) has no owner, since any number of kernels may have it; each of its targets names its handler. `made_again`:
-    the record was lost; where the volume is staged and as what is filled in by the next stage.
+    the record was lost; where the volume is staged and as what is filled in by the next stage. `handed_out`: it is
+    noted with the volume that a guest, or a pod itself, may write its bytes.
     """
 
     volume: str
@@ -143,6 +146,7 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
     kind: VolumeKind = VolumeKind.BLOCK
     nfs: NfsMount | None = None
     made_again: bool = False
+    handed_out: bool = False
     version: int = 1
 
     def but(self, **changes: object) -> Claim:

@@ -10,7 +10,7 @@ from blockdev import Deadline
 from guestmount import kata_config, runtimes
 from guestmount.claims import HOST, SANDBOX
 from guestmount.errors import Refused, RuntimeUnknown
-from guestmount.kata_config import KataConfig
+from guestmount.kata_config import GO, KataConfig
 from guestmount.pods import PodFacts, PodRef, PodSource, PodUnknown
 from guestmount.runtimes import ContainerdConfig, Handler
 
@@ -42,6 +42,11 @@ class Runtime:
     dialect: str = ""
     kata: KataConfig | None = None
     pod: PodFacts | None = None
+
+    @property
+    def gives_group(self) -> bool:
+        """Whether the runtime certainly has its guest's agent give a volume's files to a group."""
+        return self.dialect == "kata" and self.kata is not None and self.kata.shim == GO
 
 
 class Detector:

@@ -80,11 +80,14 @@ def read(handler: Handler, *, root: str = "/") -> KataConfig | None:
     except (OSError, tomllib.TOMLDecodeError):
         return None
     runtime = document.get("runtime", {})
-    if "runtime-rs" not in handler.runtime_path and "runtime-rs" not in path and not handler.runtime_path:
-        # Only the Rust shim's configuration names a runtime handler.
-        shim = RUST if runtime.get("name") == "virt_container" else GO
+    if runtime.get("name") == "virt_container" or "hypervisor_name" in runtime:
+        shim = RUST  # whatever the path is called: only the Rust shim's configuration says so
+    elif "runtime-rs" not in path and not handler.runtime_path:
+        shim = GO
     hypervisors: dict[str, dict[str, Any]] = document.get("hypervisor", {})
-    name, settings = next(iter(hypervisors.items()), ("", dict[str, Any]()))
+    first = next(iter(hypervisors), "")
+    name = str(runtime.get("hypervisor_name", first)) if shim == RUST else first
+    settings = hypervisors.get(name, {})
     return KataConfig(
         path=path,
         shim=shim,

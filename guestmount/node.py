@@ -23,6 +23,7 @@ from guestmount.handoff import Dialect, Dialects
 from guestmount.reach import Reach
 from guestmount.requests import PublishRequest, StageRequest, check_capability, check_options
 from guestmount.ways import exclusion
+from guestmount.written import Trust, Written
 from volumes import Catalog, InvalidParameter, SizeRange, VolumeNotFound, parameters
 from volumes.backend import Backend
 
@@ -34,7 +35,8 @@ class Node:
     """What the verbs work with. `roots`: the directories under which requests may name paths.
 
     `reach` proves that kubelet sees what is mounted there; None where there is no kubelet.
-    `rust_shared_block`: containers of one pod may share a block volume under Kata's Rust shim.
+    `rust_shared_block`: containers of one pod may share a block volume under Kata's Rust shim. `guest_filesystems`:
+    what the host does with one that a guest has had.
     """
 
     catalog: Catalog
@@ -44,6 +46,7 @@ class Node:
     roots: Sequence[str]
     reach: Reach | None = None
     rust_shared_block: bool = False
+    guest_filesystems: Trust = Trust.CHECKED
 
     def __post_init__(self) -> None:
         self.catalog.watch_copies(self)
@@ -51,7 +54,11 @@ class Node:
     @cached_property
     def means(self) -> ways.Means:
         """What the ways work with."""
-        return ways.Means(dialects=Dialects(self.dialects), rust_shared_block=self.rust_shared_block)
+        return ways.Means(
+            dialects=Dialects(self.dialects),
+            written=Written(catalog=self.catalog, trust=self.guest_filesystems),
+            rust_shared_block=self.rust_shared_block,
+        )
 
     # -- stage and unstage
 
@@ -268,7 +275,7 @@ class Node:
                 capacity = ways.way_at(claim, target).expand(claim, backend, size)
                 if capacity is not None:
                     return capacity
-            return ways.of_claim(claim).grow(cell, backend, size, deadline)
+            return ways.of_claim(claim).grow(self.means, cell, backend, size, deadline)
 
     def check_copy(self, volume_id: str) -> None:
         """Refused while a sandbox may write to the volume at any moment. For callers that keep it `still`."""

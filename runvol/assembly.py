@@ -21,6 +21,7 @@ from guestmount import (
     registration,
     repair,
 )
+from guestmount.written import Trust
 from runvol.config import Config, ConfigError
 from volumes import Catalog
 from volumes.registry import Settings
@@ -58,6 +59,7 @@ def build(config: Config) -> Node:
             unproved=config.text("node.unproved_mounts") == "allow",
         ),
         rust_shared_block=config.text("kata.rust_shared_block") == "allow",
+        guest_filesystems=Trust(config.text("node.guest_filesystems")),
     )
     node.claims.remake = partial(repair.remade, node)
     return node

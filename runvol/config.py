@@ -46,6 +46,11 @@ TABLE: Mapping[str, Setting] = {
         default="refuse",
         meaning="volumes where it cannot be found out whether kubelet sees the mounts made here: refuse or allow",
     ),
+    "node.guest_filesystems": Setting(
+        default="checked",
+        meaning="what the host does before it mounts a block filesystem that a guest may have written: checked (whole, "
+        "by a program under limits), trusted or never",
+    ),
     "paths.state_dir": Setting(default="/var/lib/runvol", meaning="volumes and their store; survives reboots"),
     "paths.state_dir_mounted": Setting(
         default="false", meaning="something must be mounted at the state directory, else nothing starts: true or false"
@@ -133,6 +138,7 @@ _WORDS = {
     "detect.rund": ("rund2", "rund3"),
     "node.unproved_mounts": ("refuse", "allow"),
     "paths.state_dir_mounted": ("true", "false"),
+    "node.guest_filesystems": ("checked", "trusted", "never"),
     "kata.rust_shared_block": ("refuse", "allow"),
 }
 # A topology label's value (Kubernetes' limit).

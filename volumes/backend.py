@@ -16,6 +16,7 @@ from volumes.model import (
     Capability,
     ContentSource,
     Need,
+    Past,
     SizeRange,
     Snapshot,
     SnapshotGroup,
@@ -140,6 +141,17 @@ class StoredBackend(Backend, Protocol):
     @property
     def prefixes(self) -> tuple[str, ...]:
         """What the ids begin with that it gives, those of snapshots and groups among them."""
+
+
+@runtime_checkable
+class DeviceBackend(Backend, Protocol):
+    """One whose volumes are block devices, or files that become some: what lies on one, somebody has written."""
+
+    def past(self, volume_id: str) -> Past:
+        """What is known of who has written the volume; the worst where nothing is."""
+
+    def note(self, volume_id: str, *, foreign_written: bool | None = None, mount_group: str | None = None) -> None:
+        """What `past` tells from now on, durably; None leaves it as it is."""
 
 
 @runtime_checkable

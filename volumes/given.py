@@ -22,6 +22,7 @@ from volumes.model import (
     ContentSource,
     DirectorySource,
     Need,
+    Past,
     SizeRange,
     Source,
     Volume,
@@ -227,6 +228,16 @@ class GivenDevice(_Given):
         os.close(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
         mounts.bind(path, place, read_only=False, opened=fd)
         return place
+
+    def past(self, _volume_id: str) -> Past:
+        """Nobody keeps a record of a device that others made: anybody may have written it."""
+        return Past()
+
+    def note(self, volume_id: str, *, foreign_written: bool | None = None, mount_group: str | None = None) -> None:
+        """Not kept."""
+
+    def format(self, volume_id: str, fstype: str, deadline: Deadline) -> None:
+        """It has a filesystem."""
 
     def let_go(self, volume_id: str) -> None:
         place = os.path.join(self._held, volume_id)

@@ -33,6 +33,7 @@ from volumes.model import (
     Capability,
     ContentSource,
     Need,
+    Past,
     SizeRange,
     Snapshot,
     SnapshotGroup,
@@ -165,6 +166,7 @@ class LoopBackend:
                     parameters=parameters,
                     state=State.CREATING,
                     source=str(source or ""),
+                    foreign_written=source is not None and self._store.past(source.source_id)[0],
                 )
             try:
                 preallocate = parameters.get("preallocate") == "true"
@@ -175,8 +177,16 @@ class LoopBackend:
             except BaseException:
                 self._drop(volume_id)
                 raise
+            if source is not None and self._store.past(source.source_id)[0]:
+                self._store.note(volume_id, foreign_written=True)  # a guest may have come in the middle
             self._store.set_state(volume_id, State.READY)
         return self._known(volume_id)
+
+    def past(self, volume_id: str) -> Past:
+        return Past(*self._store.past(volume_id))
+
+    def note(self, volume_id: str, *, foreign_written: bool | None = None, mount_group: str | None = None) -> None:
+        self._store.note(volume_id, foreign_written=foreign_written, mount_group=mount_group)
 
     def _content(self, source: ContentSource | None) -> str:
         """The file that a new volume starts with; empty for none."""

@@ -131,6 +131,15 @@ class ContentSource:
         return f"{self.kind}:{self.source_id}"
 
 
+@dataclass(frozen=True)
+class Past:
+    """`foreign_written`: a guest, or a pod with the raw device, may have written the bytes since the node last checked
+    them. `mount_group`: the group that its files were last given here; empty for none."""
+
+    foreign_written: bool = True
+    mount_group: str = ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Need:
     """What a backend needs of its node, and whether the node has it: a sentence for people."""

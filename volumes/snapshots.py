@@ -96,6 +96,7 @@ class Snapshots:
                 check=lambda: self._keeper().check_copy(source),
                 progress=progress,
             )
+            self._store.inherit_past(snapshot_id, source)
             os.rename(new, self.path(snapshot_id))
             durable.sync_directory(self._directory)
         except OSError as error:

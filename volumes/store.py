@@ -51,6 +51,12 @@ _OF_ITSELF = """
 CREATE TABLE IF NOT EXISTS facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS forgotten (id TEXT PRIMARY KEY) STRICT;
 """
+# Added since. Of rows that were there before, or that an older release makes, nobody knows: that counts as yes.
+_ADDED = (
+    ("volumes", "foreign_written", "INTEGER NOT NULL DEFAULT 1"),
+    ("volumes", "mount_group", "TEXT NOT NULL DEFAULT ''"),
+    ("snapshots", "foreign_written", "INTEGER NOT NULL DEFAULT 1"),
+)
 # What may follow an id's prefix: the identity of its store, which older releases left out, and 16 random bytes.
 _OURS = re.compile(r"(?:([0-9a-f]{8})-)?[0-9a-f]{32}\Z")
 _COLUMNS = "seq, id, name, backend, capacity, parameters, state, formatting, source"
@@ -144,6 +150,10 @@ class Store:
             self._check_version(db)
             db.executescript(_TABLES)
             db.executescript(_OF_ITSELF)
+            for table, column, kind in _ADDED:
+                if column not in {row[1] for row in db.execute(f"PRAGMA table_info({table})")}:
+                    with contextlib.suppress(sqlite3.OperationalError):  # another process was faster
+                        db.execute(f"ALTER TABLE {table} ADD COLUMN {column} {kind}")
             db.execute(f"PRAGMA user_version = {_SCHEMA}")
             self._be_known(db)
         return db
@@ -269,11 +279,36 @@ class Store:
         parameters: Mapping[str, str],
         state: State,
         source: str = "",
+        foreign_written: bool = True,
     ) -> None:
         """A new row; the caller has looked, in the same transaction, that the name is free."""
         self._execute(
-            "INSERT INTO volumes (id, name, backend, capacity, parameters, state, source) VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (volume_id, name, backend, capacity, json.dumps(dict(parameters), sort_keys=True), state.value, source),
+            "INSERT INTO volumes (id, name, backend, capacity, parameters, state, source, foreign_written) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (volume_id, name, backend, capacity, json.dumps(dict(parameters), sort_keys=True), state.value, source,
+             int(foreign_written)),
+        )  # fmt: skip
+
+    def past(self, one_id: str) -> tuple[bool, str]:
+        """Whether a kernel other than the node's may have written a volume's, or a snapshot's, bytes since they were
+        last checked; and the group that the volume was last given. Yes, and none, for an unknown one."""
+        asked = (
+            "SELECT foreign_written, mount_group FROM volumes WHERE id = ?1 "
+            "UNION SELECT foreign_written, '' FROM snapshots WHERE id = ?1"
+        )
+        with self._lock, _explained(self.path):
+            try:
+                found = self._database().execute(asked, (one_id,)).fetchone()
+            except sqlite3.OperationalError:  # of an older release, on a filesystem that takes no writes
+                found = None
+        return (bool(found[0]), str(found[1])) if found is not None else (True, "")
+
+    def note(self, volume_id: str, *, foreign_written: bool | None = None, mount_group: str | None = None) -> None:
+        """What `past` tells of a volume from now on; None leaves it as it is."""
+        self._execute(
+            "UPDATE volumes SET foreign_written = coalesce(?, foreign_written), mount_group = coalesce(?, mount_group) "
+            "WHERE id = ?",
+            (None if foreign_written is None else int(foreign_written), mount_group, volume_id),
         )
 
     def number_above(self, seq: int) -> None:
@@ -319,10 +354,17 @@ class Store:
     def insert_snapshot(
         self, *, snapshot_id: str, name: str, source: str, size: int, created: float, group: str
     ) -> None:
+        """What its volume's past is, is the snapshot's."""
         self._execute(
-            "INSERT INTO snapshots (id, name, source, size, created, state, in_group) VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (snapshot_id, name, source, size, created, State.CREATING.value, group),
+            "INSERT INTO snapshots (id, name, source, size, created, state, in_group, foreign_written) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (snapshot_id, name, source, size, created, State.CREATING.value, group, int(self.past(source)[0])),
         )
+
+    def inherit_past(self, snapshot_id: str, source: str) -> None:
+        """Once its bytes are there: a guest may have come in the middle."""
+        if self.past(source)[0]:
+            self._execute("UPDATE snapshots SET foreign_written = 1 WHERE id = ?", (snapshot_id,))
 
     def set_snapshot_state(self, snapshot_id: str, state: State) -> None:
         self._execute("UPDATE snapshots SET state = ? WHERE id = ?", (state.value, snapshot_id))

@@ -17,6 +17,8 @@ class Delivery:
     fstype: str
     options: tuple[str, ...] = ()
     read_only: bool = False
+    # The guest's agent gives the files to this group; empty for none.
+    group: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

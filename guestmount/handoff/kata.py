@@ -32,7 +32,7 @@ _HOST_ONLY = frozenset({"_netdev", "auto", "noauto", "nofail", "user", "nouser",
 
 
 class MountInfo(msgspec.Struct, frozen=True, kw_only=True, rename={"volume_type": "volume-type"}):
-    """The file. `metadata` is read by the Go shim only, so nothing is left to it; unknown keys are ignored."""
+    """The file. `metadata` is read by the Go shim only; unknown keys are ignored."""
 
     volume_type: str = "directvol"
     device: str
@@ -172,5 +172,8 @@ class KataDialect:
 def _mount_info(delivery: Delivery) -> MountInfo:
     kept = [option for option in delivery.options if option not in _HOST_ONLY and option not in ("ro", "rw")]
     return MountInfo(
-        device=delivery.device, fstype=delivery.fstype, options=["ro" if delivery.read_only else "rw", *kept]
+        device=delivery.device,
+        fstype=delivery.fstype,
+        options=["ro" if delivery.read_only else "rw", *kept],
+        metadata={"fsGroup": delivery.group, "fsGroupChangePolicy": "OnRootMismatch"} if delivery.group else {},
     )

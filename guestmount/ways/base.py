@@ -13,6 +13,7 @@ from guestmount.claims import Cell, Claim, Target
 from guestmount.detect import Runtime
 from guestmount.handoff import Delivered, Dialects
 from guestmount.requests import PublishRequest
+from guestmount.written import Written
 from volumes import SizeRange
 from volumes.backend import Backend
 
@@ -23,6 +24,7 @@ class Means:
     Rust shim."""
 
     dialects: Dialects
+    written: Written
     rust_shared_block: bool = False
 
 

@@ -29,7 +29,8 @@ class DeviceNode(exclusion.OneKernel):
         check_nothing_at(claim, arrival.path)
         return claim, arrival.target
 
-    def deliver(self, _means: Means, cell: Cell, claim: Claim, path: str, target: Target, deadline: Deadline) -> None:
+    def deliver(self, means: Means, cell: Cell, claim: Claim, path: str, target: Target, deadline: Deadline) -> None:
+        claim = means.written.by_others(cell, claim)
         claim = be_attached(cell, claim, deadline, read_only=target.read_only)
         if ioctls.is_read_only(claim.device) != target.read_only:
             raise MountFailed(

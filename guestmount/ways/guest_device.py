@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import NoReturn
 
+import msgspec
+
 from blockdev import Deadline, filesystems, ioctls, mounts, superblocks
 from blockdev.detached import private_mount
 from guestmount import groups, placeholder, preflight
@@ -15,6 +17,7 @@ from guestmount.handoff import Delivered, Delivery
 from guestmount.ways import exclusion
 from guestmount.ways.attached import be_attached, check_nothing_at
 from guestmount.ways.base import Arrival, Means, Problem, Usage
+from guestmount.ways.mounted import grow_unmounted
 from volumes import SizeRange, VolumeNotFound
 from volumes.backend import Backend
 
@@ -32,16 +35,20 @@ class GuestDevice(exclusion.OneKernel):
             read_only=arrival.target.read_only,
             rust_shared_block=means.rust_shared_block,
         )
+        target = arrival.target
+        if target.mount_group and not target.read_only and arrival.runtime.gives_group:
+            target = msgspec.structs.replace(target, group_in_guest=True)
         dialect = means.dialects.of(arrival.runtime.dialect, arrival.runtime.handler)
-        dialect.check(_delivery(claim, arrival.path, arrival.target))
-        return claim, arrival.target
+        dialect.check(_delivery(claim, arrival.path, target))
+        return claim, target
 
     def deliver(self, means: Means, cell: Cell, claim: Claim, path: str, target: Target, deadline: Deadline) -> None:
         owner = claim.owner
         if owner is None:
             raise Refused(f"volume {claim.volume} has no owner")
         if not claim.prepared:
-            claim = _prepare(cell, claim, target, deadline)
+            claim = _prepare(means, cell, claim, target, deadline)
+        claim = means.written.by_others(cell, claim)
         if not mounts.is_mount_point(path):
             os.makedirs(path, mode=0o750, exist_ok=True)
         placeholder.be_placed(path, deadline)
@@ -74,13 +81,16 @@ def no_placeholder(path: str) -> list[Problem]:
     return [Problem(reason="PlaceholderMissing", message=f"no read-only placeholder stands at {path}")]
 
 
-def _prepare(cell: Cell, claim: Claim, target: Target, deadline: Deadline) -> Claim:
+def _prepare(means: Means, cell: Cell, claim: Claim, target: Target, deadline: Deadline) -> Claim:
     """Checked, grown and given its group. No guest can have it yet: the hand-off is written after this."""
     filesystems.check(claim.source, claim.use.fstype, deadline)
-    filesystems.grow(claim.source, deadline)
-    if target.mount_group and not target.read_only:
+    grow_unmounted(means, claim, deadline)
+    group = "" if target.read_only or target.group_in_guest else target.mount_group
+    if group and not means.written.has_group(claim, group):
+        means.written.be_safe(claim, f"giving its files to group {group}", deadline)
         with private_mount(claim.source, claim.use.fstype, deadline=deadline) as root:
-            groups.apply(root, int(target.mount_group), deadline)
+            groups.apply(root, int(group), deadline)
+        means.written.given(claim, group)
     return cell.write(claim.but(prepared=True))
 
 
@@ -92,6 +102,7 @@ def _delivery(claim: Claim, path: str, target: Target) -> Delivery:
         fstype=claim.use.fstype,
         options=claim.use.mount_flags,
         read_only=target.read_only,
+        group=target.mount_group if target.group_in_guest else "",
     )
 
 

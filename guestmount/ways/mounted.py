@@ -26,8 +26,8 @@ class Mounted(exclusion.OneKernel):
         check_nothing_at(claim, arrival.path)
         return claim, arrival.target
 
-    def deliver(self, _means: Means, cell: Cell, claim: Claim, path: str, target: Target, deadline: Deadline) -> None:
-        claim = _be_staged(cell, claim, deadline)
+    def deliver(self, means: Means, cell: Cell, claim: Claim, path: str, target: Target, deadline: Deadline) -> None:
+        claim = _be_staged(means, cell, claim, deadline)
         staging = claim.staging_path
         if target.mount_group and not target.read_only:
             root = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -35,6 +35,7 @@ class Mounted(exclusion.OneKernel):
                 groups.apply(root, int(target.mount_group), deadline)
             finally:
                 os.close(root)
+            means.written.given(claim, target.mount_group)
         if not mounts.is_mount_point(path):
             os.makedirs(path, mode=0o750, exist_ok=True)
             mounts.bind(staging, path, read_only=target.read_only)
@@ -58,12 +59,13 @@ def nothing_mounted(path: str) -> list[Problem]:
     return [Problem(reason="MountMissing", message=f"nothing is mounted at {path}", unreachable=True)]
 
 
-def _be_staged(cell: Cell, claim: Claim, deadline: Deadline) -> Claim:
+def _be_staged(means: Means, cell: Cell, claim: Claim, deadline: Deadline) -> Claim:
     """The filesystem hangs at the staging path, checked before and grown to its device."""
     staging, use = claim.staging_path, claim.use
     if not mounts.is_mount_point(staging):
         if not (claim.prepared and claim.device and not exclusivity.is_free(claim.device, past_known=True)):
             # Otherwise it is still mounted for somebody who did not let go, and is no business of fsck's.
+            means.written.be_safe(claim, "a runc pod", deadline)
             filesystems.check(claim.source, use.fstype, deadline)
             if not claim.device:
                 filesystems.grow(claim.source, deadline)  # unmounted, it needs no capability
@@ -96,20 +98,32 @@ def _take_size(claim: Claim) -> None:
             return
 
 
-def grow(claim: Claim, deadline: Deadline) -> None:
+def grow(means: Means, claim: Claim, deadline: Deadline) -> None:
     """The filesystem takes the size that the volume's store has now: online for the host, else unmounted.
 
     The caller has proved that a volume without an owner is free.
     """
     grow_device(claim)
     if claim.owner is None:
-        filesystems.grow(claim.source, deadline)
+        grow_unmounted(means, claim, deadline)
         return
     if not mounts.is_mount_point(claim.staging_path):
         raise MountFailed(claim.source, claim.staging_path, "it is not mounted there; publish the volume again")
     _check_staged(claim)
     if filesystems.lags(claim.device):
         filesystems.grow_mounted(claim.staging_path, ioctls.size_bytes(claim.device), claim.device)
+
+
+def grow_unmounted(means: Means, claim: Claim, deadline: Deadline) -> None:
+    """The filesystem of a volume that nobody has takes its whole device. The kernel grows it in a mount of its own
+    where it may mount what is there; ext4 can do without."""
+    if not filesystems.lags(claim.source):
+        return
+    if claim.use.fstype != "xfs" and not means.written.is_mountable(claim):
+        filesystems.grow_by_program(claim.source, deadline)
+        return
+    means.written.be_safe(claim, "its growth", deadline)
+    filesystems.grow(claim.source, deadline)
 
 
 def grow_device(claim: Claim) -> None:

@@ -15,7 +15,7 @@ from guestmount.detect import Runtime
 from guestmount.errors import BadRequest, Conflict, Refused
 from guestmount.requests import PublishRequest, StageRequest
 from guestmount.ways import exclusion, mounted
-from guestmount.ways.base import Problem, Usage, Way, of_mount
+from guestmount.ways.base import Means, Problem, Usage, Way, of_mount
 from guestmount.ways.device_node import DeviceNode
 from guestmount.ways.guest_device import GuestDevice, of_superblock
 from guestmount.ways.guest_mount import GuestMount
@@ -86,7 +86,7 @@ class Row:
         """What is wrong with the volume's bytes, whoever has it."""
         return []
 
-    def grow(self, cell: Cell, backend: Backend, size: SizeRange, _deadline: Deadline) -> int:
+    def grow(self, _means: Means, cell: Cell, backend: Backend, size: SizeRange, _deadline: Deadline) -> int:
         """The capacity of a volume that no way keeps from growing."""
         return backend.expand(cell.present.volume, size).capacity_bytes
 
@@ -119,7 +119,7 @@ class _Block(Row):
             found.append(Problem(reason="FilesystemErrors", message=message))
         return found
 
-    def grow(self, cell: Cell, backend: Backend, size: SizeRange, deadline: Deadline) -> int:
+    def grow(self, means: Means, cell: Cell, backend: Backend, size: SizeRange, deadline: Deadline) -> int:
         claim = cell.present
         with exclusion.explained(claim):
             exclusion.release(cell, deadline)
@@ -127,11 +127,11 @@ class _Block(Row):
             if claim.owner is None:
                 exclusion.guest_has_let_go(claim)
         volume = backend.expand(claim.volume, size)
-        self._grow(claim, deadline)
+        self._grow(means, claim, deadline)
         return volume.capacity_bytes
 
-    def _grow(self, claim: Claim, deadline: Deadline) -> None:
-        mounted.grow(claim, deadline)
+    def _grow(self, means: Means, claim: Claim, deadline: Deadline) -> None:
+        mounted.grow(means, claim, deadline)
 
 
 class Filesystem(_Block):
@@ -171,7 +171,7 @@ class RawDevice(_Block):
 
     usual = DEVICE_NODE
 
-    def _grow(self, claim: Claim, _deadline: Deadline) -> None:
+    def _grow(self, _means: Means, claim: Claim, _deadline: Deadline) -> None:
         mounted.grow_device(claim)
 
     def usage(self, claim: Claim, path: str, deadline: Deadline) -> Usage:
