@@ -29,8 +29,10 @@ _EXT4_NEVER = {0x8: "it is another filesystem's journal", 0x100: "multi-mount pr
 _EXT4_LARGEST_LOG, _XFS_BLOCKS = 6, tuple(512 << shift for shift in range(8))
 _EXT4_DESCRIPTORS = (32, 64, 128, 256, 512, 1024)
 _SMALLEST_INODE = 128
-# Descriptors are summed for filesystems of up to 32 TiB; beyond it the superblock's own totals have to do.
-_MOST_DESCRIPTORS = 16 << 20
+# Descriptors are summed for filesystems of up to 2 TiB; beyond it the superblock's own totals have to do.
+_MOST_DESCRIPTORS = 1 << 20
+# mkfs makes no smaller groups; very many of them would cost very many descriptors.
+_SMALLEST_GROUP = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +115,7 @@ def _ext4(fd: int, block: bytes, path: str) -> Superblock:
         descriptor_bytes = struct.unpack_from("<H", block, 0xFE)[0] or 32
     _must(descriptor_bytes in _EXT4_DESCRIPTORS, path, f"group descriptors of {descriptor_bytes} bytes")
     _must(first_block <= 1 and first_block < blocks, path, f"a first block {first_block} of {blocks}")
-    _must(blocks_per_group > 0, path, "no blocks in a group")
+    _must(blocks_per_group >= _SMALLEST_GROUP, path, f"{blocks_per_group} blocks in a group")
     groups = -(-(blocks - first_block) // blocks_per_group)
     summed = _ext4_groups(fd, (first_block + 1) * block_bytes, groups, descriptor_bytes)
     if summed is not None:
@@ -145,13 +147,13 @@ def _ext4_groups(fd: int, offset: int, groups: int, size: int) -> tuple[int, int
     raw = os.pread(fd, groups * size, offset)
     if len(raw) < groups * size:
         return None
-    blocks = inodes = 0
-    for at in range(0, groups * size, size):
-        low_blocks, low_inodes = struct.unpack_from("<HH", raw, at + 0x0C)
-        blocks += low_blocks
-        inodes += low_inodes
-        if size >= 64:
-            high_blocks, high_inodes = struct.unpack_from("<HH", raw, at + 0x2C)
-            blocks += high_blocks << 16
-            inodes += high_inodes << 16
+    # Low halves of both, and from 64 bytes on high ones; a byte of all descriptors at a time, which is much faster.
+    halves = (0,) if size < 64 else (0, 2)
+    blocks = sum(_column(raw, 0x0C + 0x10 * half + at, size) << 8 * (half + at) for half in halves for at in (0, 1))
+    inodes = sum(_column(raw, 0x0E + 0x10 * half + at, size) << 8 * (half + at) for half in halves for at in (0, 1))
     return blocks, inodes
+
+
+def _column(raw: bytes, at: int, size: int) -> int:
+    """The sum of one byte of each descriptor."""
+    return sum(raw[at::size])

@@ -10,13 +10,16 @@ import os
 import random
 import socket
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from google.protobuf.message import DecodeError
 
-from blockdev import Deadline
+
+from blockdev import Deadline, filesystems, superblocks
+from blockdev.errors import FilesystemDamaged
 from flexvolume.options import parse
 from guestmount import BadRequest, Claims, Rund2Dialect, Rund3Dialect, RunvDialect, nri, paths, ttrpc
 from guestmount.claims import Claim, NfsMount, Target, Use
@@ -225,3 +228,56 @@ def test_hand_off_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     fuzz(2, one, capsys, "hand-off files")
     assert kept.read_text() == "x"
     assert sorted(os.listdir(tmp_path)) == ["direct", "kept", "kubelet"]
+
+
+@pytest.mark.parametrize("fstype", ["ext4", "xfs"])
+def test_superblocks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, fstype: str
+) -> None:
+    """A guest's: only the named error comes out, and no input costs a millisecond or reads or takes a megabyte."""
+    path = tmp_path / "image"
+    with path.open("wb") as file:
+        file.truncate(64 << 20 if fstype == "ext4" else 320 << 20)
+    filesystems.make(str(path), fstype, Deadline.after(60))
+    whole = path.read_bytes()[:2048]
+    fd, read, took, most = os.open(path, os.O_RDWR), [0], [], 0
+    real = os.pread
+
+    def counted(*arguments: int) -> bytes:
+        data = real(*arguments)
+        read[0] += len(data)
+        return data
+
+    def one(chance: random.Random) -> None:
+        nonlocal most
+        head = bytearray(whole)
+        first, length = (1024, 1024) if fstype == "ext4" else (0, 512)
+        for _ in range(chance.randint(1, 8)):
+            width = chance.choice((1, 2, 4, 8))
+            at = first + chance.randrange(length - width)
+            value = chance.choice((0, 1, (1 << 8 * width) - 1, 1 << 8 * width - 1, chance.getrandbits(8 * width)))
+            head[at : at + width] = value.to_bytes(width, "little")
+        os.pwrite(fd, head, 0)
+        read[0], started = 0, time.thread_time()
+        try:
+            superblocks.read(str(path))
+        except FilesystemDamaged:
+            pass
+        took.append(time.thread_time() - started)
+        most = max(most, read[0])
+
+    monkeypatch.setattr(os, "pread", counted)
+    try:
+        fuzz(50, one, capsys, f"superblocks of {fstype}")
+        tracemalloc.start()
+        for seed in range(500):
+            one(random.Random(seed))
+        taken = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    finally:
+        os.close(fd)
+    took.sort()
+    slow = took[len(took) * 999 // 1000] * 1000
+    with capsys.disabled():
+        print(f"p99.9 {slow:.2f} ms of a processor, at most {most} bytes read, {taken} taken ", end="")
+    assert slow < 1 and most <= 1 << 20 and taken <= 1 << 20
