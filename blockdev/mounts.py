@@ -56,6 +56,14 @@ FORBIDDEN = frozenset({"bind", "rbind", "move", "remount", "loop", "private", "r
                        "slave", "rslave", "unbindable", "runbindable"})  # fmt: skip
 
 
+def words(options: str) -> list[str]:
+    """Options that stand in one word, divided by commas; those in quotes (SELinux's contexts) divide nothing."""
+    return [word.group() for word in _WORD.finditer(options)] if '"' in options else options.split(",")
+
+
+_WORD = re.compile(r'(?:[^,"]|"[^"]*"?)+')
+
+
 def is_unsafe(option: str) -> bool:
     """Whether a volume's mount option could take the node down, or brings another device into the mount."""
     return bool(_UNSAFE.match(option))

@@ -125,12 +125,16 @@ def _called(
         connection.settimeout(patience)
         connection.sendall(struct.pack(">I", 0x80000000 | len(call)) + call)
         count = 7 + results
-        return client, struct.unpack(f">{count}I", _read(connection, 4 * count))[1:]
+        return client, struct.unpack(f">{count}I", _read(connection, 4 * count, Deadline.after(patience)))[1:]
 
 
-def _read(connection: socket.socket, count: int) -> bytes:
+def _read(connection: socket.socket, count: int, deadline: Deadline) -> bytes:
+    """All within one deadline: a server that drips bytes is as dead as one that sends none."""
     data = b""
     while len(data) < count:
+        if deadline.remaining() <= 0:
+            raise TimeoutError("it replies a byte at a time")
+        connection.settimeout(deadline.remaining())
         part = connection.recv(count - len(data))
         if not part:
             raise OSError("it closed the connection")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
+from blockdev import mounts
 from guestmount import BadRequest, PodRef
 from runvol_proto import csi_pb2
 from volumes import AccessMode, Capability, SizeRange
 
 _STRING, _MAP, _NODE_ID = 128, 4096, 256
 _CONTEXT = "csi.storage.k8s.io/"
+_TARGET = re.compile(r"/pods/[^/]+/volumes/kubernetes\.io~csi/(?P<volume>[^/]+)/mount\Z")
 
 
 def required(field: str, value: str) -> str:
@@ -54,7 +57,7 @@ def capability(field: str, message: csi_pb2.VolumeCapability, *, given: bool = T
         mode=access_mode,
         fstype=message.mount.fs_type,
         # mount(8) takes several in one word, so people write them like that.
-        mount_flags=tuple(word for flag in message.mount.mount_flags for word in flag.split(",")),
+        mount_flags=tuple(word for flag in message.mount.mount_flags for word in mounts.words(flag)),
         mount_group=message.mount.volume_mount_group,
     )
 
@@ -63,9 +66,11 @@ def size_range(message: csi_pb2.CapacityRange) -> SizeRange:
     return SizeRange(required=message.required_bytes, limit=message.limit_bytes)
 
 
-def pod_of(context: Mapping[str, str]) -> PodRef:
-    """The pod as kubelet names it (`podInfoOnMount`)."""
+def pod_of(context: Mapping[str, str], target: str) -> PodRef:
+    """The pod as kubelet names it (`podInfoOnMount`), and the PersistentVolume as its target's path does."""
+    found = _TARGET.search(target)
     return PodRef(
+        persistent_volume=found["volume"] if found else "",
         namespace=context.get(f"{_CONTEXT}pod.namespace", ""),
         name=context.get(f"{_CONTEXT}pod.name", ""),
         uid=context.get(f"{_CONTEXT}pod.uid", ""),

@@ -90,6 +90,7 @@ class Controller(SnapshotCalls):
         with self._names.taken(name):
             backend = self._node.catalog.for_parameters(chosen)
             source = _content_source(request)
+            self._node.catalog.check_name(name, backend)
             volume = backend.create(name, checks.size_range(request.capacity_range), chosen, uses, source)
         message = self._message(volume)
         if request.HasField("volume_content_source"):

@@ -94,7 +94,7 @@ class NodeService:
                 target=request.target_path,
                 capability=capability,
                 read_only=request.readonly,
-                pod=checks.pod_of(context),
+                pod=checks.pod_of(context, request.target_path),
                 context=parameters.check_context(context),
             ),
             deadline,

@@ -110,9 +110,11 @@ class Driver:
             staging = self._staging_of(volume)
             self._targets.remember(path, volume)
             self._let_go_if_unclaimed(volume)
+            name = os.path.basename(path)  # the pod's own, or that of a PersistentVolume
+            pod = replace(asked.pod, pod_volume=name, persistent_volume=name)
             stage = StageRequest(volume_id=volume, staging_path=staging, capability=use, context=context)
             publish = PublishRequest(volume_id=volume, staging_path=staging, target=path, capability=use,
-                                     read_only=asked.read_only, pod=asked.pod, context=context)  # fmt: skip
+                                     read_only=asked.read_only, pod=pod, context=context)  # fmt: skip
             try:
                 self._node.stage(stage, deadline)
                 self._node.publish(publish, deadline)

@@ -11,7 +11,7 @@ from guestmount import kata_config, runtimes
 from guestmount.claims import HOST, SANDBOX
 from guestmount.errors import Refused, RuntimeUnknown
 from guestmount.kata_config import GO, KataConfig
-from guestmount.pods import PodFacts, PodRef, PodSource, PodUnknown
+from guestmount.pods import PodFacts, PodRef, PodSource, PodUnknown, with_own
 from guestmount.runtimes import ContainerdConfig, Handler
 
 log = logging.getLogger("runvol.detect")
@@ -27,6 +27,7 @@ class Settings:
     containerd_config: str = "/etc/containerd/config.toml"
     sandbox_handlers: Sequence[str] = ("kata*", "runv*", "rund*")
     default_runtime: str = ""
+    host_handlers: Sequence[str] = ()
     sandbox_handler: str = "kata"
     rund: str = "rund2"
     root: str = "/"
@@ -98,7 +99,7 @@ class Detector:
         return any(runtimes.matches(name, self._settings.sandbox_handlers) for name in containerd.handlers)
 
     def _of_pod(self, ref: PodRef, pods: PodSource, containerd: ContainerdConfig | None, deadline: Deadline) -> Runtime:
-        pod = pods.pod(ref, deadline)
+        pod = with_own(pods.pod(ref, deadline), ref, pods, deadline)
         if pod.runtime_class:
             handler = pods.handler(pod.runtime_class, deadline)
             return self._runtime(handler, containerd, f"the pod's RuntimeClass {pod.runtime_class}", pod)
@@ -132,11 +133,19 @@ class Detector:
             sandboxes = sorted(handler.name for handler in known.values() if handler.is_sandbox)
             name = sandboxes[0] if len(sandboxes) == 1 else self._settings.sandbox_handler
         handler = known.get(name, Handler(name=name))
+        if runtimes.matches(name, self._settings.host_handlers):
+            return Runtime(kind=HOST, handler=name, source=source, pod=pod)
         sandbox = handler.is_sandbox or runtimes.matches(name, self._settings.sandbox_handlers) or name == "untrusted"
         if not sandbox and name not in known and name not in _RUNC:
             raise RuntimeUnknown(
                 f"the runtime handler {name!r} ({source}) is neither in {self._settings.containerd_config} nor among "
                 f"detect.sandbox_handlers ({', '.join(self._settings.sandbox_handlers)})"
+            )
+        if not sandbox and handler.is_unknown:
+            raise RuntimeUnknown(
+                f"the runtime handler {name!r} ({source}) has runtime_type {handler.runtime_type!r}, which looks like "
+                "a virtual machine's and is none that is known here; name it in detect.sandbox_handlers if it takes "
+                "Kata's hand-off, in detect.host_handlers if its pods run on the node's kernel"
             )
         if not sandbox:
             return Runtime(kind=HOST, handler=name, source=source, pod=pod)

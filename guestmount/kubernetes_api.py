@@ -11,17 +11,22 @@ import json
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from blockdev import Deadline
+from blockdev import Deadline, WaitExpired
+from blockdev.deadlines import bounded
 from guestmount.pods import PodFacts, PodRef, PodUnknown, facts_from
 
 if TYPE_CHECKING:
     from http.client import HTTPConnection
 
 _LONGEST = 1.0
+# Seconds.
+_REMEMBERED = 60.0
+_MOST = 10_000
 # A pod is at most 1.5 MiB (etcd's limit).
 _LARGEST = 4 << 20
 SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
@@ -34,7 +39,8 @@ Ask = Callable[[str, float], bytes]
 
 
 class KubernetesApi:
-    """Asks with a deadline of one second at most; remembers RuntimeClasses, whose handler never changes."""
+    """Asks with a deadline of one second at most, the whole exchange; remembers RuntimeClasses for a while: their
+    handler never changes, but one may be deleted and made anew. A kubeconfig that was changed is read again."""
 
     def __init__(
         self,
@@ -49,7 +55,10 @@ class KubernetesApi:
         self._kubeconfig, self._server, self._account, self._environment = kubeconfig, server, account, environment
         self._lock = threading.Lock()
         self._ask: Ask | None = None
-        self._handlers: dict[str, str] = {}
+        self._read_from: tuple[int, ...] = ()
+        self._handlers: dict[str, tuple[str, float]] = {}
+        # A bound PersistentVolume never gets another claim.
+        self._claims: dict[str, tuple[str, str]] = {}
 
     def pod(self, ref: PodRef, deadline: Deadline) -> PodFacts:
         if not ref.name or not ref.namespace:
@@ -63,29 +72,54 @@ class KubernetesApi:
         return facts
 
     def handler(self, runtime_class: str, deadline: Deadline) -> str:
-        known = self._handlers.get(runtime_class)
-        if known is None:
+        known, until = self._handlers.get(runtime_class, ("", 0.0))
+        if time.monotonic() > until:
             if not _NAME.match(runtime_class):
                 raise PodUnknown(f"{runtime_class!r} is no name that a RuntimeClass can have")
             path = f"/apis/node.k8s.io/v1/runtimeclasses/{runtime_class}"
             known = str(self._read(f"RuntimeClass {runtime_class}", path, deadline).get("handler", ""))
             if not known:
                 raise PodUnknown(f"RuntimeClass {runtime_class} names no handler")
-            self._handlers[runtime_class] = known
+            self._handlers[runtime_class] = known, time.monotonic() + _REMEMBERED
+        return known
+
+    def claim_of(self, persistent_volume: str, deadline: Deadline) -> tuple[str, str]:
+        known = self._claims.get(persistent_volume)
+        if known is None:
+            if not _NAME.match(persistent_volume):
+                raise PodUnknown(f"{persistent_volume!r} is no name that a PersistentVolume can have")
+            what, path = f"PersistentVolume {persistent_volume}", f"/api/v1/persistentvolumes/{persistent_volume}"
+            spec = self._read(what, path, deadline).get("spec")
+            claim = spec.get("claimRef") if isinstance(spec, dict) else None
+            if not isinstance(claim, dict) or not claim.get("name"):
+                raise PodUnknown(f"{what} is bound to no claim")
+            known = str(claim.get("namespace", "")), str(claim["name"])
+            if len(self._claims) >= _MOST:
+                self._claims.clear()
+            self._claims[persistent_volume] = known
         return known
 
     def _read(self, what: str, path: str, deadline: Deadline) -> dict[str, Any]:
-        with self._lock:
-            if self._ask is None:
-                self._ask = self._from_kubeconfig() if self._kubeconfig else self._from_account()
+        asked = self._asked()
+        seconds = max(0.05, min(_LONGEST, deadline.remaining()))
         try:
-            body = self._ask(path, max(0.05, min(_LONGEST, deadline.remaining())))
+            # Each wait for a byte has its time; all of them together have one here.
+            body = bounded(f"asking the API server for {what}", Deadline.after(seconds), lambda: asked(path, seconds))
             reply = json.loads(body)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, WaitExpired) as error:
             raise PodUnknown(f"asking the API server for {what}: {error}") from error
         if not isinstance(reply, dict):
             raise PodUnknown(f"the API server's answer for {what} is no object")
         return reply
+
+    def _asked(self) -> Ask:
+        """Who asks; made anew where the kubeconfig was changed."""
+        with self._lock:
+            stamp = _stamp(self._kubeconfig) if self._kubeconfig else ()
+            if self._ask is None or stamp != self._read_from:
+                self._ask = self._from_kubeconfig() if self._kubeconfig else self._from_account()
+                self._read_from = stamp
+            return self._ask
 
     def _from_account(self) -> Ask:
         host, port = (self._environment.get(f"KUBERNETES_SERVICE_{name}", "") for name in ("HOST", "PORT"))
@@ -160,6 +194,8 @@ class KubernetesApi:
                 reply: Any
                 if "pods" in parts:
                     reply = client.CoreV1Api(api).read_namespaced_pod(parts[-1], parts[-3], **more)
+                elif "persistentvolumes" in parts:
+                    reply = client.CoreV1Api(api).read_persistent_volume(parts[-1], **more)
                 else:
                     reply = client.NodeV1Api(api).read_runtime_class(parts[-1], **more)
                 return bytes(reply.data)
@@ -169,3 +205,11 @@ class KubernetesApi:
                 raise ValueError(str(getattr(error, "reason", None) or error)) from error
 
         return ask
+
+
+def _stamp(path: str) -> tuple[int, ...]:
+    try:
+        facts = os.stat(path)
+    except OSError:
+        return ()
+    return facts.st_ino, facts.st_mtime_ns, facts.st_size

@@ -124,6 +124,8 @@ class Node:
         staging = paths.check("staging_target_path", staging_path, self.roots)
         with self.claims.locked(volume_id, deadline) as cell:
             if cell.claim is None or cell.claim.staging_path != staging:
+                if self._is_anothers(staging, volume_id):
+                    return
                 mounts.be_unmounted(staging, deadline)
             if cell.claim is None:
                 self._drop_unclaimed(volume_id, deadline)
@@ -227,9 +229,22 @@ class Node:
         """Nothing is at the target. The claim stays until the guest's VMM has let go of the device."""
         path = paths.check("target_path", target_path, self.roots)
         with self.claims.locked(volume_id, deadline) as cell:
+            if (cell.claim is None or path not in cell.claim.targets) and self._is_anothers(path, volume_id):
+                return
             self._take_back(cell, path, deadline)
             if cell.claim is None:
                 self._drop_unclaimed(volume_id, deadline)
+
+    def _is_anothers(self, path: str, volume_id: str) -> bool:
+        """Whether what hangs at the path is another volume's: nothing of this one is there, and the other's stays."""
+        if not mounts.is_mount_point(path) and self.means.dialects.at(path) is None:
+            return False
+        for claim in self.claims.readable()[0]:
+            if claim.volume != volume_id and (path in claim.targets or path == claim.staging_path):
+                said = {"volume": volume_id, "path": path, "of": claim.volume}
+                log.warning("a path belongs to another volume and stays", extra=said)
+                return True
+        return False
 
     def _take_back(self, cell: Cell, path: str, deadline: Deadline) -> None:
         self.means.dialects.withdraw(path)
@@ -254,7 +269,7 @@ class Node:
 
     def _alive(self, path: str) -> bool:
         """Whether anything of a publish is left at its target."""
-        return mounts.is_mount_point(path) or path in self.means.dialects.delivered()
+        return mounts.is_mount_point(path) or self.means.dialects.at(path) is not None
 
     # -- expansion and deletion
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from blockdev import Deadline
 from volumes.registry import DISKS
+
+log = logging.getLogger("runvol.pods")
 
 UNTRUSTED = "io.kubernetes.cri.untrusted-workload"
 
@@ -20,6 +23,9 @@ class PodRef:
     namespace: str = ""
     name: str = ""
     uid: str = ""
+    # The PersistentVolume, or the pod's own name of an inline volume, as the target's path tells; else empty.
+    persistent_volume: str = ""
+    pod_volume: str = ""
 
     def __str__(self) -> str:
         return f"{self.namespace}/{self.name}" if self.name else (self.uid or "a pod that nobody named")
@@ -48,7 +54,8 @@ class PodFacts:
     """The part of a pod that decides about its storage; `mounts` are in the order in which the containers start.
 
     `claims`: pod volume name to PersistentVolumeClaim. `disks`: pod volume name to what may be a block volume of ours,
-    in words: the claims, those that the pod's generic ephemeral volumes are given, and FlexVolumes.
+    in words: the claims, those that the pod's generic ephemeral volumes are given, and FlexVolumes. `claims` has those
+    of generic ephemeral volumes too.
     """
 
     uid: str
@@ -57,6 +64,8 @@ class PodFacts:
     mounts: tuple[MountFacts, ...] = ()
     claims: Mapping[str, str] = field(default_factory=dict)
     disks: Mapping[str, str] = field(default_factory=dict)
+    # The names that the pod gives the volume in question; None where that is not known.
+    own: frozenset[str] | None = None
 
     @property
     def untrusted(self) -> bool:
@@ -76,6 +85,28 @@ class PodSource(Protocol):
     def handler(self, runtime_class: str, deadline: Deadline) -> str:
         """The handler of a RuntimeClass. Raises PodUnknown."""
 
+    def claim_of(self, persistent_volume: str, deadline: Deadline) -> tuple[str, str]:
+        """Namespace and name of the claim that a PersistentVolume is bound to. Raises PodUnknown."""
+
+
+def with_own(pod: PodFacts, ref: PodRef, source: PodSource, deadline: Deadline) -> PodFacts:
+    """The facts, with the names that the pod gives the volume that is published, as far as they are known."""
+    if ref.pod_volume and ref.pod_volume in {mount.volume for mount in pod.mounts}:
+        return replace(pod, own=frozenset({ref.pod_volume}))
+    if len(set(pod.claims.values())) <= 1:
+        return replace(pod, own=frozenset(pod.claims))  # there is only one that it can be
+    if not ref.persistent_volume:
+        return pod
+    try:
+        namespace, claim = source.claim_of(ref.persistent_volume, deadline)
+    except PodUnknown as error:
+        log.warning("which of the pod's volumes is this one is not known, so how it is mounted was not checked",
+                    extra={"pod": str(ref), "volume": ref.persistent_volume, "why": str(error)})  # fmt: skip
+        return pod
+    if namespace and ref.namespace and namespace != ref.namespace:
+        return pod
+    return replace(pod, own=frozenset(name for name, one in pod.claims.items() if one == claim))
+
 
 def facts_from(pod: Mapping[str, Any]) -> PodFacts:
     """From a Pod as the API writes it in JSON."""
@@ -85,6 +116,11 @@ def facts_from(pod: Mapping[str, Any]) -> PodFacts:
         volume.get("name", ""): volume["persistentVolumeClaim"].get("claimName", "")
         for volume in volumes
         if volume.get("persistentVolumeClaim")
+    } | {
+        # The name that Kubernetes gives the claim that it makes.
+        volume.get("name", ""): f"{meta.get('name', '')}-{volume.get('name', '')}"
+        for volume in volumes
+        if volume.get("ephemeral")
     }
     read_only = {volume.get("name", "") for volume in volumes if _is_read_only(volume)}
     ordinary = [one for one in spec.get("initContainers") or () if one.get("restartPolicy") != "Always"]
@@ -108,7 +144,7 @@ def facts_from(pod: Mapping[str, Any]) -> PodFacts:
             for mount in container.get("volumeMounts") or ()
         ),
         claims=claims,
-        disks={name: f"claim {claim!r}" for name, claim in claims.items()} | _disks_without_claims(meta, volumes),
+        disks={name: f"claim {claim!r}" for name, claim in claims.items()} | _disks_without_claims(volumes),
     )
 
 
@@ -121,14 +157,11 @@ def _is_read_only(volume: Mapping[str, Any]) -> bool:
 _DISKS, _NO_DISKS = ("volume", "volumeId", "volumeID", "device"), ("directory", "server")
 
 
-def _disks_without_claims(meta: Mapping[str, Any], volumes: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def _disks_without_claims(volumes: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     found = {}
     for volume in volumes:
         name = volume.get("name", "")
-        if volume.get("ephemeral"):
-            # The name that Kubernetes gives the claim that it makes.
-            found[name] = f"claim {meta.get('name', '') + '-' + name!r}"
-        elif volume.get("flexVolume"):
+        if volume.get("flexVolume"):
             disk = _disk_of(volume["flexVolume"], name)
             if disk:
                 found[name] = f"FlexVolume {disk!r}"

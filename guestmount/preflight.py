@@ -27,8 +27,8 @@ def check(runtime: Runtime, *, pv_name: str, read_only: bool = False, rust_share
     if config is not None and config.blocks_disabled(annotations):
         raise Refused(
             f"the runtime handler {runtime.handler!r} ignores block devices: disable_block_device_use is true in "
-            f"{config.path}. Set it to false in [hypervisor.{config.hypervisor or 'qemu'}]; until then its pods would "
-            "write to the host's disk"
+            f"{config.path}. Set it to false in [hypervisor.{config.hypervisor or 'qemu'}]; until then its "
+            + ("containers fail" if config.shim == RUST else "pods would write to the host's disk")
         )
     check_mounts(runtime, pv_name=pv_name)
     if config is not None and config.shim == RUST:
@@ -97,7 +97,8 @@ def check_share(runtime: Runtime, *, pv_name: str) -> None:
 
 
 def _mounts_of_claims(pod: PodFacts) -> list[MountFacts]:
-    return [mount for mount in pod.mounts if mount.volume in pod.claims]
+    """Those of the volume in question; where the pod's names of it are not known, none: others are other drivers'."""
+    return [mount for mount in pod.mounts if pod.own is not None and mount.volume in pod.own]
 
 
 def _check_rust(runtime: Runtime, *, pv_name: str, shared: bool) -> None:
@@ -114,12 +115,12 @@ def _check_rust(runtime: Runtime, *, pv_name: str, shared: bool) -> None:
 
 
 def _refuse_under_dev(mounts: list[MountFacts]) -> None:
-    """The Rust shim takes a mount below /dev for a device node and has its agent bind the disk, which fails."""
+    """The Rust shim takes what begins with /dev for a device node and has its agent bind the disk, which fails."""
     for mount in mounts:
-        if mount.path.startswith("/dev/"):
+        if mount.path.startswith("/dev"):
             raise Refused(
                 f"container {mount.container!r} mounts volume {mount.volume!r} at {mount.path!r}; Kata's Rust shim "
-                "cannot mount a filesystem below /dev. Use another mountPath"
+                "takes what begins with /dev for a device node. Use another mountPath"
             )
 
 
@@ -133,7 +134,7 @@ def _at_once(mounts: Sequence[MountFacts]) -> Iterator[tuple[MountFacts, MountFa
 def _refuse_mixed(pod: PodFacts, mounts: Sequence[MountFacts]) -> None:
     """The Rust shim mounts the device once a container; read-only after read-write is EBUSY in the guest."""
     for one, other in _at_once(mounts):
-        if pod.claims[one.volume] == pod.claims[other.volume] and one.read_only != other.read_only:
+        if pod.claims.get(one.volume) == pod.claims.get(other.volume) and one.read_only != other.read_only:
             raise Refused(
                 f"containers {one.container!r} and {other.container!r} mount volume {one.volume!r} read-only and "
                 "read-write; Kata's Rust shim cannot mix them. Use one readOnly value for all containers"
@@ -149,7 +150,9 @@ def _refuse_several_writers(runtime: Runtime) -> None:
     pod = runtime.pod
     if pod is None:
         return
-    writing = [mount for mount in pod.mounts if mount.volume in pod.disks and mount.writes]
+    # Where the pod's names of this volume are not known, any may be it: data would be lost.
+    own = {pod.disks[name] for name in pod.own if name in pod.disks} if pod.own is not None else set(pod.disks.values())
+    writing = [mount for mount in pod.mounts if pod.disks.get(mount.volume) in own and mount.writes]
     for one, other in _at_once(writing):
         disk = pod.disks[one.volume]
         if one.container != other.container and disk == pod.disks[other.volume]:

@@ -16,7 +16,8 @@ from volumes.backend import Backend
 _POD_IN_PATH = re.compile(
     r"/(?:pods/|publish/[^/]+/)([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})(?:/|\Z)"
 )
-_GROUP_LIMIT = 2**32 - 1
+# 2^32-1 is chown's word for "leave it".
+_GROUP_LIMIT = 2**32 - 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,13 @@ class PublishRequest:
 def check_capability(capability: Capability, backend: Backend) -> None:
     """BadRequest or Refused for what no volume of this backend can be."""
     for flag in capability.mount_flags:
-        if not flag or flag in mounts.FORBIDDEN or "\0" in flag or "," in flag or not flag.isprintable():
+        if (
+            not flag
+            or flag in mounts.FORBIDDEN
+            or "\0" in flag
+            or len(mounts.words(flag)) > 1
+            or not flag.isprintable()
+        ):
             raise BadRequest("mount_flags", flag, "is not a mount option that a volume can have")
         refusal = backend.refuses(flag)
         if refusal is not None:

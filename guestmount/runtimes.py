@@ -16,6 +16,8 @@ from typing import Any
 
 # runtime_type values whose shims start a virtual machine. gVisor's (runsc) is none.
 _SANDBOX_TYPE = re.compile(r"io\.containerd\.(kata|runv|rund)([-.][a-z0-9.-]+)?\.v\d+\Z")
+# Those that sound like it, and whose hand-off nobody here knows.
+_VM_LIKE = re.compile(r"kuasar|firecracker|hyper|urunc|nabla|unik|qemu|crosvm|vmm|(^|[-._])[a-z]*vm([-._]|\Z)")
 CRI_PLUGINS = ("io.containerd.cri.v1.runtime", "io.containerd.grpc.v1.cri", "cri")
 _MAX_IMPORTS = 64
 
@@ -33,6 +35,12 @@ class Handler:
     def is_sandbox(self) -> bool:
         return bool(_SANDBOX_TYPE.match(self.runtime_type)) or "kata" in os.path.basename(self.runtime_path)
 
+    @property
+    def is_unknown(self) -> bool:
+        """A runtime that looks as if it starts a virtual machine, and is none that is known to."""
+        names = (self.runtime_type, os.path.basename(self.runtime_path))
+        return not self.is_sandbox and any(_VM_LIKE.search(name.lower()) for name in names)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ContainerdConfig:
@@ -43,7 +51,7 @@ class ContainerdConfig:
 
     @property
     def has_sandbox(self) -> bool:
-        return any(handler.is_sandbox for handler in self.handlers.values())
+        return any(handler.is_sandbox or handler.is_unknown for handler in self.handlers.values())
 
 
 def read_containerd(path: str) -> ContainerdConfig | None:

@@ -54,7 +54,5 @@ def _peeked(node: Node, volume_id: str) -> Claim | None:
 
 
 def _delivery_problems(node: Node, claim: Claim) -> list[Problem]:
-    handed = node.means.dialects.delivered()
-    return [
-        problem for path in claim.targets for problem in ways.way_at(claim, path).problems(claim, path, handed)
-    ]  # fmt: skip
+    handed = {path: found for path in claim.targets if (found := node.means.dialects.at(path)) is not None}
+    return [problem for path in claim.targets for problem in ways.way_at(claim, path).problems(claim, path, handed)]

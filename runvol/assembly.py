@@ -92,6 +92,7 @@ def detector(config: Config) -> Detector:
         DetectSettings(
             containerd_config=config.text("paths.containerd_config"),
             sandbox_handlers=config.words("detect.sandbox_handlers"),
+            host_handlers=config.words("detect.host_handlers"),
             default_runtime=config.text("detect.default_runtime"),
             sandbox_handler=config.text("detect.sandbox_handler"),
             rund=config.text("detect.rund"),

@@ -64,6 +64,9 @@ TABLE: Mapping[str, Setting] = {
     "detect.sandbox_handlers": Setting(
         default=("kata*", "runv*", "rund*"), meaning="names of runtime handlers that are sandboxes"
     ),
+    "detect.host_handlers": Setting(
+        default=(), meaning="names of runtime handlers that run pods on the node's own kernel, whatever their type"
+    ),
     "detect.sandbox_handler": Setting(default="kata", meaning="the handler that `runtime: sandbox` means"),
     "detect.rund": Setting(
         default="rund2", meaning="the hand-off that handlers named rund speak: rund2 or rund3 (RunD's version)"
@@ -200,8 +203,10 @@ def _from_file(file: str | None) -> dict[str, Any]:
         if file is None:
             return {}
         raise ConfigError(f"the configuration file {file} does not exist") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is no TOML: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     found = {}
     for section, table in document.items():
         if not isinstance(table, dict):

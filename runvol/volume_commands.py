@@ -192,7 +192,7 @@ def where(load: Loader, pod: str, as_json: bool) -> None:
         }
         for claim in _claims(node)
         for path, target in claim.targets.items()
-        if pod in (target.pod_uid, target.pod)
+        if pod in (target.pod_uid, target.pod, target.pod_name)
     ]
     if not rows:
         raise click.ClickException(f"no volume of this node is published to pod {pod}")

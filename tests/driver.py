@@ -178,8 +178,11 @@ class Driver:
         inodes = {path.stat().st_ino for path in (self.state / "volumes").glob("*")} if self.state.exists() else set()
         found = []
         for device in loops.bound():
-            name = Path(f"/sys/block/{Path(device).name}/loop/backing_file").read_text().strip()
-            under = loops.backing(device)
+            try:
+                name = Path(f"/sys/block/{Path(device).name}/loop/backing_file").read_text().strip()
+                under = loops.backing(device)
+            except OSError:
+                continue  # somebody else's, who has let go of it meanwhile
             if name.startswith(str(self.directory)) or (under and under.inode in inodes):
                 found.append(device)
         return found

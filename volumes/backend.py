@@ -135,6 +135,9 @@ class StoredBackend(Backend, Protocol):
     def forget(self, one_id: str) -> None:
         """What another store made under this id is lost for good: it counts as deleted from now on."""
 
+    def has_name(self, name: str) -> bool:
+        """Whether a volume of this name is, or is being made, in the store."""
+
     def holds(self, one_id: str) -> bool:
         """Whether the store has a volume, snapshot or group of this id."""
 

@@ -161,6 +161,12 @@ class Catalog:
                 except EXPECTED as error:
                     log.error("a store's volumes are not there", extra={"backend": backend.name, "why": str(error)})
 
+    def check_name(self, name: str, backend: Backend) -> None:
+        """VolumeConflict for a name that a volume of another backend's has on this node."""
+        for other in self._backends:
+            if other is not backend and isinstance(other, StoredBackend) and other.has_name(name):
+                raise VolumeConflict(name, f"is of the backend {other.name}, not {backend.name}")
+
     def forget(self, one_id: str) -> str:
         """A volume, snapshot or group whose store is lost for good counts as deleted; the backend's name.
         VolumeConflict for one that is there, VolumeNotFound for an id that no store of this node's gives."""

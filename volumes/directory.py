@@ -155,9 +155,13 @@ class DirectoryBackend:
         new = os.path.join(self._directory, _NEW + row.volume_id)
         os.mkdir(new, 0o700)
         if _limited(row):
-            quotas.assign(new, _project(row))
-            quotas.limit(new, _project(row), row.capacity)
-            quotas.prove_enforced(new, row.capacity)
+            try:
+                quotas.assign(new, _project(row))
+                quotas.limit(new, _project(row), row.capacity)
+                quotas.prove_enforced(new, row.capacity)
+            except QuotaUnavailable as error:
+                # The same words at each try, though the directory's name is another one.
+                raise QuotaUnavailable(self._directory, f"{error.why}; or set quota: none in the class") from None
         # Pods of any user write here, as in a volume that was just formatted.
         os.chmod(new, 0o777)  # noqa: S103
         os.rename(new, self._path(row.volume_id))
@@ -287,6 +291,9 @@ class DirectoryBackend:
 
     def prepare(self) -> None:
         self._be_ours()
+
+    def has_name(self, name: str) -> bool:
+        return self._store.has_name(name)
 
     def holds(self, one_id: str) -> bool:
         return self._store.holds(one_id)

@@ -378,6 +378,9 @@ class LoopBackend:
     def prepare(self) -> None:
         self._be_ours()
 
+    def has_name(self, name: str) -> bool:
+        return self._store.has_name(name)
+
     def holds(self, one_id: str) -> bool:
         return self._store.holds(one_id)
 

@@ -336,6 +336,11 @@ class Store:
     def by_name(self, name: str) -> Row | None:
         return self._one("name = ?", name)
 
+    def has_name(self, name: str) -> bool:
+        """Whether a volume has it, in whatever state."""
+        with self._lock, _explained(self.path):
+            return self._database().execute("SELECT 1 FROM volumes WHERE name = ?", (name,)).fetchone() is not None
+
     def rows(self, *, after: int = 0, limit: int = -1, state: State | None = None) -> list[Row]:
         """In the order of creation, those after the sequence number `after`: stable pages whatever comes and goes."""
         wanted = "seq > ? AND (? IS NULL OR state = ?)"

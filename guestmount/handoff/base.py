@@ -73,5 +73,8 @@ class Dialect(Protocol):
     def delivered(self) -> Sequence[Delivered]:
         """What lies there now."""
 
+    def at(self, target: str) -> Delivered | None:
+        """What lies there for this target; costs the same among any number of others."""
+
     def sweep(self) -> None:
         """Remove what a killed process was writing; nothing that another driver could own."""

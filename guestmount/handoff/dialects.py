@@ -33,6 +33,10 @@ class Dialects:
         for dialect in self._dialects:
             dialect.withdraw(target)
 
+    def at(self, target: str) -> Delivered | None:
+        """What lies there for this target, in whatever dialect."""
+        return next((found for one in self._dialects if (found := one.at(target)) is not None), None)
+
     def delivered(self) -> dict[str, Delivered]:
         """What lies there now, by target."""
         return {one.target: one for dialect in self._dialects for one in dialect.delivered()}

@@ -138,6 +138,12 @@ class KataDialect:
                 found.append(self._look(name, target))
         return found
 
+    def at(self, target: str) -> Delivered | None:
+        name = key_of(target)
+        if len(name) > 255 or not os.path.isdir(os.path.join(self._root, name)):
+            return None
+        return self._look(name, target)
+
     def _look(self, name: str, target: str) -> Delivered:
         place = os.path.join(self._root, name)
         info, problem = None, ""
@@ -170,7 +176,8 @@ class KataDialect:
 
 
 def _mount_info(delivery: Delivery) -> MountInfo:
-    kept = [option for option in delivery.options if option not in _HOST_ONLY and option not in ("ro", "rw")]
+    kept = [option for option in delivery.options if option not in ("ro", "rw", *_HOST_ONLY)
+            and not option.partition("=")[0].endswith("context")]  # fmt: skip
     return MountInfo(
         device=delivery.device,
         fstype=delivery.fstype,

@@ -64,22 +64,24 @@ class Rund2Dialect:
             _replace(path, _without_ours(before))
 
     def delivered(self) -> Sequence[Delivered]:
-        found = []
-        for path in beside.found(self._roots, FILE):
-            content = _read(path) or {}
-            server = content.get(f"{PREFIX}server")
-            if server is not None:
-                found.append(
-                    Delivered(
-                        dialect=self.name,
-                        target=os.path.join(os.path.dirname(path), "mount"),
-                        place=path,
-                        device=f"{server}:{content.get(f'{PREFIX}path', '')}",
-                        fstype="nfs",
-                        options=tuple(word for word in content.get(f"{PREFIX}options", "").split(",") if word),
-                    )
-                )
-        return found
+        return [one for path in beside.found(self._roots, FILE) if (one := self._look(path)) is not None]
+
+    def at(self, target: str) -> Delivered | None:
+        return self._look(_place(target))
+
+    def _look(self, path: str) -> Delivered | None:
+        content = _read(path) or {}
+        server = content.get(f"{PREFIX}server")
+        if server is None:
+            return None
+        return Delivered(
+            dialect=self.name,
+            target=os.path.join(os.path.dirname(path), "mount"),
+            place=path,
+            device=f"{server}:{content.get(f'{PREFIX}path', '')}",
+            fstype="nfs",
+            options=tuple(word for word in content.get(f"{PREFIX}options", "").split(",") if word),
+        )
 
     def sweep(self) -> None:
         beside.sweep(self._roots, FILE)

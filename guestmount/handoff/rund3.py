@@ -57,22 +57,24 @@ class Rund3Dialect:
                 os.unlink(path)
 
     def delivered(self) -> Sequence[Delivered]:
-        found = []
-        for path in beside.found(self._roots, FILE):
-            content = _read(path)
-            if content.get("DeviceType") == "nfs":
-                options = content.get("MountOpts")
-                found.append(
-                    Delivered(
-                        dialect=self.name,
-                        target=os.path.join(os.path.dirname(path), "mount"),
-                        place=path,
-                        device=str(content.get("Source", "")),
-                        fstype="nfs",
-                        options=tuple(map(str, options)) if isinstance(options, list) else (),
-                    )
-                )
-        return found
+        return [one for path in beside.found(self._roots, FILE) if (one := self._look(path)) is not None]
+
+    def at(self, target: str) -> Delivered | None:
+        return self._look(_place(target))
+
+    def _look(self, path: str) -> Delivered | None:
+        content = _read(path)
+        if content.get("DeviceType") != "nfs":
+            return None
+        options = content.get("MountOpts")
+        return Delivered(
+            dialect=self.name,
+            target=os.path.join(os.path.dirname(path), "mount"),
+            place=path,
+            device=str(content.get("Source", "")),
+            fstype="nfs",
+            options=tuple(map(str, options)) if isinstance(options, list) else (),
+        )
 
     def sweep(self) -> None:
         beside.sweep(self._roots, FILE)

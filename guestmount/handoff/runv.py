@@ -90,6 +90,9 @@ class RunvDialect:
     def delivered(self) -> Sequence[Delivered]:
         return [one for path in beside.found(self._roots, FILE) if (one := self._look(path)) is not None]
 
+    def at(self, target: str) -> Delivered | None:
+        return self._look(_place(target))
+
     def _look(self, path: str) -> Delivered | None:
         content = _read(path)
         if content.get("runtime") != self.name:

@@ -100,10 +100,16 @@ def _delivery(claim: Claim, path: str, target: Target) -> Delivery:
         target=path,
         device=claim.device or claim.source,
         fstype=claim.use.fstype,
-        options=claim.use.mount_flags,
+        options=_options(claim),
         read_only=target.read_only,
         group=target.mount_group if target.group_in_guest else "",
     )
+
+
+def _options(claim: Claim) -> tuple[str, ...]:
+    """Those that the volume was staged with. A clone has its source's UUID, which XFS mounts once a kernel."""
+    options = claim.use.mount_flags
+    return (*options, "nouuid") if claim.use.fstype == "xfs" and "nouuid" not in options else options
 
 
 def only_store(claim: Claim, backend: Backend, size: SizeRange) -> NoReturn:

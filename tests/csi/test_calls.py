@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -251,4 +252,52 @@ def test_a_callers_deadline_ends_the_call(driver):
         except grpc.RpcError as error:
             assert error.code() is grpc.StatusCode.ABORTED
             time.sleep(0.05)
+    driver.unstage(volume)
+
+
+def test_a_name_is_one_volumes_whatever_its_backend(driver):
+    driver.create("same")
+    with refused("ALREADY_EXISTS", "same", "backend loop"):
+        driver.create("same", backend="directory", quota="none")
+
+
+def test_a_path_of_another_volumes_is_left_to_it(driver):
+    """An unknown id, or another's, with the staging path or the target of a volume that a pod uses."""
+    volume, other = driver.create("v"), driver.create("other")
+    for one in (volume, other):
+        driver.stage(one)
+    target = driver.publish(volume, PODS[0], runtime="runc")
+    for wrong in ("loop-x", other.volume_id):
+        driver.client.NodeUnstageVolume(volume_id=wrong, staging_target_path=driver.staging(volume.volume_id))
+        driver.client.NodeUnpublishVolume(volume_id=wrong, target_path=target)
+    assert os.path.ismount(target) and os.path.ismount(driver.staging(volume.volume_id))
+    with open(f"{target}/file", "w") as file:
+        file.write("still here")
+    driver.unpublish(volume, PODS[0])
+    for one in (volume, other):
+        driver.unstage(one)
+
+
+def test_a_clone_of_an_xfs_is_handed_over_with_nouuid(driver):
+    use = mount_capability(fstype="xfs")
+    volume = driver.create("v", 320 << 20, use)
+    driver.stage(volume, use)
+    driver.publish(volume, PODS[0], runtime="kata", capability=use)
+    (info,) = driver.direct_volumes.glob("*/mountInfo.json")
+    assert "nouuid" in json.loads(info.read_text())["options"]
+    driver.unpublish(volume, PODS[0])
+    driver.unstage(volume)
+
+
+def test_a_context_of_selinux_is_one_option(driver):
+    flag = 'context="system_u:object_r:container_file_t:s0:c10,c20"'
+    use = mount_capability(flags=("noatime", flag))
+    volume = driver.create("v", 64 << 20, use)
+    driver.stage(volume, use)
+    driver.publish(volume, PODS[0], runtime="kata", capability=use)
+    (info,) = driver.direct_volumes.glob("*/mountInfo.json")
+    assert json.loads(info.read_text())["options"] == ["rw", "noatime"]  # a guest has a policy of its own
+    claim = json.loads((driver.records / "claims" / f"{volume.volume_id}.json").read_text())
+    assert claim["use"]["mount_flags"] == ["noatime", flag]
+    driver.unpublish(volume, PODS[0])
     driver.unstage(volume)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -194,6 +195,19 @@ def api(request, tmp_path):
 
                 time.sleep(3)
                 return
+            elif name == "drip":
+                import time
+
+                with contextlib.suppress(OSError):
+                    self.wfile.write(b"HTTP/1.1 200 OK\r\n")
+                    for _ in range(20):
+                        time.sleep(0.3)
+                        self.wfile.write(b"X")
+                        self.wfile.flush()
+                return
+            elif self.path.startswith("/api/v1/persistentvolumes/pv-1"):
+                body = {"kind": "PersistentVolume", "spec": {"claimRef": {"namespace": "default", "name": "data"}}}
+                code = 200
             else:
                 body, code = {"kind": "Status", "code": 404, "reason": "NotFound"}, 404
             data = json.dumps(body).encode()
@@ -282,3 +296,62 @@ def test_a_slow_server_costs_a_second_at_most(api, soon):
     with pytest.raises(PodUnknown):
         api.pod(PodRef(namespace="default", name="slow"), soon)
     assert time.monotonic() - started < 2
+
+
+def test_a_server_that_drips_costs_a_second_in_all(api, soon):
+    """Each byte comes in time; the whole answer never does."""
+    import time
+
+    for _ in range(2):
+        started = time.monotonic()
+        with pytest.raises(PodUnknown):
+            api.pod(PodRef(namespace="default", name="drip"), soon)
+        assert time.monotonic() - started < 2
+
+
+def test_the_claim_of_a_persistent_volume_is_asked_for_once(api, soon):
+    assert api.claim_of("pv-1", soon) == ("default", "data")
+    asked = len(api.seen)
+    assert api.claim_of("pv-1", soon) == ("default", "data") and len(api.seen) == asked
+    with pytest.raises(PodUnknown):
+        api.claim_of("pv-2", soon)
+    with pytest.raises(PodUnknown, match="no name"):
+        api.claim_of("../x", soon)
+
+
+def test_a_kubeconfig_that_was_changed_is_read_again(api, soon, tmp_path):
+    if api.kind != "kubeconfig":
+        return
+    api.pod(REF, soon)
+    path = tmp_path / "kubeconfig"
+    path.write_text(path.read_text().replace('"t1"', '"t2"'))
+    api.pod(REF, soon)
+    assert api.seen == ["Bearer t1", "Bearer t2"]
+
+
+def test_a_runtime_class_that_was_made_anew_is_asked_for_again(api, soon, monkeypatch):
+    api.handler("isolated", soon)
+    asked = len(api.seen)
+    api.handler("isolated", soon)
+    assert len(api.seen) == asked
+    monkeypatch.setattr("guestmount.kubernetes_api._REMEMBERED", -1.0)
+    api._handlers.clear()
+    api.handler("isolated", soon)
+    api.handler("isolated", soon)
+    assert len(api.seen) == asked + 2
+
+
+@pytest.mark.parametrize(
+    "kind", ["io.containerd.kuasar.v1", "aws.firecracker", "io.containerd.urunc.v2", "io.containerd.hyperv.v1"]
+)
+def test_what_looks_like_a_virtual_machine_is_never_the_host(detect, kind):
+    more = f"""
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.odd]
+runtime_type = "{kind}"
+"""
+    with pytest.raises(RuntimeUnknown, match=r"detect\.host_handlers"):
+        detect("odd", more=more)
+    with pytest.raises(RuntimeUnknown):
+        detect("", more=more)  # without any other sandbox handler, nothing is sure
+    assert detect("odd", more=more, host_handlers=("odd",)).kind == "host"
+    assert detect("runc", more=more).kind == "host"

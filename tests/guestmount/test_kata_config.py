@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from guestmount import Refused, Runtime, kata_config, preflight
+from guestmount import PodRef, Refused, Runtime, kata_config, preflight
 from guestmount.kata_config import GO, RUST
-from guestmount.pods import facts_from
+from guestmount.pods import PodUnknown, facts_from, with_own
 from guestmount.runtimes import Handler
 
 OFF = "[hypervisor.qemu]\ndisable_block_device_use = true\nenable_annotations = ['disable_block_device_use', 'enable_.*']\n"
@@ -88,14 +90,18 @@ def a_runtime(config, pod=None):
     return Runtime(kind="sandbox", handler="kata", source="test", dialect="kata", kata=config, pod=pod)
 
 
+def with_names(pod, *names):
+    return replace(pod, own=frozenset(names) or None)
+
+
 def a_pod(*mounts, annotations=None):
-    return facts_from({
+    return with_names(facts_from({
         "metadata": {"uid": "u", "annotations": annotations or {}},
         "spec": {
             "containers": [{"name": f"c{n}", "volumeMounts": [one]} for n, one in enumerate(mounts)],
             "volumes": [{"name": "data", "persistentVolumeClaim": {"claimName": "pvc"}}, {"name": "tmp", "emptyDir": {}}],
         },
-    })  # fmt: skip
+    }), "data")  # fmt: skip
 
 
 def test_a_shim_that_ignores_block_devices_is_refused_with_file_and_setting(node):
@@ -167,13 +173,14 @@ def of(*, init=(), containers=(), volumes=None):
                                               for mount in mounts]} | ({"restartPolicy": policy} if policy else {})  # fmt: skip
 
     claims = {"data": "pvc", "again": "pvc", "other": "pvc2"}
-    return facts_from({
+    pod = facts_from({
         "metadata": {"uid": "u", "name": "p"},
         "spec": {
             "initContainers": [spec(*one) for one in init], "containers": [spec(*one) for one in containers],
             "volumes": volumes or [{"name": name, "persistentVolumeClaim": {"claimName": claim}} for name, claim in claims.items()],
         },
     })  # fmt: skip
+    return with_names(pod, *(name for name, claim in pod.claims.items() if claim == "pvc"))
 
 
 ONE, TWO = ("one", ["data"]), ("two", ["data"])
@@ -275,6 +282,68 @@ def test_what_the_rust_shim_does_with_disks_is_no_concern_of_nfs(node):
     """The guest mounts it once a container, and knows no device."""
     mixed = a_pod({"name": "data", "mountPath": "/dev/data"}, {"name": "data", "readOnly": True})
     preflight.check_mounts(rust(node, mixed), pv_name="v")
+
+
+def test_what_begins_with_dev_is_a_device_for_the_rust_shim(node):
+    with pytest.raises(Refused, match="'/devices'"):
+        preflight.check(rust(node, a_pod({"name": "data", "mountPath": "/devices"})), pv_name="v")
+
+
+class Volumes:
+    """Who is asked for a PersistentVolume's claim."""
+
+    def __init__(self, claim=None):
+        self.claim = claim
+
+    def claim_of(self, persistent_volume, deadline):
+        if self.claim is None:
+            raise PodUnknown("403 Forbidden")
+        return "default", self.claim
+
+
+SUBPATH = facts_from({
+    "metadata": {"uid": "u", "name": "p"},
+    "spec": {
+        "containers": [{"name": "c", "volumeMounts": [{"name": "ours"}, {"name": "theirs", "subPath": "x"}]}],
+        "volumes": [{"name": "ours", "persistentVolumeClaim": {"claimName": "a"}},
+                    {"name": "theirs", "persistentVolumeClaim": {"claimName": "b"}},
+                    {"name": "scratch", "ephemeral": {"volumeClaimTemplate": {}}}],
+    },
+})  # fmt: skip
+
+
+@pytest.mark.parametrize(("claim", "refused"), [("a", False), ("b", True), (None, False), ("p-scratch", False)])
+def test_another_drivers_claims_are_no_concern(claim, refused, soon):
+    """Only the claim that this volume's PersistentVolume is bound to; where that is not known, none is refused."""
+    ref = PodRef(namespace="default", name="p", uid="u", persistent_volume="pvc-1")
+    pod = with_own(SUBPATH, ref, Volumes(claim), soon)
+    runtime = a_runtime(None, pod)
+    if refused:
+        with pytest.raises(Refused, match="subPath"):
+            preflight.check(runtime, pv_name="v")
+    else:
+        preflight.check(runtime, pv_name="v")
+
+
+def test_an_inline_volume_is_known_by_the_pods_own_name(soon):
+    pod = facts_from({
+        "metadata": {"uid": "u", "name": "p"},
+        "spec": {"containers": [{"name": "c", "volumeMounts": [{"name": "flex", "subPath": "x"}]}],
+                 "volumes": [{"name": "flex", "flexVolume": {"driver": "runvol/runvol"}}]},
+    })  # fmt: skip
+    ref = PodRef(namespace="default", name="p", uid="u", pod_volume="flex", persistent_volume="flex")
+    with pytest.raises(Refused, match="subPath"):
+        preflight.check(a_runtime(None, with_own(pod, ref, Volumes(), soon)), pv_name="v")
+
+
+def test_a_generic_ephemeral_volume_is_a_claim(soon):
+    pod = facts_from({
+        "metadata": {"uid": "u", "name": "p"},
+        "spec": {"containers": [{"name": "c", "volumeMounts": [{"name": "scratch", "subPath": "x"}]}],
+                 "volumes": [{"name": "scratch", "ephemeral": {"volumeClaimTemplate": {}}}]},
+    })  # fmt: skip
+    with pytest.raises(Refused, match="subPath"):
+        preflight.check(a_runtime(None, with_own(pod, PodRef(), Volumes(), soon)), pv_name="v")
 
 
 def test_where_the_pod_is_not_known_the_hazard_is_told(node, caplog):

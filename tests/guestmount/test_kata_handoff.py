@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guestmount import BadRequest, KataDialect, Unsupported
-from guestmount.handoff import Delivery
+from guestmount import BadRequest, KataDialect, Rund3Dialect, Unsupported
+from guestmount.handoff import Delivery, Dialects
 from guestmount.handoff.kata import key_of, target_of
 
 LONG = "/var/lib/kubelet/pods/6dad7281-57ff-49e4-b844-c588ceabec16/volumes/kubernetes.io~csi/pvc-0f3c2a5e-7f0e-4b0c-9d3e-2b1b7a1c9e55/mount"
@@ -166,3 +166,15 @@ def test_listing_where_kata_never_ran_is_empty(dialect):
     assert dialect.delivered() == []
     dialect.withdraw("/anything")
     dialect.sweep()
+
+
+def test_one_target_is_looked_at_alone_among_many(tmp_path, monkeypatch):
+    """A volume's health is asked each minute; the hand-offs of a thousand others are no part of it."""
+    dialect, looked = KataDialect(str(tmp_path)), []
+    for number in range(30):
+        dialect.deliver(Delivery(volume_id="v", target=f"/t/{number}", device=f"/dev/{number}", fstype="ext4"))
+    real = dialect._look
+    monkeypatch.setattr(dialect, "_look", lambda name, target: looked.append(target) or real(name, target))
+    both = Dialects([dialect, Rund3Dialect(["/nowhere"])])
+    assert both.at("/t/7").device == "/dev/7" and both.at("/t/x") is None and both.at("/" + "x" * 300) is None
+    assert looked == ["/t/7"]
