@@ -269,6 +269,7 @@ class Claims:
         self._temporary = os.path.join(self._records, "tmp")
         # What is known of a volume without its claim; who can look sets it.
         self.remake: Callable[[str], Claim | None] | None = None
+        self._seen: dict[str, tuple[tuple[int, ...], Claim | Refused | None]] = {}
 
     @property
     def directory(self) -> str:
@@ -369,6 +370,24 @@ class Claims:
             raise damaged[0]
         return found
 
+    def known(self) -> tuple[list[Claim], list[Refused]]:
+        """As `readable`, but only what has changed since the last call is read: for who is asked often, among many."""
+        seen: dict[str, tuple[tuple[int, ...], Claim | Refused | None]] = {}
+        for name in _names(self._directory):
+            if not name.endswith(".json"):
+                continue
+            path = os.path.join(self._directory, name)
+            try:
+                facts = os.stat(path)
+            except FileNotFoundError:
+                continue
+            stamp = facts.st_ino, facts.st_mtime_ns, facts.st_ctime_ns
+            before = self._seen.get(name)
+            seen[name] = before if before is not None and before[0] == stamp else (stamp, _tried(path))
+        self._seen = seen
+        found = [one for _stamp, one in seen.values()]
+        return [one for one in found if isinstance(one, Claim)], [one for one in found if isinstance(one, Refused)]
+
     def readable(self) -> tuple[list[Claim], list[Refused]]:
         """Every record that can be read, by volume, and what is wrong with the others."""
         found, damaged = [], []
@@ -389,6 +408,13 @@ class Claims:
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - os.stat(path).st_mtime > 60:
                     os.unlink(path)
+
+
+def _tried(path: str) -> Claim | Refused | None:
+    try:
+        return _read(path)
+    except Refused as error:
+        return error
 
 
 def _names(directory: str) -> list[str]:

@@ -6,24 +6,26 @@ claim; nothing is asked of a server, a store or an API here, since the runtime h
 starts the container unchanged if it has to wait.
 
 A source is only a path, which any pod may name (hostPath). The export is given to the pod that the claim's target was
-made for, by its uid and namespace, under a handler whose guests mount; every other container keeps the bind that it
-asked for, and finds the read-only placeholder.
+made for, by its uid and namespace, under a handler whose guests mount. A container of another pod that binds what a
+guest has, a block volume too, is refused: Kata's shims would plug the disk into its guest as well. What host pods have
+is no concern here.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from blockdev import nfs
-from guestmount import registration, ttrpc
+from guestmount import placeholder, registration, ttrpc, ways
 from guestmount.claims import SANDBOX, Claim, Claims, Target
 from guestmount.detect import Runtime
-from guestmount.errors import RuntimeUnknown
+from guestmount.errors import Refused, RuntimeUnknown
 from guestmount.handoff import KataDialect
 from guestmount.nri_mux import PLUGIN, RUNTIME, Mux
 from guestmount.pods import UNTRUSTED
@@ -57,13 +59,16 @@ class Plugin:
 
     def Synchronize(self, request: pb.SynchronizeRequest) -> pb.SynchronizeResponse:
         """Containers that were created while the plugin was away have the read-only placeholder: told, not mended."""
-        exports = dict(self._exports())
+        targets, _damaged = self._targets()
         pods = {pod.id: pod for pod in request.pods}
         for container in request.containers:
             pod = pods.get(container.pod_sandbox_id)
             for mount in container.mounts:
-                found = exports.get(mount.source)
-                if found is not None and (pod is None or not self._foreign(pod, mount.source, found[1])):
+                claim, target = targets.get(mount.source, (None, None))
+                if claim is None or target is None or not guest_mount.is_of_kata(claim, target):
+                    continue
+                theirs = pod is not None and bool(self._foreign(pod, mount.source, target))
+                if not theirs and (pod is None or not self._handler_of_another(pod, target)):
                     log.error(
                         "a container has the placeholder instead of its NFS volume; restart its pod",
                         extra={"container": container.name, "id": container.id, "target": mount.source},
@@ -77,42 +82,73 @@ class Plugin:
         return pb.Empty()
 
     def CreateContainer(self, request: pb.CreateContainerRequest) -> pb.CreateContainerResponse:
+        """RpcError, with which the runtime refuses the container, for one that binds what another pod's guest has."""
         started = time.monotonic()
         response = pb.CreateContainerResponse()
-        exports: dict[str, tuple[Claim, Target]] | None = None
         for mount in request.container.mounts:
-            if mount.type != "bind" or not mount.source.startswith("/"):
-                continue
-            exports = dict(self._exports()) if exports is None else exports
-            found = exports.get(mount.source)
-            if found is None:
-                continue
-            claim, target = found
-            said = {"pod": f"{request.pod.namespace}/{request.pod.name}", "container": request.container.name,
-                    "volume": claim.volume, "handler": request.pod.runtime_handler}  # fmt: skip
-            refusal = self._foreign(request.pod, mount.source, target)
-            if refusal:
-                log.warning("a container keeps the placeholder: the target that it binds was made for another",
-                            extra={**said, "target": mount.source, "made_for": target.pod, "why": refusal})  # fmt: skip
-                continue
-            response.adjust.mounts.append(replacement(mount, claim, target, ips=list(request.pod.ips)))
-            log.info("mounted by the guest", extra=said)
+            if mount.type == "bind" and mount.source.startswith("/"):
+                self._bind(mount, request, response)
         if time.monotonic() - started > _SLOW:
             log.warning("creating a container was held up", extra={"seconds": round(time.monotonic() - started, 2)})
         return response
 
+    def _bind(self, mount: pb.Mount, request: pb.CreateContainerRequest, response: pb.CreateContainerResponse) -> None:
+        targets, damaged = self._targets()
+        path = next((one for one in _upwards(mount.source) if one in targets), "")
+        if not path:
+            self._check_known(mount.source, request.pod, damaged)
+            return
+        claim, target = targets[path]
+        said = {"pod": f"{request.pod.namespace}/{request.pod.name}", "container": request.container.name,
+                "volume": claim.volume, "handler": request.pod.runtime_handler}  # fmt: skip
+        foreign = self._foreign(request.pod, path, target)
+        if foreign:
+            log.warning("a container is refused: it binds a target that was made for another pod",
+                        extra={**said, "target": path, "made_for": target.pod, "why": foreign})  # fmt: skip
+            raise ttrpc.RpcError(
+                ttrpc.FAILED_PRECONDITION,
+                f"{mount.source} is volume {claim.volume} of pod {target.pod}, which only that pod's guest may have, "
+                f"and this container is not that pod's: {foreign}",
+            )
+        if path != mount.source or not guest_mount.is_of_kata(claim, target):
+            return
+        other = self._handler_of_another(request.pod, target)
+        if other:
+            log.warning("a container keeps the placeholder: its pod's runtime is another than its volume was made for",
+                        extra={**said, "target": path, "made_for": target.pod, "why": other})  # fmt: skip
+            return
+        response.adjust.mounts.append(replacement(mount, claim, target, ips=list(request.pod.ips)))
+        log.info("mounted by the guest", extra=said)
+
+    def _check_known(self, source: str, pod: pb.PodSandbox, damaged: Sequence[Refused]) -> None:
+        """A guest that starts on a placeholder whose claim cannot be read would never get its volume."""
+        if not damaged or f"/pods/{pod.uid}/" not in source or not placeholder.stands(source):
+            return
+        if self._not_by_guest(_handler(pod)):
+            return
+        raise ttrpc.RpcError(ttrpc.UNAVAILABLE, f"which volume {source} is cannot be read ({damaged[0]})")
+
+    def _targets(self) -> tuple[dict[str, tuple[Claim, Target]], Sequence[Refused]]:
+        """What guests have, by target, and claims that cannot be read."""
+        claims, damaged = self._claims.known()
+        for error in damaged:
+            log.error("a claim cannot be read: a container of its pods has the placeholder", extra={"why": str(error)})
+        return {path: (claim, claim.targets[path]) for claim in claims for path in ways.in_guests(claim)}, damaged
+
     def _foreign(self, pod: pb.PodSandbox, path: str, target: Target) -> str:
-        """Why a container of `pod` must not get what the target at `path` was made for; empty if it must."""
+        """Why a container of `pod` must not have what the target at `path` was made for; empty if it may."""
         # Where nobody named the pod, the target's own path stands for it.
         known = target.pod_uid and not target.pod_uid.startswith("/")
         if not pod.uid or (pod.uid != target.pod_uid if known else f"/pods/{pod.uid}/" not in path):
             return f"it is of the pod with the uid {pod.uid!r}"
         if target.pod_namespace and pod.namespace != target.pod_namespace:
             return f"it is of a pod in the namespace {pod.namespace!r}"
-        handler = pod.runtime_handler or ("untrusted" if pod.annotations.get(UNTRUSTED) == "true" else "")
-        if handler and handler == target.handler:
-            return ""
-        return self._not_by_guest(handler)
+        return ""
+
+    def _handler_of_another(self, pod: pb.PodSandbox, target: Target) -> str:
+        """Why the pod's own guest does not mount it; empty if it does."""
+        handler = _handler(pod)
+        return "" if handler and handler == target.handler else self._not_by_guest(handler)
 
     def _not_by_guest(self, handler: str) -> str:
         """Why the pods of a handler mount nothing themselves; empty if their guests do.
@@ -129,12 +165,16 @@ class Plugin:
             return f"its runtime handler {runtime.handler!r} starts no Kata guest"
         return ""
 
-    def _exports(self) -> Iterator[tuple[str, tuple[Claim, Target]]]:
-        """Targets whose NFS volume a Kata guest mounts."""
-        claims, damaged = self._claims.readable()
-        for error in damaged:
-            log.error("a claim cannot be read: a container of its pods has the placeholder", extra={"why": str(error)})
-        return guest_mount.of_kata(claims)
+
+def _handler(pod: pb.PodSandbox) -> str:
+    return pod.runtime_handler or ("untrusted" if pod.annotations.get(UNTRUSTED) == "true" else "")
+
+
+def _upwards(path: str) -> Iterator[str]:
+    """The path, and the directories above it."""
+    while path not in ("/", ""):
+        yield path
+        path = os.path.dirname(path)
 
 
 def replacement(mount: pb.Mount, claim: Claim, target: Target, *, ips: list[str]) -> pb.Mount:

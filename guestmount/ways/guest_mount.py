@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import msgspec
 
@@ -61,12 +61,9 @@ class GuestMount(AnyKernel):
         return no_placeholder(path)
 
 
-def of_kata(claims: list[Claim]) -> Iterator[tuple[str, tuple[Claim, Target]]]:
-    """Targets, with their claims, whose export a Kata guest mounts when its container is created."""
-    for claim in claims:
-        for path, target in claim.targets.items():
-            if claim.nfs is not None and target.dialect == KataDialect.name:
-                yield path, (claim, target)
+def is_of_kata(claim: Claim, target: Target) -> bool:
+    """Whether a Kata guest mounts the target's export when its container is created."""
+    return claim.nfs is not None and target.dialect == KataDialect.name
 
 
 def _delivery(claim: Claim, path: str, target: Target) -> NfsDelivery:

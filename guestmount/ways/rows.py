@@ -296,6 +296,12 @@ def way_at(claim: Claim, path: str) -> Way:
     return WAYS[target.way] if target.way in WAYS else row.way_of(claim, target)
 
 
+def in_guests(claim: Claim) -> list[str]:
+    """The targets whose volume a guest has, and the host's kernel has not."""
+    sandboxed = claim.owner is not None and claim.owner.kind == SANDBOX
+    return [path for path in claim.targets if sandboxed or way_at(claim, path) in (GUEST_DEVICE, GUEST_MOUNT)]
+
+
 def drop_unclaimed(backend: Backend, volume_id: str, deadline: Deadline) -> None:
     """After a lost claim: loop devices on the volume's file that nobody uses. What is used by somebody stays."""
     try:

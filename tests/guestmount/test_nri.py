@@ -6,6 +6,7 @@ import fcntl
 import os
 import socket
 import struct
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -14,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from blockdev import Deadline
-from guestmount import Claims, Detector, DetectSettings, nri, registration, ttrpc
-from guestmount.claims import Claim, NfsMount, Target, Use
+from guestmount import Claims, Detector, DetectSettings, nri, placeholder, registration, ttrpc
+from guestmount.claims import HOST, SANDBOX, Claim, NfsMount, Owner, Target, Use
 from guestmount.nri_mux import PLUGIN, RUNTIME, Mux
 from runvol_proto import nri_pb2 as pb
 from tests.nri_runtime import RuntimeSide
@@ -149,21 +150,54 @@ def test_version_3_knows_what_no_helper_finds_out_in_a_guest(claims):
 def test_mounts_that_are_not_ours_are_left_alone(claims):
     write(claims, claim(dialect=""))
     assert not nri.Plugin(claims).CreateContainer(asked(bind(), bind(TARGET + "/sub"))).adjust.mounts
+    write(claims, claim())
+    assert not nri.Plugin(claims).CreateContainer(asked(bind(TARGET + "/sub"))).adjust.mounts
     assert not nri.Plugin(claims).CreateContainer(asked()).HasField("adjust")
 
 
 @pytest.mark.parametrize(
     ("pod", "why"),
-    [({"uid": "v"}, "'v'"), ({"uid": ""}, "''"), ({"namespace": "e"}, "'e'"), ({"runtime_handler": "runc"}, "'runc'"),
-     ({"runtime_handler": ""}, "''"), ({"uid": "v", "namespace": "e", "runtime_handler": "runc"}, "'v'")],
+    [({"uid": "v"}, "'v'"), ({"uid": ""}, "''"), ({"namespace": "e"}, "'e'"),
+     ({"uid": "v", "namespace": "e", "runtime_handler": "runc"}, "'v'")],
 )  # fmt: skip
-def test_a_container_of_another_pod_or_runtime_keeps_what_it_asked_for(claims, caplog, pod, why):
+@pytest.mark.parametrize("below", ["", "/sub/directory"])
+def test_a_container_of_another_pod_is_refused(claims, caplog, pod, why, below):
+    """By a hostPath, or below it: under Kata's shims it would get the victim's disk as well."""
     write(claims, claim())
-    response = nri.Plugin(claims).CreateContainer(asked(bind(), **pod))
+    with pytest.raises(ttrpc.RpcError, match="which only that pod's guest may have") as caught:
+        nri.Plugin(claims).CreateContainer(asked(bind(TARGET + below), **pod))
+    assert why in str(caught.value) and caught.value.code == ttrpc.FAILED_PRECONDITION
+    (said,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert why in said.why and said.target == TARGET
+
+
+def test_block_volumes_of_guests_are_no_other_pods_either(claims):
+    block = Claim(
+        volume="loop-1", source="/x", staging_path="/s", use=Use(mode="single_node_writer", fstype="ext4"),
+        owner=Owner(kind=SANDBOX, pod_uid="u", handler="kata", dialect="kata"),
+        targets={TARGET: Target(read_only=False, pod_uid="u", way="guest-device")},
+    )  # fmt: skip
+    write(claims, block)
+    plugin = nri.Plugin(claims)
+    assert not plugin.CreateContainer(asked(bind())).HasField("adjust")
+    with pytest.raises(ttrpc.RpcError, match="loop-1"):
+        plugin.CreateContainer(asked(bind(), uid="v"))
+    # The directories above it are many pods'; whoever may bind them sees a placeholder there.
+    assert not plugin.CreateContainer(asked(bind(os.path.dirname(TARGET)), bind("/"), uid="v")).HasField("adjust")
+    with_owner = block.but(
+        owner=Owner(kind=HOST), targets={TARGET: Target(read_only=False, pod_uid="u", way="mounted")}
+    )
+    write(claims, with_owner)
+    assert not plugin.CreateContainer(asked(bind(), uid="v")).HasField("adjust"), "what host pods have is no concern"
+
+
+@pytest.mark.parametrize(("handler", "why"), [("runc", "'runc'"), ("", "''")])
+def test_a_container_of_its_own_pod_under_another_runtime_keeps_what_it_asked_for(claims, caplog, handler, why):
+    write(claims, claim())
+    response = nri.Plugin(claims).CreateContainer(asked(bind(), runtime_handler=handler))
     assert not response.HasField("adjust")
     (said,) = [record for record in caplog.records if record.levelname == "WARNING"]
     assert why in said.why
-    assert said.target == TARGET
 
 
 def test_a_target_whose_pod_nobody_named_is_of_the_pod_in_its_path(claims):
@@ -172,7 +206,43 @@ def test_a_target_whose_pod_nobody_named_is_of_the_pod_in_its_path(claims):
     plugin = nri.Plugin(claims)
     assert plugin.CreateContainer(asked(bind())).adjust.mounts
     for uid in ("v", "", "volumes"):
-        assert not plugin.CreateContainer(asked(bind(), uid=uid)).adjust.mounts
+        with pytest.raises(ttrpc.RpcError):
+            plugin.CreateContainer(asked(bind(), uid=uid))
+
+
+@pytest.mark.kernel
+def test_a_guest_whose_claim_cannot_be_read_is_not_started_on_a_placeholder(claims, tmp_path, soon):
+    """Its volume would never come; a runc pod of the same name is untouched."""
+    (Path(claims.directory)).mkdir(parents=True)
+    (Path(claims.directory) / "other.json").write_bytes(b"{")
+    target = tmp_path / "pods/u/volumes/kubernetes.io~csi/pvc/mount"
+    target.mkdir(parents=True)
+    placeholder.be_placed(str(target), soon)
+    try:
+        plugin = nri.Plugin(claims, detector(tmp_path).of_handler)
+        with pytest.raises(ttrpc.RpcError, match="cannot be read"):
+            plugin.CreateContainer(asked(bind(str(target)), runtime_handler="kata-qemu"))
+        assert not plugin.CreateContainer(asked(bind(str(target)), runtime_handler="runc")).HasField("adjust")
+        assert not plugin.CreateContainer(asked(bind("/somewhere"), runtime_handler="kata-qemu")).HasField("adjust")
+    finally:
+        subprocess.run(["umount", target], check=True)
+
+
+def test_only_claims_that_changed_are_read_again(claims, monkeypatch):
+    from guestmount import claims as room
+
+    read, real = [], room._read
+    monkeypatch.setattr(room, "_read", lambda path: read.append(path) or real(path))
+    for number in range(50):
+        write(claims, claim().but(volume=f"nfs-{number}", targets={f"{TARGET}{number}": claim().targets[TARGET]}))
+    plugin = nri.Plugin(claims)
+    read.clear()
+    for _ in range(3):
+        plugin.CreateContainer(asked(bind("/other")))
+    assert len(read) == 50
+    write(claims, claim().but(volume="nfs-7"))
+    read.clear()
+    assert plugin.CreateContainer(asked(bind())).adjust.mounts and len(read) == 1
 
 
 def detector(tmp_path: Path, default: str = "kata-qemu") -> Detector:
@@ -197,7 +267,8 @@ def test_the_claims_own_pod_is_served_under_whatever_handler_starts_kata(claims,
     write(claims, claim())
     plugin = nri.Plugin(claims, detector(tmp_path, default).of_handler)
     assert bool(plugin.CreateContainer(asked(bind(), runtime_handler=handler)).adjust.mounts) is mounted
-    assert not plugin.CreateContainer(asked(bind(), runtime_handler=handler, uid="v")).adjust.mounts
+    with pytest.raises(ttrpc.RpcError):
+        plugin.CreateContainer(asked(bind(), runtime_handler=handler, uid="v"))
 
 
 def test_an_untrusted_pod_has_the_handler_of_its_annotation(claims, tmp_path):
