@@ -93,8 +93,6 @@ def with_own(pod: PodFacts, ref: PodRef, source: PodSource, deadline: Deadline) 
     """The facts, with the names that the pod gives the volume that is published, as far as they are known."""
     if ref.pod_volume and ref.pod_volume in {mount.volume for mount in pod.mounts}:
         return replace(pod, own=frozenset({ref.pod_volume}))
-    if len(set(pod.claims.values())) <= 1:
-        return replace(pod, own=frozenset(pod.claims))  # there is only one that it can be
     if not ref.persistent_volume:
         return pod
     try:

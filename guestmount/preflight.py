@@ -97,8 +97,13 @@ def check_share(runtime: Runtime, *, pv_name: str) -> None:
 
 
 def _mounts_of_claims(pod: PodFacts) -> list[MountFacts]:
-    """Those of the volume in question; where the pod's names of it are not known, none: others are other drivers'."""
-    return [mount for mount in pod.mounts if pod.own is not None and mount.volume in pod.own]
+    """Those of the volume in question. Where the pod's names of it are not known, those of the only volume that it can
+    be, else none: others are other drivers'."""
+    own = pod.own
+    if own is None:
+        candidates = {**pod.disks, **{name: f"claim {claim!r}" for name, claim in pod.claims.items()}}
+        own = frozenset(candidates) if len(set(candidates.values())) == 1 else frozenset()
+    return [mount for mount in pod.mounts if mount.volume in own]
 
 
 def _check_rust(runtime: Runtime, *, pv_name: str, shared: bool) -> None:

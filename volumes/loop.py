@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import NoReturn
 
-from blockdev import Deadline, blankness, durable, exclusivity, filesystems
+from blockdev import Deadline, blankness, durable, exclusivity, filesystems, ioctls
 from blockdev.errors import WrongFilesystem
 from volumes import copies, sizes
 from volumes.backend import Keeper, Unkept
@@ -276,6 +276,9 @@ class LoopBackend:
         if volume.formatting:
             # A process was killed in the middle of mkfs. No pod has had the volume yet, so nothing can be lost.
             blankness.wipe(path, deadline)
+            if volume.parameters.get("preallocate") == "true":  # what was wiped was given back to the disk
+                with ioctls.opened(path, os.O_RDWR) as fd:
+                    os.posix_fallocate(fd, 0, volume.capacity_bytes)
         else:
             found = filesystems.found_on(path, deadline)
             if found == fstype:

@@ -259,19 +259,38 @@ def test_read_only_and_a_second_container_of_the_pod(driver, plugin, cri):
     taken_back(driver, volume, POD.format(1))
 
 
-@pytest.mark.parametrize(("number", "handler"), [(2, "kata"), (2, "runc"), (2, ""), (1, "runc"), (1, "")])
-def test_a_container_of_another_pod_or_runtime_has_the_placeholder(driver, plugin, cri, number, handler):
-    name = f"foreign-{number}-{handler or 'default'}"
+@pytest.mark.parametrize("handler", ["kata", "runc", ""])
+@pytest.mark.parametrize("below", ["", "/RUNVOL-PLACEHOLDER"])
+def test_a_container_of_another_pod_is_refused_by_containerd(driver, plugin, cri, handler, below):
+    name = f"foreign-{handler or 'default'}{'-below' if below else ''}"
+    volume, target = published(driver, name, POD.format(1))
+    pod = cri.pod(POD.format(2), handler)
+    with pytest.raises(grpc.RpcError, match="which only that pod's guest may have") as caught:
+        cri.container(pod, name, "sleep 1000", {"/data": target + below})
+    assert volume.volume_id in caught.value.details() and POD.format(2) in caught.value.details()
+    cri.gone(pod)
+    # The plugin is still connected, and the pod's own container gets its volume.
+    pod = cri.pod(POD.format(1), "kata")
+    cri.container(pod, f"{name}-own", "echo hi > /data/f; echo done; sleep 1000", {"/data": target})
+    cri.output(f"{name}-own", "done")
+    assert (ROOT / "share" / name / "f").read_text() == "hi\n"
+    cri.gone(pod)
+    taken_back(driver, volume, POD.format(1))
+
+
+@pytest.mark.parametrize("handler", ["runc", ""])
+def test_a_container_of_its_own_pod_under_another_runtime_has_the_placeholder(driver, plugin, cri, handler):
+    name = f"own-{handler or 'default'}"
     volume, target = published(driver, name, POD.format(1))
     (ROOT / "share" / name / "salaries").touch()
-    pod = cri.pod(POD.format(number), handler)
+    pod = cri.pod(POD.format(1), handler)
     cri.container(pod, name, "exec 2>&1; ls /data; echo x > /data/f; echo done; sleep 1000", {"/data": target})
     text = cri.output(name, "done")
     assert "RUNVOL-PLACEHOLDER" in text
     assert "Read-only file system" in text
     assert "salaries" not in text
     assert os.listdir(ROOT / "share" / name) == ["salaries"]
-    assert "was made for another" in plugin.log.read_text()
+    assert "its pod's runtime is another" in plugin.log.read_text()
     cri.gone(pod)
     taken_back(driver, volume, POD.format(1))
 
