@@ -35,7 +35,7 @@ from volumes.model import (
     VolumeKind,
 )
 from volumes.parameter import Parameter, one_of
-from volumes.place import Place, nearest
+from volumes.place import Place, Stored, nearest
 from volumes.store import Row, State, Store
 from volumes.troubles import Recovery, Step, Trouble, Unfinished, logged
 
@@ -62,7 +62,7 @@ PARAMETERS = (
 )
 
 
-class DirectoryBackend:
+class DirectoryBackend(Stored):
     """Directories under `directory`, rows in `<state_dir>/directories.db`."""
 
     name = "directory"
@@ -289,21 +289,8 @@ class DirectoryBackend:
 
     prefixes = (PREFIX,)
 
-    def prepare(self) -> None:
-        self._be_ours()
-
-    def has_name(self, name: str) -> bool:
-        return self._store.has_name(name)
-
-    def holds(self, one_id: str) -> bool:
-        return self._store.holds(one_id)
-
-    def forget(self, one_id: str) -> None:
-        self._store.forget(one_id)
-
-    def _be_ours(self) -> None:
-        """The directory is this store's. StoreAway."""
-        self._place.be_ours(row.volume_id for row in self._store.rows(state=State.READY))
+    def _names(self) -> Iterator[str]:
+        return (row.volume_id for row in self._store.rows(state=State.READY))
 
     def _known(self, volume_id: str) -> Volume:
         return self._volume(self._row(volume_id, ready=True))

@@ -41,7 +41,7 @@ from volumes.model import (
     VolumeKind,
 )
 from volumes.parameter import FSTYPE, Parameter, one_of
-from volumes.place import Place, nearest
+from volumes.place import Place, Stored, nearest
 from volumes.snapshots import GROUP_PREFIX, Snapshots
 from volumes.snapshots import PREFIX as SNAPSHOT_PREFIX
 from volumes.store import Row, SnapshotRow, State, Store
@@ -62,7 +62,7 @@ PARAMETERS = (
 )
 
 
-class LoopBackend:
+class LoopBackend(Stored):
     """Files under `<state_dir>/volumes`, rows in `<state_dir>/volumes.db`."""
 
     name = "loop"
@@ -378,21 +378,8 @@ class LoopBackend:
 
     prefixes = (PREFIX, SNAPSHOT_PREFIX, GROUP_PREFIX)
 
-    def prepare(self) -> None:
-        self._be_ours()
-
-    def has_name(self, name: str) -> bool:
-        return self._store.has_name(name)
-
-    def holds(self, one_id: str) -> bool:
-        return self._store.holds(one_id)
-
-    def forget(self, one_id: str) -> None:
-        self._store.forget(one_id)
-
-    def _be_ours(self) -> None:
-        """The directory is this store's. StoreAway."""
-        self._place.be_ours(row.volume_id + _SUFFIX for row in self._store.rows(state=State.READY))
+    def _names(self) -> Iterator[str]:
+        return (row.volume_id + _SUFFIX for row in self._store.rows(state=State.READY))
 
     def _settle(self, row: Row) -> str | None:
         path = self._path(row.volume_id)

@@ -55,6 +55,33 @@ class Place:
             return True
 
 
+class Stored:
+    """What a backend with a store, and a directory for what is in it, answers about the two."""
+
+    _store: Store
+    _place: Place
+
+    def _names(self) -> Iterable[str]:
+        """What has to lie in the directory, by the store."""
+        raise NotImplementedError
+
+    def _be_ours(self) -> None:
+        """The directory is this store's. StoreAway."""
+        self._place.be_ours(self._names())
+
+    def prepare(self) -> None:
+        self._be_ours()
+
+    def has_name(self, name: str) -> bool:
+        return self._store.has_name(name)
+
+    def holds(self, one_id: str) -> bool:
+        return self._store.holds(one_id)
+
+    def forget(self, one_id: str) -> None:
+        self._store.forget(one_id)
+
+
 def nearest(path: str) -> str:
     """The directory, or the one above it that there is."""
     while not os.path.isdir(path) and path != "/":
