@@ -93,7 +93,7 @@ class Node:
         self, cell: Cell, backend: Backend, request: StageRequest, new: Claim, deadline: Deadline
     ) -> Claim | None:  # fmt: skip
         """The claim, if its pods may go on with the source that they have; None once it is gone, as nobody has it."""
-        exclusion.forget_vanished(cell, self._alive)
+        exclusion.forget_vanished(cell, self.alive)
         claim = cell.present
         if claim.targets:
             ways.of_claim(claim).check_restage(claim, backend, request, new)
@@ -145,7 +145,7 @@ class Node:
 
     def _let_go(self, cell: Cell, deadline: Deadline) -> None:
         """Release an owner without targets; Refused while there are targets, or somebody still has the device."""
-        exclusion.forget_vanished(cell, self._alive)
+        exclusion.forget_vanished(cell, self.alive)
         claim = cell.claim
         if claim is None:
             return
@@ -204,7 +204,7 @@ class Node:
         if self.reach is not None:
             self.reach.check()  # for new targets: what is delivered already stays so
         runtime = self.detector.detect(request.pod, request.context.get("runtime", ""), deadline)
-        exclusion.forget_vanished(cell, self._alive)
+        exclusion.forget_vanished(cell, self.alive)
         claim = cell.present
         check_options(claim.use.mount_flags)
         way = ways.of_claim(claim).way(claim, request, runtime)
@@ -267,7 +267,7 @@ class Node:
         with contextlib.suppress(VolumeNotFound):
             ways.drop_unclaimed(self.catalog.of(volume_id), volume_id, deadline)
 
-    def _alive(self, path: str) -> bool:
+    def alive(self, path: str) -> bool:
         """Whether anything of a publish is left at its target."""
         return mounts.is_mount_point(path) or self.means.dialects.at(path) is not None
 

@@ -7,19 +7,23 @@ made again from its hand-off and its pod's directory, so that the pod keeps the 
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Sequence
 
 from blockdev import Deadline, exclusivity, ioctls, loops, mountinfo
-from guestmount.claims import HOST, SANDBOX, Claim, Owner, Target, Use
+from guestmount.claims import HOST, SANDBOX, Cell, Claim, Owner, Target, Use
 from guestmount.errors import BadRequest, Busy, Refused
 from guestmount.handoff import Delivered
 from guestmount.node import Node
+from guestmount.ways import exclusion
 from guestmount.ways.device_node import DeviceNode
 from guestmount.ways.guest_device import GuestDevice
 from guestmount.ways.mounted import Mounted
 from volumes import AccessMode
+
+log = logging.getLogger("runvol.witnesses")
 
 _UID = r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
 # kubelet keeps a pod's mounts in the pod's directory, and the devices of raw volumes by PersistentVolume and pod.
@@ -73,13 +77,33 @@ def reclaim(node: Node, ours: Sequence[tuple[str, str, Delivered]], deadline: De
             continue
         try:
             with node.claims.locked(volume_id, deadline) as cell:
-                if cell.claim is not None:
+                if not _be_told(node, cell, _claim(volume_id, path, one, os.path.basename(directory))):
                     continue
-                cell.write(_claim(volume_id, path, one, os.path.basename(directory)))
         except (Busy, BadRequest, Refused):
             continue  # somebody works on it, or its claim is damaged: it has one
         made.append(f"made the claim of volume {volume_id} again from its hand-off {one.place}")
     return made
+
+
+def _be_told(node: Node, cell: Cell, made: Claim) -> bool:
+    """Whether the claim had to be changed for what stands: there was none, or it is older than the hand-off, as in a
+    state directory that was restored."""
+    old = cell.claim
+    if old is None:
+        cell.write(made)
+        return True
+    if made.targets.keys() <= old.targets.keys():
+        return False
+    exclusion.forget_vanished(cell, node.alive)
+    left = cell.present
+    if left.targets and left.owner is not None and made.owner is not None and not left.owner.is_same_kernel(made.owner):
+        log.error("a volume is handed to a guest and published to others by its claim; neither is touched",
+                  extra={"volume": left.volume, "targets": sorted({*left.targets, *made.targets})})  # fmt: skip
+        return False
+    cell.write(
+        left.but(owner=made.owner, targets={**left.targets, **made.targets}, device=made.device, made_again=True)
+    )
+    return True
 
 
 def remade(node: Node, volume_id: str, ours: Sequence[tuple[str, str, Delivered]]) -> Claim | None:

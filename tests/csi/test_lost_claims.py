@@ -314,3 +314,35 @@ def test_a_row_that_cannot_be_read_stops_nobody_else(driver):
     driver.publish(other, B, runtime="runc")
     driver.unpublish(other, B)
     assert volume.volume_id not in driver.cli("gc").stdout  # its file is not offered to anybody
+
+
+@pytest.mark.parametrize("before", ["staged", "runc"])
+def test_a_state_directory_that_was_restored_gives_no_guests_volume_away(driver, before):
+    """The claims in it are older than the hand-off, and the guest is between two containers: nothing is open."""
+    volume = driver.create("pvc")
+    driver.stage(volume)
+    if before == "runc":
+        driver.publish(volume, B, runtime="runc")
+    shutil.copytree(driver.records, driver.directory / "backup")
+    if before == "runc":
+        driver.unpublish(volume, B)
+        driver.unstage(volume)
+        driver.stage(volume)
+    target = driver.publish(volume, A, runtime="kata")
+    driver.stop()
+    shutil.rmtree(driver.records)
+    shutil.copytree(driver.directory / "backup", driver.records)
+    driver.start()
+    for runtime in ("kata", "runc"):
+        with refused("FAILED_PRECONDITION", A):
+            driver.stage(volume)
+            driver.publish(volume, B, runtime=runtime)
+    with refused("FAILED_PRECONDITION", volume.volume_id):
+        driver.client.CreateSnapshot(source_volume_id=volume.volume_id, name="s")
+    assert has_placeholder(target)
+    driver.stage(volume)
+    driver.publish(volume, A, runtime="kata")
+    driver.unpublish(volume, A)
+    driver.unstage(volume)
+    driver.delete(volume)
+    assert not any(driver.left_over().values())
