@@ -26,6 +26,7 @@ from guestmount.ways import exclusion
 from guestmount.written import Trust, Written
 from volumes import Catalog, InvalidParameter, SizeRange, VolumeNotFound, parameters
 from volumes.backend import Backend
+from volumes.jobs import PATIENCE
 
 log = logging.getLogger("runvol.node")
 
@@ -36,7 +37,7 @@ class Node:
 
     `reach` proves that kubelet sees what is mounted there; None where there is no kubelet.
     `rust_shared_block`: containers of one pod may share a block volume under Kata's Rust shim. `guest_filesystems`:
-    what the host does with one that a guest has had.
+    what the host does with one that a guest has had; `check_patience`: seconds that a call waits for that.
     """
 
     catalog: Catalog
@@ -47,6 +48,7 @@ class Node:
     reach: Reach | None = None
     rust_shared_block: bool = False
     guest_filesystems: Trust = Trust.CHECKED
+    check_patience: float = PATIENCE
 
     def __post_init__(self) -> None:
         self.catalog.watch_copies(self)
@@ -56,7 +58,7 @@ class Node:
         """What the ways work with."""
         return ways.Means(
             dialects=Dialects(self.dialects),
-            written=Written(catalog=self.catalog, trust=self.guest_filesystems),
+            written=Written(catalog=self.catalog, trust=self.guest_filesystems, patience=self.check_patience),
             rust_shared_block=self.rust_shared_block,
         )
 

@@ -41,6 +41,8 @@ class Written:
 
     catalog: Catalog
     trust: Trust = Trust.CHECKED
+    # Seconds that a call waits for a check; in a process that ends with its call, the check ends with it.
+    patience: float = PATIENCE
     _checks: Jobs = field(default_factory=lambda: Jobs(running=2, waiting=8))
 
     def _backend(self, claim: Claim) -> DeviceBackend | None:
@@ -88,7 +90,7 @@ class Written:
         check = _Check(claim, self._backend(claim))
         try:
             what = f"the check of volume {claim.volume}, which a guest has had"
-            patience = max(0.0, min(PATIENCE, deadline.remaining() - _SPARE))
+            patience = max(0.0, min(self.patience, deadline.remaining() - _SPARE))
             self._checks.finished(claim.volume, what, check, patience)
         finally:
             check.abandon()

@@ -24,11 +24,12 @@ from guestmount import (
 from guestmount.written import Trust
 from runvol.config import Config, ConfigError
 from volumes import Catalog
+from volumes.jobs import PATIENCE
 from volumes.registry import Settings
 
 
-def build(config: Config) -> Node:
-    """A node's verbs over its real directories."""
+def build(config: Config, *, check_patience: float = PATIENCE) -> Node:
+    """A node's verbs over its real directories. `check_patience`: seconds that a call waits for a check."""
     run_dir, state_dir = config.text("paths.run_dir"), config.text("paths.state_dir")
     _check_mounted(config)
     node = Node(
@@ -60,6 +61,7 @@ def build(config: Config) -> Node:
         ),
         rust_shared_block=config.text("kata.rust_shared_block") == "allow",
         guest_filesystems=Trust(config.text("node.guest_filesystems")),
+        check_patience=check_patience,
     )
     node.claims.remake = partial(repair.remade, node)
     return node

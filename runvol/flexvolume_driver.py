@@ -115,7 +115,7 @@ def _work(words: Sequence[str], parent: int) -> str:
         from runvol import assembly
 
         directory = os.path.join(assembly.records(loaded), "flexvolume")
-        driver = Driver(assembly.build(loaded), directory=directory, name=name)
+        driver = Driver(assembly.build(loaded, check_patience=_limit()), directory=directory, name=name)
         reply = driver.answer(words, Deadline.after(_limit()))
         return json.dumps(reply.document())
     except Exception as error:
