@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from blockdev import Deadline, mounts
+from blockdev import Deadline, mountinfo, mounts
 from blockdev.errors import BlockdevError
 from flexvolume.options import Options, parse
 from flexvolume.targets import Targets
@@ -158,20 +158,41 @@ class Driver:
                 self._unstage_if_unused(volume, deadline)
                 self._targets.forget(path)
         else:
+            staged = self._staged_like(path)
             for dialect in self._node.dialects:
                 dialect.withdraw(path)
             mounts.be_unmounted(path, deadline)
+            if staged:
+                self._unstage_unclaimed(staged, deadline)
             self._targets.forget(path)
         return Reply(status=Status.SUCCESS)
+
+    def _staged_like(self, path: str) -> str:
+        """After a lost claim: our staging path of the filesystem that hangs at a target; empty for none."""
+        table = mountinfo.table()
+        devices = {mount.device for mount in table if mount.target == path}
+        return next((one.target for one in table if one.device in devices and self._is_staging(one.target)), "")
+
+    def _is_staging(self, path: str) -> bool:
+        return path.startswith(self._staging + "/")
+
+    def _unstage_unclaimed(self, staging: str, deadline: Deadline) -> None:
+        """Nothing hangs at a staging path of ours any more, if no pod has its filesystem."""
+        volume = os.path.basename(staging)
+        with self._node.claims.turn(volume, deadline):
+            self._unstage_if_unused(volume, deadline)
 
     def _unstage_if_unused(self, volume: str, deadline: Deadline) -> None:
         """For callers that have the volume's turn."""
         claim = self._node.claims.peek(volume)
         # What CSI has staged, CSI unstages.
-        ours = claim is not None and claim.staging_path.startswith(self._staging + "/")
+        ours = claim is not None and self._is_staging(claim.staging_path)
         if claim is not None and ours and not claim.targets:
             # Where somebody still has the device, the claim lingers; kubelet does not ask again.
             self._node.unstage(volume, claim.staging_path, deadline)
+        staging = os.path.join(self._staging, volume)
+        if claim is None and _is_alone(staging):
+            self._node.unstage(volume, staging, deadline)
         self._let_go_if_unclaimed(volume)
 
     def _let_go_if_unclaimed(self, volume: str) -> None:
@@ -211,6 +232,13 @@ class Driver:
             return claim.staging_path
         os.makedirs(self._staging, mode=0o700, exist_ok=True)
         return os.path.join(self._staging, volume)
+
+
+def _is_alone(staging: str) -> bool:
+    """Whether something hangs at the path, and its filesystem nowhere else."""
+    table = mountinfo.table()
+    devices = {mount.device for mount in table if mount.target == staging}
+    return bool(devices) and not any(mount.device in devices and mount.target != staging for mount in table)
 
 
 def _capability(asked: Options) -> Capability:

@@ -263,7 +263,10 @@ def remade(node: Node, volume_id: str) -> Claim | None:
 
 
 def _reclaim(node: Node, deadline: Deadline) -> list[str]:
-    return witnesses.reclaim(node, [(one.volume_id, one.path, one.one) for one in _ours(node)], deadline)
+    said = witnesses.reclaim(node, [(one.volume_id, one.path, one.one) for one in _ours(node)], deadline)
+    files = _by_inode(node.catalog.images())
+    attached = {volume_id for device in loops.bound() if (volume_id := _on(device, files)[0])}
+    return said + witnesses.reclaim_mounted(node, sorted(attached), deadline)
 
 
 def _withdraw(node: Node, deadline: Deadline) -> list[str]:

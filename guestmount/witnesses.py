@@ -85,6 +85,23 @@ def reclaim(node: Node, ours: Sequence[tuple[str, str, Delivered]], deadline: De
     return made
 
 
+def reclaim_mounted(node: Node, volume_ids: Sequence[str], deadline: Deadline) -> list[str]:
+    """The same for volumes with a loop device, as their mounts and bound nodes tell. One without a claim gets it with
+    the first call for it."""
+    told = []
+    for volume_id in volume_ids:
+        made = _mounted(node, volume_id)
+        if made is None:
+            continue
+        try:
+            with node.claims.locked(volume_id, deadline) as cell:
+                if cell.claim is not None and _be_told(node, cell, made):
+                    told.append(f"the claim of volume {volume_id} was older than its mounts")
+        except (Busy, BadRequest, Refused):
+            continue
+    return told
+
+
 def _be_told(node: Node, cell: Cell, made: Claim) -> bool:
     """Whether the claim had to be changed for what stands: there was none, or it is older than the hand-off, as in a
     state directory that was restored."""

@@ -14,7 +14,7 @@ import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 
-from blockdev import Deadline, beneath, filesystems, mounts
+from blockdev import Deadline, beneath, exclusivity, filesystems, loops, mounts
 from volumes.errors import InvalidParameter, SizeNotAllowed, VolumeNotFound
 from volumes.model import (
     BlockSource,
@@ -30,6 +30,8 @@ from volumes.model import (
 )
 from volumes.troubles import Trouble, Unfinished, log, logged
 
+# Seconds.
+_MOMENT = 5.0
 _NAMED = "is described by its path: it is not made, grown or deleted by runvol"
 
 
@@ -241,6 +243,9 @@ class GivenDevice(_Given):
 
     def let_go(self, volume_id: str) -> None:
         place = os.path.join(self._held, volume_id)
+        for device in loops.find(place):
+            if exclusivity.is_free(device):  # of a claim that was lost
+                loops.detach(device, place, Deadline.after(_MOMENT))
         mounts.be_let_go(place)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(place)

@@ -96,6 +96,19 @@ def emptied(place: Path) -> None:
             one.unlink()
 
 
+def emptied_around_mounts(place: Path) -> None:
+    """As `emptied`; what is mounted in it stays as it is, and so do the directories above."""
+    for one in list(place.iterdir()) if place.is_dir() else []:
+        if os.path.ismount(one):
+            continue
+        with contextlib.suppress(OSError):
+            if one.is_dir() and not one.is_symlink():
+                emptied_around_mounts(one)
+                one.rmdir()
+            else:
+                one.unlink()
+
+
 @contextlib.contextmanager
 def restored(place: Path, copy: Path) -> Iterator[None]:
     """After the block the place is as it was before it: a backup was played back."""
