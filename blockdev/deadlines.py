@@ -12,7 +12,8 @@ from blockdev.errors import WaitExpired
 
 T = TypeVar("T")
 # Calls that have not come back, by what they do.
-_left_behind: dict[str, threading.Thread] = {}
+_left_behind: dict[str, set[threading.Event]] = {}
+_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,9 @@ def bounded(what: str, deadline: Deadline, call: Callable[[], T]) -> T:
     to the kernel; a thread in an uninterruptible sleep cannot be ended by anybody. As long as it is there, `what` is
     not begun again: whoever asks for it gets WaitExpired at once.
     """
-    left = _left_behind.get(what)
-    if left is not None and left.is_alive():
-        raise WaitExpired(what, deadline.given)
     outcome: list[T] = []
     failure: list[BaseException] = []
+    ended = threading.Event()
 
     def work() -> None:
         try:
@@ -66,15 +65,22 @@ def bounded(what: str, deadline: Deadline, call: Callable[[], T]) -> T:
         except BaseException as error:
             failure.append(error)
         finally:
-            if _left_behind.get(what) is threading.current_thread():
-                _left_behind.pop(what, None)
+            with _lock:
+                ended.set()
+                left = _left_behind.get(what, set())
+                left.discard(ended)
+                if not left:
+                    _left_behind.pop(what, None)
 
-    thread = threading.Thread(target=work, name=what, daemon=True)
-    thread.start()
-    thread.join(deadline.remaining())
-    if thread.is_alive():
-        _left_behind[what] = thread
-        raise WaitExpired(what, deadline.given)
+    with _lock:
+        if _left_behind.get(what):
+            raise WaitExpired(what, deadline.given)
+    threading.Thread(target=work, name=what, daemon=True).start()
+    ended.wait(deadline.remaining())
+    with _lock:
+        if not ended.is_set():
+            _left_behind.setdefault(what, set()).add(ended)
+            raise WaitExpired(what, deadline.given)
     if failure:
         raise failure[0]
     return outcome[0]

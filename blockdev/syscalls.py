@@ -138,12 +138,13 @@ _DIRENT = struct.Struct("=QqHB")
 _ENTRIES = 32768
 
 
-def entries(directory: int) -> list[tuple[str, int, int]]:
-    """Some of a directory's entries, from the descriptor's position on: names, types, and the position after each, to
-    which lseek(2) comes back from any descriptor of the directory. Empty at the end. `.` and `..` are among them."""
-    buffer = ctypes.create_string_buffer(_ENTRIES)
+def entries(directory: int, most: int = _ENTRIES) -> list[tuple[str, int, int]]:
+    """Some of a directory's entries (`most` bytes of them), from the descriptor's position on: names, types, and the
+    position after each, to which lseek(2) comes back from any descriptor of the directory. Empty at the end. `.` and
+    `..` are among them."""
+    buffer = ctypes.create_string_buffer(most)
     _libc.getdents64.restype = ctypes.c_ssize_t
-    length = _check(_libc.getdents64(directory, buffer, ctypes.c_size_t(_ENTRIES)))
+    length = _check(_libc.getdents64(directory, buffer, ctypes.c_size_t(most)))
     found, at, raw = [], 0, buffer.raw
     while at < length:
         _inode, position, size, kind = _DIRENT.unpack_from(raw, at)

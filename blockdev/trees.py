@@ -28,6 +28,10 @@ _MOMENT = 0.01
 _PART = 10_000
 # Levels of directories, one in another, that are gone through: each is kept in mind.
 _DEEPEST = 100_000
+# Of one directory at least so many at a time, however many are held of others: each part costs a look at it.
+_FEWEST = 16
+# Bytes of one look, and what a name takes of them.
+_SMALLEST_READ, _LARGEST_READ, _PER_NAME = 1024, 32768, 48
 # What a name answers that was taken away, or given to something else, since it was read.
 NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE)
 
@@ -68,13 +72,16 @@ def walk(root: int, what: str, deadline: Deadline) -> Iterator[tuple[int, list[s
                 if place.depth > _DEEPEST:
                     raise TooDeep(what, _DEEPEST)
             elif not level.read:
-                directories, others = _part(place.here, level, max(1, min(_PART, _AHEAD_IN_ALL - ahead)))
+                directories, others = _part(place.here, level, max(_FEWEST, min(_PART, _AHEAD_IN_ALL - ahead)))
                 if directories or others or level.read:
                     yield place.here, directories, others
                 level.ahead = directories[::-1]
                 ahead += len(directories)
             elif place.up() is None:
                 return
+            else:
+                ahead -= place.lost
+                place.lost = 0
     finally:
         place.close()
 
@@ -105,6 +112,8 @@ class _Place:
 
     def __init__(self, top: int) -> None:
         self._top, self.here = top, top
+        # Names ahead in levels that were moved away, with everything that was known of them.
+        self.lost = 0
         self._levels = [_Level("", _identity(top))]
 
     @property
@@ -159,6 +168,7 @@ class _Place:
                 continue
             if fd is not None:
                 os.close(fd)
+            self.lost += sum(len(gone.ahead) for gone in self._levels[number:])
             del self._levels[number:]
             return
 
@@ -252,7 +262,10 @@ def _unlinked(directory: int, name: str, *, ours: bool) -> None:
         except IsADirectoryError:
             continue
         except NotADirectoryError:
-            return  # a file by now: the next look finds it
+            # A file by now. Whoever changes it all the time is waited for by nobody: what stays is found again.
+            with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+                os.unlink(name, dir_fd=directory)
+            return
 
 
 def _stepped_into(directory: int, name: str, *, forced: bool = False) -> int | None:
@@ -290,12 +303,13 @@ def _allowed_into(directory: int, name: str, flags: int) -> int:
 
 
 def _part(directory: int, level: _Level, limit: int) -> tuple[list[str], list[str]]:
-    """The next names of directories and of all else, `limit` of them at most; the level knows how far it was read."""
+    """The next names of directories, `limit` of them at most, and of all else; the level knows how far it was read."""
     directories: list[str] = []
     others: list[str] = []
     os.lseek(directory, level.position, os.SEEK_SET)
+    size = min(_LARGEST_READ, max(_SMALLEST_READ, limit * _PER_NAME))
     while True:
-        some = syscalls.entries(directory)
+        some = syscalls.entries(directory, size)
         if not some:
             level.read = True
             return directories, others
@@ -304,7 +318,7 @@ def _part(directory: int, level: _Level, limit: int) -> tuple[list[str], list[st
             if name in (".", ".."):
                 continue
             (directories if _is_directory(directory, name, kind) else others).append(name)
-            if len(directories) + len(others) == limit:
+            if len(directories) == limit or len(directories) + len(others) == _PART:
                 return directories, others
 
 

@@ -14,13 +14,32 @@ from google.protobuf.message import Message
 from csi.errors import CallError
 
 _LONGEST = 128
+# Seconds in which all threads have to be there.
+_START = 30.0
+
+
+class _Pool(ThreadPoolExecutor):
+    """All its threads are there from the start: gRPC's only listener submits, and would end with one that cannot."""
+
+    def __init__(self, name: str, count: int) -> None:
+        super().__init__(max_workers=count, thread_name_prefix=f"csi {name}")
+        together = threading.Barrier(count + 1)
+        for _ in range(count):
+            self.submit(together.wait)
+        together.wait(_START)
+
+    def _adjust_thread_count(self) -> None:
+        """RuntimeError while they are started; never after."""
+        if len(self._threads) < self._max_workers:
+            super()._adjust_thread_count()
 
 
 class Workers:
-    """So many threads. Three quarters of them, at most, work for volumes that may hang of one cause."""
+    """So many threads. What may hang of one cause takes three quarters of them at most, and nobody who has some already
+    takes one of the last quarter."""
 
     def __init__(self, name: str, count: int) -> None:
-        self.pool = ThreadPoolExecutor(max_workers=count, thread_name_prefix=f"csi {name}")
+        self.pool = _Pool(name, count)
         self._most = max(1, count * 3 // 4)
         self._lock = threading.Lock()
         self._working: Counter[str] = Counter()
@@ -30,10 +49,10 @@ class Workers:
         """CallError for a call beside which too many of its family work already."""
         family = family_of(request)
         with self._lock:
-            if family and self._working[family] >= self._most:
+            if family and self._working[family] and self._working.total() >= self._most:
                 raise CallError(
                     grpc.StatusCode.UNAVAILABLE,
-                    f"{self._most} calls for volumes {family}-… are under way; try again when some have ended",
+                    f"too many calls are under way, some for volumes of {family}; try again when they have ended",
                 )
             self._working[family] += 1
         try:
@@ -54,7 +73,13 @@ def family_of(request: object) -> str:
     if not isinstance(request, Message):
         return ""
     known = request.DESCRIPTOR.fields_by_name
-    for field in ("volume_id", "source_volume_id", "snapshot_id"):
+    for field in ("volume_id", "source_volume_id", "snapshot_id", "group_snapshot_id", "source_volume_ids"):
         if field in known and getattr(request, field):
-            return str(getattr(request, field))[:_LONGEST].rpartition("-")[0]
+            value = getattr(request, field)
+            one = value if isinstance(value, str) else str(value[0])
+            return one[:_LONGEST].rpartition("-")[0] or one[:_LONGEST]
+    if "parameters" in known and "name" in known:  # of a creation: what its class says where
+        parameters = dict(request.parameters)  # type: ignore[attr-defined]
+        if parameters.get("server"):
+            return f"{parameters['server']}:{parameters.get('path', '')}"[:_LONGEST]
     return ""

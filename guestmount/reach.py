@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +20,8 @@ from guestmount.errors import Refused
 
 # include/uapi/linux/nsfs.h
 _PIDS_OF_ALL, _FIRST_MOUNT_NAMESPACE = f"pid:[{0xEFFFFFFC}]", 0xEFFFFFF8
+# Seconds for which a proof counts.
+_VALID = 10.0
 _SETTING = "node.kubelet_process"
 
 
@@ -42,6 +45,7 @@ class Reach:
     process: str = "1"
     unproved: bool = False
     _proved: tuple[object, ...] = field(default=(), init=False)
+    _until: float = field(default=0.0, init=False)
 
     def check(self) -> None:
         """Refused, naming what to change, unless mounts reach kubelet."""
@@ -67,10 +71,11 @@ class Reach:
         if own == theirs:
             return None
         state = (own, theirs, *(_mount_id(root) for root in self.roots))
-        if theirs and state == self._proved:
+        if theirs and state == self._proved and time.monotonic() < self._until:
             return None
         found = self._look(pid if theirs else 0)
         self._proved = state if found is None else ()
+        self._until = time.monotonic() + _VALID  # propagation may be changed at any time, and no number tells
         return found
 
     def _pid(self) -> int:

@@ -8,9 +8,10 @@ import fcntl
 import os
 from collections.abc import Callable, Iterator
 
-from blockdev import Deadline, exclusivity, sparse
+from blockdev import Deadline, exclusivity, flocks, sparse
 from blockdev.errors import DeviceBusy
 from blockdev.ioctls import opened
+from volumes.errors import VolumeUnfinished
 from volumes.jobs import Progress
 
 _FICLONE = 0x40049409  # linux/fs.h
@@ -20,30 +21,58 @@ LIMIT = 86400.0
 _NO_REFLINK = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.ENOSYS)
 
 
+@contextlib.contextmanager
+def being_made(path: str) -> Iterator[int]:
+    """A new, empty file as a descriptor, locked while it is made. VolumeUnfinished if somebody else makes it."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise VolumeUnfinished(f"{path} is being made") from None
+        os.ftruncate(fd, 0)
+        yield fd
+    finally:
+        flocks.release(fd)
+
+
+def check_not_made(path: str) -> None:
+    """VolumeUnfinished while somebody, of another process too, makes the file."""
+    with contextlib.suppress(FileNotFoundError), opened(path) as fd:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise VolumeUnfinished(f"{path} is being made; ask again") from None
+
+
+def is_still(fd: int, path: str) -> bool:
+    """Whether the name is still that of the file."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
 def copy(
     source: str,
-    target: str,
+    writer: int,
     deadline: Deadline,
     *,
     check: Callable[[], None] | None,
     progress: Progress | None = None,
 ) -> None:
-    """Make `target`, durable, with the content and the holes of `source`.
+    """Give the empty file `writer`, durably, the content and the holes of `source`.
 
     A reflink (XFS, btrfs) is atomic, so the source may be in use: the copy is what a power cut would leave. Without
     reflinks a copy takes time, so `check` is asked first and raises if somebody may come in the middle, and the source
     must be open nowhere, before and after, and unchanged: DeviceBusy with the holders otherwise. None for a source that
     never changes, which any number may read.
     """
-    writer = os.open(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
-        if not _reflink(source, writer):
-            settled = _unchanged(source, check) if check is not None else contextlib.nullcontext()
-            with settled, opened(source) as reader:
-                _copy_data(reader, writer, source, deadline, progress or Progress(source))
-        os.fsync(writer)
-    finally:
-        os.close(writer)
+    if not _reflink(source, writer):
+        settled = _unchanged(source, check) if check is not None else contextlib.nullcontext()
+        with settled, opened(source) as reader:
+            _copy_data(reader, writer, source, deadline, progress or Progress(source))
+    os.fsync(writer)
 
 
 @contextlib.contextmanager

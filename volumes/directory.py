@@ -88,7 +88,7 @@ class DirectoryBackend(Stored):
         return self._directory
 
     def check_store(self) -> None:
-        self.list(limit=1)
+        self._store.check()
 
     def needs(self) -> Sequence[Need]:
         try:

@@ -59,7 +59,10 @@ class Jobs:
         try:
             job = self._begun(key, what, work, until)
             if not job.over.wait(max(0.0, until - time.monotonic())):
-                raise VolumeUnfinished(f"{what}: {job.progress.percent}% ({job.progress.done} bytes) done; ask again")
+                log.info(
+                    "still under way", extra={"what": what, "percent": job.progress.percent, "bytes": job.progress.done}
+                )
+                raise VolumeUnfinished(f"{what} is under way; ask again")
         finally:
             if may_wait:
                 self._waiting.release()
@@ -80,7 +83,7 @@ class Jobs:
             if job is not None:
                 self._running.release()
                 return job
-            job = _Job(Progress(what), work, self._running.release)
+            job = _Job(Progress(what), work, lambda: self._ended(key))
             try:
                 job.thread.start()
             except BaseException:
@@ -88,6 +91,14 @@ class Jobs:
                 raise
             self._jobs[key] = job
             return job
+
+    def _ended(self, key: str) -> None:
+        """Room for the next; who waits has the job itself, and of one that ended well nobody else needs to hear."""
+        self._running.release()
+        with self._lock:
+            job = self._jobs.get(key)
+            if job is not None and job.error is None:
+                del self._jobs[key]
 
     def _known(self, key: str) -> _Job | None:
         with self._lock:

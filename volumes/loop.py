@@ -114,6 +114,9 @@ class LoopBackend(Stored):
         source: ContentSource | None = None,
     ) -> Volume:
         smallest = max((_smallest(use, parameters) for use in uses), default=filesystems.SMALLEST["ext4"])
+        filling = self._store.by_name(name)
+        if filling is not None and filling.state is State.CREATING and self._jobs.progress(_filling(name)) is not None:
+            _same(filling, size, parameters, source, self._volume(filling))  # VolumeConflict
         if source is None:
             return self._created(name, size, parameters, smallest, None, Progress(name))
 
@@ -232,7 +235,7 @@ class LoopBackend(Stored):
         for row in self._store.rows():
             promised += row.capacity
             owed += max(0, row.capacity - self._allocated(row.volume_id))
-        available = free - owed
+        available = free - owed - self.image_snapshots.owed()
         if self._limit:
             available = min(available, self._limit - promised)
         return max(0, available)
@@ -322,7 +325,7 @@ class LoopBackend(Stored):
     # -- static volumes and repair
 
     def check_store(self) -> None:
-        self.list(limit=1)
+        self._store.check()
 
     def needs(self) -> Sequence[Need]:
         return []
@@ -399,6 +402,8 @@ class LoopBackend(Stored):
             return f"finished creating volume {row.volume_id}"
         if row.state is State.DELETING and os.path.exists(path):
             exclusivity.prove_free(path, past_known=False)
+        if row.state is State.CREATING:
+            copies.check_not_made(os.path.join(self._directory, row.volume_id + _NEW))
         if row.state in (State.CREATING, State.DELETING):
             self._drop(row.volume_id)
             return f"removed volume {row.volume_id}, which was {row.state.value} when the process ended"
@@ -449,21 +454,20 @@ class LoopBackend(Stored):
         self, volume_id: str, capacity: int, source: ContentSource | None, progress: Progress, *, preallocate: bool
     ) -> None:
         new = os.path.join(self._directory, volume_id + _NEW)
-        if source is not None:
-            check = partial(self.keeper.check_copy, source.source_id) if source.kind == "volume" else None
-            copies.copy(
-                self._content(source), new, Deadline.after(copies.LIMIT), check=check, progress=progress
-            )  # fmt: skip
-        fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
+        with copies.being_made(new) as fd:
+            if source is not None:
+                check = partial(self.keeper.check_copy, source.source_id) if source.kind == "volume" else None
+                copies.copy(
+                    self._content(source), fd, Deadline.after(copies.LIMIT), check=check, progress=progress
+                )  # fmt: skip
             if preallocate:
                 os.posix_fallocate(fd, 0, capacity)
             os.ftruncate(fd, capacity)
             os.fsync(fd)
-        finally:
-            os.close(fd)
-        os.rename(new, self._path(volume_id))
-        durable.sync_directory(self._directory)
+            if self._store.get(volume_id) is None or not copies.is_still(fd, new):
+                raise VolumeUnfinished(f"volume {volume_id} was taken back while it was made; ask again")
+            os.rename(new, self._path(volume_id))
+            durable.sync_directory(self._directory)
 
     def _resize_file(self, volume: Volume) -> None:
         path = self._path(volume.volume_id)

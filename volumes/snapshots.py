@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 from blockdev import Deadline, durable
@@ -43,6 +44,7 @@ class Snapshots:
         """`busy` keeps recovery away, of other processes too; `room` tells how many bytes can still be promised."""
         self._store, self._directory, self._jobs, self._busy, self._room = store, directory, jobs, busy, room
         self._keeper = keeper
+        self._lock, self._taking = threading.RLock(), dict[str, int]()
 
     def create(self, name: str, source: str, source_path: str, deadline: Deadline) -> Snapshot:
         """The snapshot called `name`, taken now or before. VolumeConflict if the name is another volume's."""
@@ -67,6 +69,8 @@ class Snapshots:
             return
         if old is not None:
             self._drop(old.snapshot_id)
+        if not os.path.exists(source_path):
+            raise VolumeNotFound(source)  # it was deleted before its turn came
         snapshot_id = self._begin(name, source, source_path, "")
         try:
             self._copy(snapshot_id, source, source_path, progress)
@@ -84,25 +88,50 @@ class Snapshots:
         return snapshot_id
 
     def _copy(self, snapshot_id: str, source: str, source_path: str, progress: Progress) -> None:
-        allocated, room = os.stat(source_path).st_blocks * 512, self._room()
-        if allocated > room:
-            raise NoSpace(f"a snapshot of {source} takes {allocated} bytes; {room} can still be promised")
+        allocated = os.stat(source_path).st_blocks * 512
         new = os.path.join(self._directory, snapshot_id + NEW)
         try:
-            copies.copy(
-                source_path,
-                new,
-                Deadline.after(copies.LIMIT),
-                check=lambda: self._keeper().check_copy(source),
-                progress=progress,
-            )
-            self._store.inherit_past(snapshot_id, source)
-            os.rename(new, self.path(snapshot_id))
-            durable.sync_directory(self._directory)
+            with self._promised(snapshot_id, allocated), copies.being_made(new) as writer:
+                copies.copy(
+                    source_path,
+                    writer,
+                    Deadline.after(copies.LIMIT),
+                    check=lambda: self._keeper().check_copy(source),
+                    progress=progress,
+                )
+                self._store.inherit_past(snapshot_id, source)
+                if self._store.snapshot(snapshot_id) is None or not copies.is_still(writer, new):
+                    raise VolumeUnfinished(f"the snapshot of {source} was taken back meanwhile; ask again")
+                os.rename(new, self.path(snapshot_id))
+                durable.sync_directory(self._directory)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise NoSpace(f"the snapshot of {source} could not be written: {error.strerror}") from error
             raise
+
+    @contextlib.contextmanager
+    def _promised(self, snapshot_id: str, expected: int) -> Iterator[None]:
+        """So many bytes are the snapshot's while it is taken. NoSpace where they are others' already."""
+        with self._lock:
+            room = self._room()
+            if expected > room:
+                raise NoSpace(f"a snapshot takes {expected} bytes; {room} can still be promised")
+            self._taking[snapshot_id] = expected
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._taking[snapshot_id]
+
+    def owed(self) -> int:
+        """Bytes that snapshots which are being taken are still to get."""
+        return sum(max(0, expected - self._written(one)) for one, expected in list(self._taking.items()))
+
+    def _written(self, snapshot_id: str) -> int:
+        try:
+            return os.stat(os.path.join(self._directory, snapshot_id + NEW)).st_blocks * 512
+        except FileNotFoundError:
+            return 0
 
     def create_group(self, name: str, sources: Sequence[tuple[str, str]], deadline: Deadline) -> SnapshotGroup:
         """Snapshots of all `sources` (volume id and path), or of none. The volumes are kept still meanwhile.
@@ -219,6 +248,9 @@ class Snapshots:
         return {snapshot_id + suffix for snapshot_id in self._store.snapshot_ids() for suffix in (SUFFIX, NEW)}
 
     def _drop(self, snapshot_id: str) -> None:
+        """VolumeUnfinished while another process takes it."""
+        if snapshot_id not in self._taking:
+            copies.check_not_made(os.path.join(self._directory, snapshot_id + NEW))
         for suffix in (NEW, SUFFIX):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(os.path.join(self._directory, snapshot_id + suffix))

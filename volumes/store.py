@@ -22,6 +22,8 @@ from typing import Any, TypeVar
 from volumes.errors import StoreAway, StoreFailed
 
 R = TypeVar("R")
+# Seconds.
+_A_MOMENT = 0.2
 _SCHEMA = 1  # nothing was released with another one
 _TABLES = """
 CREATE TABLE IF NOT EXISTS volumes (
@@ -244,6 +246,20 @@ class Store:
             self._db.close()
             self._db = None
         return self._open()
+
+    def check(self) -> None:
+        """StoreFailed if it cannot be read. Does not wait for who writes, or waits to."""
+        if self._lock.acquire(timeout=_A_MOMENT):
+            try:
+                with _explained(self.path):
+                    self._database().execute("SELECT id FROM volumes LIMIT 1").fetchall()
+            finally:
+                self._lock.release()
+            return
+        with _explained(self.path):
+            db = sqlite3.connect(f"file:{urllib.parse.quote(self.path)}?mode=ro", uri=True, timeout=1)
+            with contextlib.closing(db):
+                db.execute("SELECT id FROM volumes LIMIT 1").fetchall()
 
     def close(self) -> None:
         with self._lock:

@@ -229,6 +229,7 @@ def test_a_directory_of_very_many_entries_is_walked_in_parts(tmp_path, soon, mon
 
 def test_names_of_directories_are_held_for_all_levels_together(tmp_path, soon, monkeypatch):
     monkeypatch.setattr(trees, "_AHEAD_IN_ALL", 8)
+    monkeypatch.setattr(trees, "_FEWEST", 1)
     for one in range(6):
         for two in range(6):
             for three in range(6):
@@ -272,7 +273,7 @@ def test_types_that_a_filesystem_does_not_tell_are_looked_up(tmp_path, soon, mon
     (tmp_path / "l").symlink_to("d")
     real = syscalls.entries
     monkeypatch.setattr(
-        syscalls, "entries", lambda fd: [(name, syscalls.DT_UNKNOWN, at) for name, _kind, at in real(fd)]
+        syscalls, "entries", lambda fd, size: [(name, syscalls.DT_UNKNOWN, at) for name, _kind, at in real(fd, size)]
     )
     fd = os.open(tmp_path, os.O_RDONLY)
     try:

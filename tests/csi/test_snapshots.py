@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
+import time
 from concurrent import futures
 
+import grpc
 import pytest
 
 from blockdev import Deadline, DeviceBusy, mounts
@@ -221,4 +223,93 @@ def test_what_is_written_in_the_middle_of_a_copy_is_no_snapshot(tmp_path, monkey
     monkeypatch.setattr(copies, "_copy_data", written)
     monkeypatch.setattr(copies, "_reflink", lambda _source, _writer: False)
     with pytest.raises(DeviceBusy, match="written to while"):
-        copies.copy(str(source), str(tmp_path / "copy"), Deadline.after(5), check=lambda: None)
+        with copies.being_made(str(tmp_path / "copy")) as writer:
+            copies.copy(str(source), writer, Deadline.after(5), check=lambda: None)
+
+
+@pytest.fixture
+def slow_copies(tmp_path_factory):
+    """A driver whose copies take a second for each 8 MiB."""
+    place = tmp_path_factory.mktemp("slow")
+    (place / "sitecustomize.py").write_text(
+        "import os, time\n"
+        "real = os.copy_file_range\n"
+        "def slow(one, other, count, *more):\n"
+        "    time.sleep(0.125)\n"
+        "    return real(one, other, min(count, 1 << 20), *more)\n"
+        "os.copy_file_range = slow\n"
+    )
+    with Driver(environment={"PYTHONPATH": str(place)}) as driver:
+        yield driver
+        assert not [*driver.mounts(), *driver.loop_devices()]
+
+
+def filled(driver, volume, mebibytes):
+    with image(driver, volume).open("r+b") as file:
+        for number in range(mebibytes):
+            file.write(bytes([number % 250 + 1]) * MIB)
+
+
+@pytest.mark.parametrize("by", ["the same plugin", "another process"])
+def test_a_creation_of_the_same_name_leaves_a_running_copy_alone(slow_copies, by):
+    driver = slow_copies
+    size = 100 if by == "the same plugin" else 16  # longer than a call waits, or not
+    source = driver.create("source", 128 * MIB)
+    filled(driver, source, size)
+    content = {"volume_content_source": {"volume": {"volume_id": source.volume_id}}}
+    asked = {"name": "c", "volume_capabilities": [mount_capability()]}
+    with futures.ThreadPoolExecutor(1) as one:
+        copying = one.submit(driver.client.CreateVolume, timeout=60.0, **asked, **content)
+        while not list((driver.state / "volumes").glob("*.new")):
+            time.sleep(0.02)
+        if by == "the same plugin":
+            with refused("ABORTED", "is under way"):
+                copying.result()
+            with refused("ALREADY_EXISTS", "was made from"):
+                driver.client.CreateVolume(**asked)
+            copying = one.submit(driver.client.CreateVolume, timeout=60.0, **asked, **content)
+        else:
+            done = driver.cli("volumes", "create", "c", "--size", str(64 * MIB), check=False)
+            assert done.returncode == 1 and "being made" in done.stderr
+        made = copying.result().volume
+    assert image(driver, made).read_bytes()[: size * MIB] == image(driver, source).read_bytes()[: size * MIB]
+    with refused("ALREADY_EXISTS", "was made from"):
+        driver.client.CreateVolume(**asked)
+    assert len(driver.left_over()["files"]) == 2
+    for volume in (made, source):
+        driver.delete(volume)
+    assert not driver.left_over()["files"]
+
+
+def test_snapshots_at_once_do_not_spend_the_same_room(slow_copies, tmp_path):
+    driver = slow_copies
+    driver.stop()
+    driver.environment["RUNVOL_PATHS_STATE_DIR"] = str(tmp_path / "disk/state")
+    (tmp_path / "disk").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=180m", "none", tmp_path / "disk"], check=True)
+    try:
+        driver.state = tmp_path / "disk/state"
+        driver.start()
+        volumes = [driver.create(f"v{number}", 32 * MIB) for number in range(3)]
+        for volume in volumes:
+            filled(driver, volume, 30)
+        with futures.ThreadPoolExecutor(3) as several:
+
+            def taken(volume):
+                for _ in range(60):
+                    try:
+                        return driver.client.CreateSnapshot(source_volume_id=volume.volume_id, name=volume.volume_id)
+                    except grpc.RpcError as error:
+                        if error.code() is not grpc.StatusCode.ABORTED:
+                            return error.code().name
+                        time.sleep(0.3)
+                return "never"
+
+            answers = list(several.map(taken, volumes))
+        # Some 84 MiB can be promised: the third has no room, and is told so before a byte of it is written.
+        assert answers.count("RESOURCE_EXHAUSTED") == 1 and "never" not in answers
+        assert "could not be written" not in driver.log.read_text()
+        driver.stop()
+    finally:
+        driver.stop()
+        subprocess.run(["umount", "-l", tmp_path / "disk"], check=True)

@@ -7,6 +7,7 @@ import fcntl
 import os
 import subprocess
 import sys
+import threading
 import time
 from concurrent import futures
 
@@ -29,13 +30,15 @@ def test_one_store_leaves_threads_for_others():
     with contextlib.ExitStack() as hanging:
         for _ in range(3):
             hanging.enter_context(workers.admitted(silent))
-        with pytest.raises(CallError, match="nfs-aaaa-"), workers.admitted(silent):
+        with pytest.raises(CallError, match="nfs-aaaa"), workers.admitted(silent):
             pass
-        with workers.admitted(other):
+        with workers.admitted(other), pytest.raises(CallError), workers.admitted(other):
             pass
     with workers.admitted(silent):
         pass
     workers.close()
+    made = csi_pb2.CreateVolumeRequest(name="x", parameters={"server": "nas", "path": "/e"})
+    assert family_of(made) == "nas:/e" and family_of(csi_pb2.CreateVolumeRequest(name="x")) == ""
     assert family_of(csi_pb2.ProbeRequest()) == "" and family_of("no message") == ""
 
 
@@ -123,3 +126,34 @@ def test_a_caller_that_has_gone_while_its_call_waited_has_nothing_begun(driver):
         assert len({one.result().volume.volume_id for one in creations}) == 32
     time.sleep(0.5)
     assert len(driver.client.ListVolumes().entries) == 32
+
+
+def test_a_pool_has_its_threads_before_it_is_asked(monkeypatch):
+    """Who listens for all calls submits them, and ends with the first that raises."""
+    workers = Workers("test", 6)
+
+    def none(*_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", none)
+    started = [workers.pool.submit(time.sleep, 0.1) for _ in range(20)]
+    assert [one.result(5) for one in started] == [None] * 20
+    workers.close()
+    with pytest.raises(RuntimeError):
+        Workers("test", 2)
+
+
+def test_a_probe_waits_for_nobody_who_writes_the_store(driver):
+    """Another process keeps it locked, and a creation waits for that."""
+    import sqlite3
+
+    driver.create("first")
+    with contextlib.closing(sqlite3.connect(driver.state / "volumes.db", isolation_level=None)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        with futures.ThreadPoolExecutor(1) as one:
+            waiting = one.submit(driver.client.CreateVolume, name="v", volume_capabilities=[mount_capability()])
+            time.sleep(0.3)
+            for _ in range(3):
+                assert driver.client.Probe(timeout=2.0).ready.value
+            db.execute("ROLLBACK")
+            assert waiting.result().volume.volume_id
