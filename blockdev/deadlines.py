@@ -48,13 +48,14 @@ class Deadline:
             time.sleep(min(every, self.remaining()))
 
 
-def bounded(what: str, deadline: Deadline, call: Callable[[], T]) -> T:
+def bounded(what: str, deadline: Deadline, call: Callable[[], T], *, key: str = "") -> T:
     """Run a system call that may never return (a dead server, a broken disk) without sharing its fate.
 
     The call runs in a thread of its own. Past the deadline WaitExpired is raised and the thread is left
-    to the kernel; a thread in an uninterruptible sleep cannot be ended by anybody. As long as it is there, `what` is
-    not begun again: whoever asks for it gets WaitExpired at once.
+    to the kernel; a thread in an uninterruptible sleep cannot be ended by anybody. As long as it is there, `what` (or
+    `key`, which tells more) is not begun again: whoever asks for it gets WaitExpired at once.
     """
+    key = key or what
     outcome: list[T] = []
     failure: list[BaseException] = []
     ended = threading.Event()
@@ -67,19 +68,19 @@ def bounded(what: str, deadline: Deadline, call: Callable[[], T]) -> T:
         finally:
             with _lock:
                 ended.set()
-                left = _left_behind.get(what, set())
+                left = _left_behind.get(key, set())
                 left.discard(ended)
                 if not left:
-                    _left_behind.pop(what, None)
+                    _left_behind.pop(key, None)
 
     with _lock:
-        if _left_behind.get(what):
+        if _left_behind.get(key):
             raise WaitExpired(what, deadline.given)
     threading.Thread(target=work, name=what, daemon=True).start()
     ended.wait(deadline.remaining())
     with _lock:
         if not ended.is_set():
-            _left_behind.setdefault(what, set()).add(ended)
+            _left_behind.setdefault(key, set()).add(ended)
             raise WaitExpired(what, deadline.given)
     if failure:
         raise failure[0]

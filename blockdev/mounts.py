@@ -155,7 +155,9 @@ def be_unmounted(target: str, deadline: Deadline) -> None:
     while is_mount_point(target):
         flags = syscalls.UMOUNT_NOFOLLOW | (syscalls.MNT_DETACH if is_block(target) else 0)
         try:
-            bounded(f"unmounting {target}", deadline, functools.partial(syscalls.umount, target, flags))
+            # Another mount at the same place is another call, though the last one's may hang for ever.
+            key = f"unmounting {target} {syscalls.statx(target).mount_id}"
+            bounded(f"unmounting {target}", deadline, functools.partial(syscalls.umount, target, flags), key=key)
         except OSError as error:
             if error.errno in (errno.EINVAL, errno.ENOENT):
                 return
@@ -169,7 +171,7 @@ def be_unmounted(target: str, deadline: Deadline) -> None:
 _LAST_LOOK = 0.3
 # Several filesystems may hang on one place; so many are let go of, one after the other.
 _TRIES = 20
-_MOMENT = 0.5
+_MOMENT, _PAUSE = 0.5, 0.02
 _PATIENCE = 10.0
 
 
@@ -199,20 +201,23 @@ def be_let_go(target: str) -> None:
     waits for it in a thread of its own. MountFailed for what cannot be detached, such as a mount that another one on a
     directory above hides.
     """
-    tries = 0
-    while in_table(target):
-        why = "it did not end"
+    until, tries, hung = time.monotonic() + 2 * _TRIES * _MOMENT, 0, "it did not end"
+    while mounted := [mount.mount_id for mount in mountinfo.table() if mount.target == target]:
+        why = hung
         for how, flags in (("by force", syscalls.MNT_FORCE), ("detaching", syscalls.MNT_DETACH)):
             call = functools.partial(syscalls.umount, target, flags | syscalls.UMOUNT_NOFOLLOW)
             try:
-                bounded(f"letting go of {target} ({how})", Deadline.after(_MOMENT), call)
+                bounded(f"letting go of {target}", Deadline.after(_MOMENT), call, key=f"{how} {target} {mounted[-1]}")
             except WaitExpired:
                 continue
             except OSError as error:
                 why = str(error.strerror)
+        if not in_table(target):
+            return
         tries += 1
-        if tries >= _TRIES and in_table(target):
+        if time.monotonic() > until or (why != hung and tries >= _TRIES):
             raise MountFailed("nothing", target, f"detaching failed: {why}")
+        time.sleep(_PAUSE)
 
 
 def be_absent(target: str, deadline: Deadline) -> None:
