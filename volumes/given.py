@@ -238,9 +238,6 @@ class GivenDevice(_Given):
     def note(self, volume_id: str, *, foreign_written: bool | None = None, mount_group: str | None = None) -> None:
         """Not kept."""
 
-    def format(self, volume_id: str, fstype: str, deadline: Deadline) -> None:
-        """It has a filesystem."""
-
     def let_go(self, volume_id: str) -> None:
         place = os.path.join(self._held, volume_id)
         for device in loops.find(place):

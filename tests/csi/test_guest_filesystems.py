@@ -281,3 +281,13 @@ def test_never_is_told_in_words(one):
     assert not strict.is_mountable(claim)
     with pytest.raises(Refused, match="a runc pod would have the host mount volume"):
         strict.be_safe(claim, "a runc pod", Deadline.after(1))
+
+
+def test_what_others_describe_is_checked_and_never_formatted(tmp_path):
+    """A device of somebody's: its past is the worst, and a stage neither claims nor makes anything on it."""
+    from volumes.backend import BlockBackend, DeviceBackend
+    from volumes.given import GivenDevice
+
+    given = GivenDevice(allowed=["/dev"], held=str(tmp_path))
+    assert isinstance(given, DeviceBackend) and not isinstance(given, BlockBackend)
+    assert given.past("given-dev-x").foreign_written
