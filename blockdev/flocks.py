@@ -20,10 +20,8 @@ def take(path: str, seconds: float) -> int | None:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The holder before us may have removed the file: a lock on a name that is gone locks nothing.
-            if os.path.exists(path) and os.path.samestat(os.fstat(fd), os.stat(path)):
+            if is_still(fd, path):
                 return fd
-        except FileNotFoundError:
-            pass
         except BlockingIOError:
             if time.monotonic() >= until:
                 os.close(fd)
@@ -33,6 +31,27 @@ def take(path: str, seconds: float) -> int | None:
             os.close(fd)
             raise
         os.close(fd)
+
+
+def locked(fd: int, operation: int, seconds: float) -> bool:
+    """Whether the descriptor has the lock (LOCK_EX or LOCK_SH) within so many seconds; it is tried at once."""
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(fd, operation | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                return False
+            time.sleep(_STEP)
+
+
+def is_still(fd: int, path: str) -> bool:
+    """Whether the name is still that of the open file."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def release(fd: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -97,14 +97,15 @@ def other_namespaces() -> Iterator[tuple[int, list[Mount]]]:
             continue
 
 
-def node_targets(device: str) -> list[str]:
-    """Where the node of a block device is bound as a file, in this namespace, under whatever name it had."""
+def node_targets(device: str, mounts: Sequence[Mount] | None = None) -> list[str]:
+    """Where the node of a block device is bound as a file, in this namespace, under whatever name it had. `mounts`: the
+    table, where the caller has read it."""
     try:
         wanted = os.stat(device).st_rdev
     except FileNotFoundError:
         return []
     found = []
-    for mount in table():
+    for mount in table() if mounts is None else mounts:
         if mount.root != "/" and mount.fstype in ("devtmpfs", "tmpfs"):
             with contextlib.suppress(OSError):
                 facts = os.stat(mount.target)

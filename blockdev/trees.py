@@ -61,27 +61,22 @@ def walk(root: int, what: str, deadline: Deadline) -> Iterator[tuple[int, list[s
     directory of very many entries comes in parts, between which its directories are walked. WaitExpired, naming `what`;
     TooDeep.
     """
-    place, ahead = _Place(os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root)), 0
+    place = _Place(os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root))
     try:
         while True:
             deadline.check(what)
             level = place.level
             if level.ahead:
-                ahead -= 1
-                _entered(place, level.ahead.pop())
+                _entered(place, place.next())
                 if place.depth > _DEEPEST:
                     raise TooDeep(what, _DEEPEST)
             elif not level.read:
-                directories, others = _part(place.here, level, max(_FEWEST, min(_PART, _AHEAD_IN_ALL - ahead)))
+                directories, others = _part(place.here, level, max(_FEWEST, min(_PART, _AHEAD_IN_ALL - place.ahead)))
                 if directories or others or level.read:
                     yield place.here, directories, others
-                level.ahead = directories[::-1]
-                ahead += len(directories)
+                place.keep(directories[::-1])
             elif place.up() is None:
                 return
-            else:
-                ahead -= place.lost
-                place.lost = 0
     finally:
         place.close()
 
@@ -112,8 +107,8 @@ class _Place:
 
     def __init__(self, top: int) -> None:
         self._top, self.here = top, top
-        # Names ahead in levels that were moved away, with everything that was known of them.
-        self.lost = 0
+        # Names ahead in all levels together.
+        self.ahead = 0
         self._levels = [_Level("", _identity(top))]
 
     @property
@@ -123,6 +118,16 @@ class _Place:
     @property
     def depth(self) -> int:
         return len(self._levels)
+
+    def keep(self, names: list[str]) -> None:
+        """Directories in this one that are still to be gone into, the last one first."""
+        self.level.ahead = names
+        self.ahead += len(names)
+
+    def next(self) -> str:
+        """The next of them."""
+        self.ahead -= 1
+        return self.level.ahead.pop()
 
     def down(self, name: str, *, forced: bool = False) -> bool:
         """Into the directory `name`; False if it is none any more. EXDEV for a mount."""
@@ -168,7 +173,7 @@ class _Place:
                 continue
             if fd is not None:
                 os.close(fd)
-            self.lost += sum(len(gone.ahead) for gone in self._levels[number:])
+            self.ahead -= sum(len(gone.ahead) for gone in self._levels[number:])
             del self._levels[number:]
             return
 
@@ -184,16 +189,14 @@ class _Place:
 
 def _empty(fd: int, name: str, deadline: Deadline) -> None:
     """Nothing is in the directory `fd`, called `name`, which is closed."""
-    place, ahead = _Place(fd), 0
+    place = _Place(fd)
     try:
         while True:
             deadline.check(f"removing {name}")
             if not place.level.ahead:
-                place.level.ahead = _dropped(place.here, max(1, min(_AHEAD, _AHEAD_IN_ALL - ahead)), name, deadline)
-                ahead += len(place.level.ahead)
+                place.keep(_dropped(place.here, max(1, min(_AHEAD, _AHEAD_IN_ALL - place.ahead)), name, deadline))
             if place.level.ahead:
-                ahead -= 1
-                inner = place.level.ahead.pop()
+                inner = place.next()
                 with _explained(inner):
                     if place.down(inner, forced=True) and place.depth > _DEEPEST:
                         place.raise_to_top()

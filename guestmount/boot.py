@@ -35,9 +35,8 @@ def forget_others(state_dir: str) -> list[str]:
         others = [name for name in os.listdir(place) if name != own]
         for name in others:
             shutil.rmtree(os.path.join(place, name))
-        return (
-            [f"forgot the records of {len(others)} boot{'s' if len(others) > 1 else ''} that ended"] if others else []
-        )
+        if others:
+            return [f"forgot the records of {len(others)} boot{'s' if len(others) > 1 else ''} that ended"]
     return []
 
 

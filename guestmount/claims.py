@@ -12,7 +12,7 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import msgspec
 
@@ -385,21 +385,12 @@ class Claims:
             before = self._seen.get(name)
             seen[name] = before if before is not None and before[0] == stamp else (stamp, _tried(path))
         self._seen = seen
-        found = [one for _stamp, one in seen.values()]
-        return [one for one in found if isinstance(one, Claim)], [one for one in found if isinstance(one, Refused)]
+        return _parted(one for _stamp, one in seen.values())
 
     def readable(self) -> tuple[list[Claim], list[Refused]]:
         """Every record that can be read, by volume, and what is wrong with the others."""
-        found, damaged = [], []
-        for name in sorted(name for name in _names(self._directory) if name.endswith(".json")):
-            try:
-                claim = _read(os.path.join(self._directory, name))
-            except Refused as error:
-                damaged.append(error)
-                continue
-            if claim is not None:
-                found.append(claim)
-        return found, damaged
+        names = sorted(name for name in _names(self._directory) if name.endswith(".json"))
+        return _parted(_tried(os.path.join(self._directory, name)) for name in names)
 
     def sweep(self) -> None:
         """Remove what a killed process was writing."""
@@ -415,6 +406,16 @@ def _tried(path: str) -> Claim | Refused | None:
         return _read(path)
     except Refused as error:
         return error
+
+
+def _parted(tried: Iterable[Claim | Refused | None]) -> tuple[list[Claim], list[Refused]]:
+    found, damaged = list[Claim](), list[Refused]()
+    for one in tried:
+        if isinstance(one, Claim):
+            found.append(one)
+        elif one is not None:
+            damaged.append(one)
+    return found, damaged
 
 
 def _names(directory: str) -> list[str]:

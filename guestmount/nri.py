@@ -19,7 +19,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from blockdev import nfs
 from guestmount import placeholder, registration, ttrpc, ways
@@ -85,15 +85,18 @@ class Plugin:
         """RpcError, with which the runtime refuses the container, for one that binds what another pod's guest has."""
         started = time.monotonic()
         response = pb.CreateContainerResponse()
-        for mount in request.container.mounts:
-            if mount.type == "bind" and mount.source.startswith("/"):
-                self._bind(mount, request, response)
+        binds = [one for one in request.container.mounts if one.type == "bind" and one.source.startswith("/")]
+        targets, damaged = self._targets() if binds else ({}, ())
+        for mount in binds:
+            self._bind(mount, request, response, targets, damaged)
         if time.monotonic() - started > _SLOW:
             log.warning("creating a container was held up", extra={"seconds": round(time.monotonic() - started, 2)})
         return response
 
-    def _bind(self, mount: pb.Mount, request: pb.CreateContainerRequest, response: pb.CreateContainerResponse) -> None:
-        targets, damaged = self._targets()
+    def _bind(
+        self, mount: pb.Mount, request: pb.CreateContainerRequest, response: pb.CreateContainerResponse,
+        targets: Mapping[str, tuple[Claim, Target]], damaged: Sequence[Refused],
+    ) -> None:  # fmt: skip
         path = next((one for one in _upwards(mount.source) if one in targets), "")
         if not path:
             self._check_known(mount.source, request.pod, damaged)

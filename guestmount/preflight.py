@@ -101,8 +101,7 @@ def _mounts_of_claims(pod: PodFacts) -> list[MountFacts]:
     be, else none: others are other drivers'."""
     own = pod.own
     if own is None:
-        candidates = {**pod.disks, **{name: f"claim {claim!r}" for name, claim in pod.claims.items()}}
-        own = frozenset(candidates) if len(set(candidates.values())) == 1 else frozenset()
+        own = frozenset(pod.disks) if len(set(pod.disks.values())) == 1 else frozenset()
     return [mount for mount in pod.mounts if mount.volume in own]
 
 

@@ -6,10 +6,12 @@ Publish, another process, asks this before it leaves an NFS volume to the plugin
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
-import time
 from collections.abc import Iterator
+
+from blockdev import flocks
 
 # Seconds in which a question, which takes microseconds, has passed.
 _PATIENCE = 0.5
@@ -45,10 +47,7 @@ def opened(run_dir: str) -> Iterator[int]:
 
 def stands(fd: int, run_dir: str) -> bool:
     """Whether who asks still finds this file: the run directory may be emptied under a plugin that lives."""
-    try:
-        return os.path.samestat(os.fstat(fd), os.stat(os.path.join(run_dir, _FILE)))
-    except FileNotFoundError:
-        return False
+    return flocks.is_still(fd, os.path.join(run_dir, _FILE))
 
 
 def begun(fd: int) -> None:
@@ -56,15 +55,8 @@ def begun(fd: int) -> None:
 
     Who asks in this moment has the file for an instant too, so one refusal says nothing.
     """
-    until = time.monotonic() + _PATIENCE
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() >= until:
-                raise
-            time.sleep(0.005)
+    if not flocks.locked(fd, fcntl.LOCK_EX, _PATIENCE):
+        raise BlockingIOError(errno.EWOULDBLOCK, "another plugin of this node is registered")
 
 
 def ended(fd: int) -> None:

@@ -265,8 +265,8 @@ def remade(node: Node, volume_id: str) -> Claim | None:
 def _reclaim(node: Node, deadline: Deadline) -> list[str]:
     said = witnesses.reclaim(node, [(one.volume_id, one.path, one.one) for one in _ours(node)], deadline)
     files = _by_inode(node.catalog.images())
-    attached = {volume_id for device in loops.bound() if (volume_id := _on(device, files)[0])}
-    return said + witnesses.reclaim_mounted(node, sorted(attached), deadline)
+    attached = [(device, *_on(device, files)) for device in loops.bound()]
+    return said + witnesses.reclaim_mounted(node, [one for one in attached if one[1]], deadline)
 
 
 def _withdraw(node: Node, deadline: Deadline) -> list[str]:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 
 from blockdev import Deadline, exclusivity, ioctls, loops, mountinfo
+from blockdev.mountinfo import Mount
 from guestmount.claims import HOST, SANDBOX, Cell, Claim, Owner, Target, Use
 from guestmount.errors import BadRequest, Busy, Refused
 from guestmount.handoff import Delivered
@@ -85,12 +86,12 @@ def reclaim(node: Node, ours: Sequence[tuple[str, str, Delivered]], deadline: De
     return made
 
 
-def reclaim_mounted(node: Node, volume_ids: Sequence[str], deadline: Deadline) -> list[str]:
-    """The same for volumes with a loop device, as their mounts and bound nodes tell. One without a claim gets it with
-    the first call for it."""
-    told = []
-    for volume_id in volume_ids:
-        made = _mounted(node, volume_id)
+def reclaim_mounted(node: Node, attached: Sequence[tuple[str, str, str]], deadline: Deadline) -> list[str]:
+    """The same for volumes with a loop device (device, volume and file), as their mounts and bound nodes tell. One
+    without a claim gets it with the first call for it."""
+    told, table = [], mountinfo.table()
+    for device, volume_id, path in attached:
+        made = _mounted(node, volume_id, path, device, table)
         if made is None:
             continue
         try:
@@ -132,29 +133,38 @@ def remade(node: Node, volume_id: str, ours: Sequence[tuple[str, str, Delivered]
         if directory and os.path.lexists(directory):
             claim = _claim(volume_id, path, one, os.path.basename(directory))
             made = claim if made is None else made.but(targets={**made.targets, **claim.targets})
-    return made or _mounted(node, volume_id)
+    return made or _mounted_anywhere(node, volume_id)
 
 
-def _mounted(node: Node, volume_id: str) -> Claim | None:
-    """Of a volume that the host's kernel has mounted, or whose device node is bound at targets."""
+def _mounted_anywhere(node: Node, volume_id: str) -> Claim | None:
+    """By whatever loop device stands on the volume's file."""
     path = dict(node.catalog.images()).get(volume_id)
-    for device in loops.find(path) if path else []:
-        mounted = [one for one in mountinfo.mounts_of(_numbers(device)) if _is_below(one.target, node.roots)]
+    if path is None:
+        return None
+    table = mountinfo.table()
+    found = (_mounted(node, volume_id, path, device, table) for device in loops.find(path))
+    return next((one for one in found if one is not None), None)
+
+
+def _mounted(node: Node, volume_id: str, path: str, device: str, table: Sequence[Mount]) -> Claim | None:
+    """Of a volume that the host's kernel has mounted, or whose device node is bound at targets."""
+    numbers = _numbers(device)
+    mounted = [one for one in table if one.device == numbers and _is_below(one.target, node.roots)]
+    if mounted:
         targets = {one.target: _target(one.target, one.read_only, node, Mounted.name) for one in mounted
                    if pod_directory(one.target, node.roots)}  # fmt: skip
         staging = next((one.target for one in mounted if one.target not in targets), "")
-        if mounted:
-            use = Use(mode=AccessMode.SINGLE_NODE_MULTI_WRITER.value, fstype=mounted[0].fstype)
-            return Claim(volume=volume_id, source=path or "", device=device, staging_path=staging, use=use,
-                         owner=Owner(kind=HOST), targets=targets, prepared=True, made_again=True)  # fmt: skip
-        bound = [one for one in mountinfo.node_targets(device) if pod_directory(one, node.roots)]
-        if bound:
-            read_only = ioctls.is_read_only(device)
-            use = Use(mode=AccessMode.SINGLE_NODE_MULTI_WRITER.value, raw=True)
-            nodes = {one: _target(one, read_only, node, DeviceNode.name) for one in bound}
-            return Claim(volume=volume_id, source=path or "", device=device, staging_path="", use=use,
-                         owner=Owner(kind=HOST), targets=nodes, made_again=True)  # fmt: skip
-    return None
+        use = Use(mode=AccessMode.SINGLE_NODE_MULTI_WRITER.value, fstype=mounted[0].fstype)
+        return Claim(volume=volume_id, source=path, device=device, staging_path=staging, use=use,
+                     owner=Owner(kind=HOST), targets=targets, prepared=True, made_again=True)  # fmt: skip
+    bound = [one for one in mountinfo.node_targets(device, table) if pod_directory(one, node.roots)]
+    if not bound:
+        return None
+    read_only = ioctls.is_read_only(device)
+    nodes = {one: _target(one, read_only, node, DeviceNode.name) for one in bound}
+    return Claim(volume=volume_id, source=path, device=device, staging_path="",
+                 use=Use(mode=AccessMode.SINGLE_NODE_MULTI_WRITER.value, raw=True),
+                 owner=Owner(kind=HOST), targets=nodes, made_again=True)  # fmt: skip
 
 
 def _numbers(device: str) -> tuple[int, int]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import time
 from collections.abc import Iterator
 
 from blockdev import flocks
 from volumes.errors import StoreFailed, VolumeUnfinished
 
 # Seconds.
-_PATIENCE, _STEP = 5.0, 0.01
+_PATIENCE = 5.0
 
 
 class Busy:
@@ -33,21 +32,8 @@ class Busy:
         try:
             if exclusive:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            else:
-                _wait(fd, self._path)
+            elif not flocks.locked(fd, fcntl.LOCK_SH, _PATIENCE):
+                raise VolumeUnfinished(f"a recovery is under way ({self._path} is locked); ask again")
             yield
         finally:
             flocks.release(fd)
-
-
-def _wait(fd: int, path: str) -> None:
-    """Shared, once no recovery has it."""
-    until = time.monotonic() + _PATIENCE
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() >= until:
-                raise VolumeUnfinished(f"a recovery is under way ({path} is locked); ask again") from None
-            time.sleep(_STEP)

@@ -26,10 +26,8 @@ def being_made(path: str) -> Iterator[int]:
     """A new, empty file as a descriptor, locked while it is made. VolumeUnfinished if somebody else makes it."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise VolumeUnfinished(f"{path} is being made") from None
+        if not flocks.locked(fd, fcntl.LOCK_EX, 0):
+            raise VolumeUnfinished(f"{path} is being made; ask again")
         os.ftruncate(fd, 0)
         yield fd
     finally:
@@ -39,18 +37,8 @@ def being_made(path: str) -> Iterator[int]:
 def check_not_made(path: str) -> None:
     """VolumeUnfinished while somebody, of another process too, makes the file."""
     with contextlib.suppress(FileNotFoundError), opened(path) as fd:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise VolumeUnfinished(f"{path} is being made; ask again") from None
-
-
-def is_still(fd: int, path: str) -> bool:
-    """Whether the name is still that of the file."""
-    try:
-        return os.path.samestat(os.fstat(fd), os.stat(path))
-    except FileNotFoundError:
-        return False
+        if not flocks.locked(fd, fcntl.LOCK_SH, 0):
+            raise VolumeUnfinished(f"{path} is being made; ask again")
 
 
 def copy(

@@ -252,8 +252,7 @@ class DirectoryBackend(Stored):
         self._known(volume_id)
         path = self._path(volume_id)
         if not os.path.isdir(path):
-            if self._place.is_away():
-                self._be_ours()
+            self._be_ours()
             raise VolumeNotFound(f"{volume_id} (its directory {path} is gone)")
         return DirectorySource(path=path)
 

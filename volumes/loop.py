@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import NoReturn
 
-from blockdev import Deadline, blankness, durable, exclusivity, filesystems, ioctls
+from blockdev import Deadline, blankness, durable, exclusivity, filesystems, flocks, ioctls
 from blockdev.errors import WrongFilesystem
 from volumes import copies, sizes
 from volumes.backend import Keeper, Unkept
@@ -114,9 +114,10 @@ class LoopBackend(Stored):
         source: ContentSource | None = None,
     ) -> Volume:
         smallest = max((_smallest(use, parameters) for use in uses), default=filesystems.SMALLEST["ext4"])
-        filling = self._store.by_name(name)
-        if filling is not None and filling.state is State.CREATING and self._jobs.progress(_filling(name)) is not None:
-            _same(filling, size, parameters, source, self._volume(filling))  # VolumeConflict
+        old, key = self._store.by_name(name), _filling(name)
+        filling = self._jobs.progress(key) is not None
+        if old is not None and filling:
+            _same(old, size, parameters, source, self._volume(old))  # VolumeConflict
         if source is None:
             return self._created(name, size, parameters, smallest, None, Progress(name))
 
@@ -125,10 +126,9 @@ class LoopBackend(Stored):
             with self.keeper.still(kept, Deadline.after(PATIENCE)):
                 self._created(name, size, parameters, smallest, source, progress)
 
-        old, key = self._store.by_name(name), _filling(name)
-        if old is None or (old.state is not State.READY and self._jobs.progress(key) is None):
-            self._content(source)  # what is wrong with it is told at once
         if old is None or old.state is not State.READY:
+            if not filling:
+                self._content(source)  # what is wrong with it is told at once
             self._jobs.finished(key, f"volume {name} from {source}", work, PATIENCE)
             old = self._store.by_name(name)
         if old is None or old.state is not State.READY:
@@ -269,8 +269,7 @@ class LoopBackend(Stored):
         self._known(volume_id)
         path = self._path(volume_id)
         if not os.path.exists(path):
-            if self._place.is_away():
-                self._be_ours()
+            self._be_ours()
             raise VolumeNotFound(f"{volume_id} (its file {path} is gone)")
         return BlockSource(path=path)
 
@@ -464,7 +463,7 @@ class LoopBackend(Stored):
                 os.posix_fallocate(fd, 0, capacity)
             os.ftruncate(fd, capacity)
             os.fsync(fd)
-            if self._store.get(volume_id) is None or not copies.is_still(fd, new):
+            if self._store.get(volume_id) is None or not flocks.is_still(fd, new):
                 raise VolumeUnfinished(f"volume {volume_id} was taken back while it was made; ask again")
             os.rename(new, self._path(volume_id))
             durable.sync_directory(self._directory)

@@ -30,7 +30,7 @@ class Place:
         For calls that are about to make or remove something. On a filesystem without extended attributes what lies
         there decides alone.
         """
-        if not self.is_away():
+        if self._is_marked():
             return
         expected = list(names)
         if expected and not any(os.path.lexists(os.path.join(self._directory, name)) for name in expected):
@@ -45,14 +45,13 @@ class Place:
             if error.errno not in _NONE:
                 raise
 
-    def is_away(self) -> bool:
-        """Whether the directory does not say that it is the store's; for who misses something in it."""
+    def _is_marked(self) -> bool:
         try:
-            return os.getxattr(self._directory, _MARK) != self._store.identity.encode()
+            return os.getxattr(self._directory, _MARK) == self._store.identity.encode()
         except OSError as error:
             if error.errno not in _NONE:
                 raise
-            return True
+            return False
 
 
 class Stored:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
-from blockdev import Deadline, durable
+from blockdev import Deadline, durable, flocks
 from volumes import copies
 from volumes.backend import Keeper
 from volumes.errors import NoSpace, VolumeConflict, VolumeNotFound, VolumeUnfinished
@@ -100,7 +100,7 @@ class Snapshots:
                     progress=progress,
                 )
                 self._store.inherit_past(snapshot_id, source)
-                if self._store.snapshot(snapshot_id) is None or not copies.is_still(writer, new):
+                if self._store.snapshot(snapshot_id) is None or not flocks.is_still(writer, new):
                     raise VolumeUnfinished(f"the snapshot of {source} was taken back meanwhile; ask again")
                 os.rename(new, self.path(snapshot_id))
                 durable.sync_directory(self._directory)
@@ -248,9 +248,8 @@ class Snapshots:
         return {snapshot_id + suffix for snapshot_id in self._store.snapshot_ids() for suffix in (SUFFIX, NEW)}
 
     def _drop(self, snapshot_id: str) -> None:
-        """VolumeUnfinished while another process takes it."""
-        if snapshot_id not in self._taking:
-            copies.check_not_made(os.path.join(self._directory, snapshot_id + NEW))
+        """VolumeUnfinished while it is being taken, by another process too."""
+        copies.check_not_made(os.path.join(self._directory, snapshot_id + NEW))
         for suffix in (NEW, SUFFIX):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(os.path.join(self._directory, snapshot_id + suffix))
