@@ -93,6 +93,10 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     made_again: bool = False
     # The guest's agent gives the files to the mount group, so that the host need not mount them.
     group_in_guest: bool = False
+    # Which of Kata's shims serves the pod; empty where that is not known.
+    shim: str = ""
+    # The shim takes no file, so a loop device stands between.
+    on_node: bool = False
 
     @property
     def pod(self) -> str:

@@ -17,6 +17,7 @@ from blockdev import Deadline, DeviceBusy, mounts
 from blockdev.errors import BlockdevError
 from guestmount import agreement, paths, ways
 from guestmount.claims import Cell, Claim, Claims, Target, Use
+from guestmount.cri import Sandboxes
 from guestmount.detect import Detector
 from guestmount.errors import Refused
 from guestmount.handoff import Dialect, Dialects
@@ -49,6 +50,7 @@ class Node:
     rust_shared_block: bool = False
     guest_filesystems: Trust = Trust.CHECKED
     check_patience: float = PATIENCE
+    sandboxes: Sandboxes = Sandboxes(endpoint="")
 
     def __post_init__(self) -> None:
         self.catalog.watch_copies(self)
@@ -60,6 +62,7 @@ class Node:
             dialects=Dialects(self.dialects),
             written=Written(catalog=self.catalog, trust=self.guest_filesystems, patience=self.check_patience),
             rust_shared_block=self.rust_shared_block,
+            sandboxes=self.sandboxes,
         )
 
     # -- stage and unstage
@@ -278,7 +281,7 @@ class Node:
     def expand(self, volume_id: str, volume_path: str, size: SizeRange, deadline: Deadline) -> int:
         """The capacity after growing store, device and filesystem.
 
-        Refused while a sandbox has a target of the volume.
+        Refused while a sandbox of a pod that has a target of the volume may live.
         """
         backend = self.catalog.of(volume_id)
         self.catalog.get(volume_id)
@@ -289,7 +292,7 @@ class Node:
                 raise VolumeNotFound(f"{volume_id} (it is not at {path})")
             backend.check_expand(volume_id, size)
             for target in claim.targets:
-                capacity = ways.way_at(claim, target).expand(claim, backend, size)
+                capacity = ways.way_at(claim, target).expand(self.means, cell, backend, size, deadline)
                 if capacity is not None:
                     return capacity
             return ways.of_claim(claim).grow(self.means, cell, backend, size, deadline)

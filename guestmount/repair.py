@@ -40,7 +40,7 @@ class Finding:
 def collect(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
     """Everything on the node that belongs to no volume or to no pod; removed unless `dry_run`."""
     found: list[Finding] = []
-    for look in (_hand_offs, _placeholders, _claims, _loop_devices):
+    for look in (_closed, _hand_offs, _placeholders, _claims, _loop_devices):
         try:
             found += look(node, deadline, dry_run=dry_run)
         except (*EXPECTED, GuestmountError) as error:
@@ -96,6 +96,30 @@ def _hand_offs(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding
         if _unless_claimed(node, ours.volume_id, deadline, functools.partial(_has_target, one.target), take_back):
             why = f"no claim has {one.target}"
             found.append(Finding(kind="hand-off", place=one.place, why=why, done=not dry_run))
+    return found
+
+
+def _closed(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
+    """Those that a killed call has closed for the time of its work: no container of their pod can start."""
+    found = []
+    for ours in _ours(node):
+        one = ours.one
+        if not one.closed:
+            continue
+        why, done = "closed by a call that was killed", False
+        try:
+            with node.claims.locked(ours.volume_id, deadline) as cell:
+                if cell.claim is None or one.target not in cell.claim.targets:
+                    continue
+                if not dry_run:
+                    way, target = ways.way_at(cell.claim, one.target), cell.claim.targets[one.target]
+                    way.deliver(node.means, cell, cell.claim, one.target, target, deadline)
+                    done = True
+        except Busy:
+            continue  # it is at work
+        except (*EXPECTED, GuestmountError) as error:
+            why += f", and not opened: {error}"
+        found.append(Finding(kind="hand-off", place=one.place, why=why, done=done))
     return found
 
 
@@ -242,6 +266,7 @@ def at_start(node: Node) -> list[str]:
         node.claims.sweep,
         *(dialect.sweep for dialect in node.dialects),
         functools.partial(_reclaim, node, deadline),
+        functools.partial(_open, node, deadline),
         functools.partial(_withdraw, node, deadline),
         node.catalog.recover,
         functools.partial(_settle, node),
@@ -271,6 +296,11 @@ def _reclaim(node: Node, deadline: Deadline) -> list[str]:
 
 def _withdraw(node: Node, deadline: Deadline) -> list[str]:
     return [f"withdrew the hand-off {one.place}: {one.why}" for one in _hand_offs(node, deadline, dry_run=False)]
+
+
+def _open(node: Node, deadline: Deadline) -> list[str]:
+    return [f"the hand-off {one.place}: {one.why}{'; it is open again' if one.done else ''}"
+            for one in _closed(node, deadline, dry_run=False)]  # fmt: skip
 
 
 def _settle(node: Node) -> list[str]:

@@ -21,6 +21,7 @@ from guestmount import (
     registration,
     repair,
 )
+from guestmount.cri import Sandboxes
 from guestmount.written import Trust
 from runvol.config import Config, ConfigError
 from volumes import Catalog
@@ -62,6 +63,7 @@ def build(config: Config, *, check_patience: float = PATIENCE) -> Node:
         rust_shared_block=config.text("kata.rust_shared_block") == "allow",
         guest_filesystems=Trust(config.text("node.guest_filesystems")),
         check_patience=check_patience,
+        sandboxes=Sandboxes(endpoint=config.text("cri.endpoint")),
     )
     node.claims.remake = partial(repair.remade, node)
     return node

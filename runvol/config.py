@@ -102,6 +102,11 @@ TABLE: Mapping[str, Setting] = {
     "flexvolume.devices": Setting(
         default=(), meaning="where devices and images may lie that FlexVolume volumes name by `device`; empty for none"
     ),
+    "cri.endpoint": Setting(
+        default="unix:///run/containerd/containerd.sock",
+        meaning="where the container runtime is asked whether a pod's sandbox lives (CRI); empty for never: volumes "
+        "that a sandbox has then grow with its next pod only",
+    ),
     "nri.socket": Setting(default="/var/run/nri/nri.sock", meaning="the container runtime's NRI socket"),
     "csi.endpoint": Setting(default="unix:///run/runvol/csi.sock", meaning="the CSI socket"),
     "csi.services": Setting(default=("identity", "controller", "node"), meaning="the CSI services to serve"),

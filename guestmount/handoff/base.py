@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +46,8 @@ class Delivered:
     options: tuple[str, ...]
     sandboxes: tuple[str, ...] = ()
     problem: str = ""
+    # It names a device that does not exist, so that no container takes the volume now; `device` is the one that it had.
+    closed: bool = False
 
 
 class Dialect(Protocol):
@@ -78,3 +80,12 @@ class Dialect(Protocol):
 
     def sweep(self) -> None:
         """Remove what a killed process was writing; nothing that another driver could own."""
+
+
+@runtime_checkable
+class Closing(Protocol):
+    """A dialect whose hand-offs can be closed for a while."""
+
+    def close(self, delivery: Delivery) -> None:
+        """A container that comes is refused, as the device that lies there does not exist, until it is delivered
+        again."""

@@ -27,6 +27,8 @@ _FILE = "mountInfo.json"
 _TEMPORARY = ".runvol-"
 # Go would hand these to its agent, which then binds a device onto a directory, or refuses.
 _NEVER = frozenset({"bind", "rbind", "loop"})
+# The device of a hand-off that is closed, and where it keeps the one that it had; no shim reads the latter.
+_CLOSED, _WAS = "/nonexistent/closed-while-the-volume-grows", "runvol.closed"
 # What the filesystem's own option parser in the guest does not know.
 _HOST_ONLY = frozenset({"_netdev", "auto", "noauto", "nofail", "user", "nouser", "users", "owner", "group", "defaults"})
 
@@ -79,8 +81,15 @@ class KataDialect:
 
     def deliver(self, delivery: Delivery) -> None:
         self.check(delivery)
-        content = msgspec.json.encode(_mount_info(delivery))
-        place = os.path.join(self._root, key_of(delivery.target))
+        self._put(delivery.target, _mount_info(delivery))
+
+    def close(self, delivery: Delivery) -> None:
+        info = _mount_info(delivery)
+        self._put(delivery.target, msgspec.structs.replace(info, device=_CLOSED, metadata={_WAS: info.device}))
+
+    def _put(self, target: str, info: MountInfo) -> None:
+        content = msgspec.json.encode(info)
+        place = os.path.join(self._root, key_of(target))
         try:
             with open(os.path.join(place, _FILE), "rb") as file:
                 if file.read() == content:
@@ -161,11 +170,12 @@ class KataDialect:
             dialect=self.name,
             target=target,
             place=place,
-            device=info.device if info else "",
+            device=info.metadata.get(_WAS, info.device) if info else "",
             fstype=info.fstype if info else "",
             options=tuple(info.options) if info else (),
             sandboxes=tuple(others),
             problem=problem,
+            closed=info is not None and _WAS in info.metadata,
         )
 
     def sweep(self) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from blockdev import Deadline
 from blockdev.deadlines import bounded
 from guestmount.claims import Cell, Claim, Target
+from guestmount.cri import Sandboxes
 from guestmount.detect import Runtime
 from guestmount.handoff import Delivered, Dialects
 from guestmount.requests import PublishRequest
@@ -26,6 +27,7 @@ class Means:
     dialects: Dialects
     written: Written
     rust_shared_block: bool = False
+    sandboxes: Sandboxes = field(default_factory=lambda: Sandboxes(endpoint=""))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +89,7 @@ class Way(Protocol):
     def take_back(self, claim: Claim, path: str) -> None:
         """Before the target is unmounted: what of this way would hold that up."""
 
-    def expand(self, claim: Claim, backend: Backend, size: SizeRange) -> int | None:
+    def expand(self, means: Means, cell: Cell, backend: Backend, size: SizeRange, deadline: Deadline) -> int | None:
         """The capacity, or Refused, where the volume is this pod's alone; None where the host may grow it."""
 
     def usage(self, claim: Claim, path: str, deadline: Deadline) -> Usage:

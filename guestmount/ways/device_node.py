@@ -10,9 +10,10 @@ from blockdev import Deadline, ioctls, mounts
 from blockdev.errors import MountFailed
 from guestmount.claims import Cell, Claim, Target
 from guestmount.handoff import Delivered
-from guestmount.ways import exclusion, guest_device
+from guestmount.ways import closing, exclusion, guest_device
 from guestmount.ways.attached import be_attached, check_nothing_at
 from guestmount.ways.base import Arrival, Means, Problem, Usage
+from guestmount.ways.mounted import grow_device
 from volumes import SizeRange
 from volumes.backend import Backend
 
@@ -46,13 +47,20 @@ class DeviceNode(exclusion.OneKernel):
         os.close(fd)
         mounts.bind(claim.device, path, read_only=False)
 
-    def expand(self, claim: Claim, backend: Backend, size: SizeRange) -> int | None:
+    def expand(self, means: Means, cell: Cell, backend: Backend, size: SizeRange, deadline: Deadline) -> int | None:
+        claim = cell.present
         if not exclusion.in_guest(claim):
             return None
         wanted = backend.check_expand(claim.volume, size)
         if ioctls.size_bytes(claim.device or claim.source) >= wanted:
             return wanted
-        return guest_device.only_store(claim, backend, size)
+        volume = backend.expand(claim.volume, size)
+        found = closing.obstacle(means, claim, deadline)
+        if found:
+            raise guest_device.only_store(claim, volume, found)
+        # The shim that plugs the node in finds one size or the other.
+        grow_device(claim)
+        return volume.capacity_bytes
 
     def usage(self, claim: Claim, _path: str, _deadline: Deadline) -> Usage:
         size = ioctls.size_bytes(claim.source)

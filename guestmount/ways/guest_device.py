@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import NoReturn
 
 import msgspec
 
@@ -14,11 +13,11 @@ from guestmount import groups, placeholder, preflight
 from guestmount.claims import Cell, Claim, Target
 from guestmount.errors import Refused
 from guestmount.handoff import Delivered, Delivery
-from guestmount.ways import exclusion
+from guestmount.ways import closing, exclusion
 from guestmount.ways.attached import be_attached, check_nothing_at
 from guestmount.ways.base import Arrival, Means, Problem, Usage
-from guestmount.ways.mounted import grow_unmounted
-from volumes import SizeRange, VolumeNotFound
+from guestmount.ways.mounted import grow_device, grow_unmounted
+from volumes import SizeRange, Volume, VolumeNotFound
 from volumes.backend import Backend
 
 
@@ -35,7 +34,8 @@ class GuestDevice(exclusion.OneKernel):
             read_only=arrival.target.read_only,
             rust_shared_block=means.rust_shared_block,
         )
-        target = arrival.target
+        kata = arrival.runtime.kata
+        target = msgspec.structs.replace(arrival.target, shim=kata.shim if kata is not None else "")
         if target.mount_group and not target.read_only and arrival.runtime.gives_group:
             target = msgspec.structs.replace(target, group_in_guest=True)
         dialect = means.dialects.of(arrival.runtime.dialect, arrival.runtime.handler)
@@ -53,15 +53,45 @@ class GuestDevice(exclusion.OneKernel):
             os.makedirs(path, mode=0o750, exist_ok=True)
         placeholder.be_placed(path, deadline)
         dialect = means.dialects.of(owner.dialect, owner.handler)
-        if dialect.needs_node:
+        if dialect.needs_node or target.on_node:
             claim = be_attached(cell, claim, deadline)
         dialect.deliver(_delivery(claim, path, target))
 
-    def expand(self, claim: Claim, backend: Backend, size: SizeRange) -> int | None:
+    def expand(self, means: Means, cell: Cell, backend: Backend, size: SizeRange, deadline: Deadline) -> int | None:
+        claim = cell.present
         wanted = backend.check_expand(claim.volume, size)
-        if ioctls.size_bytes(claim.device or claim.source) >= wanted and not filesystems.lags(claim.source):
+        has = ioctls.size_bytes(claim.device or claim.source)
+        if claim.prepared and has >= wanted and not filesystems.lags(claim.source):
             return wanted
-        return only_store(claim, backend, size)
+        volume = backend.expand(claim.volume, size)
+        if claim.prepared:
+            found = closing.obstacle(means, claim, deadline) or self._unmountable(means, claim)
+            if found:
+                raise only_store(claim, volume, found)
+            self._close(means, cell, volume, deadline)
+        for path, target in claim.targets.items():
+            self.deliver(means, cell, cell.present, path, target, deadline)
+        return volume.capacity_bytes
+
+    def _unmountable(self, means: Means, claim: Claim) -> str:
+        if claim.use.fstype == "xfs" and not means.written.is_mountable(claim):
+            return "node.guest_filesystems = never lets no mount of the host grow its XFS"
+        return ""
+
+    def _close(self, means: Means, cell: Cell, volume: Volume, deadline: Deadline) -> None:
+        """No container can take the volume until its targets are delivered, and then it is as for the first one."""
+        claim = cell.present
+        try:
+            with exclusion.explained(claim):
+                found = closing.close(means, claim, _deliveries(claim), deadline)
+            if found:
+                raise only_store(claim, volume, found)
+            # Whoever is killed here has grown nothing, and the next one opens what is closed.
+            cell.write(claim.but(prepared=False, handed_out=False))
+        except BaseException:
+            for path, target in claim.targets.items():
+                self.deliver(means, cell, claim, path, target, deadline)
+            raise
 
     def usage(self, claim: Claim, _path: str, _deadline: Deadline) -> Usage:
         return of_superblock(claim)
@@ -71,6 +101,9 @@ class GuestDevice(exclusion.OneKernel):
         if path not in handed or handed[path].problem:
             why = handed[path].problem if path in handed else "it is missing"
             found.append(Problem(reason="HandOffDamaged", message=f"the hand-off for {path}: {why}", unreachable=True))
+        elif handed[path].closed:
+            message = f"the hand-off for {path} is closed until the volume has grown; containers wait for it"
+            found.append(Problem(reason="HandOffClosed", message=message, unreachable=True))
         return found
 
 
@@ -84,6 +117,7 @@ def no_placeholder(path: str) -> list[Problem]:
 def _prepare(means: Means, cell: Cell, claim: Claim, target: Target, deadline: Deadline) -> Claim:
     """Checked, grown and given its group. No guest can have it yet: the hand-off is written after this."""
     filesystems.check(claim.source, claim.use.fstype, deadline)
+    grow_device(claim)
     grow_unmounted(means, claim, deadline)
     group = "" if target.read_only or target.group_in_guest else target.mount_group
     if group and not means.written.has_group(claim, group):
@@ -92,6 +126,10 @@ def _prepare(means: Means, cell: Cell, claim: Claim, target: Target, deadline: D
             groups.apply(root, int(group), deadline)
         means.written.given(claim, group)
     return cell.write(claim.but(prepared=True))
+
+
+def _deliveries(claim: Claim) -> list[Delivery]:
+    return [_delivery(claim, path, target) for path, target in claim.targets.items()]
 
 
 def _delivery(claim: Claim, path: str, target: Target) -> Delivery:
@@ -112,17 +150,16 @@ def _options(claim: Claim) -> tuple[str, ...]:
     return (*options, "nouuid") if claim.use.fstype == "xfs" and "nouuid" not in options else options
 
 
-def only_store(claim: Claim, backend: Backend, size: SizeRange) -> NoReturn:
-    """Refused, once the store of a volume that a sandbox has is as large as asked for.
+def only_store(claim: Claim, volume: Volume, why: str) -> Refused:
+    """The answer where only the store of a volume that a sandbox has could be made as large as asked for.
 
     The runtime plugs the device in again for each container, asking nobody, so the host leaves device and filesystem
-    alone, whether they are open now or not. Only the file behind gets longer, which whoever has it open does not see:
-    the next publish, before it hands the device over, lets the filesystem take it.
+    alone while a sandbox lives. The file behind is longer, which whoever has it open does not see: the next publish,
+    before it hands the device over, lets the filesystem take it.
     """
-    volume = backend.expand(claim.volume, size)
-    raise Refused(
+    return Refused(
         f"volume {claim.volume} belongs to the guest of {claim.owner}, so only its store grew, to "
-        f"{volume.capacity_bytes} bytes; the guest gets the new size when the pod is deleted and made again"
+        f"{volume.capacity_bytes} bytes: {why}; the guest gets the new size when the pod is deleted and made again"
     )
 
 

@@ -51,8 +51,10 @@ class GuestMount(AnyKernel):
     def take_back(self, claim: Claim, path: str) -> None:
         let_go(claim, path)
 
-    def expand(self, claim: Claim, backend: Backend, size: SizeRange) -> int | None:
-        return backend.expand(claim.volume, size).capacity_bytes
+    def expand(
+        self, _means: Means, cell: Cell, backend: Backend, size: SizeRange, _deadline: Deadline
+    ) -> int | None:  # fmt: skip
+        return backend.expand(cell.present.volume, size).capacity_bytes
 
     def usage(self, _claim: Claim, path: str, deadline: Deadline) -> Usage:
         return of_mount(path, deadline)

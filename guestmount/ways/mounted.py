@@ -42,7 +42,9 @@ class Mounted(exclusion.OneKernel):
         elif not mounts.same_filesystem(path, staging):
             raise MountFailed(staging, path, "something else is mounted there; unpublish the volume first")
 
-    def expand(self, _claim: Claim, _backend: Backend, _size: SizeRange) -> int | None:
+    def expand(
+        self, _means: Means, _cell: Cell, _backend: Backend, _size: SizeRange, _deadline: Deadline
+    ) -> int | None:  # fmt: skip
         return None
 
     def usage(self, _claim: Claim, path: str, deadline: Deadline) -> Usage:

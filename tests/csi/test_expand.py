@@ -8,7 +8,7 @@ import os
 import pytest
 
 from blockdev import superblocks
-from tests.csi.helpers import PODS, image, refused, vmm
+from tests.csi.helpers import PODS, has_resource, image, refused, vmm
 from tests.driver import block_capability, mount_capability
 
 pytestmark = pytest.mark.kernel
@@ -20,12 +20,6 @@ def expand(driver, volume, path, size):
     return driver.client.NodeExpandVolume(
         volume_id=volume.volume_id, volume_path=path, capacity_range={"required_bytes": size}
     ).capacity_bytes
-
-
-def has_resource():
-    with open("/proc/self/status") as status:
-        effective = next(int(line.split()[1], 16) for line in status if line.startswith("CapEff"))
-    return bool(effective >> 24 & 1)
 
 
 def a_volume(driver, fstype, runtime):

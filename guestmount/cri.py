@@ -1,0 +1,52 @@
+"""Whether a pod has a sandbox: asked of the container runtime, by CRI (`ListPodSandbox`).
+
+Kubernetes' cri-api, runtime.v1. containerd lists a sandbox once it takes containers, so a pod that is not listed has no
+container that could have read its hand-off.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from blockdev import Deadline
+
+_METHOD = "/runtime.v1.RuntimeService/ListPodSandbox"
+_LARGEST = 64 << 20
+_OPTIONS = (("grpc.default_authority", "localhost"), ("grpc.max_receive_message_length", _LARGEST))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sandboxes:
+    """`endpoint`: the runtime's socket, as kubelet has it; empty if it is never asked. `patience`: in seconds."""
+
+    endpoint: str
+    patience: float = 3.0
+
+    def doubt(self, pod_uid: str, deadline: Deadline) -> str:
+        """Why a sandbox of the pod may live, in words; empty where none does for certain.
+
+        What cannot be asked, or cannot be asked of, counts as alive.
+        """
+        if not self.endpoint:
+            return "the container runtime is never asked whether the pod runs (cri.endpoint is empty)"
+        if not pod_uid or "/" in pod_uid:
+            return "which pod it is for is not known"
+        import grpc
+
+        from runvol_proto import cri_pb2
+
+        try:
+            with grpc.insecure_channel(self.endpoint, options=_OPTIONS) as channel:
+                ask = channel.unary_unary(
+                    _METHOD,
+                    request_serializer=cri_pb2.ListPodSandboxRequest.SerializeToString,
+                    response_deserializer=cri_pb2.ListPodSandboxResponse.FromString,
+                )
+                answer = ask(cri_pb2.ListPodSandboxRequest(), timeout=min(self.patience, deadline.remaining()))
+        except grpc.RpcError as error:
+            code = error.code()
+            return f"the container runtime at {self.endpoint} does not tell whether the pod runs ({code.name})"
+        for sandbox in answer.items:
+            if sandbox.metadata.uid == pod_uid and sandbox.state == cri_pb2.SANDBOX_READY:
+                return f"the pod runs (sandbox {sandbox.id[:13]})"
+        return ""
