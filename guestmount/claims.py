@@ -25,6 +25,7 @@ log = logging.getLogger("runvol.claims")
 HOST, SANDBOX = "host", "sandbox"
 # A record takes whole blocks, so that it can be changed where it stands.
 _BLOCK = 4096
+_LOOP = "/dev/loop"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_WRITES = (*_FULL, errno.EROFS, errno.EIO)
 
@@ -173,6 +174,49 @@ class Cell:
         self._path, self._temporary = path, temporary
         self.claim = _read(path)
 
+    def has_another(self, device: str) -> bool:
+        """Whether another volume's claim names this loop device, for targets that it still has.
+
+        Somebody has then unbound it, and its number is anybody's, while a hand-off or a bound node speaks of it.
+        """
+        try:
+            volume = os.readlink(self._place(device))
+        except OSError:
+            return False
+        path = os.path.join(os.path.dirname(self._path), f"{volume}.json")
+        if path == self._path:
+            return False
+        try:
+            other = _read(path)
+        except ClaimDamaged:
+            return True
+        return other is not None and other.device == device and bool(other.targets)
+
+    def _place(self, device: str) -> str:
+        return os.path.join(os.path.dirname(os.path.dirname(self._path)), "devices", os.path.basename(device))
+
+    def _index(self, device: str) -> None:
+        """The volume can be found by the loop device that its claim names."""
+        old = self.claim.device if self.claim is not None else ""
+        if device == old:
+            return
+        volume = os.path.basename(self._path).removesuffix(".json")
+        with contextlib.suppress(OSError):
+            if old.startswith(_LOOP) and os.readlink(self._place(old)) == volume:
+                os.unlink(self._place(old))
+        if not device.startswith(_LOOP):
+            return
+        place = self._place(device)
+        with contextlib.suppress(OSError):
+            try:
+                os.symlink(volume, place)
+            except FileNotFoundError:
+                os.makedirs(os.path.dirname(place), mode=0o700, exist_ok=True)
+                os.symlink(volume, place)
+            except FileExistsError:
+                os.unlink(place)
+                os.symlink(volume, place)
+
     @property
     def present(self) -> Claim:
         """The claim of a volume that must have one."""
@@ -188,6 +232,7 @@ class Cell:
         except OSError as error:
             if error.errno not in _FULL or not _overwritten(self._path, content):
                 raise
+        self._index(claim.device)
         self.claim = claim
         return claim
 
@@ -224,6 +269,7 @@ class Cell:
                 durable.sweep(self._temporary, abandoned=True)
         except OSError as error:
             self._bear(error)
+        self._index("")
         self.claim = None
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import msgspec
@@ -50,7 +50,7 @@ class Node:
     rust_shared_block: bool = False
     guest_filesystems: Trust = Trust.CHECKED
     check_patience: float = PATIENCE
-    sandboxes: Sandboxes = Sandboxes(endpoint="")
+    sandboxes: Sandboxes = field(default_factory=lambda: Sandboxes(endpoint=""))
 
     def __post_init__(self) -> None:
         self.catalog.watch_copies(self)

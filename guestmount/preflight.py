@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from guestmount import guest_kernel
 from guestmount.detect import Runtime
@@ -23,16 +23,37 @@ def check(runtime: Runtime, *, pv_name: str, read_only: bool = False, rust_share
     the volume. `rust_shared_block`: several containers may, although the Rust shim loses data by it.
     """
     config = runtime.kata
-    annotations = runtime.pod.annotations if runtime.pod is not None else {}
-    if config is not None and config.blocks_disabled(annotations):
+    if config is not None and config.blocks_disabled(annotations_of(runtime)):
         raise Refused(
             f"the runtime handler {runtime.handler!r} ignores block devices: disable_block_device_use is true in "
-            f"{config.path}. Set it to false in [hypervisor.{config.hypervisor or 'qemu'}]; until then its "
+            f"{config.path}. Set it to false in {config.table}; until then its "
             + ("containers fail" if config.shim == RUST else "pods would write to the host's disk")
         )
+    _check_plugged(runtime)
     check_mounts(runtime, pv_name=pv_name)
     if config is not None and config.shim == RUST:
         _check_rust(runtime, pv_name=pv_name, shared=read_only or rust_shared_block)
+
+
+def check_raw(runtime: Runtime) -> None:
+    """Refused, naming the setting, if this sandbox plugs in no device node at all."""
+    config = runtime.kata
+    if config is not None and config.shim == RUST and config.blocks_disabled(annotations_of(runtime)):
+        raise Refused(
+            f"the runtime handler {runtime.handler!r} takes no block devices: disable_block_device_use is true in "
+            f"{config.path}. Set it to false in {config.table}; until then its containers fail"
+        )
+    _check_plugged(runtime)
+
+
+def _check_plugged(runtime: Runtime) -> None:
+    if runtime.kata is not None and (why := runtime.kata.block_trouble(annotations_of(runtime))):
+        raise Refused(f"the containers of the runtime handler {runtime.handler!r} would fail: {why}")
+
+
+def annotations_of(runtime: Runtime) -> Mapping[str, str]:
+    """The pod's, if it is known."""
+    return runtime.pod.annotations if runtime.pod is not None else {}
 
 
 def check_mounts(runtime: Runtime, *, pv_name: str) -> None:
@@ -83,7 +104,7 @@ def check_share(runtime: Runtime, *, pv_name: str) -> None:
         log.warning("the runtime's configuration was not found: how it shares directories is not known",
                     extra={"handler": runtime.handler, "volume": pv_name})  # fmt: skip
         return
-    shared_fs = config.shared_by(runtime.pod.annotations if runtime.pod is not None else {})
+    shared_fs = config.shared_by(annotations_of(runtime))
     if not shares_by_virtio_fs(shared_fs):
         how = (
             "does not share the host's directories"
@@ -92,7 +113,7 @@ def check_share(runtime: Runtime, *, pv_name: str) -> None:
         )
         raise Refused(
             f"the runtime handler {runtime.handler!r} {how}: shared_fs is {shared_fs!r} in {config.path}. Set it to "
-            f'"virtio-fs" in [hypervisor.{config.hypervisor or "qemu"}], or use a volume of the backend loop'
+            f'"virtio-fs" in {config.table}, or use a volume of the backend loop'
         )
 
 

@@ -30,6 +30,8 @@ class Handler:
     runtime_type: str = ""
     runtime_path: str = ""
     config_path: str = ""
+    # Patterns (Go's path.Match) of the pod annotations that containerd passes to the shim.
+    pod_annotations: tuple[str, ...] = ()
 
     @property
     def is_sandbox(self) -> bool:
@@ -103,7 +105,12 @@ def _handler(name: str, runtime: Mapping[str, Any]) -> Handler:
         runtime_type=str(runtime.get("runtime_type", "")),
         runtime_path=str(runtime.get("runtime_path", "")),
         config_path=str(options.get("ConfigPath", "")),
+        pod_annotations=_texts(runtime.get("pod_annotations")),
     )
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    return tuple(one for one in value if isinstance(one, str)) if isinstance(value, list) else ()
 
 
 def _table(document: Mapping[str, Any], *names: str) -> Mapping[str, Any]:

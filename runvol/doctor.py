@@ -103,11 +103,13 @@ def _runtimes(config: Config) -> Iterator[Diagnosis]:
                 subject=f"handler {handler.name}",
                 finding=f"ignores block volumes: set disable_block_device_use = false in {kata.path}",
             )
+        elif trouble := kata.block_trouble({}):
+            yield Diagnosis(state=BROKEN, subject=f"handler {handler.name}", finding=f"its containers fail: {trouble}")
         else:
             yield Diagnosis(
                 state=OK,
                 subject=f"handler {handler.name}",
-                finding=f"takes block volumes ({kata.shim} shim, {kata.path})",
+                finding=f"takes block volumes{_as_nodes(kata)} ({kata.shim} shim, {kata.path})",
             )
         if kata is not None and kata.shim == kata_config.RUST:
             yield from _rust_shared_block(config, handler.name)
@@ -117,9 +119,13 @@ def _runtimes(config: Config) -> Iterator[Diagnosis]:
             yield Diagnosis(
                 state=WARNING,
                 subject=f"handler {handler.name}",
-                finding=f'gets no directories and no NFS: set shared_fs = "virtio-fs" in {kata.path} (it is '
+                finding=f'gets no directories of the host: set shared_fs = "virtio-fs" in {kata.path} (it is '
                 f"{kata.shared_fs!r})",
             )
+
+
+def _as_nodes(kata: kata_config.KataConfig) -> str:
+    return " through loop devices, as block_device_cache_set is true" if kata.wants_node({}) else ""
 
 
 def _rust_shared_block(config: Config, handler: str) -> Iterator[Diagnosis]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+
 from blockdev import Deadline, ioctls, loops, mounts
 from guestmount import placeholder as placeholders
 from guestmount.claims import Cell, Claim
 from guestmount.errors import Conflict
 from guestmount.requests import exists
+
+log = logging.getLogger("runvol.attached")
 
 
 def be_attached(cell: Cell, claim: Claim, deadline: Deadline, *, read_only: bool = False) -> Claim:
@@ -15,8 +19,21 @@ def be_attached(cell: Cell, claim: Claim, deadline: Deadline, *, read_only: bool
         return claim if claim.device == claim.source else cell.write(claim.but(device=claim.source))
     if claim.device and loops.be_kept(claim.device, claim.source):
         return claim
-    device = loops.attach(claim.source, deadline=deadline, read_only=read_only)
-    return cell.write(claim.but(device=device))
+    return cell.write(claim.but(device=_attach(cell, claim.source, deadline, read_only=read_only)))
+
+
+def _attach(cell: Cell, source: str, deadline: Deadline, *, read_only: bool) -> str:
+    """A loop device of a number that no other volume's pod would open."""
+    passed_over: list[str] = []
+    try:
+        while cell.has_another(device := loops.attach(source, deadline=deadline, read_only=read_only)):
+            log.error("a loop device was taken from a volume whose pod has it; its number is passed over",
+                      extra={"device": device, "for": source})  # fmt: skip
+            passed_over.append(device)
+    finally:
+        for taken in passed_over:
+            loops.detach(taken, source, deadline)
+    return device
 
 
 def check_nothing_at(claim: Claim, path: str, *, placeholder: bool = False) -> None:

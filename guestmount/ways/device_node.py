@@ -8,7 +8,8 @@ from collections.abc import Mapping
 
 from blockdev import Deadline, ioctls, mounts
 from blockdev.errors import MountFailed
-from guestmount.claims import Cell, Claim, Target
+from guestmount import preflight
+from guestmount.claims import SANDBOX, Cell, Claim, Target
 from guestmount.handoff import Delivered
 from guestmount.ways import closing, exclusion, guest_device
 from guestmount.ways.attached import be_attached, check_nothing_at
@@ -28,6 +29,8 @@ class DeviceNode(exclusion.OneKernel):
 
     def check(self, _means: Means, claim: Claim, arrival: Arrival, _deadline: Deadline) -> tuple[Claim, Target]:
         check_nothing_at(claim, arrival.path)
+        if arrival.runtime.kind == SANDBOX:
+            preflight.check_raw(arrival.runtime)
         return claim, arrival.target
 
     def deliver(self, means: Means, cell: Cell, claim: Claim, path: str, target: Target, deadline: Deadline) -> None:

@@ -35,7 +35,11 @@ class GuestDevice(exclusion.OneKernel):
             rust_shared_block=means.rust_shared_block,
         )
         kata = arrival.runtime.kata
-        target = msgspec.structs.replace(arrival.target, shim=kata.shim if kata is not None else "")
+        target = msgspec.structs.replace(
+            arrival.target,
+            shim=kata.shim if kata is not None else "",
+            on_node=kata is not None and kata.wants_node(preflight.annotations_of(arrival.runtime)),
+        )
         if target.mount_group and not target.read_only and arrival.runtime.gives_group:
             target = msgspec.structs.replace(target, group_in_guest=True)
         dialect = means.dialects.of(arrival.runtime.dialect, arrival.runtime.handler)

@@ -9,7 +9,7 @@ import pytest
 from guestmount import PodRef, Refused, Runtime, kata_config, preflight
 from guestmount.kata_config import GO, RUST
 from guestmount.pods import PodUnknown, facts_from, with_own
-from guestmount.runtimes import Handler
+from guestmount.runtimes import Handler, read_containerd
 
 OFF = "[hypervisor.qemu]\ndisable_block_device_use = true\nenable_annotations = ['disable_block_device_use', 'enable_.*']\n"
 ON = "[hypervisor.qemu]\ndisable_block_device_use = false\nshared_fs = 'none'\n"
@@ -24,6 +24,7 @@ def node(tmp_path):
         file.write_text(text)
 
     def read(**handler):
+        handler.setdefault("pod_annotations", ("io.katacontainers.*",))
         return kata_config.read(
             Handler(name="kata", runtime_type="io.containerd.kata.v2", **handler), root=str(tmp_path)
         )
@@ -57,7 +58,7 @@ def test_drop_ins_win_in_alphabetical_order(node):
     node("/etc/kata-containers/config.d/20-b.toml", "[hypervisor.qemu]\ndisable_block_device_use = false\n")
     node("/etc/kata-containers/config.d/10-a.toml", "[hypervisor.qemu]\ndisable_block_device_use = true\n")
     found = node.read(runtime_path=GO_PATH)
-    assert not found.disable_block_device_use and found.enable_annotations
+    assert not found.disable_block_device_use and found.settings["enable_annotations"]
 
 
 def test_a_rust_configuration_is_known_by_its_runtime_name(node):
@@ -81,6 +82,142 @@ def test_a_pods_annotation_counts_only_if_it_is_enabled(node):
     assert found.blocks_disabled({}) and not found.blocks_disabled({KEY: "false"})
     node("/etc/kata-containers/configuration.toml", ON)
     assert not node.read(runtime_path=GO_PATH).blocks_disabled({KEY: "true"})
+
+
+def test_every_file_beside_the_real_configuration_is_a_drop_in(node, tmp_path):
+    """Both shims resolve a link first, and read whatever is not hidden, whatever it is called."""
+    node("/opt/real/main.toml", OFF)
+    node("/opt/real/config.d/20-on", "[hypervisor.qemu]\ndisable_block_device_use = false\n")
+    node("/opt/real/config.d/.30-hidden", "[hypervisor.qemu]\ndisable_block_device_use = true\n")
+    node("/etc/kata-containers/config.d/40.toml", "[hypervisor.qemu]\nshared_fs = 'none'\n")
+    (tmp_path / "etc/kata-containers/configuration.toml").symlink_to("/opt/real/main.toml")
+    found = node.read(runtime_path=GO_PATH)
+    assert not found.blocks_disabled({})
+    assert found.shared_fs == "virtio-fs"
+    assert found.path.endswith("/etc/kata-containers/configuration.toml"), "it is named as the operator knows it"
+    node("/opt/real/config.d/50-off.conf", "[hypervisor.qemu]\ndisable_block_device_use = true\n")
+    assert node.read(runtime_path=GO_PATH).blocks_disabled({})
+
+
+@pytest.mark.parametrize("kind", ["link", "directory"])
+def test_a_drop_in_that_stops_the_rust_shim(node, tmp_path, kind):
+    node("/etc/kata-containers/runtime-rs/configuration.toml", ON)
+    node("/etc/kata-containers/configuration.toml", ON)
+    for place in ("etc/kata-containers", "etc/kata-containers/runtime-rs"):
+        extra = tmp_path / place / "config.d/10-x.toml"
+        extra.parent.mkdir()
+        extra.mkdir() if kind == "directory" else extra.symlink_to("../configuration.toml")
+    with pytest.raises(Refused, match="does not start with .*10-x.toml"):
+        preflight.check(a_runtime(node.read(runtime_path=RUST_PATH)), pv_name="v")
+    preflight.check(a_runtime(node.read(runtime_path=GO_PATH)), pv_name="v")
+
+
+@pytest.mark.parametrize(
+    ("patterns", "go", "rust"),
+    [
+        ("['block_device']", True, True),  # anywhere in the key
+        ("['^block_device$']", False, False),
+        ("['use$']", True, True),
+        ("['(', 'disable_.*']", True, False),  # a wrong one
+        ("[]", False, False),
+    ],
+)
+def test_annotations_are_enabled_by_expressions_without_anchors(node, patterns, go, rust):
+    text = f"[hypervisor.qemu]\ndisable_block_device_use = false\nenable_annotations = {patterns}\n"
+    node("/etc/kata-containers/configuration.toml", text)
+    node("/etc/kata-containers/runtime-rs/configuration.toml", text)
+    assert node.read(runtime_path=GO_PATH).blocks_disabled({KEY: "true"}) is go
+    assert node.read(runtime_path=RUST_PATH).blocks_disabled({KEY: "true"}) is rust
+
+
+@pytest.mark.parametrize(
+    ("passed", "counts"),
+    [
+        ((), False),
+        (("io.katacontainers.*",), True),
+        (("io.kubernetes.*",), False),
+        ((KEY,), True),
+        (("*",), True),
+        (("io.katacontainers.config.hypervisor.enable_*", "com.example.*"), False),
+        (("io.katacontainers.config.hypervisor.[^e]*",), True),
+    ],
+)
+def test_an_annotation_reaches_the_shim_only_through_containerd(node, passed, counts):
+    node("/etc/kata-containers/configuration.toml", "[hypervisor.qemu]\nenable_annotations = ['.*']\n")
+    found = node.read(runtime_path=GO_PATH, pod_annotations=passed)
+    assert found.blocks_disabled({KEY: "true"}) is counts
+
+
+def test_containerds_table_tells_which_annotations_pass(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text("""[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.kata]
+runtime_type = "io.containerd.kata.v2"
+pod_annotations = ["io.katacontainers.*"]
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.other]
+runtime_type = "io.containerd.kata.v2"
+""")
+    handlers = read_containerd(str(path)).handlers
+    assert handlers["kata"].pod_annotations == ("io.katacontainers.*",)
+    assert handlers["other"].pod_annotations == ()
+
+
+@pytest.mark.parametrize(
+    ("shim", "settings", "words"),
+    [
+        (RUST, 'block_device_driver = "virtio-blk"', "'virtio-blk'.*Rust shim.*virtio-scsi or virtio-blk-pci"),
+        (RUST, 'block_device_driver = "virtio-blk-mmio"', "virtio-blk-mmio"),
+        (RUST, 'block_device_driver = "virtio-pmem"', "virtio-pmem"),
+        (RUST, 'block_device_driver = "virtio-blk-pci"', ""),
+        (RUST, 'block_device_driver = "virtio-scsi"', ""),
+        (RUST, 'block_device_aio = "native"', "set block_device_cache_direct = true beside it"),
+        (RUST, 'block_device_aio = "native"\nblock_device_cache_set = true', "block_device_cache_direct"),
+        (RUST, 'block_device_aio = "native"\nblock_device_cache_direct = true', ""),
+        (RUST, 'block_device_aio = "io_uring"', ""),
+        (GO, 'block_device_driver = "virtio-blk"', ""),
+        (GO, 'block_device_driver = "virtio-blk-pci"', "'virtio-blk-pci'.*Go shim.*virtio-scsi or virtio-blk in"),
+        (GO, 'block_device_aio = "native"', "block_device_cache_set = true and block_device_cache_direct = true"),
+        (GO, 'block_device_aio = "native"\nblock_device_cache_direct = true', "block_device_cache_set = true"),
+        (GO, 'block_device_aio = "native"\nblock_device_cache_direct = true\nblock_device_cache_set = true', ""),
+        (GO, "", ""),
+        (RUST, "", ""),
+    ],
+)
+def test_settings_with_which_the_shim_plugs_nothing_in(node, shim, settings, words):
+    place = "runtime-rs/" if shim == RUST else ""
+    node(f"/etc/kata-containers/{place}configuration.toml", f"[hypervisor.qemu]\n{settings}\n")
+    runtime = a_runtime(node.read(runtime_path=RUST_PATH if shim == RUST else GO_PATH))
+    for check in (lambda: preflight.check(runtime, pv_name="v"), lambda: preflight.check_raw(runtime)):
+        if words:
+            with pytest.raises(Refused, match=words):
+                check()
+        else:
+            check()
+
+
+def test_a_raw_device_needs_no_block_setting_of_the_go_shim(node):
+    for place, path in (("", GO_PATH), ("runtime-rs/", RUST_PATH)):
+        node(f"/etc/kata-containers/{place}configuration.toml", OFF)
+        runtime = a_runtime(node.read(runtime_path=path))
+        if path == GO_PATH:
+            preflight.check_raw(runtime)
+        else:
+            with pytest.raises(Refused, match="its containers fail"):
+                preflight.check_raw(runtime)
+
+
+CACHE = "io.katacontainers.config.hypervisor.block_device_cache_set"
+
+
+def test_who_sets_cache_options_of_the_go_shim_needs_a_node(node):
+    node("/etc/kata-containers/configuration.toml", "[hypervisor.qemu]\nenable_annotations = ['cache']\n")
+    found = node.read(runtime_path=GO_PATH)
+    assert not found.wants_node({})
+    assert found.wants_node({CACHE: "true"})
+    node("/etc/kata-containers/config.d/10-fast", "[hypervisor.qemu]\nblock_device_cache_set = true\n")
+    assert node.read(runtime_path=GO_PATH).wants_node({})
+    assert not node.read(runtime_path=GO_PATH).wants_node({CACHE: "false"})
+    node("/etc/kata-containers/runtime-rs/configuration.toml", "[hypervisor.qemu]\nblock_device_cache_set = true\n")
+    assert not node.read(runtime_path=RUST_PATH).wants_node({})
 
 
 # -- preflight
