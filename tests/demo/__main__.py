@@ -113,7 +113,7 @@ class Demo:
     def sandbox(self, vm: VM) -> Sandbox:
         # The settings of Kata's that docs/runtimes.md recommends.
         shared = self.shared if vm.has_virtiofs else None
-        settings = Settings(direct_volumes=self.driver.direct_volumes, shared=shared, aio="native", cache_direct=True,
+        settings = Settings(direct_volumes=self.driver.direct_volumes, shared=shared, aio="native", cache_set=True, cache_direct=True,
                             block_device_driver="virtio-blk", indep_iothreads=True)  # fmt: skip
         return Sandbox(vm=vm, settings=settings).start()
 

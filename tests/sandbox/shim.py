@@ -7,6 +7,7 @@ commands to QEMU and to the agent are those that a running Kata 4.1.0 sent.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import secrets
@@ -20,7 +21,7 @@ from google.protobuf.empty_pb2 import Empty
 
 from guestmount import ttrpc
 from runvol_proto import kata_agent_pb2, kata_csi_pb2, kata_health_pb2, kata_oci_pb2
-from tests.sandbox.vm import VM
+from tests.sandbox.vm import VM, QmpError
 
 GO, RUST = "go", "rust"
 _AGENT = "grpc.AgentService"
@@ -32,6 +33,10 @@ class ContainerFailed(Exception):
     """The container was not created."""
 
 
+class SandboxFailed(Exception):
+    """No container of the pod can be created."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """The part of Kata's configuration that matters for volumes."""
@@ -40,7 +45,8 @@ class Settings:
     block_device_driver: str = "virtio-scsi"
     disable_block_device_use: bool = False
     aio: str = "threads"
-    cache_direct: bool | None = None
+    cache_set: bool = False
+    cache_direct: bool = False
     indep_iothreads: bool = False
     direct_volumes: Path
     shared: Path | None = None
@@ -48,14 +54,15 @@ class Settings:
 
 @dataclass
 class Drive:
-    """A hot-plugged device; counted, since containers of one pod share it."""
+    """A hot-plugged device; counted, since containers of one pod share it. `fdset`: the Rust shim's, for its file."""
 
     node: str
     device: str
     driver: str
     source: str
-    storage: kata_agent_pb2.Storage
+    number: int
     users: int = 1
+    fdset: int | None = None
 
 
 @dataclass
@@ -66,11 +73,13 @@ class Sandbox:
     settings: Settings
     sandbox_id: str = field(default_factory=lambda: secrets.token_hex(32))
     drives: dict[str, Drive] = field(default_factory=dict)
-    forgotten: dict[str, list[Drive]] = field(default_factory=dict)
+    # Plugged in until the sandbox ends, as the Rust shim has no record of them any more.
+    forgotten: list[Drive] = field(default_factory=list)
     storages: list[kata_agent_pb2.Storage] = field(default_factory=list)
     _containers: dict[str, list[str]] = field(default_factory=dict)
     _binds: list[Path] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
+    plugged: int = 0
 
     # -- the agent
 
@@ -81,6 +90,11 @@ class Sandbox:
     def start(self) -> Sandbox:
         """Health, then CreateSandbox with the shared directory, as both shims do."""
         assert self.vm.agent is not None
+        driver = self.settings.block_device_driver
+        if self.settings.shim == RUST and driver in ("virtio-blk", "virtio-blk-mmio"):
+            raise SandboxFailed(f"unsupported block device type {driver}")
+        if self.settings.shim == GO and driver not in ("virtio-scsi", "virtio-blk"):
+            raise SandboxFailed(f"Invalid hypervisor block storage driver {driver} specified")
         self.vm.agent.call(
             "grpc.Health", "Check", kata_health_pb2.CheckRequest(), kata_health_pb2.HealthCheckResponse, 60.0
         )
@@ -113,7 +127,8 @@ class Sandbox:
             self.storages = list(request.storages)
             self.call("CreateContainer", request)
             self.call("StartContainer", kata_agent_pb2.StartContainerRequest(container_id=container_id))
-        except (ttrpc.RpcError, OSError, ValueError) as error:
+        except (ttrpc.RpcError, OSError, ValueError, QmpError, ContainerFailed) as error:
+            # What a sibling uses too is counted down by this, which is where the Rust shim forgets it.
             for key in plugged:
                 self._unplug(key)
             raise ContainerFailed(str(error)) from error
@@ -149,12 +164,20 @@ class Sandbox:
         return exec_id
 
     def remove_container(self, container_id: str) -> None:
-        """The guest unmounts, then the devices that nobody else uses are unplugged. The hand-off stays, as Kata leaves it."""
+        """The guest unmounts, then the devices that nobody else uses are unplugged, but what the Rust shim has forgotten.
+
+        The hand-off stays, as Kata leaves it.
+        """
         self.call("RemoveContainer", kata_agent_pb2.RemoveContainerRequest(container_id=container_id, timeout=10))
         for key in self._containers.pop(container_id):
             self._unplug(key)
 
     def destroy(self) -> None:
+        for drive in [*self.drives.values(), *self.forgotten]:
+            with contextlib.suppress(QmpError, OSError, TimeoutError):
+                self._pull(drive)
+        self.drives.clear()
+        self.forgotten.clear()
         for bind in self._binds:
             subprocess.run(["umount", "-l", str(bind)], check=False)  # virtiofsd keeps what a guest has looked at
         self._binds.clear()
@@ -180,8 +203,8 @@ class Sandbox:
         if info is None:
             self._share(mount["source"], oci, container_id)
             return
-        if self.settings.shim == RUST and mount["destination"].startswith("/dev/"):
-            info["fstype"] = "bind"  # taken for a device node
+        if self.settings.shim == RUST and mount["destination"].startswith("/dev"):
+            info["fstype"] = "bind"  # taken for a device node, /devices too
         read_only = "ro" in (info["options"] if self.settings.shim == GO else options)
         storage = self._plug(info, read_only, options, mount["destination"], plugged)
         request.storages.append(storage)
@@ -271,7 +294,7 @@ class Sandbox:
         else:
             kept = [option for option in info["options"] if option not in ("bind", "rbind")]
             storage.options.extend([*kept, "ro"] if read_only and "ro" not in kept else kept)
-            unique = f"{drive.device[:10]}-{secrets.token_hex(4)}-{os.path.basename(destination)}"
+            unique = f"{secrets.token_hex(5)}-{secrets.token_hex(4)}-{os.path.basename(destination)}"
             storage.mount_point = f"{_GUEST_SHARED}/passthrough/{unique}"
             if self.settings.shared is not None:
                 (self.settings.shared / "passthrough" / unique).mkdir(parents=True, exist_ok=True)
@@ -292,76 +315,111 @@ class Sandbox:
         request.OCI.Root.Path = path
 
     def _add_drive(self, key: str, read_only: bool) -> Drive:
+        if self.settings.block_device_driver not in ("virtio-scsi", "virtio-blk", "virtio-blk-pci"):
+            raise ContainerFailed(f"unsupported driver type {self.settings.block_device_driver}")
         backing = key.partition("#")[0]
-        node = f"drive-{secrets.token_hex(8)}"
+        if not backing.startswith("nbd://") and not os.path.exists(backing):
+            raise FileNotFoundError(2, "No such file or directory", backing)
+        number = self._free_number()
+        if self.settings.shim == RUST and not backing.startswith("nbd://"):
+            drive = self._plug_in_rust(backing, number, read_only)
+        else:
+            drive = self._plug_in_go(backing, number, read_only)
+        self.drives[key] = drive
+        return drive
+
+    def _plug_in_go(self, backing: str, number: int, read_only: bool) -> Drive:
+        node, settings = f"drive-{secrets.token_hex(8)}", self.settings
+        device = f"virtio-{node}"
         if backing.startswith("nbd://"):
             # Stands for a block node of a machine that is another one here.
             host, _, port = backing.removeprefix("nbd://").partition(":")
             self.vm.qmp("blockdev-add", driver="raw", **{"node-name": node, "read-only": read_only},
                         file={"driver": "nbd", "server": {"type": "inet", "host": host, "port": port}})  # fmt: skip
-            return self._plug_in(key, node)
-        if not os.path.exists(backing):
-            raise FileNotFoundError(2, "No such file or directory", backing)
-        block = stat.S_ISBLK(os.stat(backing).st_mode)
-        settings = self.settings
-        cache = {} if settings.cache_direct is None else {"cache": {"direct": settings.cache_direct, "no-flush": False}}
-        self.vm.qmp(
-            "blockdev-add",
-            driver="raw",
-            file={"aio": settings.aio, "driver": "host_device" if block else "file", "filename": backing, **cache},
-            **{"node-name": node, "read-only": read_only},
-            **cache,
-        )
-        return self._plug_in(key, node)
-
-    def _plug_in(self, key: str, node: str) -> Drive:
-        settings = self.settings
-        device = f"virtio-{node}"
-        number = self._free_number()
-        if self.settings.block_device_driver == "virtio-scsi":
+        else:
+            # With cache options it looks at nothing, and says that whatever it plugs in is a node.
+            block = settings.cache_set or stat.S_ISBLK(os.stat(backing).st_mode)
+            cache = {"cache": {"direct": settings.cache_direct, "no-flush": False}} if settings.cache_set else {}
+            self.vm.qmp(
+                "blockdev-add",
+                driver="raw",
+                file={"aio": settings.aio, "driver": "host_device" if block else "file", "filename": backing, **cache},
+                **{"node-name": node, "read-only": read_only},
+                **cache,
+            )
+        if settings.block_device_driver == "virtio-scsi":
             self.vm.qmp("device_add", driver="scsi-hd", bus="scsi0.0", drive=node, id=device,
                         **{"scsi-id": number // 256, "lun": number % 256, "share-rw": True})  # fmt: skip
-            driver, source = "scsi", f"{number // 256}:{number % 256}"
-        else:
-            slot = f"{number + 1:02x}"
-            thread = {"iothread": self._iothread()} if settings.indep_iothreads else {}
-            self.vm.qmp("device_add", driver="virtio-blk-pci", bus="pci-bridge-0", addr=slot, drive=node, id=device,
-                        romfile="", **{"num-queues": 1, "share-rw": True}, **thread)  # fmt: skip
-            driver, source = "blk", f"02/{slot}"
-        drive = Drive(node=node, device=device, driver=driver, source=source, storage=kata_agent_pb2.Storage())
-        self.drives[key] = drive
-        return drive
+            return Drive(
+                node=node, device=device, driver="scsi", source=f"{number // 256}:{number % 256}", number=number
+            )
+        slot = f"{number + 1:02x}"
+        thread = {"iothread": self._iothread("indep_iothreadsPrefix_0")} if settings.indep_iothreads else {}
+        self.vm.qmp("device_add", driver="virtio-blk-pci", bus="pci-bridge-0", addr=slot, drive=node, id=device,
+                    romfile="", **{"num-queues": 1, "share-rw": True}, **thread)  # fmt: skip
+        return Drive(node=node, device=device, driver="blk", source=f"02/{slot}", number=number)
 
-    def _iothread(self) -> str:
-        name = "indep_iothreadsPrefix_0"
+    def _plug_in_rust(self, backing: str, number: int, read_only: bool) -> Drive:
+        """The file is opened by the shim and passed to QEMU; cache_set is ignored."""
+        name, settings = f"drive-{self.plugged}", self.settings
+        self.plugged += 1
+        fd = os.open(backing, os.O_RDONLY if read_only else os.O_RDWR)
+        try:
+            fdset = self.vm.pass_fd(fd, f"kata-block:{name}:block-source")
+        finally:
+            os.close(fd)
+        block = stat.S_ISBLK(os.stat(backing).st_mode)
+        shared = {"force-share": True} if read_only else {}
+        self.vm.qmp("blockdev-add", driver="raw", **{"node-name": name, "read-only": read_only}, **shared,
+                    file={"driver": "host_device" if block else "file", "filename": f"/dev/fdset/{fdset}", "read-only": read_only,
+                          "aio": settings.aio, "cache": {"direct": settings.cache_direct}})  # fmt: skip
+        share = {} if read_only else {"share-rw": True}
+        if settings.block_device_driver == "virtio-scsi":
+            self.vm.qmp("device_add", driver="scsi-hd", bus="scsi0.0", drive=name, id=name,
+                        **{"scsi-id": number // 256, "lun": number % 256}, **share)  # fmt: skip
+            return Drive(node=name, device=name, driver="scsi", source=f"{number // 256}:{number % 256}", number=number,
+                         fdset=fdset)  # fmt: skip
+        slot = f"{number + 1:02x}"
+        thread = {"iothread": self._iothread("indep_iothread_0")} if settings.indep_iothreads else {}
+        self.vm.qmp(
+            "device_add", driver="virtio-blk-pci", bus="pci-bridge-0", addr=slot, drive=name, id=name, **share, **thread
+        )
+        return Drive(node=name, device=name, driver="blk", source=f"02/{slot}", number=number, fdset=fdset)
+
+    def _iothread(self, name: str) -> str:
         if name not in (one["id"] for one in self.vm.qmp("query-iothreads")):
             self.vm.qmp("object-add", **{"qom-type": "iothread", "id": name})
         return name
 
     def _free_number(self) -> int:
-        taken = {int(drive.source.rsplit(":", 1)[-1] if ":" in drive.source else drive.source[3:], 16 if "/" in drive.source else 10)
-                 - (1 if "/" in drive.source else 0) for drive in [*self.drives.values(), *(one for many in self.forgotten.values() for one in many)]}  # fmt: skip
+        taken = {drive.number for drive in [*self.drives.values(), *self.forgotten]}
         return next(number for number in range(250) if number not in taken)
 
     def _unplug(self, key: str) -> None:
-        drive = self.drives.get(key) or self.forgotten[key].pop()
+        drive = self.drives.get(key)
+        if drive is None:
+            return  # the Rust shim knows it no more, and it stays where it is
         drive.users -= 1
-        if drive.users:
+        raw = self.settings.shim == RUST and "#" in key
+        if drive.users or raw:
             if self.settings.shim == RUST:
-                # runtime-rs drops its record although the device stays plugged in; a further container plugs it again.
-                self.drives.pop(key, None)
-                self.forgotten.setdefault(key, []).append(drive)
+                # Its record goes although the detach has only counted down; a further container plugs it in again.
+                self.forgotten.append(self.drives.pop(key))
             return
-        self.drives.pop(key, None)
+        self._pull(self.drives.pop(key))
+
+    def _pull(self, drive: Drive) -> None:
         self.vm.qmp("device_del", id=drive.device)
         self.vm.wait_unplugged(drive.device)
         self.vm.remove_node(drive.node)
+        if drive.fdset is not None:
+            self.vm.qmp("remove-fd", **{"fdset-id": drive.fdset})
 
     def _raw_device(self, device: dict[str, Any], request: Any, plugged: list[str]) -> None:
         """volumeMode Block: known by major:minor only, whatever node names it has on the host."""
         real = "/dev/" + os.path.basename(os.path.realpath(f"/sys/dev/block/{device['major']}:{device['minor']}"))
         # runtime-rs looks devices up by an empty path, which never matches: each container plugs its own.
-        key = f"{real}#{len(self.drives)}" if self.settings.shim == RUST else real
+        key = f"{real}#{self.plugged}" if self.settings.shim == RUST else real
         drive = self.drives.get(key)
         if drive is None:
             drive = self._add_drive(key, read_only=False)

@@ -249,6 +249,12 @@ class VM:
             if "return" in answer:
                 return answer["return"]
 
+    def pass_fd(self, fd: int, opaque: str) -> int:
+        """QEMU has a copy of the descriptor; the number of its set, which `/dev/fdset/N` opens."""
+        assert self._qmp is not None
+        socket.send_fds(self._qmp, [b" "], [fd])
+        return int(self.qmp("add-fd", opaque=opaque)["fdset-id"])
+
     def remove_node(self, node: str, seconds: float = 10.0) -> None:
         """blockdev-del; QEMU lets go of a device's disk a moment after the device."""
         until = time.monotonic() + seconds
