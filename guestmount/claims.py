@@ -179,9 +179,8 @@ class Cell:
 
         Somebody has then unbound it, and its number is anybody's, while a hand-off or a bound node speaks of it.
         """
-        try:
-            volume = os.readlink(self._place(device))
-        except OSError:
+        volume = _text(self._place(device))
+        if not volume:
             return False
         path = os.path.join(os.path.dirname(self._path), f"{volume}.json")
         if path == self._path:
@@ -202,20 +201,17 @@ class Cell:
             return
         volume = os.path.basename(self._path).removesuffix(".json")
         with contextlib.suppress(OSError):
-            if old.startswith(_LOOP) and os.readlink(self._place(old)) == volume:
+            if old.startswith(_LOOP) and _text(self._place(old)) == volume:
                 os.unlink(self._place(old))
         if not device.startswith(_LOOP):
             return
         place = self._place(device)
         with contextlib.suppress(OSError):
             try:
-                os.symlink(volume, place)
+                _note(place, volume)
             except FileNotFoundError:
                 os.makedirs(os.path.dirname(place), mode=0o700, exist_ok=True)
-                os.symlink(volume, place)
-            except FileExistsError:
-                os.unlink(place)
-                os.symlink(volume, place)
+                _note(place, volume)
 
     @property
     def present(self) -> Claim:
@@ -271,6 +267,19 @@ class Cell:
             self._bear(error)
         self._index("")
         self.claim = None
+
+
+def _text(path: str) -> str:
+    try:
+        with open(path, encoding="ascii") as file:
+            return file.read(256)
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _note(path: str, text: str) -> None:
+    with open(path, "w", encoding="ascii") as file:
+        file.write(text)
 
 
 def _encoded(claim: Claim) -> bytes:

@@ -256,21 +256,31 @@ def _by_inode(images: Sequence[tuple[str, str]]) -> dict[tuple[int, int], tuple[
     return found
 
 
-def at_start(node: Node) -> list[str]:
+def before_serving(node: Node) -> list[str]:
+    """What the first call must find: the claims, made again where they were lost. Looks only at what is in memory."""
+    sweeps = [dialect.sweep for dialect in node.dialects]
+    return _each([node.claims.sweep, *sweeps, functools.partial(_reclaim, node, Deadline.after(_START))])
+
+
+def behind(node: Node) -> list[str]:
     """What a killed process left half-made, and what is known without it; never anything that a pod could be using.
 
-    A step that fails is told and stops no other: a plugin that does not start cannot even unpublish.
+    It takes as long as there is to remove, and goes on beside the calls: one about a volume puts that volume right
+    itself, and each step here has to itself what it works on.
     """
     deadline = Deadline.after(_START)
-    steps: list[Callable[[], Sequence[str] | None]] = [
-        node.claims.sweep,
-        *(dialect.sweep for dialect in node.dialects),
-        functools.partial(_reclaim, node, deadline),
-        functools.partial(_open, node, deadline),
-        functools.partial(_withdraw, node, deadline),
-        node.catalog.recover,
-        functools.partial(_settle, node),
-    ]
+    return _each(
+        [
+            functools.partial(_open, node, deadline),
+            functools.partial(_withdraw, node, deadline),
+            node.catalog.recover,
+            functools.partial(_settle, node),
+        ]
+    )
+
+
+def _each(steps: Sequence[Callable[[], Sequence[str] | None]]) -> list[str]:
+    """A step that fails is told and stops no other: a plugin that does not start cannot even unpublish."""
     said: list[str] = []
     for step in steps:
         try:

@@ -8,8 +8,9 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Sequence
 
-from guestmount import boot, repair
+from guestmount import Node, boot, repair
 from runvol import assembly, version
 from runvol.config import Config
 
@@ -44,8 +45,22 @@ def leave() -> None:
         time.sleep(_STEP)
 
 
+def _repair(node: Node, state_dir: str) -> None:
+    """Beside the calls, since it may take long."""
+    try:
+        _tell([*boot.forget_others(state_dir), *repair.behind(node)])
+    except Exception:
+        log.exception("a repair failed; it is tried again at the next start and by gc")
+    log.info("repairs done")
+
+
+def _tell(done: Sequence[str]) -> None:
+    for one in done:
+        log.warning("repaired", extra={"what": one})
+
+
 def csi_plugin(config: Config) -> None:
-    """Repair what the last process left, listen, and end gracefully on SIGTERM or SIGINT."""
+    """Listen, repair what the last process left, and end gracefully on SIGTERM or SIGINT."""
     # mkfs and fsck are forked; gRPC's own fork handlers would stop every call for that.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     from csi import Server
@@ -64,8 +79,7 @@ def csi_plugin(config: Config) -> None:
     if doubt is not None:
         log.error("mounts may not reach kubelet", extra={"why": doubt.why, "certain": doubt.certain})
     node.catalog.prepare()
-    for done in [*boot.forget_others(config.text("paths.state_dir")), *repair.at_start(node)]:
-        log.warning("repaired", extra={"what": done})
+    _tell(repair.before_serving(node))
     server.start()
     flexvolume = (
         Service(node, config.text("paths.run_dir"), assembly.records(config))
@@ -76,6 +90,7 @@ def csi_plugin(config: Config) -> None:
         flexvolume.start()
     log.info("serving", extra={"endpoint": config.text("csi.endpoint"), "node": config.node_id,
                                "services": list(config.words("csi.services")), "version": version()})  # fmt: skip
+    threading.Thread(target=_repair, args=(node, config.text("paths.state_dir")), name="repair", daemon=True).start()
     told.recv(1)
     log.info("stopping")
     if flexvolume is not None:

@@ -234,7 +234,10 @@ def gc(load: Loader, dry_run: bool, as_json: bool) -> None:
     done = (
         []
         if dry_run
-        else [repair.Finding(kind="volume", place="store", why=said, done=True) for said in repair.at_start(node)]
+        else [
+            repair.Finding(kind="volume", place="store", why=said, done=True)
+            for said in [*repair.before_serving(node), *repair.behind(node)]
+        ]
     )
     done += [repair.Finding(kind="volume", place=one.name, why=one.why) for one in node.catalog.unfinished()]
     found = done + repair.collect(node, Deadline.after(_CALL), dry_run=dry_run)

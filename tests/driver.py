@@ -117,7 +117,9 @@ class Driver:
         self.stop()
         self.remove()
 
-    def start(self) -> None:
+    def start(self, *, repaired: bool = True) -> None:
+        """Until it answers, and unless told otherwise has put right what was left."""
+        before = self._repairs()
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [*self.prefix, sys.executable, "-m", "runvol", "csi", "--endpoint", f"unix://{self.socket}"],
@@ -131,10 +133,18 @@ class Driver:
             try:
                 client.Probe(timeout=1.0)
                 self.client = client
-                return
+                break
             except grpc.RpcError:
                 client.close()
                 time.sleep(0.03)
+        # It serves at once; what its last process left is put right behind.
+        while repaired and self._repairs() <= before:
+            if time.monotonic() > until + 40:
+                raise RuntimeError(f"its repairs do not end: {self.log.read_text()[-3000:]}")
+            time.sleep(0.01)
+
+    def _repairs(self) -> int:
+        return self.log.read_text(errors="replace").count("repairs done") if self.log.exists() else 0
 
     def stop(self) -> None:
         self._end(signal.SIGTERM)

@@ -1,39 +1,60 @@
-"""A recovery never meets a creation or a deletion that is under way, also not one of another process."""
+"""A recovery never meets a creation, a deletion or a copy that is under way, also not one of another process; and it
+keeps none waiting but that of the volume which it puts right."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
+import struct
+import time
 from collections.abc import Iterator
 
-from blockdev import flocks
 from volumes.errors import StoreFailed, VolumeUnfinished
 
 # Seconds.
 _PATIENCE = 5.0
+_STEP = 0.005
 
 
 class Busy:
-    """One file, locked shared by whoever makes or deletes, exclusively by whoever recovers."""
+    """One file, of which every name has a byte to lock: whoever is at work on it has the byte.
+
+    Open file description locks (fcntl(2)), so that threads exclude each other as processes do, and no disk need have
+    room for a file a lock.
+    """
 
     def __init__(self, path: str) -> None:
         self._path = path
 
     @contextlib.contextmanager
-    def __call__(self, *, exclusive: bool = False) -> Iterator[None]:
-        """BlockingIOError for an exclusive one while somebody is at work. VolumeUnfinished for a shared one while a
-        recovery takes longer than a call waits; StoreFailed where nothing can be written."""
+    def __call__(self, what: str, *, seconds: float = _PATIENCE) -> Iterator[None]:
+        """Alone at work on `what`. VolumeUnfinished where somebody else is for so many seconds; StoreFailed where
+        nothing can be written."""
         try:
             os.makedirs(os.path.dirname(self._path), mode=0o700, exist_ok=True)
             fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise StoreFailed(f"{self._path} cannot be locked: {error.strerror}") from error
+        at = int.from_bytes(hashlib.blake2b(os.fsencode(what), digest_size=7).digest(), "big")
         try:
-            if exclusive:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            elif not flocks.locked(fd, fcntl.LOCK_SH, _PATIENCE):
-                raise VolumeUnfinished(f"a recovery is under way ({self._path} is locked); ask again")
+            until = time.monotonic() + seconds
+            while not _set(fd, at, fcntl.F_WRLCK):
+                if time.monotonic() >= until:
+                    raise VolumeUnfinished(f"another call, or another process, is at work on {what}; ask again")
+                time.sleep(_STEP)
             yield
         finally:
-            flocks.release(fd)
+            # Said, not left to close(2): a child between fork and exec has a copy of the descriptor.
+            _set(fd, at, fcntl.F_UNLCK)
+            os.close(fd)
+
+
+def _set(fd: int, at: int, kind: int) -> bool:
+    """Whether the byte has that lock; struct flock of fcntl(2)."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", kind, os.SEEK_SET, at, 1, 0))
+    except (BlockingIOError, PermissionError):
+        return False
+    return True

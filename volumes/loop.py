@@ -42,7 +42,7 @@ from volumes.model import (
 )
 from volumes.parameter import FSTYPE, Parameter, one_of
 from volumes.place import Place, Stored, nearest
-from volumes.snapshots import GROUP_PREFIX, Snapshots
+from volumes.snapshots import GROUP_PREFIX, Snapshots, taking
 from volumes.snapshots import PREFIX as SNAPSHOT_PREFIX
 from volumes.store import Row, SnapshotRow, State, Store
 from volumes.troubles import Recovery, Step, Trouble, Unfinished, logged
@@ -144,7 +144,7 @@ class LoopBackend(Stored):
         source: ContentSource | None,
         progress: Progress,
     ) -> Volume:
-        with self._busy():
+        with self._busy(_key(name)):
             old = self._store.by_name(name)
             if old is not None and old.state is State.READY:
                 return _same(old, size, parameters, source, self._volume(old))
@@ -200,14 +200,17 @@ class LoopBackend(Stored):
         return self.attach(source.source_id).path
 
     def delete(self, volume_id: str) -> None:
-        with self._busy():
+        row = self._store.get(volume_id)
+        if row is None:
+            self._store.check_own(PREFIX, volume_id)
+            return
+        if row.state is State.CREATING and self._jobs.progress(_filling(row.name)) is not None:
+            raise VolumeUnfinished(f"volume {volume_id} is being filled from {row.source}")
+        with self._busy(_key(row.name)):
             row = self._store.get(volume_id)
             if row is None:
-                self._store.check_own(PREFIX, volume_id)
                 return
             self._be_ours()
-            if row.state is State.CREATING and self._jobs.progress(_filling(row.name)) is not None:
-                raise VolumeUnfinished(f"volume {volume_id} is being filled from {row.source}")
             path = self._path(volume_id)
             if row.state is State.READY and os.path.exists(path):
                 exclusivity.prove_free(path, past_known=False)
@@ -249,15 +252,16 @@ class LoopBackend(Stored):
 
     def expand(self, volume_id: str, size: SizeRange) -> Volume:
         before = self._known(volume_id)
-        with self._busy(), self._store.transaction():
-            capacity = self.check_expand(volume_id, size)
-            # The row first: a file that is smaller than its row is grown at the next start or attempt.
-            self._store.set_capacity(volume_id, capacity)
-        try:
-            self._resize_file(self._known(volume_id))
-        except NoSpace:
-            self._store.set_capacity(volume_id, before.capacity_bytes)
-            raise
+        with self._busy(_key(before.name)):
+            with self._store.transaction():
+                capacity = self.check_expand(volume_id, size)
+                # The row first: a file that is smaller than its row is grown at the next start or attempt.
+                self._store.set_capacity(volume_id, capacity)
+            try:
+                self._resize_file(self._known(volume_id))
+            except NoSpace:
+                self._store.set_capacity(volume_id, before.capacity_bytes)
+                raise
         return self._known(volume_id)
 
     # -- the node's verbs
@@ -266,11 +270,14 @@ class LoopBackend(Stored):
         return None
 
     def attach(self, volume_id: str, _context: Mapping[str, str] | None = None) -> BlockSource:
-        self._known(volume_id)
-        path = self._path(volume_id)
-        if not os.path.exists(path):
+        volume, path = self._known(volume_id), self._path(volume_id)
+        try:
+            size = os.stat(path).st_size
+        except FileNotFoundError:
             self._be_ours()
-            raise VolumeNotFound(f"{volume_id} (its file {path} is gone)")
+            raise VolumeNotFound(f"{volume_id} (its file {path} is gone)") from None
+        if size < volume.capacity_bytes:  # an expansion was killed in the middle
+            self._resize_file(volume)
         return BlockSource(path=path)
 
     def format(self, volume_id: str, fstype: str, deadline: Deadline) -> None:
@@ -338,7 +345,7 @@ class LoopBackend(Stored):
         if facts.st_size == 0 or facts.st_size % 512:
             raise SizeNotAllowed(f"{path} has {facts.st_size} bytes, which is no whole number of 512-byte sectors")
         exclusivity.prove_free(path, past_known=False)
-        with self._busy():
+        with self._busy(_key(name)):
             volume_id = self._store.new_id(PREFIX)
             with self._store.transaction():
                 if self._store.by_name(name) is not None:
@@ -362,9 +369,10 @@ class LoopBackend(Stored):
 
     def _steps(self) -> Iterator[Step]:
         for row in self._store.rows():
-            yield row.volume_id, _left(row), partial(self._settle, row)
+            yield row.volume_id, _key(row.name), _left(row), partial(self._settle_now, row.volume_id)
         for snapshot in self._store.snapshots():
-            yield snapshot.snapshot_id, _left(snapshot), partial(self.image_snapshots.settle, snapshot)
+            one = snapshot.snapshot_id
+            yield one, taking(snapshot), _left(snapshot), partial(self.image_snapshots.settle, one)
 
     def unknown_files(self) -> Sequence[str]:
         """Files in the directory that no row speaks of; never removed by runvol.
@@ -382,6 +390,10 @@ class LoopBackend(Stored):
 
     def _names(self) -> Iterator[str]:
         return (row.volume_id + _SUFFIX for row in self._store.rows(state=State.READY))
+
+    def _settle_now(self, volume_id: str) -> str | None:
+        row = self._store.get(volume_id)
+        return self._settle(row) if row is not None else None
 
     def _settle(self, row: Row) -> str | None:
         path = self._path(row.volume_id)
@@ -488,6 +500,11 @@ class LoopBackend(Stored):
                 os.unlink(os.path.join(self._directory, volume_id + suffix))
         durable.sync_directory(self._directory)
         self._store.remove(volume_id)
+
+
+def _key(name: str) -> str:
+    """Under which somebody is at work on the volume of that name."""
+    return f"volume {name}"
 
 
 def _filling(name: str) -> str:

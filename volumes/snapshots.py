@@ -12,11 +12,11 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 
 from blockdev import Deadline, durable, flocks
 from volumes import copies
 from volumes.backend import Keeper
+from volumes.busy import Busy
 from volumes.errors import NoSpace, VolumeConflict, VolumeNotFound, VolumeUnfinished
 from volumes.jobs import PATIENCE, Jobs, Progress
 from volumes.model import VOLUME_ID, Snapshot, SnapshotGroup
@@ -37,7 +37,7 @@ class Snapshots:
         directory: str,
         jobs: Jobs,
         *,
-        busy: Callable[[], AbstractContextManager[None]],
+        busy: Busy,
         room: Callable[[], int],
         keeper: Callable[[], Keeper],
     ) -> None:
@@ -50,7 +50,7 @@ class Snapshots:
         """The snapshot called `name`, taken now or before. VolumeConflict if the name is another volume's."""
 
         def work(progress: Progress) -> None:
-            with self._keeper().still([source], Deadline.after(PATIENCE)), self._busy():
+            with self._keeper().still([source], Deadline.after(PATIENCE)), self._busy(key):
                 self._take(name, source, source_path, progress)
 
         old, key = self._store.snapshot_by_name(name), _taking(name)
@@ -149,7 +149,7 @@ class Snapshots:
 
         def work(progress: Progress) -> None:
             keeper = self._keeper()
-            with keeper.still(volumes, Deadline.after(PATIENCE)), self._busy():
+            with keeper.still(volumes, Deadline.after(PATIENCE)), self._busy(_taking(group_id)):
                 for volume in volumes:
                     keeper.check_unowned(volume)
                 self._take_group(group_id, sources, progress)
@@ -198,7 +198,8 @@ class Snapshots:
         if self._jobs.progress(_taking(group_id)) is not None:
             raise VolumeUnfinished(f"the snapshots of the group {group_id} are being made")
         if VOLUME_ID.match(group_id):
-            self._drop_group(group_id)
+            with self._busy(_taking(group_id)):
+                self._drop_group(group_id)
 
     def _drop_group(self, group_id: str) -> None:
         members = self._store.snapshots(group=group_id)
@@ -231,18 +232,20 @@ class Snapshots:
         else:
             if row.state is State.CREATING and self._jobs.progress(_taking(row.name)) is not None:
                 raise VolumeUnfinished(f"snapshot {snapshot_id} is being made")
-            self._store.set_snapshot_state(snapshot_id, State.DELETING)
-            self._drop(snapshot_id)
+            with self._busy(taking(row)):
+                self._store.set_snapshot_state(snapshot_id, State.DELETING)
+                self._drop(snapshot_id)
 
     def path(self, snapshot_id: str) -> str:
         return os.path.join(self._directory, snapshot_id + SUFFIX)
 
-    def settle(self, row: SnapshotRow) -> str | None:
+    def settle(self, snapshot_id: str) -> str | None:
         """Undo what was half-made, finish what was half-deleted; what was done, in words."""
-        if row.state is State.READY:
+        row = self._store.snapshot(snapshot_id)
+        if row is None or row.state is State.READY:
             return None
-        self._drop(row.snapshot_id)
-        return f"removed snapshot {row.snapshot_id}, which was {row.state.value} when the process ended"
+        self._drop(snapshot_id)
+        return f"removed snapshot {snapshot_id}, which was {row.state.value} when the process ended"
 
     def known_files(self) -> set[str]:
         return {snapshot_id + suffix for snapshot_id in self._store.snapshot_ids() for suffix in (SUFFIX, NEW)}
@@ -260,6 +263,11 @@ class Snapshots:
 def _taking(name: str) -> str:
     """The key of the work that takes a snapshot, or a group, of that name."""
     return f"snapshot {name}"
+
+
+def taking(row: SnapshotRow) -> str:
+    """The same for a snapshot that there is."""
+    return _taking(row.group or row.name)
 
 
 def _patience(deadline: Deadline) -> float:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from blockdev.errors import BlockdevError
 from volumes.busy import Busy
-from volumes.errors import VolumeError
+from volumes.errors import VolumeError, VolumeUnfinished
 
 log = logging.getLogger("runvol.volumes")
 
@@ -32,12 +32,13 @@ class Unfinished:
     why: str
 
 
-# A name, what a killed process has left of it (empty for nothing), and what puts it right: what was done, in words.
-Step = tuple[str, str, Callable[[], str | None]]
+# A name, the key under which somebody may be at work on it, what a killed process has left of it (empty for nothing),
+# and what puts it right as it stands by then: what was done, in words.
+Step = tuple[str, str, str, Callable[[], str | None]]
 
 
 class Recovery:
-    """A backend's recovery. `steps` looks at the store; `busy` keeps it from whoever is at work."""
+    """A backend's recovery. `steps` looks at the store; `busy` keeps it from whoever is at work, one by one."""
 
     def __init__(self, store: str, busy: Busy, steps: Callable[[], Iterable[Step]]) -> None:
         self._store, self._busy, self._steps = store, busy, steps
@@ -47,23 +48,21 @@ class Recovery:
         """What was done, in words. What could not be done is logged, stays `unfinished`, and stops nothing."""
         self._failed = {}
         try:
-            with self._busy(exclusive=True):
-                return list(self._settled())
-        except BlockingIOError:
-            return []  # another process is at work and repairs what it leaves itself
+            steps = list(self._steps())
         except EXPECTED as error:
             self._fail(self._store, error)
             return []
+        return [said for name, key, _left, settle in steps if (said := self._settled(name, key, settle))]
 
-    def _settled(self) -> Iterator[str]:
-        for name, _left, settle in self._steps():
-            try:
-                said = settle()
-            except EXPECTED as error:
-                self._fail(name, error)
-                continue
-            if said:
-                yield said
+    def _settled(self, name: str, key: str, settle: Callable[[], str | None]) -> str | None:
+        try:
+            with self._busy(key, seconds=0):
+                return settle()
+        except VolumeUnfinished:
+            return None  # somebody is at work on it, and finishes or undoes it
+        except EXPECTED as error:
+            self._fail(name, error)
+            return None
 
     def _fail(self, name: str, error: Exception) -> None:
         log.error("not recovered; tried again by the next start and by `runvol gc`",
@@ -74,12 +73,19 @@ class Recovery:
         """What `run` would do now, or could not do when it was called; changes nothing, and makes nothing."""
         if not os.path.exists(self._store):
             return []
+        said = {}
         try:
-            with self._busy(exclusive=True):
-                left = {name: why for name, why, _settle in self._steps()}
-        except BlockingIOError:
-            return []  # it is somebody's work, not somebody's remains
+            for name, key, left, _settle in self._steps():
+                why = ", but ".join(filter(None, (left, self._failed.get(name))))
+                if why and self._is_idle(key):
+                    said[name] = why
         except EXPECTED as error:
-            left = {self._store: str(error)}
-        said = {name: ", but ".join(filter(None, (why, self._failed.get(name)))) for name, why in left.items()}
-        return [Unfinished(name=name, why=why) for name, why in sorted(said.items()) if why]
+            said[self._store] = str(error)
+        return [Unfinished(name=name, why=why) for name, why in sorted(said.items())]
+
+    def _is_idle(self, key: str) -> bool:
+        try:
+            with self._busy(key, seconds=0):
+                return True
+        except VolumeUnfinished:
+            return False  # it is somebody's work, not somebody's remains

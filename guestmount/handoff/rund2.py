@@ -32,7 +32,7 @@ class Rund2Dialect:
     def check(self, delivery: Delivery) -> None:
         raise Unsupported(
             "the dialect rund2 carries a block volume only beside a mount of the host, so that two kernels would have "
-            f"volume {delivery.volume_id}; use RunD 3, Kata, or an NFS volume"
+            f"volume {delivery.volume_id}; use Kata, or an NFS volume"
         )
 
     def check_nfs(self, delivery: NfsDelivery) -> None:

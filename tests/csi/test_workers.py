@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from csi.errors import CallError
 from csi.workers import Workers, family_of
 from runvol_proto import csi_pb2
 from tests.driver import mount_capability
+from volumes.busy import Busy
 
 pytestmark = pytest.mark.kernel
 MIB = 1 << 20
@@ -42,26 +42,18 @@ def test_one_store_leaves_threads_for_others():
     assert family_of(csi_pb2.ProbeRequest()) == "" and family_of("no message") == ""
 
 
-@pytest.fixture
-def locked(driver):
-    """A recovery of another process has the store, as long as the block lasts."""
-    fd = os.open(driver.state / "volumes.lock", os.O_RDWR | os.O_CREAT, 0o600)
-    fcntl.flock(fd, fcntl.LOCK_EX)
-    yield
-    os.close(fd)
-
-
-def test_a_recovery_that_takes_long_holds_up_creations_and_nothing_else(driver, locked):
+def test_a_recovery_of_another_process_holds_up_its_volume_and_nothing_else(driver):
     client = driver.client
     asked = {"volume_capabilities": [mount_capability()], "timeout": 30.0}
-    with futures.ThreadPoolExecutor(40) as several:
-        creations = [several.submit(client.CreateVolume, name=f"v{number}", **asked) for number in range(40)]
-        time.sleep(0.3)
+    with Busy(str(driver.state / "volumes.lock"))("volume held"), futures.ThreadPoolExecutor(40) as several:
+        held = [several.submit(client.CreateVolume, name="held", **asked) for _ in range(20)]
+        others = [several.submit(client.CreateVolume, name=f"v{number}", **asked) for number in range(10)]
         assert client.Probe(timeout=3.0).ready.value
         target = str(driver.kubelet / "t")
         client.NodeUnpublishVolume(volume_id="loop-x", target_path=target, timeout=3.0)
-        answers = {one.exception().code() for one in creations}
-    assert answers == {grpc.StatusCode.ABORTED}
+        assert all(one.result().volume.volume_id for one in others)
+        assert {one.exception().code() for one in held} == {grpc.StatusCode.ABORTED}
+    assert client.CreateVolume(name="held", **asked).volume.volume_id
 
 
 def test_a_process_ends_whatever_its_threads_wait_for():
@@ -112,17 +104,17 @@ def test_many_restores_at_once_hold_up_nobody(driver):
 
 
 def test_a_caller_that_has_gone_while_its_call_waited_has_nothing_begun(driver):
-    fd = os.open(driver.state / "volumes.lock", os.O_RDWR | os.O_CREAT, 0o600)
-    fcntl.flock(fd, fcntl.LOCK_EX)
-    asked = {"volume_capabilities": [mount_capability()]}
-    with futures.ThreadPoolExecutor(32) as several:
+    asked, busy = {"volume_capabilities": [mount_capability()]}, Busy(str(driver.state / "volumes.lock"))
+    with futures.ThreadPoolExecutor(32) as several, contextlib.ExitStack() as held:
+        for number in range(32):
+            held.enter_context(busy(f"volume v{number}"))
         creations = [
             several.submit(driver.client.CreateVolume, name=f"v{number}", timeout=30.0, **asked) for number in range(32)
         ]
         time.sleep(0.5)
         with pytest.raises(grpc.RpcError):
             driver.client.CreateVolume(name="late", timeout=1.0, **asked)
-        os.close(fd)
+        held.close()
         assert len({one.result().volume.volume_id for one in creations}) == 32
     time.sleep(0.5)
     assert len(driver.client.ListVolumes().entries) == 32

@@ -14,10 +14,11 @@ from typing import Any
 
 import grpc
 from rich.console import Console
+from rich.markup import escape
 
 from blockdev import superblocks
-from tests.demo import report
-from tests.demo.measure import ROUNDS, Figure, Run, lay_out, measure, on_host
+from tests.demo import kata, report
+from tests.demo.measure import ROUNDS, Figure, Run, lay_out, measure, measure_beside, on_host
 from tests.driver import Driver
 from tests.sandbox.guest import build
 from tests.sandbox.shim import Sandbox, Settings, volume_mount, write_bundle
@@ -73,7 +74,7 @@ class Demo:
 
     def create_and_stage(self) -> Any:
         with step("CreateVolume over gRPC: 1 GiB, backend loop"):
-            volume = self.driver.create("pvc-demo", 1 << 30)
+            volume = self.volume = self.driver.create("pvc-demo", 1 << 30)
             say(f"volume {volume.volume_id}")
         with step("NodeStageVolume: formatted, and mounted nowhere on the host"):
             self.driver.stage(volume)
@@ -110,12 +111,10 @@ class Demo:
             console.print(self.driver.cli("handoffs").stdout, end="")
         return target
 
-    def sandbox(self, vm: VM) -> Sandbox:
-        # The settings of Kata's that docs/runtimes.md recommends.
+    def sandbox(self, vm: VM, setup: kata.Setup = kata.RECOMMENDED) -> Sandbox:
         shared = self.shared if vm.has_virtiofs else None
-        settings = Settings(direct_volumes=self.driver.direct_volumes, shared=shared, aio="native", cache_set=True, cache_direct=True,
-                            block_device_driver="virtio-blk", indep_iothreads=True)  # fmt: skip
-        return Sandbox(vm=vm, settings=settings).start()
+        settings = Settings(direct_volumes=self.driver.direct_volumes, shared=shared, **setup.double)
+        return Sandbox(vm=vm, settings=settings)
 
     def in_a_guest(self, volume: Any, target: str, status_quo: str) -> None:
         with step(f"A guest boots (QEMU, {accelerator()})"):
@@ -125,7 +124,7 @@ class Demo:
             with step(
                 "The shim finds the hand-off by the mount's source, hot-plugs the device, and the agent mounts it"
             ):
-                sandbox = self.sandbox(vm)
+                sandbox = self.sandbox(vm).start()
                 nine = {"destination": "/mnt/9p", "type": "9p", "source": "hostmount",
                         "options": ["trans=virtio", "version=9p2000.L", "msize=512000", "cache=none"]}  # fmt: skip
                 mounts = [volume_mount(target), nine, volume_mount(status_quo, "/mnt/virtiofs")]
@@ -145,6 +144,8 @@ class Demo:
                 )
                 expect(code == 0 and text == "still here\n", f"the guest can write: {text}")
             self.measure_in(sandbox)
+            sandbox.remove_container("db-0")
+            self.measure_setups(vm, volume)
         finally:
             with step("The guest is killed (SIGKILL, as a power cut)"):
                 vm.kill()
@@ -158,6 +159,27 @@ class Demo:
             with step(f"fio in the guest: {report.NAMES[path]}"):
                 for job in JOBS:
                     self.add(measure(run, path, job, directory, seconds=self.seconds, size=self.size))
+
+    def measure_setups(self, vm: VM, volume: Any) -> None:
+        """The same file in the same guest, as each shim plugs it in with Kata's defaults and as recommended."""
+        with step(f"A pod of a handler with the Go shim as it is shipped ({kata.GO_SHIPPED.handler})"):
+            self.driver.unpublish(volume, POD_A)
+            try:
+                self.driver.publish(volume, POD_A, runtime=kata.GO_SHIPPED.handler, name="db-0")
+                expect(False, "a shim that ignores block devices is refused")
+            except grpc.RpcError as error:
+                say(f"[yellow]{escape(error.details())}[/]")
+        for setup in kata.MEASURED:
+            with step(f"fio in the guest: {setup.name} ({setup.plugs})"):
+                target = self.driver.publish(volume, POD_A, runtime=setup.handler, name="db-0")
+                sandbox, name = self.sandbox(vm, setup), f"db-{setup.handler}"
+                sandbox.create_container(write_bundle(self.bundles / setup.handler, [volume_mount(target)]), name)
+                self.measure_pair(sandbox, name, setup.handler)
+                sandbox.remove_container(name)
+                sandbox.destroy()
+                self.driver.unpublish(volume, POD_A)
+        with step("The pod of before again"):
+            self.driver.publish(volume, POD_A, runtime="kata", name="db-0")
 
     @staticmethod
     def runner(sandbox: Sandbox, container: str) -> Run:
@@ -177,7 +199,7 @@ class Demo:
     def in_a_new_guest(self, target: str) -> None:
         with step("A new guest: the file is still there, and the filesystem is clean"):
             with VM(virtiofs=self.shared) as vm:
-                sandbox = self.sandbox(vm)
+                sandbox = self.sandbox(vm).start()
                 sandbox.create_container(write_bundle(self.bundles / "b", [volume_mount(target)]), "db-0-again")
                 _, text = sandbox.run("db-0-again", "cat", "/mnt/data/file")
                 expect(text == "still here\n", f"the file survived: {text!r}")
@@ -191,9 +213,7 @@ class Demo:
 
     @property
     def image(self) -> Path:
-        return next(
-            path for path in (self.driver.state / "volumes").glob("*.img") if self.other.volume_id not in path.name
-        )
+        return self.source(self.volume)
 
     def refuse_a_second_pod(self, volume: Any) -> None:
         with step("A second sandboxed pod wants the volume while the first has it"):
@@ -204,32 +224,40 @@ class Demo:
                 expect(
                     error.code() is grpc.StatusCode.FAILED_PRECONDITION, f"refused with the right code: {error.code()}"
                 )
-                say(f"[yellow]{error.details()}[/]")
+                say(f"[yellow]{escape(error.details())}[/]")
 
     def finish_sandbox(self, volume: Any) -> None:
         with step("NodeUnpublishVolume: the hand-off is withdrawn, the claim released"):
             self.driver.unpublish(volume, POD_A)
 
     def bare_qemu(self, volume: Any) -> None:
-        """The same file twice in one guest: plugged in before the boot with the best options known, then by runvol."""
-        with VM(drives=[self.source(volume)]) as vm:
-            sandbox = self.sandbox(vm)
-            with step(
-                "For comparison: the same file, cold-plugged into a bare QEMU (virtio-blk, iothread, native AIO)"
-            ):
+        """Two equal volumes in one guest, one plugged in before the boot with the best options known, one by runvol."""
+        with step("For comparison: an equal volume, cold-plugged into a bare QEMU (virtio-blk, iothread, native AIO)"):
+            bare = self.driver.create("pvc-bare", 1 << 30)
+            self.driver.stage(bare)
+            vm = VM(drives=[self.source(bare)])
+            vm.__enter__()
+        try:
+            with step("… and the volume by runvol in the same guest, in turn with it"):
+                sandbox = self.sandbox(vm).start()
                 mount = {"destination": "/mnt/data", "type": "ext4", "source": "/dev/vda", "options": ["rw"]}
                 sandbox.create_container(write_bundle(self.bundles / "c", [mount]), "bare")
-                self.measure_pair(sandbox, "bare", "bare QEMU")
-                sandbox.remove_container("bare")
-                vm.qmp("device_del", id="vd0")
-                vm.wait_unplugged("vd0")
-                vm.remove_node("cold0")
-            with step("… and once more by runvol, in the same guest"):
                 target = self.driver.publish(volume, POD_A, runtime="kata")
                 sandbox.create_container(write_bundle(self.bundles / "d", [volume_mount(target)]), "again")
-                self.measure_pair(sandbox, "again", "runvol, same guest")
-                sandbox.remove_container("again")
+                runs = {"bare QEMU": self.runner(sandbox, "bare"), "runvol, same guest": self.runner(sandbox, "again")}
+                for run in runs.values():
+                    lay_out(run, "/mnt/data", self.size)
+                for job in JOBS:
+                    beside = {path: (run, "/mnt/data") for path, run in runs.items()}
+                    for figure in measure_beside(beside, job, seconds=self.seconds, size=self.size):
+                        self.add(figure)
+                for name in ("bare", "again"):
+                    sandbox.remove_container(name)
                 self.driver.unpublish(volume, POD_A)
+        finally:
+            vm.kill()
+        self.driver.unstage(bare)
+        self.driver.delete(bare)
 
     def measure_pair(self, sandbox: Sandbox, container: str, path: str) -> None:
         run = self.runner(sandbox, container)
@@ -270,7 +298,9 @@ def main() -> None:
         sys.exit("make demo: needs root for loop devices and mounts; run it with sudo")
     with step("The guest: Debian's kernel, an initramfs of Debian's programs"):
         build()
-    with Driver() as driver:
+    node = Driver()
+    kata.write(node.directory / "containerd.toml", node.directory / "kata")
+    with node as driver:
         demo = Demo(driver, arguments.seconds, arguments.size)
         try:
             demo.run()
@@ -279,6 +309,8 @@ def main() -> None:
             raise Failed(1) from error
     console.print()
     report.table(demo.figures, console)
+    console.print()
+    report.setups(demo.figures, console)
     facts = {"accelerator": accelerator(), "job": f"4k, iodepth 32, direct, median of {ROUNDS} rounds of {arguments.seconds} s, file {arguments.size}",
              "command": "make demo"}  # fmt: skip
     report.save(arguments.results, demo.figures, facts)

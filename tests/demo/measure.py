@@ -57,6 +57,16 @@ def lay_out(run: Run, directory: str, size: str) -> None:
 ROUNDS = 3
 
 
+def measure_beside(runs: dict[str, tuple[Run, str]], name: str, *, seconds: int, size: str) -> list[Figure]:
+    """The same for several paths, by path its runner and directory: one round of each in turn, so that what changes
+    with time changes for all."""
+    rounds: dict[str, list[Figure]] = {path: [] for path in runs}
+    for _ in range(ROUNDS):
+        for path, (run, directory) in runs.items():
+            rounds[path].append(_once(run, path, name, directory, seconds, size))
+    return [sorted(found, key=lambda one: one.iops)[ROUNDS // 2] for found in rounds.values()]
+
+
 def measure(run: Run, path: str, name: str, directory: str, *, seconds: int, size: str) -> Figure:
     """The round with the median IOPS; `run` executes an argument list where the volume is mounted."""
     rounds = [_once(run, path, name, directory, seconds, size) for _ in range(ROUNDS)]

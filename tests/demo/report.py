@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from tests.demo import kata
 from tests.demo.measure import Figure
 
 NAMES = {
@@ -49,6 +50,27 @@ def table(figures: list[Figure], console: Console) -> None:
     console.print(shown)
     console.print(
         "(*) cached by the host during the run: their servers do not pass O_DIRECT on. The others bypass its cache."
+    )
+
+
+def setups(figures: list[Figure], console: Console) -> None:
+    """What each shim makes of the same volume, with Kata's defaults and with what the documents recommend."""
+    by = {(one.path, one.job): one for one in figures}
+    shown = Table(title="The same volume in the same guest, by shim and settings", title_justify="left")
+    shown.add_column("Kata", no_wrap=True)
+    shown.add_column("what the shim plugs in", no_wrap=True)
+    for job in ("randread", "randwrite"):
+        for column in (f"{job}\nIOPS", "\np99 ms"):
+            shown.add_column(column, justify="right", no_wrap=True)
+    for setup in (*kata.MEASURED, kata.GO_SHIPPED):
+        cells = []
+        for job in ("randread", "randwrite"):
+            one = by.get((setup.handler, job))
+            cells += [f"{one.iops:,.0f}", f"{one.lat_p99_ms:,.1f}"] if one else ["-", "-"]
+        shown.add_row(setup.name, setup.plugs, *cells, style="bold" if setup is kata.RECOMMENDED else "")
+    console.print(shown)
+    console.print(
+        "With the host's cache a guest is faster while its data fits the host's memory, of which it takes as much again."
     )
 
 

@@ -23,6 +23,7 @@ from volumes import (
     VolumeNotFound,
     VolumeUnfinished,
 )
+from volumes.busy import Busy
 from volumes.loop import LoopBackend
 from volumes.store import State
 
@@ -295,15 +296,48 @@ def test_files_that_nobody_knows_are_reported_and_never_removed(backend):
 
 
 def test_recovery_meets_no_creation_of_another_process(tmp_path):
+    """What somebody is at work on is left to him, and nothing else waits for him."""
     backend = LoopBackend(str(tmp_path))
-    volume = create(backend)
-    backend._store.set_state(volume.volume_id, State.CREATING)
-    with backend._busy():
+    busy, left = create(backend, name="busy"), create(backend, name="left")
+    for volume in (busy, left):
+        backend._store.set_state(volume.volume_id, State.DELETING)
+    with backend._busy("volume busy"):
         other = LoopBackend(str(tmp_path))
-        assert other.recover() == []
+        assert [one.name for one in other.unfinished()] == [left.volume_id]
+        assert other.recover() == [f"removed volume {left.volume_id}, which was deleting when the process ended"]
+        assert other.unfinished() == []
+        with pytest.raises(VolumeUnfinished, match="at work on volume busy"), other._busy("volume busy", seconds=0):
+            pass
+        create(other, name="left")
         other.close()
-    assert backend.recover()
+    assert backend.recover() == [f"removed volume {busy.volume_id}, which was deleting when the process ended"]
     backend.close()
+
+
+def test_threads_and_children_of_one_process_exclude_each_other_too(tmp_path):
+    busy = Busy(str(tmp_path / "lock"))
+    with busy("a"):
+        child = subprocess.Popen(["sleep", "60"])  # which inherits nothing that would keep the lock
+        answers = []
+
+        def other(what):
+            try:
+                with busy(what, seconds=0):
+                    answers.append(f"{what} is free")
+            except VolumeUnfinished:
+                answers.append(f"{what} is busy")
+
+        for what in ("a", "b"):
+            thread = threading.Thread(target=other, args=(what,))
+            thread.start()
+            thread.join()
+        assert answers == ["a is busy", "b is free"]
+    try:
+        other("a")
+        assert answers[-1] == "a is free"
+    finally:
+        child.kill()
+        child.wait()
 
 
 def test_a_store_of_a_newer_release_is_refused(tmp_path):

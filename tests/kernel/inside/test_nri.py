@@ -351,3 +351,34 @@ def test_the_runtime_tells_which_pods_have_a_sandbox(cri):
     assert "the pod runs" in sandboxes.doubt(second, Deadline.after(10))
     for one in (pod, other):
         cri.gone(one)
+
+
+def test_a_runtime_that_is_told_to_creates_no_container_without_the_plugin(driver, cri):
+    """As docs/runtimes.md has it."""
+    config = cri.directory / "config.toml"
+    before = config.read_text()
+    cri.kill()
+    config.write_text(f"""{before}
+[plugins."io.containerd.nri.v1.nri".default_validator]
+  enable = true
+  required_plugins = ["runvol"]
+""")
+    cri.start()
+    try:
+        pod = cri.pod(POD.format(8), "runc")
+        with pytest.raises(grpc.RpcError) as caught:
+            cri.container(pod, "alone", "sleep 1000", {})
+        assert "runvol" in caught.value.details()
+        plugin = Plugin(driver, cri.nri)
+        try:
+            cri.container(pod, "with", "echo done; sleep 1000", {})
+            cri.output("with", "done")
+        finally:
+            plugin.stop()
+        with pytest.raises(grpc.RpcError):
+            cri.container(pod, "alone-again", "sleep 1000", {})
+        cri.gone(pod)
+    finally:
+        cri.kill()
+        config.write_text(before)
+        cri.start()

@@ -1,0 +1,125 @@
+"""A start answers at once; what its last process left is put right beside the calls, or by the first one about it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+
+import grpc
+import pytest
+
+from blockdev import superblocks
+from tests.cri import Runtime
+from tests.csi.helpers import PODS, image, refused
+from tests.csi.test_closing import stopped
+from tests.driver import Driver, mount_capability
+from volumes.store import State, Store
+
+pytestmark = pytest.mark.kernel
+A, B = PODS[:2]
+MIB = 1 << 20
+
+
+@pytest.fixture
+def runtime():
+    with Runtime() as one:
+        yield one
+
+
+@pytest.fixture
+def driver(runtime):
+    with Driver(environment={"RUNVOL_CRI_ENDPOINT": runtime.endpoint}) as one:
+        yield one
+
+
+def growing(driver, size):
+    """A driver that was killed while a program grew a volume with its hand-off closed; the volume and its target."""
+    volume = driver.create("grows", size)
+    driver.stage(volume)
+    target = driver.publish(volume, A, runtime="kata")
+
+    def call() -> None:
+        with pytest.raises(grpc.RpcError):
+            driver.client.NodeExpandVolume(
+                volume_id=volume.volume_id, volume_path=target, capacity_range={"required_bytes": 2 * size}
+            )
+
+    caller = threading.Thread(target=call)
+    caller.start()
+    helper = stopped("e2fsck", image(driver, volume))
+    driver.kill()
+    caller.join()
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(helper, signal.SIGCONT)
+    return volume, target
+
+
+def test_a_repair_that_takes_long_holds_up_nobody_else(driver):
+    volume, _target = growing(driver, 8 << 30)
+    began = time.monotonic()
+    driver.start(repaired=False)
+    helper = stopped("e2fsck", image(driver, volume))
+    try:
+        assert time.monotonic() - began < 10
+        other = driver.create("other")
+        driver.stage(other)
+        driver.publish(other, B, runtime="runc")
+        driver.unpublish(other, B)
+        driver.unstage(other)
+        driver.delete(other)
+        with refused("ABORTED"):
+            driver.publish(volume, A, runtime="kata")
+        assert driver.client.Probe(timeout=3.0).ready.value
+    finally:
+        os.kill(helper, signal.SIGCONT)
+    until = time.monotonic() + 60
+    while True:
+        try:
+            driver.publish(volume, A, runtime="kata")
+            break
+        except grpc.RpcError as error:
+            assert error.code() is grpc.StatusCode.ABORTED
+            assert time.monotonic() < until
+            time.sleep(0.1)
+    assert superblocks.read(str(image(driver, volume))).total_bytes == 16 << 30
+    driver.unpublish(volume, A)
+    driver.unstage(volume)
+
+
+@pytest.mark.parametrize("backend", ["loop", "directory"])
+def test_the_first_call_puts_its_own_volume_right(driver, backend):
+    """Nobody has repaired anything yet: the repairs are held up for ever."""
+    parameters = {"backend": backend, **({"quota": "none"} if backend == "directory" else {})}
+    capability = mount_capability()
+    made = driver.create("made", capability=capability, **parameters)
+    gone = driver.create("gone", capability=capability, **parameters)
+    driver.stop()
+    store = Store(str(driver.state / ("volumes.db" if backend == "loop" else "directories.db")))
+    store.set_state(made.volume_id, State.CREATING)
+    store.set_state(gone.volume_id, State.DELETING)
+    store.close()
+    driver.start(repaired=False)
+    again = driver.create("made", capability=capability, **parameters)
+    assert again.volume_id == made.volume_id
+    driver.stage(again, capability)
+    driver.unstage(again)
+    driver.delete(gone)
+    driver.delete(again)
+    assert not driver.cli("volumes").stdout.count("made")
+
+
+def test_an_expansion_that_was_killed_before_its_file_grew(driver):
+    volume = driver.create("pvc", 64 * MIB)
+    driver.stop()
+    store = Store(str(driver.state / "volumes.db"))
+    store.set_capacity(volume.volume_id, 128 * MIB)
+    store.close()
+    driver.start(repaired=False)
+    driver.stage(volume)
+    driver.publish(volume, A, runtime="kata")
+    assert superblocks.read(str(image(driver, volume))).total_bytes == 128 * MIB
+    driver.unpublish(volume, A)
+    driver.unstage(volume)
