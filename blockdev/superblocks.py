@@ -14,6 +14,7 @@ import os
 import struct
 from dataclasses import dataclass
 
+from blockdev import xfs_space
 from blockdev.errors import FilesystemDamaged
 from blockdev.ioctls import bytes_of, opened
 
@@ -22,6 +23,10 @@ _EXT4_CLEAN, _EXT4_ERRORS = 1, 2
 _EXT4_NEEDS_RECOVERY, _EXT4_64BIT = 0x4, 0x80
 _EXT4_EXTENTS_OR_64BIT_OR_FLEX = 0x40 | 0x80 | 0x200
 _EXT3_JOURNAL = 0x4
+_EXT4_EXTENTS, _EXT4_BIGALLOC = 0x40, 0x200
+# Clusters that the kernel keeps for what it has promised already (a fiftieth of all, if that is less).
+_EXT4_KEPT = 4096
+_HEAD = 4096
 # A filesystem with a foreign journal, or one that is a journal, names another device; one with multi-mount protection
 # keeps the kernel waiting for hours, as long as it says itself. No mkfs makes one unless it is told to.
 _EXT4_NEVER = {0x8: "it is another filesystem's journal", 0x100: "multi-mount protection (mmp)"}
@@ -37,7 +42,7 @@ _SMALLEST_GROUP = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Superblock:
-    """The part that a driver needs. `clean` is false if a journal waits or errors were recorded."""
+    """What the filesystem is. `clean` is false if a journal waits or errors were recorded."""
 
     fstype: str
     uuid: str
@@ -45,7 +50,18 @@ class Superblock:
     errors: bool
     block_bytes: int
     total_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """How full it is, as statfs(2) says where it is mounted: without what the filesystem needs for itself.
+
+    `available_bytes`: without what is kept back from everybody but root.
+    """
+
+    total_bytes: int
     free_bytes: int
+    available_bytes: int
     inodes: int
     free_inodes: int
 
@@ -53,18 +69,33 @@ class Superblock:
 def read(path: str) -> Superblock | None:
     """The superblock of the ext2/3/4 or XFS filesystem on a file or block node; None if there is none.
 
-    Of a filesystem that is mounted somewhere, a guest included, free space is what was last written back.
     FilesystemDamaged where it says of itself what cannot be on this device.
     """
     with opened(path) as fd:
-        head = os.pread(fd, 4096, 0)
-        found = None
-        if head[:4] == _XFS_MAGIC and len(head) >= 512:
-            found = _xfs(head, path)
-        elif len(head) >= 2048 and struct.unpack_from("<H", head, 1024 + 0x38)[0] == _EXT4_MAGIC:
-            found = _ext4(fd, head[1024:2048], path)
-        if found is not None:
-            _must(found.total_bytes <= bytes_of(fd), path, f"{found.total_bytes} bytes, more than the device has")
+        return _read(fd, os.pread(fd, _HEAD, 0), path)
+
+
+def space(path: str) -> Space | None:
+    """How full the filesystem is; None if there is none. FilesystemDamaged as for `read`.
+
+    Of one that is mounted somewhere, a guest included, it is what was last written back.
+    """
+    with opened(path) as fd:
+        head = os.pread(fd, _HEAD, 0)
+        block = _read(fd, head, path)
+        if block is None:
+            return None
+        return _xfs_space(fd, head, block) if block.fstype == "xfs" else _ext4_space(fd, head[1024:2048], block)
+
+
+def _read(fd: int, head: bytes, path: str) -> Superblock | None:
+    found = None
+    if head[:4] == _XFS_MAGIC and len(head) >= 512:
+        found = _xfs(head, path)
+    elif len(head) >= 2048 and struct.unpack_from("<H", head, 1024 + 0x38)[0] == _EXT4_MAGIC:
+        found = _ext4(head[1024:2048], path)
+    if found is not None:
+        _must(found.total_bytes <= bytes_of(fd), path, f"{found.total_bytes} bytes, more than the device has")
     return found
 
 
@@ -81,7 +112,6 @@ def _uuid(raw: bytes) -> str:
 def _xfs(block: bytes, path: str) -> Superblock:
     block_bytes, data_blocks = struct.unpack_from(">IQ", block, 4)
     _must(block_bytes in _XFS_BLOCKS, path, f"blocks of {block_bytes} bytes")
-    inodes, free_inodes, free_blocks = struct.unpack_from(">QQQ", block, 128)
     return Superblock(
         fstype="xfs",
         uuid=_uuid(block[32:48]),
@@ -90,15 +120,25 @@ def _xfs(block: bytes, path: str) -> Superblock:
         errors=False,
         block_bytes=block_bytes,
         total_bytes=block_bytes * data_blocks,
-        # XFS writes these back lazily, so they may be a little off in either direction; no more than there is.
-        free_bytes=block_bytes * min(free_blocks, data_blocks),
-        inodes=min(inodes, block_bytes * data_blocks // _SMALLEST_INODE),
-        free_inodes=min(free_inodes, inodes, block_bytes * data_blocks // _SMALLEST_INODE),
     )
 
 
-def _ext4(fd: int, block: bytes, path: str) -> Superblock:
-    inodes, blocks, _reserved, free_blocks, free_inodes, first_block, log_size = struct.unpack_from("<7I", block, 0)
+def _xfs_space(fd: int, head: bytes, block: Superblock) -> Space:
+    found, one = xfs_space.read(fd, head), block.block_bytes
+    if found is not None:
+        free = found.free * one
+        return Space(total_bytes=found.blocks * one, free_bytes=free, available_bytes=free, inodes=found.inodes,
+                     free_inodes=found.free_inodes)  # fmt: skip
+    # The superblock's own figures are written back now and then; no more than there is.
+    inodes, free_inodes, free_blocks = struct.unpack_from(">QQQ", head, 128)
+    most = block.total_bytes // _SMALLEST_INODE
+    free = min(free_blocks * one, block.total_bytes)
+    return Space(total_bytes=block.total_bytes, free_bytes=free, available_bytes=free, inodes=min(inodes, most),
+                 free_inodes=min(free_inodes, inodes, most))  # fmt: skip
+
+
+def _ext4(block: bytes, path: str) -> Superblock:
+    _inodes, blocks, _reserved, _free, _free_inodes, first_block, log_size = struct.unpack_from("<7I", block, 0)
     blocks_per_group = struct.unpack_from("<I", block, 0x20)[0]
     state = struct.unpack_from("<H", block, 0x3A)[0]
     compatible, incompatible = struct.unpack_from("<II", block, 0x5C)
@@ -111,15 +151,10 @@ def _ext4(fd: int, block: bytes, path: str) -> Superblock:
     descriptor_bytes = 32
     if incompatible & _EXT4_64BIT:
         blocks |= struct.unpack_from("<I", block, 0x150)[0] << 32
-        free_blocks |= struct.unpack_from("<I", block, 0x158)[0] << 32
         descriptor_bytes = struct.unpack_from("<H", block, 0xFE)[0] or 32
     _must(descriptor_bytes in _EXT4_DESCRIPTORS, path, f"group descriptors of {descriptor_bytes} bytes")
     _must(first_block <= 1 and first_block < blocks, path, f"a first block {first_block} of {blocks}")
     _must(blocks_per_group >= _SMALLEST_GROUP, path, f"{blocks_per_group} blocks in a group")
-    groups = -(-(blocks - first_block) // blocks_per_group)
-    summed = _ext4_groups(fd, (first_block + 1) * block_bytes, groups, descriptor_bytes)
-    if summed is not None:
-        free_blocks, free_inodes = summed
     if incompatible & _EXT4_EXTENTS_OR_64BIT_OR_FLEX:
         fstype = "ext4"
     else:
@@ -131,7 +166,35 @@ def _ext4(fd: int, block: bytes, path: str) -> Superblock:
         errors=bool(state & _EXT4_ERRORS),
         block_bytes=block_bytes,
         total_bytes=blocks * block_bytes,
-        free_bytes=min(free_blocks, blocks) * block_bytes,
+    )
+
+
+def _ext4_space(fd: int, block: bytes, known: Superblock) -> Space:
+    inodes, _blocks, reserved, free, free_inodes, first_block, log_size, log_cluster = struct.unpack_from(
+        "<8I", block, 0
+    )
+    incompatible, read_only = struct.unpack_from("<II", block, 0x60)
+    descriptor_bytes = 32
+    if incompatible & _EXT4_64BIT:
+        free |= struct.unpack_from("<I", block, 0x158)[0] << 32
+        reserved |= struct.unpack_from("<I", block, 0x154)[0] << 32
+        descriptor_bytes = struct.unpack_from("<H", block, 0xFE)[0] or 32
+    blocks = known.total_bytes // known.block_bytes
+    groups = -(-(blocks - first_block) // struct.unpack_from("<I", block, 0x20)[0])
+    summed = _ext4_groups(fd, (first_block + 1) * known.block_bytes, groups, descriptor_bytes)
+    if summed is not None:
+        free, free_inodes = summed
+    # Free space is counted in clusters, which are blocks but in a filesystem with bigalloc.
+    cluster = log_cluster - log_size if read_only & _EXT4_BIGALLOC and 0 <= log_cluster - log_size <= 16 else 0
+    overhead = struct.unpack_from("<I", block, 0x248)[0] << cluster
+    usable = blocks - overhead if overhead < blocks else blocks
+    free = min(free << cluster, usable)
+    kept = min((blocks >> cluster) // 50, _EXT4_KEPT) << cluster if incompatible & _EXT4_EXTENTS else 0
+    one = known.block_bytes
+    return Space(
+        total_bytes=usable * one,
+        free_bytes=free * one,
+        available_bytes=max(0, free - reserved - kept) * one,
         inodes=inodes,
         free_inodes=min(free_inodes, inodes),
     )

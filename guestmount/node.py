@@ -285,7 +285,7 @@ class Node:
         """
         backend = self.catalog.of(volume_id)
         self.catalog.get(volume_id)
-        path = paths.check("volume_path", volume_path, self.roots)
+        path = paths.check("volume_path", paths.published(volume_path), self.roots)
         with self.claims.locked(volume_id, deadline) as cell:
             claim = cell.claim
             if claim is None or (path not in claim.targets and path != claim.staging_path):

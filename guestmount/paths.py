@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 
 from blockdev import syscalls
 from guestmount.errors import BadRequest
 
 _LONGEST = 4095
+_DEVICE_LINK = re.compile(r"(?P<place>.*/volumeDevices)/(?P<volume>[^/]+)/dev/(?P<pod>[^/]+)")
 
 
 def check(field: str, path: str, roots: Sequence[str]) -> str:
@@ -45,3 +47,13 @@ def _check_links(field: str, path: str, roots: Sequence[str]) -> None:
     real_roots = [os.path.realpath(root) for root in roots]
     if not any(parent == root or parent.startswith(root + "/") for root in real_roots):
         raise BadRequest(field, path, f"leads through a symbolic link to {parent}, outside of {' and '.join(roots)}")
+
+
+def published(path: str) -> str:
+    """Where the volume at `path` was published: kubelet asks after a raw one at a link to it.
+
+    `<kubelet>/plugins/kubernetes.io/csi/volumeDevices/<PersistentVolume>/dev/<pod uid>`, beside
+    `…/volumeDevices/publish/<PersistentVolume>/<pod uid>` (pkg/volume/csi/csi_block.go).
+    """
+    found = _DEVICE_LINK.fullmatch(path)
+    return f"{found['place']}/publish/{found['volume']}/{found['pod']}" if found else path

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from blockdev import Deadline
-from guestmount import ways
+from guestmount import paths, ways
 from guestmount.claims import Claim
 from guestmount.errors import BadRequest, Refused
 from guestmount.node import Node
@@ -13,6 +13,7 @@ from volumes import VolumeNotFound
 
 def published(node: Node, volume_id: str, path: str) -> Claim:
     """The claim of a volume that is at `path`; VolumeNotFound otherwise."""
+    path = paths.published(path)
     claim = node.claims.peek(volume_id)
     if claim is None or ways.of_claim(claim).stored:
         node.catalog.get(volume_id)
@@ -23,6 +24,7 @@ def published(node: Node, volume_id: str, path: str) -> Claim:
 
 def measure(claim: Claim, path: str, deadline: Deadline) -> Usage:
     """As far as this side of a guest's border can see."""
+    path = paths.published(path)
     if path in claim.targets:
         return ways.way_at(claim, path).usage(claim, path, deadline)
     return ways.of_claim(claim).usage(claim, path, deadline)

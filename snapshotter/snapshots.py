@@ -396,7 +396,7 @@ class Snapshotter:
         """Used inodes as last written back; 0 for a device that is not mapped, as nothing is mapped to count them."""
         if self._pool.find(device) is None:
             return 0
-        block = superblocks.read(self._pool.path(device))
+        block = superblocks.space(self._pool.path(device))
         return max(0, block.inodes - block.free_inodes) if block is not None else 0
 
 

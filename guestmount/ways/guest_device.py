@@ -168,14 +168,14 @@ def only_store(claim: Claim, volume: Volume, why: str) -> Refused:
 
 
 def of_superblock(claim: Claim) -> Usage:
-    """What the superblock says, which a guest writes back now and then."""
-    block = superblocks.read(claim.source)
+    """What the filesystem's own records say, which a guest writes back now and then."""
+    block = superblocks.space(claim.source)
     if block is None:
         raise VolumeNotFound(f"{claim.volume} (there is no filesystem on {claim.source})")
     return Usage(
         total_bytes=block.total_bytes,
         used_bytes=block.total_bytes - block.free_bytes,
-        available_bytes=block.free_bytes,
+        available_bytes=block.available_bytes,
         inodes=block.inodes,
         used_inodes=block.inodes - block.free_inodes,
         free_inodes=block.free_inodes,

@@ -54,9 +54,39 @@ def test_the_superblock_reader_agrees_with_blkid_and_statvfs(image, fstype, soon
     with private_mount(path, fstype, deadline=soon) as root:
         facts = os.fstatvfs(root)
     assert block.block_bytes == facts.f_bsize
-    if fstype == "ext4":
-        assert (block.inodes, block.free_inodes) == (facts.f_files, facts.f_ffree)
-        assert block.free_bytes == facts.f_bfree * facts.f_frsize
+    assert as_told(superblocks.space(path)) == as_mounted(facts)
+
+
+def as_mounted(facts):
+    one = facts.f_frsize
+    return facts.f_blocks * one, facts.f_bfree * one, facts.f_bavail * one, facts.f_files, facts.f_ffree
+
+
+def as_told(space):
+    return space.total_bytes, space.free_bytes, space.available_bytes, space.inodes, space.free_inodes
+
+
+@pytest.mark.parametrize(
+    ("fstype", "options"),
+    [("ext4", []), ("ext4", ["-m", "5"]), ("ext4", ["-O", "^has_journal"]), ("ext4", ["-b", "1024"]),
+     ("ext4", ["-O", "^64bit"]), ("ext4", ["-O", "bigalloc"]), ("ext3", []), ("ext2", []), ("xfs", []),
+     ("xfs", ["-m", "reflink=0"]), ("xfs", ["-m", "rmapbt=1"]), ("xfs", ["-m", "finobt=0,reflink=0,inobtcount=0"]),
+     ("xfs", ["-b", "size=1024"]), ("xfs", ["-i", "size=1024"]), ("xfs", ["-d", "agcount=7"])],
+    ids=str,
+)  # fmt: skip
+def test_space_is_what_a_mount_says(image, fstype, options, soon):
+    """So that a volume's figures are the same under runc and in a sandbox, however it was made."""
+    path = image(513)
+    force = "-f" if fstype == "xfs" else "-F"
+    subprocess.run([f"mkfs.{fstype}", "-q", force, *options, path], check=True, capture_output=True)
+    with private_mount(path, fstype, deadline=soon) as root:
+        os.mkdir("d", dir_fd=root)
+        for number in range(200):
+            with open(os.open(f"d/{number}", os.O_WRONLY | os.O_CREAT, dir_fd=root), "wb") as file:
+                file.write(b"x" * 70_000)
+                os.fsync(file.fileno())
+        facts = os.fstatvfs(root)
+    assert as_told(superblocks.space(path)) == as_mounted(facts)
 
 
 @pytest.mark.parametrize("other", ["ext4", "xfs", "swap", "luks", "lvm", "gpt"])

@@ -85,11 +85,12 @@ def test_no_number_in_it_costs_time_or_memory_or_comes_out_as_nonsense(tmp_path,
             at, form = fields[name]
             head = put(head, at, form, chance.choice(values) & (1 << 8 * struct.calcsize(form)) - 1)
         try:
-            block = superblocks.read(written(tmp_path, head, size))
+            block = superblocks.space(written(tmp_path, head, size))
         except BlockdevError:
             block = None
         if block is not None:
-            assert 0 <= block.free_bytes <= block.total_bytes <= size and 0 <= block.free_inodes <= block.inodes
+            assert 0 <= block.available_bytes <= block.free_bytes <= block.total_bytes <= size
+            assert 0 <= block.free_inodes <= block.inodes
         tried += 1
     assert tried > 100
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10
