@@ -56,6 +56,11 @@ class Detector:
     def __init__(self, settings: Settings, pods: PodSource | None = None) -> None:
         self._settings, self._pods = settings, pods
 
+    def warm(self) -> None:
+        """Begin what the first question would wait for."""
+        if self._pods is not None:
+            self._pods.warm()
+
     def detect(self, ref: PodRef, attribute: str, deadline: Deadline) -> Runtime:
         """The pod's runtime. `attribute` is the volume's `runtime` parameter, empty if it has none.
 

@@ -88,6 +88,9 @@ class PodSource(Protocol):
     def claim_of(self, persistent_volume: str, deadline: Deadline) -> tuple[str, str]:
         """Namespace and name of the claim that a PersistentVolume is bound to. Raises PodUnknown."""
 
+    def warm(self) -> None:
+        """Begin what the first question would wait for."""
+
 
 def with_own(pod: PodFacts, ref: PodRef, source: PodSource, deadline: Deadline) -> PodFacts:
     """The facts, with the names that the pod gives the volume that is published, as far as they are known."""

@@ -69,6 +69,11 @@ def build(config: Config, *, check_patience: float = PATIENCE) -> Node:
     return node
 
 
+def warm(node: Node) -> None:
+    """What the first publish would wait for is begun. For processes that stay."""
+    node.detector.warm()
+
+
 def _check_mounted(config: Config) -> None:
     state_dir = config.text("paths.state_dir")
     if config.text("paths.state_dir_mounted") == "true" and not mounts.is_mount_point(state_dir):

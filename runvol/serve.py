@@ -78,6 +78,7 @@ def csi_plugin(config: Config) -> None:
     doubt = node.reach.doubt() if node.reach is not None else None
     if doubt is not None:
         log.error("mounts may not reach kubelet", extra={"why": doubt.why, "certain": doubt.certain})
+    assembly.warm(node)
     node.catalog.prepare()
     _tell(repair.before_serving(node))
     server.start()

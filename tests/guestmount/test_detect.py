@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import ssl
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -180,11 +184,17 @@ def api(request, tmp_path):
     pods = {"web": a_pod("isolated")}
     (tmp_path / "token").write_text("t1")
 
-    seen = []
+    seen, accepted = [], ["t1", "t2"]
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             name = self.path.split("?")[0].rsplit("/", 1)[1]
+            said = self.headers.get("Authorization")
+            if said and said.removeprefix("Bearer ") not in accepted:
+                self.send_response(401)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
             seen.append(self.headers.get("Authorization"))
             if "/pods/" in self.path and name in pods:
                 body, code = pods[name], 200
@@ -231,7 +241,7 @@ def api(request, tmp_path):
         made = KubernetesApi(kubeconfig=str(tmp_path / "kubeconfig"))
     else:
         made = KubernetesApi(server=address, account=str(tmp_path) if request.param == "in-cluster" else "/nowhere")
-    made.seen, made.kind, made.token = seen, request.param, tmp_path / "token"
+    made.seen, made.kind, made.token, made.accepted = seen, request.param, tmp_path / "token", accepted
     yield made
     server.shutdown()
 
@@ -325,8 +335,89 @@ def test_a_kubeconfig_that_was_changed_is_read_again(api, soon, tmp_path):
     api.pod(REF, soon)
     path = tmp_path / "kubeconfig"
     path.write_text(path.read_text().replace('"t1"', '"t2"'))
+    while api.seen[-1] != "Bearer t2":  # the old one is used until the new one was read, which no publish waits for
+        soon.check("the new token")
+        assert api.seen[-1] == "Bearer t1"
+        api.pod(REF, soon)
+
+
+@pytest.mark.parametrize("kind", ["inline", "file"])
+def test_a_token_that_ended_costs_no_publish(api, soon, tmp_path, kind):
+    """The server refuses the old one at once; a file beside the kubeconfig that was replaced is read again."""
+    if api.kind != "kubeconfig":
+        return
+    path, token = tmp_path / "kubeconfig", tmp_path / "beside"
+    if kind == "file":
+        token.write_text("t1")
+        path.write_text(path.read_text().replace('"token": "t1"', '"tokenFile": "beside"'))
     api.pod(REF, soon)
-    assert api.seen == ["Bearer t1", "Bearer t2"]
+    api.accepted.append("t2")
+    (token if kind == "file" else path).write_text((token if kind == "file" else path).read_text().replace("t1", "t2"))
+    api.accepted.remove("t1")
+    assert api.pod(REF, soon).uid == "uid-1"
+    assert api.seen[-1] == "Bearer t2"
+    api.accepted.clear()
+    api.accepted.append("t3")
+    with pytest.raises(PodUnknown, match="401"):
+        api.pod(REF, soon)
+
+
+def test_a_cluster_behind_certificates_which_are_replaced(soon, tmp_path):
+    """As kubelet's: an authority, a client's certificate and key in files."""
+
+    def made(name, *more):
+        subprocess.run(
+            ["openssl", "req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-keyout", f"{name}.key",
+             "-subj", f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2", *more, "-out", f"{name}.crt"],
+            check=True, capture_output=True, cwd=tmp_path,
+        )  # fmt: skip
+
+    made("ca", "-x509")
+    for name in ("server", "client", "next"):
+        made(name, "-x509", "-CA", "ca.crt", "-CAkey", "ca.key")
+    names = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            names.append(dict(pair[0] for pair in self.connection.getpeercert()["subject"])["commonName"])
+            data = json.dumps(a_pod("isolated")).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_):
+            pass
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "server.crt", tmp_path / "server.key")
+    context.load_verify_locations(tmp_path / "ca.crt")
+    context.verify_mode = ssl.CERT_REQUIRED
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    (tmp_path / "kubeconfig").write_text(json.dumps({
+        "apiVersion": "v1", "kind": "Config", "current-context": "c",
+        "clusters": [{"name": "k", "cluster": {"server": f"https://127.0.0.1:{server.server_port}", "certificate-authority": "ca.crt"}}],
+        "users": [{"name": "u", "user": {"client-certificate": "client.crt", "client-key": "client.key"}}],
+        "contexts": [{"name": "c", "context": {"cluster": "k", "user": "u"}}],
+    }))  # fmt: skip
+    api = KubernetesApi(kubeconfig=str(tmp_path / "kubeconfig"))
+    try:
+        assert api.pod(REF, soon).uid == "uid-1"
+        for kind in ("crt", "key"):
+            os.replace(tmp_path / f"next.{kind}", tmp_path / f"client.{kind}")
+        while names[-1] != "next":
+            soon.check("the new certificate")
+            api.pod(REF, soon)
+    finally:
+        server.shutdown()
+
+
+def test_what_a_kubeconfig_needs_is_never_imported_into_a_process_that_stays(api, soon):
+    if api.kind == "kubeconfig":
+        api.pod(REF, soon)
+        assert "kubernetes" not in sys.modules
 
 
 def test_a_runtime_class_that_was_made_anew_is_asked_for_again(api, soon, monkeypatch):

@@ -1,0 +1,184 @@
+"""A kubeconfig as it resolves: read by the `kubernetes` package in a process of its own, which ends with the answer.
+
+The many ways to authenticate are the package's own; it takes 45 MiB and up to seconds to import, which a process that
+runs on every node, and a publish, cannot afford. `python -m guestmount.kubeconfig FILE` prints the answer as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+# Seconds. Who is asked for credentials (`exec`) may ask a network.
+_LONGEST = 30.0
+
+
+class Unusable(Exception):
+    """What is wrong with the file, in words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """`server` with its scheme; `token` as the header takes it; `authority`, `certificate` and `key` in PEM."""
+
+    server: str
+    token: str = ""
+    verify: bool = True
+    server_name: str = ""
+    proxy: str = ""
+    authority: str = ""
+    certificate: str = ""
+    key: str = ""
+
+
+class Kubeconfig:
+    """The file, read again where it or a file that it names was changed: behind, since that takes a while."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._known: Resolved | None = None
+        self._trouble = ""
+        self._named: tuple[str, ...] = ()
+        self._stamps: tuple[tuple[int, ...], ...] = ()
+        self._reading: threading.Event | None = None
+
+    def begin(self) -> threading.Event | None:
+        """Have it read unless what is known is still so; set when that has ended. None where nothing is to do."""
+        with self._lock:
+            if self._reading is not None:
+                return self._reading
+            stamps = _stamps(self._path, self._named)
+            if self._known is not None and stamps == self._stamps:
+                return None
+            return self._begun(stamps)
+
+    def refused(self, used: Resolved) -> threading.Event | None:
+        """The server refuses what was `used`: have it read anew, unless that was done since."""
+        with self._lock:
+            if self._reading is not None:
+                return self._reading
+            if self._known is not used:
+                return None
+            return self._begun(_stamps(self._path, self._named))
+
+    def _begun(self, stamps: tuple[tuple[int, ...], ...]) -> threading.Event:
+        done = self._reading = threading.Event()
+        threading.Thread(target=self._read, args=(stamps, done), name="kubeconfig", daemon=True).start()
+        return done
+
+    def _read(self, stamps: tuple[tuple[int, ...], ...], done: threading.Event) -> None:
+        try:
+            found, named, trouble = *_asked(self._path), ""
+        except Unusable as error:
+            found, named, trouble = None, (), str(error)
+        except Exception as error:
+            found, named, trouble = None, (), f"{type(error).__name__}: {error}"
+        with self._lock:
+            if found is not None:
+                # What changed while it was read shows as another stamp the next time.
+                self._known, self._named = found, named
+                self._stamps = stamps if len(stamps) == 1 + len(named) else _stamps(self._path, named)
+            self._trouble, self._reading = trouble, None
+        done.set()
+
+    def resolved(self, seconds: float) -> Resolved:
+        """As it is known; waits so long for the first reading, and for none after it. Unusable, with the reason."""
+        reading = self.begin()
+        if self._known is None and reading is not None:
+            reading.wait(seconds)
+        if self._known is None:
+            raise Unusable(self._trouble or f"it is still being read after {seconds:.0f} s")
+        return self._known
+
+
+def _stamps(path: str, named: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+    return tuple(_stamp(one) for one in (path, *named))
+
+
+def _stamp(path: str) -> tuple[int, ...]:
+    try:
+        facts = os.stat(path)
+    except OSError:
+        return ()
+    return facts.st_ino, facts.st_mtime_ns, facts.st_size
+
+
+def _asked(path: str) -> tuple[Resolved, tuple[str, ...]]:
+    """In a process of its own; nothing secret stands among its arguments."""
+    command = [sys.executable, "-m", "guestmount.kubeconfig", path]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, timeout=_LONGEST, check=False, stdin=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise Unusable(f"reading it took longer than {_LONGEST:.0f} s") from None
+    if done.returncode != 0:
+        lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
+        raise Unusable(lines[-1] if lines else f"its reader ended with status {done.returncode}")
+    answer = json.loads(done.stdout)
+    return Resolved(**answer["resolved"]), tuple(answer["named"])
+
+
+def _named_files(path: str) -> Iterator[str]:
+    """Files that the kubeconfig names, whose content is replaced beside it (kubelet's certificates, tokens)."""
+    import yaml
+
+    with open(path, encoding="utf-8") as file:
+        document = yaml.safe_load(file)
+    if not isinstance(document, dict):
+        return
+    for kind, inner in (("clusters", "cluster"), ("users", "user")):
+        for entry in document.get(kind) or ():
+            facts = entry.get(inner) if isinstance(entry, dict) else None
+            for key in ("certificate-authority", "client-certificate", "client-key", "tokenFile"):
+                name = facts.get(key) if isinstance(facts, dict) else None
+                if isinstance(name, str) and name:
+                    yield os.path.join(os.path.dirname(os.path.abspath(path)), name)
+
+
+def _resolve(path: str) -> dict[str, Any]:
+    import yaml
+    from kubernetes import client, config
+
+    settings: Any = client.Configuration()
+    try:
+        config.load_kube_config(path, client_configuration=settings)  # type: ignore[no-untyped-call]
+        named = list(_named_files(path))
+    except (config.ConfigException, yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        sys.exit(" ".join(str(error).split()))
+    token = next((one["value"] for one in settings.auth_settings().values() if one["key"] == "authorization"), "")
+    if not token and settings.username:
+        token = settings.get_basic_auth_token()
+    found = Resolved(
+        server=settings.host,
+        token=token or "",
+        verify=bool(settings.verify_ssl),
+        server_name=settings.tls_server_name or "",
+        proxy=settings.proxy or "",
+        authority=_text(settings.ssl_ca_cert),
+        certificate=_text(settings.cert_file),
+        key=_text(settings.key_file),
+    )
+    return {"resolved": asdict(found), "named": named}
+
+
+def _text(path: str | None) -> str:
+    if not path:
+        return ""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        sys.exit(f"{path}: {error}")
+
+
+if __name__ == "__main__":
+    json.dump(_resolve(sys.argv[1]), sys.stdout)
