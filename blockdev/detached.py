@@ -15,6 +15,9 @@ from blockdev.deadlines import Deadline, bounded
 from blockdev.errors import FilesystemUnknown, MountFailed
 from blockdev.ioctls import is_block
 
+# What waits for no device and no server; a thread for each mount would cost more than the mount.
+_IN_MEMORY = frozenset({"tmpfs"})
+
 
 @contextmanager
 def filesystem(
@@ -35,6 +38,8 @@ def filesystem(
             what = f"mounting {options.get('source') or fstype}"
             if remote:
                 isolated.create(context, what, deadline)
+            elif fstype in _IN_MEMORY:
+                syscalls.fsconfig_create(context)
             else:
                 bounded(what, deadline, lambda: syscalls.fsconfig_create(context))
             root = syscalls.fsmount(context, attributes)

@@ -10,6 +10,7 @@ from blockdev import syscalls
 from guestmount.errors import BadRequest
 
 _LONGEST = 4095
+_CONTROL = re.compile(r"[\x00-\x1f]")
 _DEVICE_LINK = re.compile(r"(?P<place>.*/volumeDevices)/(?P<volume>[^/]+)/dev/(?P<pod>[^/]+)")
 
 
@@ -19,7 +20,7 @@ def check(field: str, path: str, roots: Sequence[str]) -> str:
         raise BadRequest(field, path, "must be given")
     if len(os.fsencode(path)) > _LONGEST:
         raise BadRequest(field, path, f"is longer than {_LONGEST} bytes")
-    if "\0" in path or any(ord(character) < 32 for character in path):
+    if _CONTROL.search(path):
         raise BadRequest(field, path, "holds a control character")
     if not path.startswith("/"):
         raise BadRequest(field, path, "must be absolute")
@@ -44,8 +45,9 @@ def _check_links(field: str, path: str, roots: Sequence[str]) -> None:
     parent = os.path.realpath(os.path.dirname(path))
     if _is_link(path):
         raise BadRequest(field, path, "is a symbolic link; runvol makes and removes the path itself")
-    real_roots = [os.path.realpath(root) for root in roots]
-    if not any(parent == root or parent.startswith(root + "/") for root in real_roots):
+    if _is_below(parent, roots):
+        return
+    if not _is_below(parent, [os.path.realpath(root) for root in roots]):
         raise BadRequest(field, path, f"leads through a symbolic link to {parent}, outside of {' and '.join(roots)}")
 
 
@@ -57,3 +59,7 @@ def published(path: str) -> str:
     """
     found = _DEVICE_LINK.fullmatch(path)
     return f"{found['place']}/publish/{found['volume']}/{found['pod']}" if found else path
+
+
+def _is_below(path: str, roots: Sequence[str]) -> bool:
+    return any(path == root or path.startswith(root.rstrip("/") + "/") for root in roots)
