@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import resource
 import shutil
 import socket
 import stat
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -189,3 +191,90 @@ def deaf_server() -> Iterator[int]:
         listener.bind(("127.0.0.1", 0))
         listener.listen(64)
         yield listener.getsockname()[1]
+
+
+@contextlib.contextmanager
+def deaf_socket(path: Path) -> Iterator[Path]:
+    """The same on a unix socket."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen(64)
+        yield path
+    path.unlink()
+
+
+@contextlib.contextmanager
+def dripping_server() -> Iterator[int]:
+    """The port of a server that answers every connection with a byte each third of a second, for ever."""
+    ended = threading.Event()
+
+    def drip(connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            connection.sendall(b"HTTP/1.1 200 OK\r\n")
+            while not ended.wait(0.3):
+                connection.sendall(b"X")
+
+    def accept(listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=drip, args=(listener.accept()[0],), daemon=True).start()
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(64)
+        threading.Thread(target=accept, args=(listener,), daemon=True).start()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            ended.set()
+            listener.shutdown(socket.SHUT_RDWR)
+
+
+# -- who does not let go
+
+
+@contextlib.contextmanager
+def held_open(path: Path) -> Iterator[int]:
+    """A process has the file or device open, without any lock, as a VMM has it; its pid."""
+    script = "import os,sys,time; os.open(sys.argv[1], os.O_RDWR); print('open', flush=True); time.sleep(1000)"
+    with _running(sys.executable, "-c", script, str(path)) as pid:
+        yield pid
+
+
+@contextlib.contextmanager
+def private_mounts() -> Iterator[int]:
+    """A process keeps a private copy of the node's mounts, as an agent's container with `/` bound does; its pid."""
+    with _running("unshare", "-m", "--propagation", "private", "sh", "-c", "echo ready; exec sleep 1000") as pid:
+        yield pid
+
+
+@contextlib.contextmanager
+def _running(*command: str) -> Iterator[int]:
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    try:
+        yield process.pid
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+# -- bytes that a guest writes
+
+
+def scribbled(path: Path, chance: random.Random) -> bytes:
+    """The filesystem's superblock with some of its fields changed; what it was before."""
+    with path.open("r+b") as file:
+        before = file.read(2048)
+        head, xfs = bytearray(before), before[:4] == b"XFSB"
+        first, length = (0, 512) if xfs else (1024, 1024)
+        for _ in range(chance.randint(1, 6)):
+            width = chance.choice((1, 2, 4, 8))
+            at = first + chance.randrange(length - width)
+            value = chance.choice((0, 1, (1 << 8 * width) - 1, 1 << 8 * width - 1, chance.getrandbits(8 * width)))
+            head[at : at + width] = value.to_bytes(width, "little")
+        file.seek(0)
+        file.write(head)
+    return before

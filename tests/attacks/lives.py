@@ -36,8 +36,13 @@ class CsiLife:
 
     def __init__(self, driver: Driver, backend: str, runtime: str, *, raw: bool = False) -> None:
         self.driver, self.backend, self.runtime = driver, backend, runtime
-        self.capability = block_capability() if raw else mount_capability()
+        self.raw, self.group = raw, ""
         self.volume: Any = None
+
+    @property
+    def capability(self) -> Any:
+        """With the mount group (fsGroup) of the next pod."""
+        return block_capability() if self.raw else mount_capability(group=self.group)
 
     @contextlib.contextmanager
     def _called(self) -> Iterator[None]:
@@ -79,7 +84,7 @@ class FlexLife:
 
     def __init__(self, flex: Flex, backend: str, runtime: str) -> None:
         self.flex, self.backend, self.runtime = flex, backend, runtime
-        self.name, self.options = "", {}
+        self.name, self.options, self.group, self.raw = "", {}, "", False
 
     def make(self, name: str) -> None:
         self.name = name
@@ -111,6 +116,8 @@ class FlexLife:
         target = self._target(pod)
         os.makedirs(target, exist_ok=True)
         options = {"kubernetes.io/pod.uid": pod, "kubernetes.io/readwrite": "rw", "runtime": self.runtime}
+        if self.group:
+            options["kubernetes.io/mounterArgs.FsGroup"] = self.group
         self._call("mount", target, json.dumps({**options, **self.options}))
         return Path(target)
 
@@ -119,6 +126,16 @@ class FlexLife:
 
     def unmount(self, pod: str) -> None:
         self._call("unmount", self._target(pod))
+
+    @property
+    def bytes(self) -> Path | None:
+        """The file or directory in which its bytes lie."""
+        if "volume" not in self.options:
+            return Path(self.options.get("device") or self.options["directory"])
+        for place in ("volumes", "directories"):
+            for found in (self.flex.driver.state / place).glob(f"{self.options['volume']}*"):
+                return found
+        return None
 
     def delete(self) -> None:
         if "volume" in self.options:
