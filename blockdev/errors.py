@@ -17,12 +17,23 @@ class WaitExpired(BlockdevError):
         super().__init__(f"{what} did not end within {seconds:.1f} s")
 
 
+_LONGEST = 1500
+
+
+def shortened(text: str) -> str:
+    """What a program has said, for a sentence: its beginning and its end, where there is very much of it."""
+    text = text.strip()
+    if len(text) <= _LONGEST:
+        return text
+    return f"{text[: _LONGEST // 2].rstrip()} … {text[-_LONGEST // 2 :].lstrip()}"
+
+
 class CommandFailed(BlockdevError):
     """A program of the system refused; `code` is its exit status."""
 
     def __init__(self, program: str, code: int, output: str) -> None:
         self.program, self.code, self.output = program, code, output
-        super().__init__(f"{program} ended with status {code}: {output.strip() or 'no message'}")
+        super().__init__(f"{program} ended with status {code}: {shortened(output) or 'no message'}")
 
 
 class CommandMissing(BlockdevError):
@@ -47,7 +58,7 @@ class DeviceBusy(BlockdevError):
     """Somebody else uses the device, or may use it."""
 
     def __init__(self, path: str, why: str, holders: Sequence[Holder] = ()) -> None:
-        self.path, self.holders = path, tuple(holders)
+        self.path, self.why, self.holders = path, why, tuple(holders)
         by = f"; held by {', '.join(map(str, holders))}" if holders else ""
         super().__init__(f"{path} is in use: {why}{by}")
 
@@ -70,7 +81,7 @@ class FilesystemDamaged(BlockdevError):
     """fsck could not put it right by itself."""
 
     def __init__(self, path: str, report: str) -> None:
-        super().__init__(f"the filesystem on {path} needs a person: {report.strip()}. Run fsck on it by hand")
+        super().__init__(f"the filesystem on {path} needs a person: {shortened(report)}. Run fsck on it by hand")
 
 
 class MountFailed(BlockdevError):

@@ -73,7 +73,14 @@ def _in_child(words: Sequence[str], out: int) -> str:
         os.close(reading)
     with contextlib.suppress(ChildProcessError):
         os.waitpid(child, 0)
-    return text.decode() if text else _failure("the driver ended without a reply; see its log")
+    return text.decode() if _is_reply(text) else _failure("the driver ended without a whole reply; see its log")
+
+
+def _is_reply(text: bytes) -> bool:
+    try:
+        return json.loads(text)["status"] in ("Success", "Failure", "Not supported")
+    except (ValueError, TypeError, KeyError):
+        return False
 
 
 def _interrupted() -> None:

@@ -18,7 +18,7 @@ from typing import IO
 from volumes.errors import NoSpace, StoreFailed
 from volumes.jobs import Progress
 
-_TAR = ("tar", "--numeric-owner", "--xattrs", "--sparse", "-f", "-")
+_TAR = ("tar", "--numeric-owner", "--xattrs", "--sparse", "--one-file-system", "-f", "-")
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 _PART = 1 << 20
 
@@ -113,8 +113,8 @@ def _pump(source: IO[bytes], target: IO[bytes], progress: Progress) -> None:
 
 def _size(directory: int) -> int:
     done = subprocess.run(
-        ["du", "-s", "-B1", "--apparent-size", f"/proc/self/fd/{directory}/."], pass_fds=[directory], env=_ENVIRONMENT,
-        capture_output=True, check=False,
+        ["du", "-s", "-x", "-B1", "--apparent-size", f"/proc/self/fd/{directory}/."], env=_ENVIRONMENT,
+        pass_fds=[directory], capture_output=True, check=False,
     )  # fmt: skip
     words = done.stdout.split()
     return int(words[0]) if words and words[0].isdigit() else 0

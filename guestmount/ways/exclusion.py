@@ -99,11 +99,11 @@ def explained(claim: Claim) -> Iterator[None]:
     try:
         yield
     except DeviceBusy as error:
-        by = ", ".join(map(str, error.holders)) or "an unknown process"
+        by = f"held by {', '.join(map(str, error.holders))}; " if error.holders else ""
         who = f"the guest of {claim.owner}" if claim.owner is not None and claim.owner.kind == SANDBOX else "a process"
         raise Refused(
-            f"volume {claim.volume} is in use: {who} still has it open (held by {by}; {error}). It is free again when "
-            "that process ends"
+            f"volume {claim.volume} is in use: {who} still has it open ({by}{error.path}: {error.why}). It is free "
+            "again when that process ends"
         ) from error
 
 
@@ -124,10 +124,13 @@ def admit(claim: Claim, owner: Owner, path: str, target: Target, *, shareable: b
             f"volume {claim.volume} is mounted by the host's kernel for {_names(claim)}; {owner} can have it once no "
             "runc pod of this node uses it"
         )
+    has, wants = str(current), f"pod {target.pod}" if owner.kind == HOST else str(owner)
+    if current.pod_name and (current.pod_namespace, current.pod_name) == (target.pod_namespace, target.pod_name):
+        # A pod that was made again keeps its name (a StatefulSet's).
+        has, wants = f"{has} with the uid {current.pod_uid}", f"the pod of that name with the uid {target.pod_uid}"
     raise Refused(
-        f"volume {claim.volume} belongs to the guest of {current}; a block volume has one kernel at a time, so "
-        f"{target.pod if owner.kind == HOST else owner} has to wait until that pod is gone (a Deployment needs "
-        "strategy Recreate, or maxSurge 0)"
+        f"volume {claim.volume} belongs to the guest of {has}; a block volume has one kernel at a time, so {wants} has "
+        "to wait until that pod is gone (a Deployment needs strategy Recreate, or maxSurge 0)"
     )
 
 

@@ -16,10 +16,10 @@ _VMM = "import os,sys,time; os.open(sys.argv[1], os.O_RDWR); print('open', flush
 
 
 @contextlib.contextmanager
-def refused(code: str, *words: str) -> Iterator[None]:
+def refused(code: str, *words: str) -> Iterator[pytest.ExceptionInfo[grpc.RpcError]]:
     """The call inside is answered with `code` and a message that holds every one of `words`."""
     with pytest.raises(grpc.RpcError) as caught:
-        yield
+        yield caught
     error = caught.value
     assert error.code().name == code, f"{error.code().name}: {error.details()}"
     for word in words:

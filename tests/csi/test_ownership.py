@@ -505,3 +505,27 @@ def test_publish_to_a_sandbox_stays_quick(driver, volume):
         times.append(time.monotonic() - started)
         driver.unpublish(volume, A)
     assert sorted(times)[10] < 0.1
+
+
+def test_pods_of_one_name_are_told_apart_by_uid_and_nothing_is_said_twice(driver):
+    """A StatefulSet's pod that was made again has the name of the one that still ends."""
+    volume = driver.create("pvc")
+    driver.stage(volume)
+    driver.publish(volume, PODS[0], runtime="kata", name="web-0")
+    for runtime in ("kata", "runc"):
+        with refused(
+            "FAILED_PRECONDITION", f"with the uid {PODS[0]}", f"of that name with the uid {PODS[1]}"
+        ) as caught:
+            driver.publish(volume, PODS[1], runtime=runtime, name="web-0")
+        assert caught.value.details().count("web-0") == 1
+    with refused("FAILED_PRECONDITION", "default/web-0", "default/other") as caught:
+        driver.publish(volume, PODS[1], runtime="kata", name="other")
+    assert "uid" not in caught.value.details()
+    with vmm(image(driver, volume)) as process:
+        driver.unpublish(volume, PODS[0])
+        with refused("FAILED_PRECONDITION", f"pid {process.pid}") as caught:
+            driver.publish(volume, PODS[1], runtime="runc")
+    said = caught.value.details()
+    assert said.count(str(image(driver, volume))) == 1
+    assert said.count(f"pid {process.pid}") == 1
+    driver.unstage(volume)

@@ -437,3 +437,22 @@ def test_a_mount_namespace_of_somebodys_own_does_not_fail_an_unmount(flex, volum
         keeper.wait()
     flex.driver.cli("gc")
     assert not flex.driver.left_over()["claims and locks"] and not flex.driver.loop_devices()
+
+
+def test_however_much_a_checker_says_there_is_one_json_with_what_to_do():
+    """An e2fsck of a badly damaged filesystem fills screens."""
+    from blockdev.errors import CommandFailed, FilesystemDamaged
+
+    for error in (FilesystemDamaged("/x", "line\n" * 100_000), CommandFailed("mkfs", 1, "word " * 100_000)):
+        assert len(str(error)) < 2000
+    assert str(FilesystemDamaged("/x", "line\n" * 100_000)).endswith("Run fsck on it by hand")
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"x", b'{"status"', b"[]", b'{"status": "Perhaps"}', b'{"status": "Success"} more']
+)
+def test_half_a_reply_is_none(text):
+    from runvol import flexvolume_driver
+
+    assert not flexvolume_driver._is_reply(text)
+    assert flexvolume_driver._is_reply(b'{"status": "Success"}')
