@@ -6,6 +6,7 @@ container that could have read its hand-off.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from blockdev import Deadline
@@ -22,14 +23,14 @@ class Sandboxes:
     endpoint: str
     patience: float = 3.0
 
-    def doubt(self, pod_uid: str, deadline: Deadline) -> str:
-        """Why a sandbox of the pod may live, in words; empty where none does for certain.
+    def doubt(self, pods: Collection[str], deadline: Deadline) -> str:
+        """Why a sandbox of one of the pods (uids) may live, in words; empty where none does for certain.
 
         What cannot be asked, or cannot be asked of, counts as alive.
         """
         if not self.endpoint:
             return "the container runtime is never asked whether the pod runs (cri.endpoint is empty)"
-        if not pod_uid or "/" in pod_uid:
+        if not all(pods) or any("/" in one for one in pods):
             return "which pod it is for is not known"
         import grpc
 
@@ -47,6 +48,6 @@ class Sandboxes:
             code = error.code()
             return f"the container runtime at {self.endpoint} does not tell whether the pod runs ({code.name})"
         for sandbox in answer.items:
-            if sandbox.metadata.uid == pod_uid and sandbox.state == cri_pb2.SANDBOX_READY:
+            if sandbox.metadata.uid in pods and sandbox.state == cri_pb2.SANDBOX_READY:
                 return f"the pod runs (sandbox {sandbox.id[:13]})"
         return ""

@@ -30,7 +30,12 @@ def obstacle(means: Means, claim: Claim, deadline: Deadline) -> str:
     if means.rust_shared_block and any(target.shim != GO for target in claim.targets.values()):
         # A creation that fails and is repeated gives Kata's Rust shim a second disk for what a sibling writes to.
         return 'kata.rust_shared_block is "allow", and a container that is refused meanwhile could hurt another one'
-    return means.sandboxes.doubt(owner.pod_uid, deadline)
+    return living(means, claim, deadline)
+
+
+def living(means: Means, claim: Claim, deadline: Deadline) -> str:
+    """Why a sandbox that has the volume may live, in words."""
+    return means.sandboxes.doubt({target.pod_uid for target in claim.targets.values()}, deadline)
 
 
 def close(means: Means, claim: Claim, deliveries: Sequence[Delivery], deadline: Deadline) -> str:

@@ -58,7 +58,7 @@ class DeviceNode(exclusion.OneKernel):
         if ioctls.size_bytes(claim.device or claim.source) >= wanted:
             return wanted
         volume = backend.expand(claim.volume, size)
-        found = closing.obstacle(means, claim, deadline)
+        found = closing.living(means, claim, deadline)
         if found:
             raise guest_device.only_store(claim, volume, found)
         # The shim that plugs the node in finds one size or the other.

@@ -314,6 +314,22 @@ def test_a_raw_volume_takes_its_size_at_once(driver, runtime):
     end(driver, volume)
 
 
+def test_a_raw_volume_of_several_pods_grows_once_all_of_their_sandboxes_are_gone(driver, runtime):
+    capability = block_capability("SINGLE_NODE_MULTI_WRITER")
+    volume = driver.create("raw", 64 * MIB, capability)
+    driver.stage(volume, capability)
+    for pod in (A, B):
+        target = driver.publish(volume, pod, runtime="kata", capability=capability)
+    for living in (A, B):
+        runtime.pods = [(living, READY)]
+        with refused("FAILED_PRECONDITION", "the pod runs"):
+            expand(driver, volume, target, 128 * MIB)
+    runtime.pods = []
+    assert expand(driver, volume, target, 128 * MIB) == 128 * MIB
+    driver.unpublish(volume, B)
+    end(driver, volume)
+
+
 @pytest.mark.parametrize("driver", [{"RUNVOL_KATA_RUST_SHARED_BLOCK": "allow"}], indirect=True)
 def test_where_a_failed_creation_could_hurt_a_sibling_nothing_is_closed(driver):
     volume, target, _ = publish(driver)

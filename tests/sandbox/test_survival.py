@@ -9,7 +9,8 @@ import pytest
 
 from blockdev import exclusivity
 from tests.csi.helpers import PODS, image, refused
-from tests.driver import block_capability, mount_capability
+from tests.cri import READY, Runtime
+from tests.driver import Driver, block_capability, mount_capability
 from tests.sandbox.shim import GO, RUST, Sandbox, Settings, volume_mount, write_bundle
 from tests.sandbox.vm import VM
 
@@ -130,3 +131,49 @@ def test_a_raw_volume_goes_into_the_guest_as_a_device(driver, vm):
     sandbox.remove_container("raw")
     driver.cli("gc")
     assert image(driver, volume).read_bytes()[:14] == b"from-the-guest" and driver.loop_devices() == []
+
+
+@pytest.mark.parametrize("shim", [GO, RUST])
+def test_a_volume_grows_before_its_guest_has_it_and_never_between_two_containers(vm, shim):
+    """Nobody has the disk open between them, and the next container plugs it in from the hand-off."""
+    with Runtime() as runtime, Driver(environment={"RUNVOL_CRI_ENDPOINT": runtime.endpoint}) as driver:
+
+        def expand(size):
+            driver.client.NodeExpandVolume(
+                volume_id=volume.volume_id, volume_path=target, capacity_range={"required_bytes": size << 20}
+            )
+
+        volume = driver.create("pvc", 64 << 20)
+        driver.stage(volume)
+        target = driver.publish(volume, A, runtime="kata")
+        expand(256)  # as kubelet does for a claim that was enlarged meanwhile
+        sandbox = Sandbox(vm=vm, settings=Settings(shim=shim, direct_volumes=driver.direct_volumes))
+        runtime.pods = [(A, READY)]
+        for life in range(3):
+            name = f"grow-{shim}-{life}"
+            sandbox.create_container(write_bundle(driver.directory / name, [volume_mount(target)]), name)
+            code, text = sandbox.run(
+                name, "sh", "-c", f"echo {life} > /mnt/data/f{life}; sync; df -m /mnt/data | tail -1"
+            )
+            assert code == 0, text
+            assert 200 < int(text.split()[1]) < 300
+            sandbox.remove_container(name)
+            assert exclusivity.is_free(str(image(driver, volume)))
+            with refused("FAILED_PRECONDITION", "the pod runs"):
+                expand(512)
+        sandbox.destroy()
+        runtime.pods = []
+        expand(512)
+        checked = subprocess.run(
+            ["e2fsck", "-f", "-n", str(image(driver, volume))], capture_output=True, text=True, check=False
+        )
+        assert checked.returncode == 0, checked.stdout
+        name = f"grow-{shim}-again"
+        sandbox.create_container(write_bundle(driver.directory / name, [volume_mount(target)]), name)
+        _, text = sandbox.run(name, "sh", "-c", "cat /mnt/data/f?; df -m /mnt/data | tail -1")
+        assert text.splitlines()[:3] == ["0", "1", "2"]
+        assert int(text.splitlines()[3].split()[1]) > 400
+        sandbox.remove_container(name)
+        sandbox.destroy()
+        driver.unpublish(volume, A)
+        driver.unstage(volume)

@@ -342,13 +342,13 @@ def test_the_runtime_tells_which_pods_have_a_sandbox(cri):
     """Asked of a real containerd, as an expansion asks it."""
     sandboxes = Sandboxes(endpoint=f"unix://{cri.socket}")
     first, second = POD.format(6), POD.format(7)
-    assert sandboxes.doubt(first, Deadline.after(10)) == ""
+    assert sandboxes.doubt([first], Deadline.after(10)) == ""
     pod, other = cri.pod(first, "kata"), cri.pod(second, "kata")
-    assert f"sandbox {pod[0][:13]}" in sandboxes.doubt(first, Deadline.after(10))
+    assert f"sandbox {pod[0][:13]}" in sandboxes.doubt([first], Deadline.after(10))
     stop = cri.pb.PodSandboxRequest(pod_sandbox_id=pod[0])
     cri.call("StopPodSandbox", stop, cri.pb.Nothing)
-    assert sandboxes.doubt(first, Deadline.after(10)) == "", "it takes no container any more"
-    assert "the pod runs" in sandboxes.doubt(second, Deadline.after(10))
+    assert sandboxes.doubt([first], Deadline.after(10)) == "", "it takes no container any more"
+    assert "the pod runs" in sandboxes.doubt([second], Deadline.after(10))
     for one in (pod, other):
         cri.gone(one)
 
