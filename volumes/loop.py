@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -46,6 +47,8 @@ from volumes.snapshots import GROUP_PREFIX, Snapshots, taking
 from volumes.snapshots import PREFIX as SNAPSHOT_PREFIX
 from volumes.store import Row, SnapshotRow, State, Store
 from volumes.troubles import Recovery, Step, Trouble, Unfinished, logged
+
+log = logging.getLogger("runvol.loop")
 
 PREFIX = "loop-"
 _SUFFIX, _NEW = ".img", ".new"
@@ -277,7 +280,10 @@ class LoopBackend(Stored):
             self._be_ours()
             raise VolumeNotFound(f"{volume_id} (its file {path} is gone)") from None
         if size < volume.capacity_bytes:  # an expansion was killed in the middle
-            self._resize_file(volume)
+            try:
+                self._resize_file(volume)
+            except (NoSpace, OSError) as error:  # it works as it is
+                log.warning("a volume is smaller than it was promised", extra={"volume": volume_id, "why": str(error)})
         return BlockSource(path=path)
 
     def format(self, volume_id: str, fstype: str, deadline: Deadline) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 import threading
 import time
 
@@ -123,3 +124,31 @@ def test_an_expansion_that_was_killed_before_its_file_grew(driver):
     assert superblocks.read(str(image(driver, volume))).total_bytes == 128 * MIB
     driver.unpublish(volume, A)
     driver.unstage(volume)
+
+
+def test_an_expansion_that_was_killed_and_finds_no_room_takes_nothing_from_its_pod(driver, tmp_path):
+    """A preallocated volume whose file never grew, on a disk that has filled up since: it works at its old size."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    driver.stop()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "none", disk], check=True)
+    try:
+        driver.state = disk / "state"
+        driver.environment["RUNVOL_PATHS_STATE_DIR"] = str(driver.state)
+        driver.start()
+        volume = driver.create("pvc", 64 * MIB, preallocate="true")
+        driver.stage(volume)
+        driver.publish(volume, A, runtime="kata")
+        driver.stop()
+        store = Store(str(driver.state / "volumes.db"))
+        store.set_capacity(volume.volume_id, 250 * MIB)
+        store.close()
+        driver.start()
+        driver.stage(volume)
+        driver.publish(volume, A, runtime="kata")
+        assert image(driver, volume).stat().st_size == 64 * MIB
+        driver.unpublish(volume, A)
+        driver.unstage(volume)
+    finally:
+        driver.stop()
+        subprocess.run(["umount", disk], check=True)
