@@ -217,7 +217,7 @@ class Node:
         found, target = way.check(self.means, claim, arrival, deadline)
         if found != claim:
             cell.write(found)
-        claim = way.admit(cell, arrival, deadline)
+        claim = way.prepare(self.means, way.admit(cell, arrival, deadline), target, deadline)
         named = msgspec.structs.replace(target, way=way.name)
         claim = cell.write(claim.but(targets={**claim.targets, path: named}))
         try:

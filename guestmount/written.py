@@ -15,7 +15,7 @@ import threading
 from dataclasses import dataclass, field
 
 from blockdev import Deadline, filesystems
-from guestmount.claims import Cell, Claim
+from guestmount.claims import Claim
 from guestmount.errors import Refused
 from volumes import Catalog, VolumeUnfinished
 from volumes.backend import DeviceBackend
@@ -53,14 +53,15 @@ class Written:
         backend = self._backend(claim)
         return backend.past(claim.volume) if backend is not None else Past()
 
-    def by_others(self, cell: Cell, claim: Claim) -> Claim:
-        """A foreign kernel, or a pod itself, is about to get the bytes: noted before it can write one."""
+    def by_others(self, claim: Claim) -> Claim:
+        """A foreign kernel, or a pod itself, is about to get the bytes: noted with the volume before it can write one,
+        and in the claim, once that is written."""
         if claim.handed_out:
             return claim
         backend = self._backend(claim)
         if backend is not None:
             backend.note(claim.volume, foreign_written=True)
-        return cell.write(claim.but(handed_out=True))
+        return claim.but(handed_out=True)
 
     def has_group(self, claim: Claim, group: str) -> bool:
         """Whether the volume's files were last given to this group."""

@@ -77,6 +77,9 @@ class Way(Protocol):
     def admit(self, cell: Cell, arrival: Arrival, deadline: Deadline) -> Claim:
         """The claim with the owner that the volume has then. Raises for a target that others exclude."""
 
+    def prepare(self, means: Means, claim: Claim, target: Target, deadline: Deadline) -> Claim:
+        """The claim after what can be done to the volume before anybody is given it; nothing of it is recorded yet."""
+
     def holds(self, claim: Claim) -> bool:
         """Whether a repeated publish finds the volume still its pod's, and nothing has to be acquired again."""
 

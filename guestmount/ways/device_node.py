@@ -34,7 +34,8 @@ class DeviceNode(exclusion.OneKernel):
         return claim, arrival.target
 
     def deliver(self, means: Means, cell: Cell, claim: Claim, path: str, target: Target, deadline: Deadline) -> None:
-        claim = means.written.by_others(cell, claim)
+        if not claim.handed_out:
+            claim = cell.write(means.written.by_others(claim))
         claim = be_attached(cell, claim, deadline, read_only=target.read_only)
         if ioctls.is_read_only(claim.device) != target.read_only:
             raise MountFailed(

@@ -16,7 +16,7 @@ import msgspec
 from blockdev import Deadline, DeviceBusy, exclusivity, loops, mountinfo, mounts
 from guestmount.claims import HOST, SANDBOX, Cell, Claim, Owner, Target
 from guestmount.errors import Refused
-from guestmount.ways.base import Arrival
+from guestmount.ways.base import Arrival, Means
 from volumes import AccessMode
 
 log = logging.getLogger("runvol.exclusion")
@@ -55,6 +55,9 @@ class OneKernel:
             claim = claim.but(owner=owner, prepared=False, proved=False)
         return claim
 
+    def prepare(self, _means: Means, claim: Claim, _target: Target, _deadline: Deadline) -> Claim:
+        return claim
+
     def holds(self, claim: Claim) -> bool:
         return claim.owner is not None
 
@@ -74,6 +77,9 @@ class AnyKernel:
         others = [at for at in claim.targets if at != arrival.path]
         if others and claim.use.access_mode is AccessMode.SINGLE_NODE_SINGLE_WRITER:
             raise Refused(_once(claim))
+        return claim
+
+    def prepare(self, _means: Means, claim: Claim, _target: Target, _deadline: Deadline) -> Claim:
         return claim
 
     def holds(self, _claim: Claim) -> bool:

@@ -46,13 +46,17 @@ class GuestDevice(exclusion.OneKernel):
         dialect.check(_delivery(claim, arrival.path, target))
         return claim, target
 
+    def prepare(self, means: Means, claim: Claim, target: Target, deadline: Deadline) -> Claim:
+        if not claim.prepared:
+            _make_ready(means, claim, target, deadline)
+        return means.written.by_others(claim.but(prepared=True))
+
     def deliver(self, means: Means, cell: Cell, claim: Claim, path: str, target: Target, deadline: Deadline) -> None:
         owner = claim.owner
         if owner is None:
             raise Refused(f"volume {claim.volume} has no owner")
-        if not claim.prepared:
-            claim = _prepare(means, cell, claim, target, deadline)
-        claim = means.written.by_others(cell, claim)
+        if not (claim.prepared and claim.handed_out):
+            claim = cell.write(self.prepare(means, claim, target, deadline))
         if not mounts.is_mount_point(path):
             os.makedirs(path, mode=0o750, exist_ok=True)
         placeholder.be_placed(path, deadline)
@@ -118,7 +122,7 @@ def no_placeholder(path: str) -> list[Problem]:
     return [Problem(reason="PlaceholderMissing", message=f"no read-only placeholder stands at {path}")]
 
 
-def _prepare(means: Means, cell: Cell, claim: Claim, target: Target, deadline: Deadline) -> Claim:
+def _make_ready(means: Means, claim: Claim, target: Target, deadline: Deadline) -> None:
     """Checked, grown and given its group. No guest can have it yet: the hand-off is written after this."""
     filesystems.check(claim.source, claim.use.fstype, deadline)
     grow_device(claim)
@@ -129,7 +133,6 @@ def _prepare(means: Means, cell: Cell, claim: Claim, target: Target, deadline: D
         with private_mount(claim.source, claim.use.fstype, deadline=deadline) as root:
             groups.apply(root, int(group), deadline)
         means.written.given(claim, group)
-    return cell.write(claim.but(prepared=True))
 
 
 def _deliveries(claim: Claim) -> list[Delivery]:
