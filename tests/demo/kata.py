@@ -6,6 +6,9 @@ settings, which are the same ones.
 
 from __future__ import annotations
 
+import functools
+import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,15 +31,28 @@ class Setup:
 
     @property
     def double(self) -> dict[str, Any]:
-        """As the double takes them. Its default for aio is Kata's since 4.0, where the machine has it."""
+        """As the double takes them."""
         return {
             "shim": self.shim,
             "block_device_driver": self.settings.get("block_device_driver", "virtio-scsi"),
-            "aio": self.settings.get("block_device_aio", "threads"),
+            "aio": self.settings.get("block_device_aio", default_aio()),
             "cache_set": self.settings.get("block_device_cache_set", False),
             "cache_direct": self.settings.get("block_device_cache_direct", False),
             "indep_iothreads": self.settings.get("enable_iothreads", False),
         }
+
+
+@functools.cache
+def default_aio() -> str:
+    """Kata's default since 4.0 is io_uring; threads where this machine's QEMU or kernel has none."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.truncate(1 << 20)
+        disk = f"driver=file,filename={file.name},aio=io_uring,node-name=probe"
+        tried = subprocess.run(
+            ["qemu-system-x86_64", "-M", "none", "-nodefaults", "-display", "none", "-S", "-monitor", "stdio", "-blockdev", disk],
+            input=b"quit\n", capture_output=True, timeout=20, check=False,
+        )  # fmt: skip
+    return "io_uring" if tried.returncode == 0 else "threads"
 
 
 _FAST = {
