@@ -48,7 +48,10 @@ class Recovery:
         """What was done, in words. What could not be done is logged, stays `unfinished`, and stops nothing."""
         self._failed = {}
         try:
-            steps = list(self._steps())
+            with self._busy(self._store, seconds=0):  # or nothing can be put right at all
+                steps = list(self._steps())
+        except VolumeUnfinished:
+            return []
         except EXPECTED as error:
             self._fail(self._store, error)
             return []
