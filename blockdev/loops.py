@@ -24,7 +24,7 @@ from blockdev.udev import ensure_node
 _LOOP_CLR_FD, _LOOP_SET_CAPACITY, _LOOP_CONFIGURE = 0x4C01, 0x4C07, 0x4C0A
 _LOOP_SET_STATUS64, _LOOP_GET_STATUS64, _LOOP_CTL_GET_FREE = 0x4C04, 0x4C05, 0x4C82
 _READ_ONLY, _AUTOCLEAR, _DIRECT_IO = 1, 4, 16
-_LOOP_MAJOR = 7
+MAJOR = 7
 _SECTOR = 512
 
 
@@ -88,7 +88,7 @@ def backing(device: str) -> Backing | None:
 def _status(fd: int) -> _Info64 | None:
     """What the kernel says of an open device; None if it is no loop device or nothing is bound to it."""
     info = _Info64()
-    if os.major(os.fstat(fd).st_rdev) != _LOOP_MAJOR:
+    if os.major(os.fstat(fd).st_rdev) != MAJOR:
         return None
     try:
         fcntl.ioctl(fd, _LOOP_GET_STATUS64, info)

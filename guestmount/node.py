@@ -13,9 +13,9 @@ from functools import cached_property
 
 import msgspec
 
-from blockdev import Deadline, DeviceBusy, mounts
+from blockdev import Deadline, DeviceBusy, ioctls, loops, mountinfo, mounts
 from blockdev.errors import BlockdevError
-from guestmount import agreement, paths, ways
+from guestmount import agreement, paths, placeholder, ways
 from guestmount.claims import Cell, Claim, Claims, Target, Use
 from guestmount.cri import Sandboxes
 from guestmount.detect import Detector
@@ -241,15 +241,26 @@ class Node:
                 self._drop_unclaimed(volume_id, deadline)
 
     def _is_anothers(self, path: str, volume_id: str) -> bool:
-        """Whether what hangs at the path is another volume's: nothing of this one is there, and the other's stays."""
+        """Whether what hangs at the path is another volume's, or nobody's that is known: nothing of this one is there,
+        and what is stays."""
         if not mounts.is_mount_point(path) and self.means.dialects.at(path) is None:
             return False
+        if self.means.dialects.at(path) is None and self._could_only_be_strangers(path, volume_id):
+            log.warning("a path holds what is no volume's and stays", extra={"volume": volume_id, "path": path})
+            return True
         for claim in self.claims.readable()[0]:
             if claim.volume != volume_id and (path in claim.targets or path == claim.staging_path):
                 said = {"volume": volume_id, "path": path, "of": claim.volume}
                 log.warning("a path belongs to another volume and stays", extra=said)
                 return True
         return False
+
+    def _could_only_be_strangers(self, path: str, volume_id: str) -> bool:
+        """A volume that is a file reaches the host's paths by a loop device, its node, or the placeholder alone."""
+        if not self.catalog.is_image(volume_id) or ioctls.is_block(path):
+            return False
+        found = [mount for mount in mountinfo.table() if mount.target == path]
+        return bool(found) and found[-1].source != placeholder.SOURCE and found[-1].device[0] != loops.MAJOR
 
     def _take_back(self, cell: Cell, path: str, deadline: Deadline) -> None:
         self.means.dialects.withdraw(path)

@@ -13,7 +13,7 @@ from blockdev import Deadline, mounts, syscalls
 from blockdev.detached import filesystem
 from blockdev.errors import MountFailed
 
-NOTE = "RUNVOL-PLACEHOLDER"
+NOTE, SOURCE = "RUNVOL-PLACEHOLDER", "runvol"
 _TEXT = """This directory stands in for a volume that was handed to the pod's guest as a device.
 If you read this inside a container, the runtime ignored the hand-off: run `runvol doctor` on the node.
 """
@@ -30,7 +30,7 @@ def be_placed(target: str, deadline: Deadline) -> None:
         return
     if mounts.is_mount_point(target):
         raise MountFailed("the placeholder", target, "something else is mounted there; unpublish the volume first")
-    options: dict[str, str | None] = {"source": "runvol", "size": "64k", "mode": "0755"}
+    options: dict[str, str | None] = {"source": SOURCE, "size": "64k", "mode": "0755"}
     if os.path.exists(_SELINUX):
         # containerd relabels what it binds, which a read-only filesystem refuses unless its label is fixed.
         options["context"] = _LABEL

@@ -15,7 +15,7 @@ from guestmount.claims import Claim
 from guestmount.errors import BadRequest, Busy, GuestmountError, Refused
 from guestmount.handoff import Delivered, Dialect
 from guestmount.node import Node
-from guestmount.placeholder import NOTE
+from guestmount.placeholder import NOTE, SOURCE
 from guestmount.ways import exclusion
 from volumes import VolumeNotFound
 from volumes.troubles import EXPECTED
@@ -165,7 +165,7 @@ def _placeholders(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Find
     if damaged:
         return found  # one of them may have any of the placeholders
     for mount in mounted:
-        if mount.fstype != "tmpfs" or mount.source != "runvol" or mount.target in targets:
+        if mount.fstype != "tmpfs" or mount.source != SOURCE or mount.target in targets:
             continue
         if not any(mount.target.startswith(f"{root}/") for root in node.roots):
             continue  # of another kubelet on this machine

@@ -91,6 +91,10 @@ class Catalog:
         """The id of the volume that this file would be; None for what is no volume's file of ours."""
         return next((found for one in self._of_images if (found := one.volume_at(path)) is not None), None)
 
+    def is_image(self, volume_id: str) -> bool:
+        """Whether the id is one of volumes that are files of this node."""
+        return bool(VOLUME_ID.match(volume_id)) and volume_id.startswith(tuple(one.prefix for one in self._of_images))
+
     def adopt(self, path: str, name: str) -> Volume:
         """Take over an existing image file."""
         return self.loop.adopt(path, name)

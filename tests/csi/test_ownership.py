@@ -529,3 +529,22 @@ def test_pods_of_one_name_are_told_apart_by_uid_and_nothing_is_said_twice(driver
     assert said.count(str(image(driver, volume))) == 1
     assert said.count(f"pid {process.pid}") == 1
     driver.unstage(volume)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_what_is_mounted_by_others_stays(driver, known):
+    """kubelet's own, or a person's: an unpublish or unstage that finds no claim takes nothing of it away."""
+    volume_id = driver.create("pvc").volume_id if known else "loop-nonexistent"
+    target, staging = driver.target(volume_id, PODS[0]), driver.staging(volume_id)
+    for path in (target, staging):
+        os.makedirs(path, exist_ok=True)
+        subprocess.run(["mount", "-t", "tmpfs", "somebody", path], check=True)
+    try:
+        driver.client.NodeUnpublishVolume(volume_id=volume_id, target_path=target)
+        driver.client.NodeUnstageVolume(volume_id=volume_id, staging_target_path=staging)
+        assert all(os.path.ismount(path) for path in (target, staging))
+    finally:
+        for path in (target, staging):
+            subprocess.run(["umount", path], check=True)
+    driver.client.NodeUnpublishVolume(volume_id=volume_id, target_path=target)
+    assert not os.path.exists(target)
