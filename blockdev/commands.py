@@ -30,8 +30,10 @@ class Limits:
     cpu: int
 
 
-def _before(parent: int | None, limits: Limits | None) -> None:
+def _before(parent: int | None, limits: Limits | None, outlive: int | None) -> None:
     """In the child. A mkfs must not go on after the process that ordered it was killed, nor start after that."""
+    if outlive is not None:
+        os.set_inheritable(outlive, True)  # in the child: the program has it through its exec
     if limits is not None:
         resource.setrlimit(resource.RLIMIT_AS, (limits.memory, limits.memory))
         resource.setrlimit(resource.RLIMIT_CPU, (limits.cpu, limits.cpu + 1))
@@ -82,7 +84,7 @@ def run(
         _err_to_out=True,
         _tty_out=False,
         _env={"PATH": ":".join(_SEARCH), "LC_ALL": "C"},
-        _preexec_fn=functools.partial(_before, os.getpid() if outlive is None else None, limits),
+        _preexec_fn=functools.partial(_before, os.getpid() if outlive is None else None, limits, outlive),
         _pass_fds=set() if outlive is None else {outlive},
         _new_session=True,
     )

@@ -5,6 +5,7 @@ A module of its own, as what it imports costs a process of kubelet's that asks n
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import functools
 import os
@@ -12,7 +13,7 @@ import ssl
 from collections.abc import Callable, Iterator, Mapping
 from http.client import HTTPConnection, HTTPException
 from typing import Protocol
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from guestmount.kubeconfig import Resolved
 from guestmount.pods import PodUnknown
@@ -33,12 +34,15 @@ class Access(Protocol):
     def headers(self) -> dict[str, str]: ...
 
 
-def exchanged(access: Access, path: str, seconds: float) -> bytes:
-    """The body of the answer. OSError or ValueError, with the reason; Denied for 401."""
+def exchanged(access: Access, path: str, seconds: float, opened: list[HTTPConnection]) -> bytes:
+    """The body of the answer. OSError or ValueError, with the reason; Denied for 401.
+
+    `opened` is told the connection, so that who waits no longer can end it."""
     try:
         connection = access.connection(seconds)
     except ssl.SSLError as error:
         raise Denied(f"the certificates cannot be used: {error}") from error
+    opened.append(connection)
     try:
         connection.request("GET", path, headers={"Accept": "application/json", **access.headers()})
         reply = connection.getresponse()
@@ -108,17 +112,19 @@ def _connection(
     """To `base`, below whose path the paths of requests lie; through `proxy`; `name`: of the server's certificate."""
     parts = urlsplit(base)
     if parts.scheme not in ("http", "https"):
-        raise ValueError(f"the address {base!r} is neither http:// nor https://")
+        raise ValueError(f"the address {parts.scheme}://{parts.hostname or ''} is neither http:// nor https://")
     via = urlsplit(proxy) if proxy else parts
     if proxy and via.scheme != "http":
-        raise ValueError(f"proxy-url {proxy!r}: only http:// proxies are known")
+        raise ValueError(f"proxy-url {via.scheme}://{via.hostname or ''}: only http:// proxies are known")
     made: HTTPConnection
     if parts.scheme == "http":
         made = _Plain(via.hostname or "", via.port, seconds, parts.path)
     else:
         made = _Tls(via.hostname or "", via.port or 443, seconds, parts.path, context(), name or parts.hostname or "")
     if proxy:
-        made.set_tunnel(parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
+        known = f"{unquote(via.username or '')}:{unquote(via.password or '')}".encode()
+        headers = {"Proxy-Authorization": f"Basic {base64.b64encode(known).decode()}"} if via.username else {}
+        made.set_tunnel(parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80), headers)
     return made
 
 

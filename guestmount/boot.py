@@ -34,7 +34,12 @@ def forget_others(state_dir: str) -> list[str]:
     with contextlib.suppress(FileNotFoundError):
         others = [name for name in os.listdir(place) if name != own]
         for name in others:
-            shutil.rmtree(os.path.join(place, name))
+            path = os.path.join(place, name)
+            if os.path.isdir(path) and not os.path.islink(path):
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
         if others:
             return [f"forgot the records of {len(others)} boot{'s' if len(others) > 1 else ''} that ended"]
     return []

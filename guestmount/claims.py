@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import logging
 import os
 import time
@@ -19,6 +20,7 @@ import msgspec
 from blockdev import Deadline, durable, flocks, nfs
 from guestmount.errors import BadRequest, Busy, ClaimDamaged, Refused
 from volumes import VOLUME_ID, AccessMode, Capability, VolumeKind
+from volumes.troubles import EXPECTED
 
 log = logging.getLogger("runvol.claims")
 
@@ -27,6 +29,8 @@ HOST, SANDBOX = "host", "sandbox"
 _BLOCK = 4096
 _LOOP = "/dev/loop"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+# What says nothing of the record.
+_OF_THIS_MOMENT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR)
 _NO_WRITES = (*_FULL, errno.EROFS, errno.EIO)
 
 
@@ -169,10 +173,11 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
 class Cell:
     """One volume's record while its lock is held."""
 
-    def __init__(self, path: str, temporary: str) -> None:
-        """`temporary`: what the names begin with under which it is written."""
-        self._path, self._temporary = path, temporary
-        self.claim = _read(path)
+    def __init__(self, path: str, temporary: str, *, held: Callable[[], bool], known: bool = True) -> None:
+        """`temporary`: what the names begin with under which it is written. `held`: whether the lock is still ours.
+        What is not `known` counts as no claim."""
+        self._path, self._temporary, self._held = path, temporary, held
+        self.claim = _read(path) if known else None
 
     def has_another(self, device: str) -> bool:
         """Whether another volume's claim names this loop device, for targets that it still has.
@@ -197,15 +202,15 @@ class Cell:
     def _index(self, device: str) -> None:
         """The volume can be found by the loop device that its claim names."""
         old = self.claim.device if self.claim is not None else ""
-        if device == old:
-            return
         volume = os.path.basename(self._path).removesuffix(".json")
         with contextlib.suppress(OSError):
-            if old.startswith(_LOOP) and _text(self._place(old)) == volume:
+            if old.startswith(_LOOP) and old != device and _text(self._place(old)) == volume:
                 os.unlink(self._place(old))
         if not device.startswith(_LOOP):
             return
         place = self._place(device)
+        if _text(place) == volume:
+            return
         with contextlib.suppress(OSError):
             try:
                 _note(place, volume)
@@ -222,6 +227,7 @@ class Cell:
 
     def write(self, claim: Claim) -> Claim:
         """Replace the record, whole or not at all. What is no longer than it was can be written to a full disk too."""
+        self._be_alone()
         content = _encoded(claim)
         try:
             self._replace(content)
@@ -231,6 +237,11 @@ class Cell:
         self._index(claim.device)
         self.claim = claim
         return claim
+
+    def _be_alone(self) -> None:
+        """Busy where the lock's file was taken away (an emptied `/run`): somebody else may have a new one."""
+        if not self._held():
+            raise Busy(os.path.basename(self._path).removesuffix(".json"))
 
     def less(self, claim: Claim) -> Claim:
         """As `write`, for a claim that says less than the record. A disk that takes no writes holds up no pod's end:
@@ -258,6 +269,7 @@ class Cell:
     def remove(self) -> None:
         """No record, nor what a killed process was writing of it: that was the lock's holder before us. As for `less`,
         a disk that takes no writes is borne."""
+        self._be_alone()
         try:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._path)
@@ -309,7 +321,9 @@ def _read(path: str) -> Claim | None:
             return msgspec.json.decode(file.read(), type=Claim)
     except FileNotFoundError:
         return None
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in _OF_THIS_MOMENT:
+            raise
         raise ClaimDamaged(
             f"the claim {path} cannot be read ({error}); it is made again with the next call for its volume"
         ) from error
@@ -342,13 +356,22 @@ class Claims:
         return other
 
     @contextlib.contextmanager
-    def locked(self, volume_id: str, deadline: Deadline) -> Iterator[Cell]:
+    def locked(self, volume_id: str, deadline: Deadline, *, ending: bool = False) -> Iterator[Cell]:
         """The volume's record, ours alone until the block ends; Busy if another has it for longer than our patience.
+
+        `ending`: for who takes a pod's volume back; a record that can neither be read nor made again is none to him.
 
         The lock is a flock, so that a process that is killed lets go. The lock's file goes with the record.
         """
-        with self._held(self._locks, volume_id, deadline) as path:
-            cell = self._cell(volume_id)
+        with self._held(self._locks, volume_id, deadline) as (path, fd):
+            held = functools.partial(flocks.is_still, fd, path)
+            try:
+                cell = self._cell(volume_id, held)
+            except (ClaimDamaged, *EXPECTED) as error:
+                if not ending:
+                    raise
+                log.error("a claim that cannot be made again counts as none", extra={"why": str(error)})
+                cell = Cell(*self._places(volume_id), held=held, known=False)
             try:
                 yield cell
             finally:
@@ -366,27 +389,28 @@ class Claims:
                 cell.write(made)
         return cell.claim
 
-    def _cell(self, volume_id: str) -> Cell:
-        path, temporary = (
+    def _places(self, volume_id: str) -> tuple[str, str]:
+        return (
             os.path.join(self._directory, f"{volume_id}.json"),
             os.path.join(self._temporary, f"{volume_id}."),
         )
+
+    def _cell(self, volume_id: str, held: Callable[[], bool]) -> Cell:
+        path, temporary = self._places(volume_id)
         try:
-            return Cell(path, temporary)
+            return Cell(path, temporary, held=held)
         except ClaimDamaged as error:
             if self.remake is None:
                 raise
             made = self.remake(volume_id)
-            aside = os.path.join(self._records, "damaged", f"{volume_id}.{os.urandom(4).hex()}")
+            aside = os.path.join(self._records, "damaged", volume_id)
             os.makedirs(os.path.dirname(aside), mode=0o700, exist_ok=True)
-            os.link(path, aside)
-            if made is None:
-                os.unlink(path)
-            else:
+            os.rename(path, aside)
+            if made is not None:
                 durable.replace(path, _encoded(made), beside=temporary, synced=False)
             said = {"volume": volume_id, "why": str(error), "aside": aside, "made_again": made is not None}
             log.error("a damaged claim is laid aside", extra=said)
-        return Cell(path, temporary)
+        return Cell(path, temporary, held=held)
 
     @contextlib.contextmanager
     def turn(self, volume_id: str, deadline: Deadline) -> Iterator[None]:
@@ -394,7 +418,7 @@ class Claims:
 
         Between stage and publish another call would find the volume unused, and let it go.
         """
-        with self._held(self._turns, volume_id, deadline) as path:
+        with self._held(self._turns, volume_id, deadline) as (path, _fd):
             try:
                 yield
             finally:
@@ -402,7 +426,7 @@ class Claims:
                     os.unlink(path)
 
     @contextlib.contextmanager
-    def _held(self, directory: str, volume_id: str, deadline: Deadline) -> Iterator[str]:
+    def _held(self, directory: str, volume_id: str, deadline: Deadline) -> Iterator[tuple[str, int]]:
         _check(volume_id)
         path = os.path.join(directory, volume_id)
         try:
@@ -413,7 +437,7 @@ class Claims:
         if fd is None:
             raise Busy(volume_id)
         try:
-            yield path
+            yield path, fd
         finally:
             flocks.release(fd)
 
@@ -440,6 +464,9 @@ class Claims:
                 facts = os.stat(path)
             except FileNotFoundError:
                 continue
+            except OSError:
+                seen[name] = (), _tried(path)
+                continue
             stamp = facts.st_ino, facts.st_mtime_ns, facts.st_ctime_ns
             before = self._seen.get(name)
             seen[name] = before if before is not None and before[0] == stamp else (stamp, _tried(path))
@@ -452,7 +479,14 @@ class Claims:
         return _parted(_tried(os.path.join(self._directory, name)) for name in names)
 
     def sweep(self) -> None:
-        """Remove what a killed process was writing."""
+        """Remove what a killed process was writing; and find claims by their loop devices, older ones too."""
+        places = os.path.join(self._records, "devices")
+        for claim in self.readable()[0]:
+            place = os.path.join(places, os.path.basename(claim.device))
+            if claim.device.startswith(_LOOP) and claim.targets and not _text(place):
+                with contextlib.suppress(OSError):
+                    os.makedirs(places, mode=0o700, exist_ok=True)
+                    _note(place, claim.volume)
         for name in _names(self._temporary):
             path = os.path.join(self._temporary, name)
             with contextlib.suppress(FileNotFoundError):

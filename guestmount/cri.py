@@ -6,7 +6,8 @@ container that could have read its hand-off.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import os
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from blockdev import Deadline
@@ -18,9 +19,12 @@ _OPTIONS = (("grpc.default_authority", "localhost"), ("grpc.max_receive_message_
 
 @dataclass(frozen=True, kw_only=True)
 class Sandboxes:
-    """`endpoint`: the runtime's socket, as kubelet has it; empty if it is never asked. `patience`: in seconds."""
+    """`endpoint`: the runtime's socket, as kubelet has it; empty if it is never asked. `patience`: in seconds.
+
+    `roots`: kubelet's directories, which tell whether it is kubelet's runtime that answers."""
 
     endpoint: str
+    roots: Sequence[str] = ()
     patience: float = 3.0
 
     def doubt(self, pods: Collection[str], deadline: Deadline) -> str:
@@ -50,4 +54,10 @@ class Sandboxes:
         for sandbox in answer.items:
             if sandbox.metadata.uid in pods and sandbox.state == cri_pb2.SANDBOX_READY:
                 return f"the pod runs (sandbox {sandbox.id[:13]})"
+        if not any(self._has(sandbox.metadata.uid) for sandbox in answer.items):
+            # Another runtime's, or another kubelet's, would know none of this node's pods, and say that none runs.
+            return f"the container runtime at {self.endpoint} lists no pod that kubelet has; see cri.endpoint"
         return ""
+
+    def _has(self, uid: str) -> bool:
+        return bool(uid) and "/" not in uid and any(os.path.isdir(f"{root}/pods/{uid}") for root in self.roots)

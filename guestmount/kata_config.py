@@ -28,6 +28,8 @@ _GO_DIRS = (
     "/opt/kata/share/defaults/kata-containers",
 )
 _ANNOTATION = "io.katacontainers.config.hypervisor."
+# With which a pod chooses the whole file.
+_OTHER = "io.katacontainers.config_path"
 # Values of block_device_driver. The Go shim's own check knows these; of the Rust shim's, those that its QEMU plugs in.
 _GO_DRIVERS = ("virtio-scsi", "virtio-blk", "virtio-mmio", "nvdimm", "virtio-blk-ccw")
 _RUST_DRIVERS = ("virtio-scsi", "virtio-blk-pci")
@@ -85,6 +87,11 @@ class KataConfig:
         """Why the shim plugs in no block device of this pod, in words that name the setting; empty if it does."""
         if self.trouble:
             return self.trouble
+        if _OTHER in annotations and any(_matches(_OTHER, pattern) for pattern in self.passed):
+            return (
+                f"the pod's annotation {_OTHER} names another configuration than {self.path}, which was looked "
+                "at; remove it, and give the handler that ConfigPath"
+            )
         driver, aio = self._text("block_device_driver", annotations), self._text("block_device_aio", annotations)
         known = self._drivers()
         if driver and driver not in known:

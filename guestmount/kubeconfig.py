@@ -6,8 +6,10 @@ runs on every node, and a publish, cannot afford. `python -m guestmount.kubeconf
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -112,18 +114,24 @@ def _stamp(path: str) -> tuple[int, ...]:
 
 def _asked(path: str) -> tuple[Resolved, tuple[str, ...]]:
     """In a process of its own; nothing secret stands among its arguments."""
-    command = [sys.executable, "-m", "guestmount.kubeconfig", path]
+    command = [sys.executable, "-P", "-m", "guestmount.kubeconfig", os.path.abspath(path)]
+    # Nothing of the caller's directory is looked at, and what the file starts (`exec`) ends with its reader.
+    reader = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd="/",
+        start_new_session=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(os.path.isabs, sys.path))},
+    )  # fmt: skip
     try:
-        done = subprocess.run(
-            command, capture_output=True, timeout=_LONGEST, check=False, stdin=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        )  # fmt: skip
+        said, complaint = reader.communicate(timeout=_LONGEST)
     except subprocess.TimeoutExpired:
         raise Unusable(f"reading it took longer than {_LONGEST:.0f} s") from None
-    if done.returncode != 0:
-        lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
-        raise Unusable(lines[-1] if lines else f"its reader ended with status {done.returncode}")
-    answer = json.loads(done.stdout)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(reader.pid, signal.SIGKILL)
+        reader.wait()
+    if reader.returncode != 0:
+        lines = complaint.decode("utf-8", "replace").strip().splitlines()
+        raise Unusable(lines[-1] if lines else f"its reader ended with status {reader.returncode}")
+    answer = json.loads(said)
     return Resolved(**answer["resolved"]), tuple(answer["named"])
 
 

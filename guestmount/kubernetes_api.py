@@ -6,9 +6,11 @@ The server is asked with the standard library, with the service account's files 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import socket
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,8 @@ from guestmount.kubeconfig import Kubeconfig, Unusable
 from guestmount.pods import PodFacts, PodRef, PodUnknown, facts_from
 
 if TYPE_CHECKING:
+    from http.client import HTTPConnection
+
     from guestmount.api_access import Access
 
 _LONGEST = 1.0
@@ -120,9 +124,19 @@ class KubernetesApi:
         from guestmount.api_access import exchanged
 
         seconds = max(0.05, min(_LONGEST, deadline.remaining()))
-        return bounded(
-            f"asking the API server for {what}", Deadline.after(seconds), lambda: exchanged(access, path, seconds)
-        )
+        opened: list[HTTPConnection] = []
+        try:
+            return bounded(
+                f"asking the API server for {what}",
+                Deadline.after(seconds),
+                lambda: exchanged(access, path, seconds, opened),
+            )
+        except WaitExpired:
+            for connection in opened:  # a server that drips would keep a thread for ever
+                if connection.sock is not None:
+                    with contextlib.suppress(OSError):
+                        connection.sock.shutdown(socket.SHUT_RDWR)
+            raise
 
     def _access(self, deadline: Deadline) -> Access:
         from guestmount.api_access import ByAccount, ByKubeconfig

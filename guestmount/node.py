@@ -25,7 +25,7 @@ from guestmount.reach import Reach
 from guestmount.requests import PublishRequest, StageRequest, check_capability, check_options
 from guestmount.ways import exclusion
 from guestmount.written import Trust, Written
-from volumes import Catalog, InvalidParameter, SizeRange, VolumeNotFound, parameters
+from volumes import Catalog, InvalidParameter, SizeRange, VolumeKind, VolumeNotFound, parameters
 from volumes.backend import Backend
 from volumes.jobs import PATIENCE
 
@@ -127,7 +127,7 @@ class Node:
         the mount, holds up the next kernel, an expansion and the deletion, not this call: kubelet's part is done.
         """
         staging = paths.check("staging_target_path", staging_path, self.roots)
-        with self.claims.locked(volume_id, deadline) as cell:
+        with self.claims.locked(volume_id, deadline, ending=True) as cell:
             if cell.claim is None or cell.claim.staging_path != staging:
                 if self._is_anothers(staging, volume_id):
                     return
@@ -196,7 +196,11 @@ class Node:
 
     def _staged(self, cell: Cell, request: PublishRequest) -> Claim:
         """The claim of a volume that is staged where the request says; Refused otherwise."""
-        claim = cell.claim
+        claim = self.claims.remember(cell, request.volume_id)
+        if claim is not None and claim.made_again and not claim.staging_path:
+            # kubelet publishes only what it has staged, and stages nothing again that it has.
+            use = Use.of(request.capability, claim.use.fstype)
+            claim = cell.write(claim.but(staging_path=request.staging_path, use=use))
         if claim is None or claim.staging_path != request.staging_path:
             staged = claim is not None and claim.staging_path
             where = f"is staged at {staged}" if staged else "is not staged on this node"
@@ -217,6 +221,9 @@ class Node:
         found, target = way.check(self.means, claim, arrival, deadline)
         if found != claim:
             cell.write(found)
+        if claim.owner is None and claim.kind is VolumeKind.BLOCK and not self.catalog.is_image(claim.volume):
+            # Nothing but its hand-off speaks for a described device whose claim was lost.
+            exclusion.check_not_handed(cell.present, self.means.dialects.delivered().values())
         claim = way.prepare(self.means, way.admit(cell, arrival, deadline), target, deadline)
         named = msgspec.structs.replace(target, way=way.name)
         claim = cell.write(claim.but(targets={**claim.targets, path: named}))
@@ -233,7 +240,7 @@ class Node:
     def unpublish(self, volume_id: str, target_path: str, deadline: Deadline) -> None:
         """Nothing is at the target. The claim stays until the guest's VMM has let go of the device."""
         path = paths.check("target_path", target_path, self.roots)
-        with self.claims.locked(volume_id, deadline) as cell:
+        with self.claims.locked(volume_id, deadline, ending=True) as cell:
             if (cell.claim is None or path not in cell.claim.targets) and self._is_anothers(path, volume_id):
                 return
             self._take_back(cell, path, deadline)

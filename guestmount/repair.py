@@ -100,13 +100,13 @@ def _hand_offs(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding
 
 
 def _closed(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
-    """Those that a killed call has closed for the time of its work: no container of their pod can start."""
+    """Those that a call has closed for the time of its work and left so: no container of their pod can start."""
     found = []
     for ours in _ours(node):
         one = ours.one
         if not one.closed:
             continue
-        why, done = "closed by a call that was killed", False
+        why, done = "closed by a call that did not end well", False
         try:
             with node.claims.locked(ours.volume_id, deadline) as cell:
                 if cell.claim is None or one.target not in cell.claim.targets:

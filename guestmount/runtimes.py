@@ -30,17 +30,24 @@ class Handler:
     runtime_type: str = ""
     runtime_path: str = ""
     config_path: str = ""
+    binary: str = ""
     # Patterns (Go's path.Match) of the pod annotations that containerd passes to the shim.
     pod_annotations: tuple[str, ...] = ()
 
     @property
     def is_sandbox(self) -> bool:
-        return bool(_SANDBOX_TYPE.match(self.runtime_type)) or "kata" in os.path.basename(self.runtime_path)
+        return bool(_SANDBOX_TYPE.match(self.runtime_type)) or any("kata" in one for one in self._programs)
+
+    @property
+    def _programs(self) -> tuple[str, ...]:
+        """The names of what containerd starts: `runtime_type` may be a path too."""
+        named = (self.runtime_path, self.runtime_type if "/" in self.runtime_type else "", self.binary)
+        return tuple(os.path.basename(one).lower() for one in named if one)
 
     @property
     def is_unknown(self) -> bool:
         """A runtime that looks as if it starts a virtual machine, and is none that is known to."""
-        names = (self.runtime_type, os.path.basename(self.runtime_path))
+        names = (self.runtime_type, *self._programs)
         return not self.is_sandbox and any(_VM_LIKE.search(name.lower()) for name in names)
 
 
@@ -105,6 +112,7 @@ def _handler(name: str, runtime: Mapping[str, Any]) -> Handler:
         runtime_type=str(runtime.get("runtime_type", "")),
         runtime_path=str(runtime.get("runtime_path", "")),
         config_path=str(options.get("ConfigPath", "")),
+        binary=str(options.get("BinaryName", "")),
         pod_annotations=_texts(runtime.get("pod_annotations")),
     )
 

@@ -162,9 +162,11 @@ def _mounted(node: Node, volume_id: str, path: str, device: str, table: Sequence
         return None
     read_only = ioctls.is_read_only(device)
     nodes = {one: _target(one, read_only, node, DeviceNode.name) for one in bound}
+    # A bound node does not tell which kernel has it: it counts as a guest's, so that nobody but its pod gets it.
+    first = next(iter(nodes.values())).pod_uid
     return Claim(volume=volume_id, source=path, device=device, staging_path="",
                  use=Use(mode=AccessMode.SINGLE_NODE_MULTI_WRITER.value, raw=True),
-                 owner=Owner(kind=HOST), targets=nodes, made_again=True)  # fmt: skip
+                 owner=Owner(kind=SANDBOX, pod_uid=first), targets=nodes, made_again=True)  # fmt: skip
 
 
 def _numbers(device: str) -> tuple[int, int]:
@@ -190,8 +192,15 @@ def _claim(volume_id: str, path: str, one: Delivered, pod_uid: str) -> Claim:
         use=Use(mode=AccessMode.SINGLE_NODE_MULTI_WRITER.value, fstype=one.fstype),
         owner=Owner(kind=SANDBOX, pod_uid=pod_uid, dialect=one.dialect),
         targets={
-            one.target: Target(read_only="ro" in one.options, pod_uid=pod_uid, way=GuestDevice.name, made_again=True)
+            one.target: Target(
+                read_only="ro" in one.options,
+                pod_uid=pod_uid,
+                way=GuestDevice.name,
+                made_again=True,
+                mount_group=one.group,
+                group_in_guest=bool(one.group),
+            )
         },
-        prepared=True,
+        prepared=not one.closed,  # what it was closed for may not have ended
         made_again=True,
     )

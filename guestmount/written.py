@@ -76,6 +76,10 @@ class Written:
         """Whether the host may mount it as it is, or once it was checked."""
         return self.trust is not Trust.NEVER or not self.past(claim).foreign_written
 
+    def is_checking(self, claim: Claim) -> bool:
+        """Whether a check of this process has the volume open."""
+        return self._checks.progress(claim.volume) is not None
+
     def be_safe(self, claim: Claim, what: str, deadline: Deadline) -> None:
         """The host may mount the volume's filesystem. Refused, naming `what` would need it, where it never may;
         VolumeUnfinished while it is still being checked: that goes on, and the next call waits for it;

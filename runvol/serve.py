@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import signal
@@ -47,10 +48,11 @@ def leave() -> None:
 
 def _repair(node: Node, state_dir: str) -> None:
     """Beside the calls, since it may take long."""
-    try:
-        _tell([*boot.forget_others(state_dir), *repair.behind(node)])
-    except Exception:
-        log.exception("a repair failed; it is tried again at the next start and by gc")
+    for step in (functools.partial(boot.forget_others, state_dir), functools.partial(repair.behind, node)):
+        try:
+            _tell(step())
+        except Exception:
+            log.exception("a repair failed; it is tried again at the next start and by gc")
     log.info("repairs done")
 
 

@@ -52,6 +52,8 @@ log = logging.getLogger("runvol.loop")
 
 PREFIX = "loop-"
 _SUFFIX, _NEW = ".img", ".new"
+# Marks on a volume's file: its mkfs ended; a foreign kernel may have written it.
+_FORMATTED, _FOREIGN = "trusted.runvol.formatted", "trusted.runvol.foreign"
 
 PARAMETERS = (
     Parameter(
@@ -189,10 +191,18 @@ class LoopBackend(Stored):
         return self._known(volume_id)
 
     def past(self, volume_id: str) -> Past:
-        return Past(*self._store.past(volume_id))
+        """The file's own mark counts too: a store may be restored to what it was before a guest came."""
+        written, group = self._store.past(volume_id)
+        return Past(written or _is_marked(self._path(volume_id), _FOREIGN), group)
 
     def note(self, volume_id: str, *, foreign_written: bool | None = None, mount_group: str | None = None) -> None:
+        path = self._path(volume_id)
+        if foreign_written and os.path.exists(path):
+            _mark(path, _FOREIGN)
         self._store.note(volume_id, foreign_written=foreign_written, mount_group=mount_group)
+        if foreign_written is False:
+            with contextlib.suppress(OSError):
+                os.removexattr(path, _FOREIGN)
 
     def _content(self, source: ContentSource | None) -> str:
         """The file that a new volume starts with; empty for none."""
@@ -206,6 +216,9 @@ class LoopBackend(Stored):
         row = self._store.get(volume_id)
         if row is None:
             self._store.check_own(PREFIX, volume_id)
+            if VOLUME_ID.match(volume_id) and os.path.exists(self._path(volume_id)):
+                raise VolumeConflict(volume_id, f"has the file {self._path(volume_id)}, but the store does not know it "
+                                     "(an older copy?); adopt the file or remove it")  # fmt: skip
             return
         if row.state is State.CREATING and self._jobs.progress(_filling(row.name)) is not None:
             raise VolumeUnfinished(f"volume {volume_id} is being filled from {row.source}")
@@ -254,8 +267,8 @@ class LoopBackend(Stored):
         return capacity
 
     def expand(self, volume_id: str, size: SizeRange) -> Volume:
-        before = self._known(volume_id)
-        with self._busy(_key(before.name)):
+        with self._busy(_key(self._known(volume_id).name)):
+            before = self._known(volume_id)
             with self._store.transaction():
                 capacity = self.check_expand(volume_id, size)
                 # The row first: a file that is smaller than its row is grown at the next start or attempt.
@@ -288,6 +301,9 @@ class LoopBackend(Stored):
 
     def format(self, volume_id: str, fstype: str, deadline: Deadline) -> None:
         volume, path = self._known(volume_id), self._path(volume_id)
+        if volume.formatting and _is_marked(path, _FORMATTED):
+            self._store.set_formatting(volume_id, False)  # the store is an older copy of itself
+            return
         if volume.formatting:
             # A process was killed in the middle of mkfs. No pod has had the volume yet, so nothing can be lost.
             blankness.wipe(path, deadline)
@@ -303,6 +319,7 @@ class LoopBackend(Stored):
             blankness.prove_blank(path, deadline)
             self._store.set_formatting(volume_id, True)
         filesystems.make(path, fstype, deadline)
+        _mark(path, _FORMATTED)
         self._store.set_formatting(volume_id, False)
 
     # -- snapshots
@@ -489,13 +506,16 @@ class LoopBackend(Stored):
     def _resize_file(self, volume: Volume) -> None:
         path = self._path(volume.volume_id)
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        size = os.fstat(fd).st_size
         try:
-            if os.fstat(fd).st_size < volume.capacity_bytes:
+            if size < volume.capacity_bytes:
                 if volume.parameters.get("preallocate") == "true":
                     os.posix_fallocate(fd, 0, volume.capacity_bytes)
                 os.ftruncate(fd, volume.capacity_bytes)
             os.fsync(fd)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(fd, size)  # what a preallocation got before there was no more is everybody's again
             _raise_no_space(error, volume.capacity_bytes)
         finally:
             os.close(fd)
@@ -516,6 +536,19 @@ def _key(name: str) -> str:
 def _filling(name: str) -> str:
     """The key of the work that fills a volume of that name."""
     return f"volume {name}"
+
+
+def _mark(path: str, name: str) -> None:
+    with contextlib.suppress(OSError):  # the store has it too
+        os.setxattr(path, name, b"1")
+
+
+def _is_marked(path: str, name: str) -> bool:
+    try:
+        os.getxattr(path, name)
+    except OSError:
+        return False
+    return True
 
 
 def _left(row: Row | SnapshotRow) -> str:

@@ -68,7 +68,10 @@ class Snapshots:
         if old is not None and old.state is State.READY:
             return
         if old is not None:
-            self._drop(old.snapshot_id)
+            self.settle(old.snapshot_id)
+            again = self._store.snapshot_by_name(name)
+            if again is not None and again.state is State.READY:
+                return
         if not os.path.exists(source_path):
             raise VolumeNotFound(source)  # it was deleted before its turn came
         snapshot_id = self._begin(name, source, source_path, "")
@@ -244,8 +247,16 @@ class Snapshots:
         row = self._store.snapshot(snapshot_id)
         if row is None or row.state is State.READY:
             return None
+        if row.state is State.CREATING and self._is_made(row):
+            # Its file took its name in the last step but one; the store may be an older copy of itself.
+            self._store.set_snapshot_state(snapshot_id, State.READY)
+            return f"finished snapshot {snapshot_id}"
         self._drop(snapshot_id)
         return f"removed snapshot {snapshot_id}, which was {row.state.value} when the process ended"
+
+    def _is_made(self, row: SnapshotRow) -> bool:
+        members = self._store.snapshots(group=row.group) if row.group else [row]
+        return all(os.path.exists(self.path(one.snapshot_id)) for one in members)
 
     def known_files(self) -> set[str]:
         return {snapshot_id + suffix for snapshot_id in self._store.snapshot_ids() for suffix in (SUFFIX, NEW)}

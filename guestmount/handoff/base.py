@@ -48,6 +48,8 @@ class Delivered:
     problem: str = ""
     # It names a device that does not exist, so that no container takes the volume now; `device` is the one that it had.
     closed: bool = False
+    # The group that the guest's agent gives the files to; empty for none.
+    group: str = ""
 
 
 class Dialect(Protocol):

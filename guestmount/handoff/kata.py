@@ -176,6 +176,7 @@ class KataDialect:
             sandboxes=tuple(others),
             problem=problem,
             closed=info is not None and _WAS in info.metadata,
+            group=info.metadata.get("fsGroup", "") if info else "",
         )
 
     def sweep(self) -> None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import msgspec
 
-from blockdev import Deadline, DeviceBusy, exclusivity, loops, mountinfo, mounts
+from blockdev import Deadline, DeviceBusy, exclusivity, ioctls, loops, mountinfo, mounts
 from guestmount.claims import HOST, SANDBOX, Cell, Claim, Owner, Target
 from guestmount.errors import Refused
+from guestmount.handoff import Delivered
 from guestmount.ways.base import Arrival, Means
 from volumes import AccessMode
 
@@ -164,6 +165,24 @@ def acquire(claim: Claim, deadline: Deadline) -> None:
         exclusivity.prove_free(claim.source, past_known=False)
 
 
+def check_not_handed(claim: Claim, handed: Iterable[Delivered]) -> None:
+    """Refused where a hand-off that still stands names the volume's device, whatever was lost of its claim."""
+    facts = os.stat(claim.source)
+    for one in handed:
+        if not os.path.lexists(one.target):
+            continue
+        try:
+            there = os.stat(one.device)
+        except OSError:
+            continue
+        same = (there.st_rdev == facts.st_rdev) if ioctls.is_block(claim.source) else os.path.samestat(there, facts)
+        if same or loops.stands_on(one.device, claim.source):
+            raise Refused(
+                f"volume {claim.volume} is handed to the guest of the pod at {one.target}, which may take it at any "
+                "moment; it is free once that pod is gone"
+            )
+
+
 def drop_leftovers(source: str, deadline: Deadline) -> bool:
     """Detach loop devices that stand on the file and that nobody uses; whether there were any.
 
@@ -197,7 +216,7 @@ def release(cell: Cell, deadline: Deadline) -> None:
     if claim.owner.kind == HOST and not claim.use.raw:
         mounts.be_unmounted(claim.staging_path, deadline)
     if not os.path.exists(claim.source):
-        cell.less(claim.but(owner=None, prepared=False, proved=False, device=""))
+        cell.less(claim.but(owner=None, prepared=False, proved=False, device="", handed_out=False))
         return
     if claim.device:
         if claim.owner.kind == SANDBOX:
@@ -209,7 +228,7 @@ def release(cell: Cell, deadline: Deadline) -> None:
         if not drop_leftovers(claim.source, deadline):
             raise
         exclusivity.prove_free(claim.source, past_known=False)
-    cell.less(claim.but(owner=None, prepared=False, proved=True, device=""))
+    cell.less(claim.but(owner=None, prepared=False, proved=True, device="", handed_out=False))
 
 
 def guest_has_let_go(claim: Claim) -> None:

@@ -49,12 +49,17 @@ class GuestDevice(exclusion.OneKernel):
     def prepare(self, means: Means, claim: Claim, target: Target, deadline: Deadline) -> Claim:
         if not claim.prepared:
             _make_ready(means, claim, target, deadline)
-        return means.written.by_others(claim.but(prepared=True))
+            claim = claim.but(prepared=True, handed_out=False)  # a check in it has cleared the note
+        return means.written.by_others(claim)
 
     def deliver(self, means: Means, cell: Cell, claim: Claim, path: str, target: Target, deadline: Deadline) -> None:
         owner = claim.owner
         if owner is None:
             raise Refused(f"volume {claim.volume} has no owner")
+        if not claim.prepared and not means.written.is_checking(claim):
+            # Its hand-off may have been closed by a process that was killed, whose programs go on.
+            with exclusion.explained(claim):
+                exclusion.guest_has_let_go(claim)
         if not (claim.prepared and claim.handed_out):
             claim = cell.write(self.prepare(means, claim, target, deadline))
         if not mounts.is_mount_point(path):

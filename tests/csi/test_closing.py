@@ -16,7 +16,7 @@ import grpc
 import pytest
 
 from blockdev import superblocks
-from tests.cri import NOT_READY, READY, Runtime
+from tests.cri import NOT_READY, READY, WITNESS, Runtime
 from tests.csi.helpers import PODS, has_resource, image, refused, vmm
 from tests.driver import Driver, block_capability, mount_capability
 from tests.sandbox.shim import GO, RUST, ContainerFailed, Sandbox, Settings
@@ -35,6 +35,7 @@ def runtime() -> Iterator[Runtime]:
 @pytest.fixture
 def driver(runtime: Runtime, request: pytest.FixtureRequest) -> Iterator[Driver]:
     with Driver(environment={"RUNVOL_CRI_ENDPOINT": runtime.endpoint, **getattr(request, "param", {})}) as one:
+        (one.kubelet / "pods" / WITNESS).mkdir(parents=True)
         yield one
         assert not one.mounts()
         assert one.loop_devices() == []
@@ -220,7 +221,7 @@ def test_a_kill_while_it_is_closed(driver, runtime, tmp_path, way):
     with pytest.raises(ContainerFailed):
         start_container(driver, target, tmp_path, GO)
     if way == "gc":
-        assert "closed by a call that was killed" in driver.cli("gc", "--dry-run").stdout
+        assert "closed by a call that did not end well" in driver.cli("gc", "--dry-run").stdout
         driver.cli("gc")
         assert hand_off(driver, target).read_bytes() == before
     driver.start()
@@ -335,4 +336,45 @@ def test_where_a_failed_creation_could_hurt_a_sibling_nothing_is_closed(driver):
     volume, target, _ = publish(driver)
     with refused("FAILED_PRECONDITION", "rust_shared_block", "could hurt another"):
         expand(driver, volume, target)
+    end(driver, volume)
+
+
+def test_another_runtimes_answer_is_none(driver, runtime):
+    """A second containerd beside kubelet's own knows none of its pods, and would say that none runs."""
+    volume, target, _ = publish(driver)
+    (driver.kubelet / "pods" / WITNESS).rmdir()
+    with refused("FAILED_PRECONDITION", "lists no pod that kubelet has", "cri.endpoint"):
+        expand(driver, volume, target)
+    end(driver, volume)
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["claim kept", "claim lost"])
+def test_a_program_that_goes_on_after_a_kill_is_waited_for(driver, runtime, lost):
+    """Beside it nothing is checked, grown or opened."""
+    if has_resource():
+        pytest.skip("the kernel grows a mounted ext4 here, and the program is not used")
+    volume, target, _ = publish(driver, size=8 << 30)
+    before = hand_off(driver, target).read_bytes()
+
+    def call() -> None:
+        with pytest.raises(grpc.RpcError):
+            expand(driver, volume, target, 16 << 30)
+
+    caller = threading.Thread(target=call)
+    caller.start()
+    helper = stopped("resize2fs", image(driver, volume))
+    driver.kill()
+    caller.join()
+    if lost:
+        (driver.records / "claims" / f"{volume.volume_id}.json").unlink()
+    driver.start(repaired=False)
+    time.sleep(1.5)
+    assert not claim(driver, volume)["prepared"]
+    assert hand_off(driver, target).read_bytes() != before
+    os.kill(helper, signal.SIGCONT)
+    until = time.monotonic() + 40
+    while hand_off(driver, target).read_bytes() != before:
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    assert total(driver, volume) == 16 << 30
     end(driver, volume)

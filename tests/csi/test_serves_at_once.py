@@ -13,7 +13,7 @@ import grpc
 import pytest
 
 from blockdev import superblocks
-from tests.cri import Runtime
+from tests.cri import WITNESS, Runtime
 from tests.csi.helpers import PODS, image, refused
 from tests.csi.test_closing import stopped
 from tests.driver import Driver, mount_capability
@@ -33,6 +33,7 @@ def runtime():
 @pytest.fixture
 def driver(runtime):
     with Driver(environment={"RUNVOL_CRI_ENDPOINT": runtime.endpoint}) as one:
+        (one.kubelet / "pods" / WITNESS).mkdir(parents=True)
         yield one
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from blockdev import exclusivity
 from tests.csi.helpers import PODS, image, refused
-from tests.cri import READY, Runtime
+from tests.cri import READY, WITNESS, Runtime
 from tests.driver import Driver, block_capability, mount_capability
 from tests.sandbox.shim import GO, RUST, Sandbox, Settings, volume_mount, write_bundle
 from tests.sandbox.vm import VM
@@ -143,6 +143,7 @@ def test_a_volume_grows_before_its_guest_has_it_and_never_between_two_containers
                 volume_id=volume.volume_id, volume_path=target, capacity_range={"required_bytes": size << 20}
             )
 
+        (driver.kubelet / "pods" / WITNESS).mkdir(parents=True)
         volume = driver.create("pvc", 64 << 20)
         driver.stage(volume)
         target = driver.publish(volume, A, runtime="kata")

@@ -338,12 +338,15 @@ def test_the_plugin_outlives_a_restart_of_containerd(driver, plugin, cri):
     taken_back(driver, volume, POD.format(1))
 
 
-def test_the_runtime_tells_which_pods_have_a_sandbox(cri):
+def test_the_runtime_tells_which_pods_have_a_sandbox(cri, tmp_path):
     """Asked of a real containerd, as an expansion asks it."""
-    sandboxes = Sandboxes(endpoint=f"unix://{cri.socket}")
+    sandboxes = Sandboxes(endpoint=f"unix://{cri.socket}", roots=[str(tmp_path)])
     first, second = POD.format(6), POD.format(7)
+    other = cri.pod(second, "kata")
+    assert "lists no pod that kubelet has" in sandboxes.doubt([first], Deadline.after(10))
+    (tmp_path / "pods" / second).mkdir(parents=True)
     assert sandboxes.doubt([first], Deadline.after(10)) == ""
-    pod, other = cri.pod(first, "kata"), cri.pod(second, "kata")
+    pod = cri.pod(first, "kata")
     assert f"sandbox {pod[0][:13]}" in sandboxes.doubt([first], Deadline.after(10))
     stop = cri.pb.PodSandboxRequest(pod_sandbox_id=pod[0])
     cri.call("StopPodSandbox", stop, cri.pb.Nothing)
