@@ -25,7 +25,7 @@ from guestmount.reach import Reach
 from guestmount.requests import PublishRequest, StageRequest, check_capability, check_options
 from guestmount.ways import exclusion
 from guestmount.written import Trust, Written
-from volumes import Catalog, InvalidParameter, SizeRange, VolumeKind, VolumeNotFound, parameters
+from volumes import Catalog, InvalidParameter, SizeRange, VolumeNotFound, parameters
 from volumes.backend import Backend
 from volumes.jobs import PATIENCE
 
@@ -221,7 +221,7 @@ class Node:
         found, target = way.check(self.means, claim, arrival, deadline)
         if found != claim:
             cell.write(found)
-        if claim.owner is None and claim.kind is VolumeKind.BLOCK and not self.catalog.is_image(claim.volume):
+        if claim.owner is None and ways.of_claim(claim).by_device and not self.catalog.is_image(claim.volume):
             # Nothing but its hand-off speaks for a described device whose claim was lost.
             exclusion.check_not_handed(cell.present, self.means.dialects.delivered().values())
         claim = way.prepare(self.means, way.admit(cell, arrival, deadline), target, deadline)

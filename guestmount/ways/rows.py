@@ -39,6 +39,8 @@ class Row:
     usual: Way
     # Whether this node knows the volume without its claim.
     stored = True
+    # Whether its device is what a pod gets.
+    by_device = False
 
     def way(self, _claim: Claim, _request: PublishRequest, _runtime: Runtime) -> Way:
         """How the volume reaches a pod of this runtime."""
@@ -97,6 +99,7 @@ class Row:
 
 class _Block(Row):
     kind = VolumeKind.BLOCK
+    by_device = True
 
     def check_publish(
         self, claim: Claim, backend: Backend, request: PublishRequest, source: Source, old: Target | None

@@ -194,6 +194,8 @@ def test_a_server_killed_in_the_middle_leaves_no_half_snapshot(driver):
     with sqlite3.connect(driver.state / "volumes.db") as store:
         store.execute("UPDATE snapshots SET state = 'creating'")
     store.close()
+    whole = driver.state / "volumes" / f"{snapshot.snapshot_id}.snap"
+    whole.rename(whole.with_suffix(".snap-new"))
     driver.start()
     assert not driver.client.ListSnapshots().entries and len(driver.left_over()["files"]) == 1
     again = driver.client.CreateSnapshot(source_volume_id=volume.volume_id, name="snap").snapshot
