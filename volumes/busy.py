@@ -18,6 +18,11 @@ _PATIENCE = 5.0
 _STEP = 0.005
 
 
+def of_volume(name: str) -> str:
+    """Under which somebody is at work on the volume of that name."""
+    return f"volume {name}"
+
+
 class Busy:
     """One file, of which every name has a byte to lock: whoever is at work on it has the byte.
 

@@ -15,7 +15,7 @@ from functools import partial
 from blockdev import Deadline, durable, quotas, trees
 from blockdev.quotas import QuotaUnavailable
 from volumes import sizes
-from volumes.busy import Busy
+from volumes.busy import Busy, of_volume
 from volumes.errors import (
     NoSpace,
     SizeNotAllowed,
@@ -106,7 +106,7 @@ class DirectoryBackend(Stored):
         source: ContentSource | None = None,
     ) -> Volume:
         """QuotaUnavailable where the size could not be enforced and the class does not say that it need not be."""
-        with self._busy(_key(name)):
+        with self._busy(of_volume(name)):
             old = self._store.by_name(name)
             if old is not None and old.state is State.READY:
                 return self._same(old, size, parameters, source)
@@ -172,7 +172,7 @@ class DirectoryBackend(Stored):
         if row is None:
             self._store.check_own(PREFIX, volume_id)
             return
-        with self._busy(_key(row.name)):
+        with self._busy(of_volume(row.name)):
             self._be_ours()
             self._store.set_state(volume_id, State.DELETING)
             self._drop(row)
@@ -236,7 +236,7 @@ class DirectoryBackend(Stored):
         return capacity
 
     def expand(self, volume_id: str, size: SizeRange) -> Volume:
-        with self._busy(_key(self._row(volume_id, ready=True).name)):
+        with self._busy(of_volume(self._row(volume_id, ready=True).name)):
             with self._store.transaction():
                 # The row first: a limit that is smaller than its row is raised at the next start or attempt.
                 self._store.set_capacity(volume_id, self.check_expand(volume_id, size))
@@ -266,7 +266,7 @@ class DirectoryBackend(Stored):
     def _steps(self) -> Iterator[Step]:
         for row in self._store.rows():
             left = "" if row.state is State.READY else f"it was {row.state.value} when the process ended"
-            yield row.volume_id, _key(row.name), left, partial(self._settle_now, row.volume_id)
+            yield row.volume_id, of_volume(row.name), left, partial(self._settle_now, row.volume_id)
 
     def _settle_now(self, volume_id: str) -> str | None:
         row = self._store.get(volume_id)
@@ -337,11 +337,6 @@ class DirectoryBackend(Stored):
                 f"{more} bytes are asked for and {available} can still be promised in {self._directory}; "
                 "delete volumes, or give the directory a larger disk"
             )
-
-
-def _key(name: str) -> str:
-    """Under which somebody is at work on the volume of that name."""
-    return f"volume {name}"
 
 
 def _is_directory(path: str) -> bool:

@@ -18,7 +18,7 @@ from blockdev import Deadline, blankness, durable, exclusivity, filesystems, flo
 from blockdev.errors import WrongFilesystem
 from volumes import copies, sizes
 from volumes.backend import Keeper, Unkept
-from volumes.busy import Busy
+from volumes.busy import Busy, of_volume
 from volumes.errors import (
     InvalidParameter,
     NoSpace,
@@ -119,7 +119,7 @@ class LoopBackend(Stored):
         source: ContentSource | None = None,
     ) -> Volume:
         smallest = max((_smallest(use, parameters) for use in uses), default=filesystems.SMALLEST["ext4"])
-        old, key = self._store.by_name(name), _filling(name)
+        old, key = self._store.by_name(name), of_volume(name)
         filling = self._jobs.progress(key) is not None
         if old is not None and filling:
             _same(old, size, parameters, source, self._volume(old))  # VolumeConflict
@@ -149,7 +149,7 @@ class LoopBackend(Stored):
         source: ContentSource | None,
         progress: Progress,
     ) -> Volume:
-        with self._busy(_key(name)):
+        with self._busy(of_volume(name)):
             old = self._store.by_name(name)
             if old is not None and old.state is State.READY:
                 return _same(old, size, parameters, source, self._volume(old))
@@ -174,7 +174,7 @@ class LoopBackend(Stored):
                     parameters=parameters,
                     state=State.CREATING,
                     source=str(source or ""),
-                    foreign_written=source is not None and self._store.past(source.source_id)[0],
+                    foreign_written=source is not None and self.past(source.source_id).foreign_written,
                 )
             try:
                 preallocate = parameters.get("preallocate") == "true"
@@ -185,7 +185,7 @@ class LoopBackend(Stored):
             except BaseException:
                 self._drop(volume_id)
                 raise
-            if source is not None and self._store.past(source.source_id)[0]:
+            if source is not None and self.past(source.source_id).foreign_written:
                 self._store.note(volume_id, foreign_written=True)  # a guest may have come in the middle
             self._store.set_state(volume_id, State.READY)
         return self._known(volume_id)
@@ -220,9 +220,9 @@ class LoopBackend(Stored):
                 raise VolumeConflict(volume_id, f"has the file {self._path(volume_id)}, but the store does not know it "
                                      "(an older copy?); adopt the file or remove it")  # fmt: skip
             return
-        if row.state is State.CREATING and self._jobs.progress(_filling(row.name)) is not None:
+        if row.state is State.CREATING and self._jobs.progress(of_volume(row.name)) is not None:
             raise VolumeUnfinished(f"volume {volume_id} is being filled from {row.source}")
-        with self._busy(_key(row.name)):
+        with self._busy(of_volume(row.name)):
             row = self._store.get(volume_id)
             if row is None:
                 return
@@ -267,7 +267,7 @@ class LoopBackend(Stored):
         return capacity
 
     def expand(self, volume_id: str, size: SizeRange) -> Volume:
-        with self._busy(_key(self._known(volume_id).name)):
+        with self._busy(of_volume(self._known(volume_id).name)):
             before = self._known(volume_id)
             with self._store.transaction():
                 capacity = self.check_expand(volume_id, size)
@@ -368,7 +368,7 @@ class LoopBackend(Stored):
         if facts.st_size == 0 or facts.st_size % 512:
             raise SizeNotAllowed(f"{path} has {facts.st_size} bytes, which is no whole number of 512-byte sectors")
         exclusivity.prove_free(path, past_known=False)
-        with self._busy(_key(name)):
+        with self._busy(of_volume(name)):
             volume_id = self._store.new_id(PREFIX)
             with self._store.transaction():
                 if self._store.by_name(name) is not None:
@@ -392,7 +392,7 @@ class LoopBackend(Stored):
 
     def _steps(self) -> Iterator[Step]:
         for row in self._store.rows():
-            yield row.volume_id, _key(row.name), _left(row), partial(self._settle_now, row.volume_id)
+            yield row.volume_id, of_volume(row.name), _left(row), partial(self._settle_now, row.volume_id)
         for snapshot in self._store.snapshots():
             one = snapshot.snapshot_id
             yield one, taking(snapshot), _left(snapshot), partial(self.image_snapshots.settle, one)
@@ -526,16 +526,6 @@ class LoopBackend(Stored):
                 os.unlink(os.path.join(self._directory, volume_id + suffix))
         durable.sync_directory(self._directory)
         self._store.remove(volume_id)
-
-
-def _key(name: str) -> str:
-    """Under which somebody is at work on the volume of that name."""
-    return f"volume {name}"
-
-
-def _filling(name: str) -> str:
-    """The key of the work that fills a volume of that name."""
-    return f"volume {name}"
 
 
 def _mark(path: str, name: str) -> None:
