@@ -248,17 +248,12 @@ def stopped(program: str, path: Path) -> int:
     raise AssertionError(f"{program} was never seen")
 
 
-@pytest.mark.parametrize("program", ["e2fsck", "resize2fs"])
-def test_a_kill_in_the_middle_of_the_growth(driver, runtime, tmp_path, program):
-    """The next one finishes it before it opens the hand-off."""
-    if program == "resize2fs" and has_resource():
-        pytest.skip("the kernel grows a mounted ext4 here, and the program is not used")
-    volume, target, _ = publish(driver, size=8 << 30)
-    before = hand_off(driver, target).read_bytes()
+def killed_growing(driver, volume, target, size, program) -> int:
+    """The driver is killed while this program, whose pid it is, works on a volume whose hand-off is closed."""
 
     def call() -> None:
         with pytest.raises(grpc.RpcError):
-            expand(driver, volume, target, 16 << 30)
+            expand(driver, volume, target, size)
 
     caller = threading.Thread(target=call)
     caller.start()
@@ -266,6 +261,17 @@ def test_a_kill_in_the_middle_of_the_growth(driver, runtime, tmp_path, program):
     assert not claim(driver, volume)["prepared"]
     driver.kill()
     caller.join()
+    return helper
+
+
+@pytest.mark.parametrize("program", ["e2fsck", "resize2fs"])
+def test_a_kill_in_the_middle_of_the_growth(driver, runtime, tmp_path, program):
+    """The next one finishes it before it opens the hand-off."""
+    if program == "resize2fs" and has_resource():
+        pytest.skip("the kernel grows a mounted ext4 here, and the program is not used")
+    volume, target, _ = publish(driver, size=8 << 30)
+    before = hand_off(driver, target).read_bytes()
+    helper = killed_growing(driver, volume, target, 16 << 30, program)
     with pytest.raises(ContainerFailed):
         start_container(driver, target, tmp_path, GO)
     with contextlib.suppress(ProcessLookupError):  # a check ends with the driver, a resize goes on
@@ -355,16 +361,7 @@ def test_a_program_that_goes_on_after_a_kill_is_waited_for(driver, runtime, lost
         pytest.skip("the kernel grows a mounted ext4 here, and the program is not used")
     volume, target, _ = publish(driver, size=8 << 30)
     before = hand_off(driver, target).read_bytes()
-
-    def call() -> None:
-        with pytest.raises(grpc.RpcError):
-            expand(driver, volume, target, 16 << 30)
-
-    caller = threading.Thread(target=call)
-    caller.start()
-    helper = stopped("resize2fs", image(driver, volume))
-    driver.kill()
-    caller.join()
+    helper = killed_growing(driver, volume, target, 16 << 30, "resize2fs")
     if lost:
         (driver.records / "claims" / f"{volume.volume_id}.json").unlink()
     driver.start(repaired=False)

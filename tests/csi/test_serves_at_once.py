@@ -6,7 +6,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import threading
 import time
 
 import grpc
@@ -15,7 +14,7 @@ import pytest
 from blockdev import superblocks
 from tests.cri import WITNESS, Runtime
 from tests.csi.helpers import PODS, image, refused
-from tests.csi.test_closing import stopped
+from tests.csi.test_closing import killed_growing, stopped
 from tests.driver import Driver, mount_capability
 from volumes.store import State, Store
 
@@ -42,18 +41,7 @@ def growing(driver, size):
     volume = driver.create("grows", size)
     driver.stage(volume)
     target = driver.publish(volume, A, runtime="kata")
-
-    def call() -> None:
-        with pytest.raises(grpc.RpcError):
-            driver.client.NodeExpandVolume(
-                volume_id=volume.volume_id, volume_path=target, capacity_range={"required_bytes": 2 * size}
-            )
-
-    caller = threading.Thread(target=call)
-    caller.start()
-    helper = stopped("e2fsck", image(driver, volume))
-    driver.kill()
-    caller.join()
+    helper = killed_growing(driver, volume, target, 2 * size, "e2fsck")
     with contextlib.suppress(ProcessLookupError):
         os.kill(helper, signal.SIGCONT)
     return volume, target
