@@ -24,10 +24,12 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a program may use, in bytes of address space and seconds of a processor."""
+    """What a program may use, in bytes of address space and seconds of a processor; what it says beyond so many bytes
+    is not kept."""
 
     memory: int
     cpu: int
+    output: int = 64 << 10
 
 
 def _before(parent: int | None, limits: Limits | None, outlive: int | None) -> None:
@@ -42,6 +44,19 @@ def _before(parent: int | None, limits: Limits | None, outlive: int | None) -> N
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
+
+
+class _Said:
+    """The beginning of what a program says: one that reads what others have written may find no end."""
+
+    def __init__(self, most: int) -> None:
+        self._left, self.text = most, ""
+
+    def add(self, chunk: str | bytes) -> None:
+        if self._left > 0:
+            text = chunk if isinstance(chunk, str) else str(chunk, "utf-8", "replace")
+            self.text += text[: self._left]
+            self._left -= len(text)
 
 
 @functools.cache
@@ -76,6 +91,7 @@ def run(
 
     deadline.check(program)
     expired = threading.Event()
+    said = _Said(limits.output) if limits is not None else None
     running = _command(program)(
         *arguments,
         _bg=True,
@@ -87,6 +103,9 @@ def run(
         _preexec_fn=functools.partial(_before, os.getpid() if outlive is None else None, limits, outlive),
         _pass_fds=set() if outlive is None else {outlive},
         _new_session=True,
+        _out=None if said is None else said.add,
+        _no_out=said is not None,
+        _out_bufsize=1 << 14,
     )
 
     def stop() -> None:
@@ -102,10 +121,11 @@ def run(
     except sh.SignalException as error:
         if expired.is_set():
             raise WaitExpired(program, deadline.given) from None
-        raise CommandFailed(program, error.exit_code, str(error.stdout, "utf-8", "replace")) from None
+        output = str(error.stdout, "utf-8", "replace") if said is None else said.text
+        raise CommandFailed(program, error.exit_code, output) from None
     finally:
         watchdog.cancel()
-    output = str(running.stdout, "utf-8", "replace")
+    output = str(running.stdout, "utf-8", "replace") if said is None else said.text
     if running.exit_code not in ok:
         raise CommandFailed(program, running.exit_code, output)
     return int(running.exit_code), output

@@ -58,19 +58,31 @@ def verify(path: str, fstype: str) -> None:
     the device open, and have proved that nobody else has.
 
     A program reads it, in user space, under limits that grow with the device; it takes minutes where there are millions
-    of files. Only XFS's log has to be replayed by the kernel, in one private mount. WrongFilesystem, FilesystemDamaged.
+    of files. Only an XFS log that holds changes has to be replayed by the kernel, in one private mount, before that.
+    WrongFilesystem, FilesystemDamaged.
     """
     block = superblocks.read(path)
     if block is None or block.fstype != fstype:
         raise WrongFilesystem(path, "no filesystem" if block is None else block.fstype, fstype)
     deadline = Deadline.after(_limits(path).cpu * _WAITING)
     if fstype == "xfs":
-        with private_mount(path, fstype, deadline=deadline, held=True):
-            pass  # replays the log
+        if not _is_log_clean(path, deadline):
+            with private_mount(path, fstype, deadline=deadline, held=True):
+                pass  # replays it
         kind = () if ioctls.is_block(path) else ("-f",)
         _checked("xfs_repair", "-n", "-P", "-o", "ag_stride=0", *kind, path, path=path, deadline=deadline)
     else:
         _checked("e2fsck", "-f", "-p", path, path=path, deadline=deadline, ok=(0, 1))
+
+
+def _is_log_clean(path: str, deadline: Deadline) -> bool:
+    """Whether there is nothing in an XFS log to replay; FilesystemDamaged if that cannot be told."""
+    _code, said = _checked("xfs_logprint", "-t", path, path=path, deadline=deadline, ok=(0, 1))
+    if "state: <DIRTY>" in said:
+        return False
+    if "state: <CLEAN>" in said or "totally zeroed log" in said:
+        return True
+    raise FilesystemDamaged(path, f"its log cannot be read: {said}")
 
 
 # Seconds of waiting for a disk that a second of work may have.
@@ -83,10 +95,12 @@ def _limits(path: str) -> Limits:
     return Limits(memory=(1 << 30) + size // 256, cpu=120 + (size >> 30) * 4)
 
 
-def _checked(program: str, *arguments: str, path: str, deadline: Deadline, ok: tuple[int, ...] = (0,)) -> None:
+def _checked(
+    program: str, *arguments: str, path: str, deadline: Deadline, ok: tuple[int, ...] = (0,)
+) -> tuple[int, str]:
     """A checker reads what somebody else may have written: it has limits, and its words are the answer."""
     try:
-        run(program, *arguments, deadline=deadline, ok=ok, limits=_limits(path))
+        return run(program, *arguments, deadline=deadline, ok=ok, limits=_limits(path))
     except CommandFailed as error:
         said = error.output if error.output.strip() else f"{program} ended with status {error.code}"
         raise FilesystemDamaged(path, said) from None

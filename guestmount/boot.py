@@ -76,6 +76,7 @@ def _move(old: str, new: str) -> None:
     except (FileNotFoundError, IsADirectoryError):
         return
     os.makedirs(os.path.dirname(new), mode=0o700, exist_ok=True)
-    if not os.path.exists(new):
+    # After a downgrade and an upgrade in one boot the older release's is the later one.
+    if not os.path.exists(new) or os.stat(new).st_mtime_ns < os.stat(old).st_mtime_ns:
         durable.replace(new, content, synced=False)
     os.unlink(old)

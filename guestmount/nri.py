@@ -125,7 +125,7 @@ class Plugin:
 
     def _check_known(self, source: str, pod: pb.PodSandbox, damaged: Sequence[Refused]) -> None:
         """A guest that starts on a placeholder whose claim cannot be read would never get its volume."""
-        if not damaged or f"/pods/{pod.uid}/" not in source or not placeholder.stands(source):
+        if not damaged or f"/pods/{pod.uid}/" not in source or not placeholder.is_listed(source):
             return
         if self._not_by_guest(_handler(pod)):
             return

@@ -259,7 +259,8 @@ def _by_inode(images: Sequence[tuple[str, str]]) -> dict[tuple[int, int], tuple[
 def before_serving(node: Node) -> list[str]:
     """What the first call must find: the claims, made again where they were lost. Looks only at what is in memory."""
     sweeps = [dialect.sweep for dialect in node.dialects]
-    return _each([node.claims.sweep, *sweeps, functools.partial(_reclaim, node, Deadline.after(_START))])
+    reclaim = functools.partial(_reclaim, node, Deadline.after(_START))
+    return _each([node.claims.sweep, *sweeps, reclaim, functools.partial(_note, node)])
 
 
 def behind(node: Node) -> list[str]:
@@ -302,6 +303,13 @@ def _reclaim(node: Node, deadline: Deadline) -> list[str]:
     files = _by_inode(node.catalog.images())
     attached = [(device, *_on(device, files)) for device in loops.bound()]
     return said + witnesses.reclaim_mounted(node, [one for one in attached if one[1]], deadline)
+
+
+def _note(node: Node) -> None:
+    """An older release noted nothing with the volumes that it handed out."""
+    for claim in node.claims.readable()[0]:
+        if not claim.handed_out and ways.by_others(claim):
+            node.means.written.by_others(claim)
 
 
 def _withdraw(node: Node, deadline: Deadline) -> list[str]:

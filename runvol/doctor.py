@@ -36,6 +36,7 @@ def _programs() -> Iterator[Diagnosis]:
         ("e2fsck", True),
         ("blkid", True),
         ("mkfs.xfs", False),
+        ("xfs_logprint", False),
         ("tar", False),
         ("du", False),
     )

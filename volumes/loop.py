@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from blockdev import Deadline, blankness, durable, exclusivity, filesystems, flocks, ioctls
 from blockdev.errors import WrongFilesystem
-from volumes import copies, sizes
+from volumes import copies, marks, sizes
 from volumes.backend import Keeper, Unkept
 from volumes.busy import Busy, of_volume
 from volumes.errors import (
@@ -52,8 +52,6 @@ log = logging.getLogger("runvol.loop")
 
 PREFIX = "loop-"
 _SUFFIX, _NEW = ".img", ".new"
-# Marks on a volume's file: its mkfs ended; a foreign kernel may have written it.
-_FORMATTED, _FOREIGN = "trusted.runvol.formatted", "trusted.runvol.foreign"
 
 PARAMETERS = (
     Parameter(
@@ -193,16 +191,16 @@ class LoopBackend(Stored):
     def past(self, volume_id: str) -> Past:
         """The file's own mark counts too: a store may be restored to what it was before a guest came."""
         written, group = self._store.past(volume_id)
-        return Past(written or _is_marked(self._path(volume_id), _FOREIGN), group)
+        path = self.image_snapshots.path if volume_id.startswith(SNAPSHOT_PREFIX) else self._path
+        return Past(written or marks.is_marked(path(volume_id), marks.FOREIGN), group)
 
     def note(self, volume_id: str, *, foreign_written: bool | None = None, mount_group: str | None = None) -> None:
         path = self._path(volume_id)
-        if foreign_written and os.path.exists(path):
-            _mark(path, _FOREIGN)
+        if foreign_written:
+            marks.be_marked(path, marks.FOREIGN)
         self._store.note(volume_id, foreign_written=foreign_written, mount_group=mount_group)
         if foreign_written is False:
-            with contextlib.suppress(OSError):
-                os.removexattr(path, _FOREIGN)
+            marks.be_unmarked(path, marks.FOREIGN)
 
     def _content(self, source: ContentSource | None) -> str:
         """The file that a new volume starts with; empty for none."""
@@ -301,7 +299,7 @@ class LoopBackend(Stored):
 
     def format(self, volume_id: str, fstype: str, deadline: Deadline) -> None:
         volume, path = self._known(volume_id), self._path(volume_id)
-        if volume.formatting and _is_marked(path, _FORMATTED):
+        if volume.formatting and marks.is_marked(path, marks.FORMATTED):
             self._store.set_formatting(volume_id, False)  # the store is an older copy of itself
             return
         if volume.formatting:
@@ -319,7 +317,7 @@ class LoopBackend(Stored):
             blankness.prove_blank(path, deadline)
             self._store.set_formatting(volume_id, True)
         filesystems.make(path, fstype, deadline)
-        _mark(path, _FORMATTED)
+        marks.be_marked(path, marks.FORMATTED)
         self._store.set_formatting(volume_id, False)
 
     # -- snapshots
@@ -526,19 +524,6 @@ class LoopBackend(Stored):
                 os.unlink(os.path.join(self._directory, volume_id + suffix))
         durable.sync_directory(self._directory)
         self._store.remove(volume_id)
-
-
-def _mark(path: str, name: str) -> None:
-    with contextlib.suppress(OSError):  # the store has it too
-        os.setxattr(path, name, b"1")
-
-
-def _is_marked(path: str, name: str) -> bool:
-    try:
-        os.getxattr(path, name)
-    except OSError:
-        return False
-    return True
 
 
 def _left(row: Row | SnapshotRow) -> str:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from blockdev import Deadline, durable, flocks
-from volumes import copies
+from volumes import copies, marks
 from volumes.backend import Keeper
 from volumes.busy import Busy
 from volumes.errors import NoSpace, VolumeConflict, VolumeNotFound, VolumeUnfinished
@@ -103,6 +103,8 @@ class Snapshots:
                     progress=progress,
                 )
                 self._store.inherit_past(snapshot_id, source)
+                if marks.is_marked(source_path, marks.FOREIGN):
+                    marks.be_marked(writer, marks.FOREIGN)
                 if self._store.snapshot(snapshot_id) is None or not flocks.is_still(writer, new):
                     raise VolumeUnfinished(f"the snapshot of {source} was taken back meanwhile; ask again")
                 os.rename(new, self.path(snapshot_id))

@@ -4,7 +4,7 @@ A row is what a source is on this node (`rows`), a way is how it reaches one tar
 """
 
 from guestmount.ways.base import Arrival, Means, Problem, Usage, Way
-from guestmount.ways.rows import WAYS, Row, drop_unclaimed, in_guests, of_claim, of_source, way_at
+from guestmount.ways.rows import WAYS, Row, by_others, drop_unclaimed, in_guests, of_claim, of_source, way_at
 
 __all__ = [
     "WAYS",
@@ -14,6 +14,7 @@ __all__ = [
     "Row",
     "Usage",
     "Way",
+    "by_others",
     "drop_unclaimed",
     "in_guests",
     "of_claim",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 
@@ -9,6 +10,7 @@ import msgspec
 
 from blockdev import Deadline, filesystems, ioctls, mounts, superblocks
 from blockdev.detached import private_mount
+from blockdev.errors import FilesystemDamaged, WrongFilesystem
 from guestmount import groups, placeholder, preflight
 from guestmount.claims import Cell, Claim, Target
 from guestmount.errors import Refused
@@ -19,6 +21,8 @@ from guestmount.ways.base import Arrival, Means, Problem, Usage
 from guestmount.ways.mounted import grow_device, grow_unmounted
 from volumes import SizeRange, Volume, VolumeNotFound
 from volumes.backend import Backend
+
+log = logging.getLogger("runvol.guest_device")
 
 
 class GuestDevice(exclusion.OneKernel):
@@ -56,12 +60,11 @@ class GuestDevice(exclusion.OneKernel):
         owner = claim.owner
         if owner is None:
             raise Refused(f"volume {claim.volume} has no owner")
-        if not claim.prepared and not means.written.is_checking(claim):
-            # Its hand-off may have been closed by a process that was killed, whose programs go on.
-            with exclusion.explained(claim):
-                exclusion.guest_has_let_go(claim)
         if not (claim.prepared and claim.handed_out):
-            claim = cell.write(self.prepare(means, claim, target, deadline))
+            claim, damage = self._prepared(means, claim, target, deadline)
+            if damage is not None and means.dialects.at(path) is None:
+                raise damage
+            cell.write(claim)
         if not mounts.is_mount_point(path):
             os.makedirs(path, mode=0o750, exist_ok=True)
         placeholder.be_placed(path, deadline)
@@ -82,9 +85,28 @@ class GuestDevice(exclusion.OneKernel):
             if found:
                 raise only_store(claim, volume, found)
             self._close(means, cell, volume, deadline)
+        prepared, damage = self._prepared(means, cell.present, next(iter(claim.targets.values())), deadline)
+        cell.write(prepared)
         for path, target in claim.targets.items():
             self.deliver(means, cell, cell.present, path, target, deadline)
+        if damage is not None:
+            raise damage
         return volume.capacity_bytes
+
+    def _prepared(
+        self, means: Means, claim: Claim, target: Target, deadline: Deadline
+    ) -> tuple[Claim, FilesystemDamaged | WrongFilesystem | None]:
+        """The claim of a volume that may be handed over; and why it could only be so as it is, which is for the guest
+        that has made it so, and no other: closed for ever, its hand-off would mend nothing."""
+        if not claim.prepared and not means.written.is_checking(claim):
+            # Its hand-off may have been closed by a process that was killed, whose programs go on.
+            with exclusion.explained(claim):
+                exclusion.guest_has_let_go(claim)
+        try:
+            return self.prepare(means, claim, target, deadline), None
+        except (FilesystemDamaged, WrongFilesystem) as error:
+            log.error("a volume stays as its guest has made it", extra={"volume": claim.volume, "why": str(error)})
+            return means.written.by_others(claim.but(prepared=True, handed_out=False)), error
 
     def _unmountable(self, means: Means, claim: Claim) -> str:
         if claim.use.fstype == "xfs" and not means.written.is_mountable(claim):

@@ -305,6 +305,11 @@ def in_guests(claim: Claim) -> list[str]:
     return [path for path in claim.targets if sandboxed or way_at(claim, path) in (GUEST_DEVICE, GUEST_MOUNT)]
 
 
+def by_others(claim: Claim) -> bool:
+    """Whether somebody else than the host's kernel may write the volume's bytes."""
+    return any(way_at(claim, path) in (GUEST_DEVICE, DEVICE_NODE) for path in claim.targets)
+
+
 def drop_unclaimed(backend: Backend, volume_id: str, deadline: Deadline) -> None:
     """After a lost claim: loop devices on the volume's file that nobody uses. What is used by somebody stays."""
     try:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 
 import pytest
 
 from blockdev import (
+    CommandFailed,
     Deadline,
     FilesystemDamaged,
     NotBlank,
     WaitExpired,
     WrongFilesystem,
     blankness,
+    commands,
     filesystems,
     loops,
     mounts,
@@ -196,6 +199,68 @@ def test_damage_that_needs_a_person_is_reported_and_not_mounted(image, soon):
         file.write(b"\xff" * 300_000)  # group descriptors, bitmaps and inodes
     with pytest.raises(FilesystemDamaged, match="needs a person"):
         filesystems.check(path, "ext4", soon)
+
+
+@pytest.fixture
+def used_xfs(image, mount_point, soon):
+    """An XFS whose log holds changes, as of a guest that was killed, and the same once it was unmounted."""
+    path = image(320)
+    filesystems.make(path, "xfs", soon)
+    device = loops.attach(path, deadline=soon)
+    mounts.mount(device, mount_point, "xfs", (), soon)
+    for number in range(200):
+        with open(f"{mount_point}/{number}", "w") as file:
+            file.write("x")
+    with open(f"{mount_point}/last", "w") as file:
+        os.fsync(file.fileno())
+    dirty = f"{path}.dirty"
+    subprocess.run(["cp", "--sparse=always", path, dirty], check=True)
+    mounts.be_unmounted(mount_point, soon)
+    loops.detach(device, path, soon)
+    return path, dirty
+
+
+def test_an_xfs_is_mounted_before_its_check_only_for_its_log(used_xfs, monkeypatch):
+    clean, dirty = used_xfs
+    mounted: list[str] = []
+
+    @contextlib.contextmanager
+    def noted(path, *arguments, **named):
+        mounted.append(path)
+        with private_mount(path, *arguments, **named) as root:
+            yield root
+
+    monkeypatch.setattr(filesystems, "private_mount", noted)
+    filesystems.verify(clean, "xfs")
+    assert mounted == []
+    filesystems.verify(dirty, "xfs")
+    assert mounted == [dirty]
+    filesystems.verify(dirty, "xfs")
+    assert mounted == [dirty]
+
+
+def test_an_xfs_whose_log_is_no_log_is_damaged_and_not_mounted(used_xfs, monkeypatch):
+    monkeypatch.setattr(filesystems, "private_mount", lambda *_, **__: pytest.fail("it was mounted"))
+    path, _ = used_xfs
+    said = subprocess.run(["xfs_db", "-r", "-c", "sb 0", "-c", "p logstart blocksize agblocks agblklog", path],
+                          capture_output=True, text=True, check=True).stdout  # fmt: skip
+    facts = {key: int(value) for key, value in (line.split(" = ") for line in said.splitlines())}
+    group, block = divmod(facts["logstart"], 1 << facts["agblklog"])
+    with open(path, "r+b") as file:
+        file.seek((group * facts["agblocks"] + block) * facts["blocksize"])
+        file.write(b"\xff" * (1 << 20))
+    with pytest.raises(FilesystemDamaged, match="log"):
+        filesystems.verify(path, "xfs")
+
+
+def test_what_a_checker_says_has_an_end(soon):
+    """A guest may have made as many faults as it likes."""
+    _code, said = commands.run(
+        "seq", "1000000", deadline=soon, limits=commands.Limits(memory=1 << 30, cpu=30, output=4096)
+    )
+    assert len(said) == 4096 and said.startswith("1\n2\n3\n")
+    with pytest.raises(CommandFailed, match="no good"):
+        commands.run("sh", "-c", "echo no good; exit 3", deadline=soon, limits=commands.Limits(memory=1 << 30, cpu=30))
 
 
 def test_mkfs_ends_with_the_calls_deadline(image):

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -68,6 +69,32 @@ def publish(driver, fstype="ext4", group="", size=320 * MIB):
 
 def end(driver, volume):
     driver.unpublish(volume, A)
+    driver.unstage(volume)
+    driver.delete(volume)
+
+
+@pytest.mark.parametrize("asked", ["expand", "start"])
+def test_what_its_guest_has_damaged_does_not_grow_and_stays_open_for_it(driver, runtime, asked):
+    volume, target, capability = publish(driver)
+    before = hand_off(driver, target).read_bytes()
+    break_root = ["debugfs", "-w", "-R", "set_inode_field <2> mode 0100644", str(image(driver, volume))]
+    subprocess.run(break_root, check=True, capture_output=True)
+    for _ in range(2):
+        with refused("FAILED_PRECONDITION", "UNEXPECTED INCONSISTENCY"):
+            expand(driver, volume, target)
+        assert hand_off(driver, target).read_bytes() == before
+    if asked == "start":  # the process was killed while it was closed
+        old = claim(driver, volume)
+        text = json.dumps(old | {"prepared": False}).ljust(4096)
+        (driver.records / "claims" / f"{volume.volume_id}.json").write_text(text)
+        driver.kill()
+        driver.start()
+    assert driver.publish(volume, A, runtime="kata", capability=capability) == target
+    assert hand_off(driver, target).read_bytes() == before
+    driver.unpublish(volume, A)
+    for kind in ("runc", "kata"):
+        with refused("FAILED_PRECONDITION", "UNEXPECTED INCONSISTENCY"):
+            driver.publish(volume, B, runtime=kind, capability=capability)
     driver.unstage(volume)
     driver.delete(volume)
 

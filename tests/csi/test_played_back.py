@@ -15,7 +15,7 @@ from guestmount import Busy
 from guestmount.claims import Claim, Claims, Use
 from tests.csi.helpers import PODS, image, refused
 from tests.driver import block_capability, mount_capability
-from volumes import AccessMode
+from volumes import AccessMode, marks
 
 pytestmark = pytest.mark.kernel
 A, B = PODS[:2]
@@ -85,6 +85,53 @@ def test_a_store_from_before_a_guest_and_before_a_volume(driver):
     with refused("ALREADY_EXISTS", "the store does not know it"):
         driver.delete(later)
     assert image(driver, later).exists()
+
+
+@pytest.mark.parametrize("kind", ["snapshot", "volume"])
+def test_a_copy_inherits_what_the_file_says_where_the_store_forgot(driver, kind):
+    volume = driver.create("pvc")
+    driver.stage(volume)
+    copy = older(driver)
+    driver.publish(volume, A, runtime="kata")
+    driver.unpublish(volume, A)
+    driver.unstage(volume)
+    driver.environment["RUNVOL_NODE_GUEST_FILESYSTEMS"] = "never"
+    play_back(driver, copy)
+    source = volume.volume_id
+    if kind == "snapshot":
+        source = driver.client.CreateSnapshot(name="s", source_volume_id=source).snapshot.snapshot_id
+        play_back(driver, older(driver, "UPDATE snapshots SET foreign_written=0"))
+    content = {kind: {f"{kind}_id": source}}
+    clone = driver.client.CreateVolume(
+        name="clone",
+        capacity_range={"required_bytes": 64 << 20},
+        volume_capabilities=[mount_capability()],
+        volume_content_source=content,
+    ).volume
+    driver.stage(clone)
+    with refused("FAILED_PRECONDITION", "a guest may have written"):
+        driver.publish(clone, A, runtime="runc")
+    driver.unstage(clone)
+    if kind == "snapshot":
+        driver.client.DeleteSnapshot(snapshot_id=source)
+    for one in (clone, volume):
+        driver.delete(one)
+
+
+def test_a_guest_that_an_older_release_served_is_noted_at_the_upgrade(driver):
+    volume = driver.create("pvc")
+    driver.stage(volume)
+    copy = older(driver)
+    driver.publish(volume, A, runtime="kata")
+    os.removexattr(image(driver, volume), marks.FOREIGN)
+    record = driver.records / "claims" / f"{volume.volume_id}.json"
+    record.write_text(record.read_text().replace('"handed_out":true,', ""))
+    driver.environment["RUNVOL_NODE_GUEST_FILESYSTEMS"] = "never"
+    play_back(driver, copy)
+    driver.unpublish(volume, A)
+    with refused("FAILED_PRECONDITION", "a guest may have written"):
+        driver.publish(volume, A, runtime="runc")
+    driver.unstage(volume)
 
 
 def test_each_guest_is_noted_although_the_volume_stays_staged(driver):

@@ -64,6 +64,20 @@ def test_a_directory_is_bound_and_two_pods_share_it(flex):
     assert (place / "f").read_text() == "x"
 
 
+def test_a_device_that_a_guest_has_goes_to_nobody_although_its_claim_was_lost(flex):
+    path = str(image(flex))
+    target, other = flex.target("v", 10), flex.target("v", 11)
+    flex.ok("mount", target, described(device=path, runtime="kata"))
+    for record in (flex.driver.records / "claims").iterdir():
+        record.unlink()
+    for runtime in ("runc", "kata"):
+        options = described(device=path, runtime=runtime, **{"kubernetes.io/pod.uid": "w"})
+        assert "handed to the guest of the pod at" in flex.fails("mount", other, options)
+    flex.ok("unmount", target)
+    flex.ok("mount", other, described(device=path, **{"kubernetes.io/pod.uid": "w"}))
+    flex.ok("unmount", other)
+
+
 def test_a_sandbox_gets_a_directory_as_a_share(flex):
     place = flex.driver.directory / "data" / "files"
     place.mkdir()

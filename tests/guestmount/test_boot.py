@@ -30,12 +30,23 @@ def test_what_an_older_release_left_in_the_run_directory_is_taken_over(tmp_path:
     (run / "flexvolume/targets/%2Fa").write_text("{}")
     (records / "claims").mkdir(parents=True)
     (records / "claims/loop-2.json").write_text("newer")
+    os.utime(run / "claims/loop-2.json", (1, 1))
     for _ in range(2):
         boot.take_over(str(run), str(records))
         assert (records / "claims/loop-1.json").read_text() == "old"
         assert (records / "claims/loop-2.json").read_text() == "newer"
         assert (records / "flexvolume/targets/%2Fa").exists()
         assert not [name for _, _, files in os.walk(run) for name in files]
+
+
+def test_what_an_older_release_did_after_a_downgrade_counts(tmp_path: Path) -> None:
+    run, records = tmp_path / "run", tmp_path / "records"
+    for place, text in ((records, "before"), (run, "after")):
+        (place / "claims").mkdir(parents=True)
+        (place / "claims/loop-1.json").write_text(text)
+    os.utime(records / "claims/loop-1.json", (1, 1))
+    boot.take_over(str(run), str(records))
+    assert (records / "claims/loop-1.json").read_text() == "after"
 
 
 def test_a_claim_that_an_older_release_works_on_is_left_to_it(tmp_path: Path, monkeypatch) -> None:

@@ -446,3 +446,17 @@ runtime_type = "{kind}"
         detect("", more=more)  # without any other sandbox handler, nothing is sure
     assert detect("odd", more=more, host_handlers=("odd",)).kind == "host"
     assert detect("runc", more=more).kind == "host"
+
+
+@pytest.mark.parametrize("runtime", ["runtime_type", "BinaryName"])
+def test_a_kata_that_is_named_by_its_path_is_a_sandbox(detect, runtime):
+    shim = "/opt/kata/bin/containerd-shim-kata-v2"
+    table = 'plugins."io.containerd.cri.v1.runtime".containerd.runtimes.odd'
+    more = f'[{table}]\nruntime_type = "{shim}"\n'
+    if runtime == "BinaryName":
+        more = (
+            f'[{table}]\nruntime_type = "io.containerd.runc.v2"\n'
+            f'[{table}.options]\nBinaryName = "/opt/kata/bin/kata-runtime"\n'
+        )
+    found = detect("odd", more=more)
+    assert (found.kind, found.dialect) == ("sandbox", "kata")
