@@ -57,6 +57,8 @@ def _prove_file(path: str, until: float) -> None:
             if found and all(one.name in _HELPERS for one in found) and time.monotonic() < helpers_until:
                 time.sleep(0.05)
                 continue
+            if not found and not devices and _lease_granted(path):
+                return  # it ended while we looked who it was
             under = [place for device in devices for place in holders.mount_points(device)]
             why = "the file is open elsewhere"
             if devices:

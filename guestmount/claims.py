@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 import msgspec
 
 from blockdev import Deadline, durable, flocks, nfs
+from guestmount.device_index import DeviceIndex
 from guestmount.errors import BadRequest, Busy, ClaimDamaged, Refused
 from volumes import VOLUME_ID, AccessMode, Capability, VolumeKind
 from volumes.troubles import EXPECTED
@@ -27,7 +28,6 @@ log = logging.getLogger("runvol.claims")
 HOST, SANDBOX = "host", "sandbox"
 # A record takes whole blocks, so that it can be changed where it stands.
 _BLOCK = 4096
-_LOOP = "/dev/loop"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # What says nothing of the record.
 _OF_THIS_MOMENT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR)
@@ -177,6 +177,8 @@ class Cell:
         """`temporary`: what the names begin with under which it is written. `held`: whether the lock is still ours.
         What is not `known` counts as no claim."""
         self._path, self._temporary, self._held = path, temporary, held
+        self._volume = os.path.basename(path).removesuffix(".json")
+        self._devices = DeviceIndex(os.path.dirname(os.path.dirname(path)))
         self.claim = _read(path) if known else None
 
     def has_another(self, device: str) -> bool:
@@ -184,7 +186,7 @@ class Cell:
 
         Somebody has then unbound it, and its number is anybody's, while a hand-off or a bound node speaks of it.
         """
-        volume = _text(self._place(device))
+        volume = self._devices.volume_of(device)
         if not volume:
             return False
         path = os.path.join(os.path.dirname(self._path), f"{volume}.json")
@@ -195,28 +197,6 @@ class Cell:
         except ClaimDamaged:
             return True
         return other is not None and other.device == device and bool(other.targets)
-
-    def _place(self, device: str) -> str:
-        return os.path.join(os.path.dirname(os.path.dirname(self._path)), "devices", os.path.basename(device))
-
-    def _index(self, device: str) -> None:
-        """The volume can be found by the loop device that its claim names."""
-        old = self.claim.device if self.claim is not None else ""
-        volume = os.path.basename(self._path).removesuffix(".json")
-        with contextlib.suppress(OSError):
-            if old.startswith(_LOOP) and old != device and _text(self._place(old)) == volume:
-                os.unlink(self._place(old))
-        if not device.startswith(_LOOP):
-            return
-        place = self._place(device)
-        if _text(place) == volume:
-            return
-        with contextlib.suppress(OSError):
-            try:
-                _note(place, volume)
-            except FileNotFoundError:
-                os.makedirs(os.path.dirname(place), mode=0o700, exist_ok=True)
-                _note(place, volume)
 
     @property
     def present(self) -> Claim:
@@ -234,14 +214,14 @@ class Cell:
         except OSError as error:
             if error.errno not in _FULL or not _overwritten(self._path, content):
                 raise
-        self._index(claim.device)
+        self._devices.moved(self._volume, self.claim.device if self.claim is not None else "", claim.device)
         self.claim = claim
         return claim
 
     def _be_alone(self) -> None:
         """Busy where the lock's file was taken away (an emptied `/run`): somebody else may have a new one."""
         if not self._held():
-            raise Busy(os.path.basename(self._path).removesuffix(".json"))
+            raise Busy(self._volume)
 
     def less(self, claim: Claim) -> Claim:
         """As `write`, for a claim that says less than the record. A disk that takes no writes holds up no pod's end:
@@ -277,21 +257,9 @@ class Cell:
                 durable.sweep(self._temporary, abandoned=True)
         except OSError as error:
             self._bear(error)
-        self._index("")
+        if self.claim is not None:
+            self._devices.moved(self._volume, self.claim.device, "")
         self.claim = None
-
-
-def _text(path: str) -> str:
-    try:
-        with open(path, encoding="ascii") as file:
-            return file.read(256)
-    except (OSError, UnicodeDecodeError):
-        return ""
-
-
-def _note(path: str, text: str) -> None:
-    with open(path, "w", encoding="ascii") as file:
-        file.write(text)
 
 
 def _encoded(claim: Claim) -> bytes:
@@ -480,13 +448,10 @@ class Claims:
 
     def sweep(self) -> None:
         """Remove what a killed process was writing; and find claims by their loop devices, older ones too."""
-        places = os.path.join(self._records, "devices")
+        devices = DeviceIndex(self._records)
         for claim in self.readable()[0]:
-            place = os.path.join(places, os.path.basename(claim.device))
-            if claim.device.startswith(_LOOP) and claim.targets and not _text(place):
-                with contextlib.suppress(OSError):
-                    os.makedirs(places, mode=0o700, exist_ok=True)
-                    _note(place, claim.volume)
+            if claim.targets and claim.device and devices.volume_of(claim.device) != claim.volume:
+                devices.fill(claim.volume, claim.device)
         for name in _names(self._temporary):
             path = os.path.join(self._temporary, name)
             with contextlib.suppress(FileNotFoundError):
