@@ -17,7 +17,7 @@ from csi.snapshots import SnapshotCalls
 from guestmount import BadRequest, Busy, Node, Refused
 from guestmount.requests import check_capability, check_options
 from runvol_proto import csi_pb2
-from volumes import Capability, ContentSource, Volume, VolumeNotFound, parameters
+from volumes import Capability, ContentSource, StoreAway, Volume, VolumeNotFound, parameters
 from volumes.backend import Backend
 from volumes.sizes import LARGEST
 
@@ -91,11 +91,33 @@ class Controller(SnapshotCalls):
             backend = self._node.catalog.for_parameters(chosen)
             source = _content_source(request)
             self._node.catalog.check_name(name, backend)
+            if source is not None:
+                self._check_source(source, backend)
             volume = backend.create(name, checks.size_range(request.capacity_range), chosen, uses, source)
         message = self._message(volume)
         if request.HasField("volume_content_source"):
             message.content_source.CopyFrom(request.volume_content_source)
         return csi_pb2.CreateVolumeResponse(volume=message)
+
+    def _check_source(self, source: ContentSource, backend: Backend) -> None:
+        """A backend makes volumes from its own alone, and one of this node only from what is here."""
+        catalog = self._node.catalog
+        of_snapshot = source.kind == "snapshot"
+        other = catalog.of_snapshot(source.source_id) if of_snapshot else catalog.of(source.source_id)
+        if other is not backend:
+            why = f"is of the backend {other.name}, and {backend.name} cannot make a volume from it"
+            raise BadRequest("volume_content_source", str(source), why)
+        if backend.multi_node:
+            return
+        try:
+            with contextlib.suppress(VolumeNotFound):  # what is made from it may be there already
+                (catalog.snapshot if of_snapshot else catalog.get)(source.source_id)
+        except StoreAway as error:
+            raise CallError(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"volume_content_source {source} is not on this node ({topology.KEY} = {self._node_id}), and a volume "
+                f"can be made from it only where it is. Or its store is away: {error}",
+            ) from error
 
     def _check_uses(self, uses: Sequence[Capability], backend: Backend) -> None:
         for use in uses:

@@ -162,6 +162,10 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
         """A copy with some fields changed."""
         return msgspec.structs.replace(self, **changes)
 
+    def group_of(self, target: Target) -> str:
+        """The group that the volume's files are given for a target; empty where it only reads."""
+        return "" if target.read_only or "ro" in self.use.mount_flags else target.mount_group
+
     @property
     def lingers(self) -> bool:
         """Everything was taken back, but the last user (a guest's VMM, a process, another mount namespace) had not let

@@ -107,6 +107,10 @@ class Catalog:
                     return backend
         raise VolumeNotFound(snapshot_id)
 
+    def snapshot(self, snapshot_id: str) -> Snapshot:
+        """VolumeNotFound where there is none."""
+        return self.of_snapshot(snapshot_id).snapshot(snapshot_id)
+
     def snapshots(
         self, *, after: int = 0, limit: int = -1, source: str = "", trouble: Trouble = logged
     ) -> Sequence[tuple[int, Snapshot]]:  # fmt: skip

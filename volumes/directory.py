@@ -17,8 +17,8 @@ from blockdev.quotas import QuotaUnavailable
 from volumes import sizes
 from volumes.busy import Busy, of_volume
 from volumes.errors import (
+    InvalidParameter,
     NoSpace,
-    SizeNotAllowed,
     VolumeConflict,
     VolumeNotFound,
     VolumeUnfinished,
@@ -111,9 +111,8 @@ class DirectoryBackend(Stored):
             if old is not None and old.state is State.READY:
                 return self._same(old, size, parameters, source)
             if source is not None:
-                raise SizeNotAllowed(
-                    f"volume_content_source {source}: the backend directory makes empty volumes only; use backend loop"
-                )
+                why = "the backend directory makes empty volumes only; use backend loop"
+                raise InvalidParameter("volume_content_source", str(source), why)
             capacity = sizes.choose(size, smallest=_SMALLEST)
             if old is not None:
                 self._settle(old)

@@ -44,7 +44,7 @@ class GuestDevice(exclusion.OneKernel):
             shim=kata.shim if kata is not None else "",
             on_node=kata is not None and kata.wants_node(preflight.annotations_of(arrival.runtime)),
         )
-        if target.mount_group and not target.read_only and arrival.runtime.gives_group:
+        if claim.group_of(target) and arrival.runtime.gives_group:
             target = msgspec.structs.replace(target, group_in_guest=True)
         dialect = means.dialects.of(arrival.runtime.dialect, arrival.runtime.handler)
         dialect.check(_delivery(claim, arrival.path, target))
@@ -154,7 +154,7 @@ def _make_ready(means: Means, claim: Claim, target: Target, deadline: Deadline) 
     filesystems.check(claim.source, claim.use.fstype, deadline)
     grow_device(claim)
     grow_unmounted(means, claim, deadline)
-    group = "" if target.read_only or target.group_in_guest else target.mount_group
+    group = "" if target.group_in_guest else claim.group_of(target)
     if group and not means.written.has_group(claim, group):
         means.written.be_safe(claim, f"giving its files to group {group}", deadline)
         with private_mount(claim.source, claim.use.fstype, deadline=deadline) as root:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping
 
-from blockdev import Deadline, exclusivity, filesystems, ioctls, loops, mounts
+from blockdev import Deadline, exclusivity, filesystems, ioctls, loops, mountinfo, mounts, superblocks
 from blockdev.errors import CapabilityMissing, MountFailed
 from guestmount import groups
 from guestmount.claims import Cell, Claim, Target
+from guestmount.errors import Refused
 from guestmount.handoff import Delivered
 from guestmount.ways import exclusion
 from guestmount.ways.attached import be_attached, check_nothing_at, is_ours
@@ -29,13 +31,15 @@ class Mounted(exclusion.OneKernel):
     def deliver(self, means: Means, cell: Cell, claim: Claim, path: str, target: Target, deadline: Deadline) -> None:
         claim = _be_staged(means, cell, claim, deadline)
         staging = claim.staging_path
-        if target.mount_group and not target.read_only:
+        if not mounts.is_mount_point(path):
+            _check_writable(claim, path, target)
+        if group := claim.group_of(target):
             root = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
-                groups.apply(root, int(target.mount_group), deadline)
+                groups.apply(root, int(group), deadline)
             finally:
                 os.close(root)
-            means.written.given(claim, target.mount_group)
+            means.written.given(claim, group)
         if not mounts.is_mount_point(path):
             os.makedirs(path, mode=0o750, exist_ok=True)
             mounts.bind(staging, path, read_only=target.read_only)
@@ -81,6 +85,32 @@ def _be_staged(means: Means, cell: Cell, claim: Claim, deadline: Deadline) -> Cl
         return claim
     _take_size(claim)
     return cell.write(claim.but(prepared=True))
+
+
+def _check_writable(claim: Claim, path: str, target: Target) -> None:
+    """Refused for a pod that would write, where the kernel has made the filesystem read-only after an error. Pods that
+    have it keep it; once the last of them has gone it is checked, and mounted anew."""
+    others = sorted({one.pod for at, one in claim.targets.items() if at != path})
+    if not others or target.read_only or "ro" in claim.use.mount_flags or not _has_stopped(claim):
+        return
+    raise Refused(
+        f"the filesystem of volume {claim.volume} met an error and is read-only since; another pod can write to it "
+        f"once nobody has it any more (now: {', '.join(others)})"
+    )
+
+
+def _has_stopped(claim: Claim) -> bool:
+    """Whether the kernel takes no more writes for a filesystem that it has mounted: newer ones say so only in their own
+    words, or in the superblock."""
+    try:
+        os.stat(claim.staging_path)
+    except OSError as error:
+        return error.errno in (errno.EIO, errno.ESHUTDOWN)
+    said = next((one for one in mountinfo.table()[::-1] if one.target == claim.staging_path), None)
+    if said is not None and {"ro", "emergency_ro", "shutdown"} & {*said.super_options}:
+        return True
+    block = superblocks.read(claim.device)
+    return block is not None and block.errors
 
 
 def _check_staged(claim: Claim) -> None:

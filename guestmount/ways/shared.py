@@ -60,10 +60,10 @@ def _bind(claim: Claim, path: str, target: Target, deadline: Deadline) -> None:
     if claim.nfs is not None:
         _be_mounted(claim, deadline)
     with _opened(claim) as source:
-        if target.mount_group and not target.read_only:
+        if group := claim.group_of(target):
             root = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=source)
             try:
-                groups.apply(root, int(target.mount_group), deadline)
+                groups.apply(root, int(group), deadline)
             finally:
                 os.close(root)
         os.makedirs(path, mode=0o750, exist_ok=True)

@@ -329,3 +329,19 @@ def test_names_with_any_unicode_make_volumes_whose_ids_are_plain(shared_driver):
         assert volume.volume_id.isascii() and "/" not in volume.volume_id
         assert shared_driver.create(name, 8 << 20).volume_id == volume.volume_id
         shared_driver.delete(volume)
+
+
+def test_a_source_of_another_backend_is_refused_by_name(driver):
+    volume = driver.create("v", 16 << 20)
+    taken = driver.client.CreateSnapshot(name="s", source_volume_id=volume.volume_id).snapshot
+    sources = ({"snapshot": {"snapshot_id": taken.snapshot_id}}, {"volume": {"volume_id": volume.volume_id}})
+    for backend in ({"backend": "directory", "quota": "none"}, {"backend": "nfs", "server": "127.0.0.1", "path": "/x"}):
+        for source in sources:
+            with refused("INVALID_ARGUMENT", "volume_content_source", "of the backend loop", backend["backend"]):
+                driver.client.CreateVolume(name="w", volume_capabilities=[mount_capability()], parameters=backend,
+                                           volume_content_source=source)  # fmt: skip
+    with refused("NOT_FOUND", "snap-none"):
+        driver.client.CreateVolume(name="w", volume_capabilities=[mount_capability()],
+                                   volume_content_source={"snapshot": {"snapshot_id": "snap-none"}})  # fmt: skip
+    driver.client.DeleteSnapshot(snapshot_id=taken.snapshot_id)
+    driver.delete(volume)

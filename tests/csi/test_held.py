@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -242,3 +243,46 @@ def test_an_older_releases_pod_with_such_an_option_goes_on(driver):
     with refused("INVALID_ARGUMENT", "errors=continue"):
         driver.publish(volume, B, runtime="runc", capability=old)
     assert mountinfo.table()
+
+
+def test_a_read_only_volume_gets_no_group_and_is_read(driver):
+    volume = driver.create("v")
+    driver.stage(volume)
+    target = driver.publish(volume, A, runtime="runc")
+    Path(target, "f").write_text("x")
+    driver.unpublish(volume, A)
+    driver.unstage(volume)
+    before = os.stat(image(driver, volume)).st_blocks
+    for capability in (mount_capability(flags=("ro",), group="2000"),
+                       mount_capability("SINGLE_NODE_READER_ONLY", group="2000")):  # fmt: skip
+        driver.stage(volume, capability)
+        for runtime in ("runc", "kata"):
+            target = driver.publish(volume, A, runtime=runtime, capability=capability)
+            if runtime == "runc":
+                assert Path(target, "f").read_text() == "x" and os.stat(Path(target, "f")).st_gid == 0
+                with pytest.raises(OSError, match="Read-only"):
+                    Path(target, "g").write_text("x")
+            driver.unpublish(volume, A)
+        driver.unstage(volume)
+    assert os.stat(image(driver, volume)).st_blocks == before
+    driver.delete(volume)
+
+
+def test_a_filesystem_that_met_an_error_is_given_to_nobody_who_would_write(driver):
+    volume = driver.create("v")
+    driver.stage(volume)
+    target = driver.publish(volume, A, runtime="runc")
+    device = os.path.basename(driver.loop_devices()[0])
+    Path(f"/sys/fs/ext4/{device}/trigger_fs_error").write_text("test")
+    with pytest.raises(OSError, match="Read-only"):
+        Path(target, "g").write_text("x")
+    with refused("FAILED_PRECONDITION", "is read-only since", "default/pod"):
+        driver.publish(volume, B, runtime="runc")
+    assert driver.publish(volume, A, runtime="runc") == target, "a pod that has it keeps it"
+    driver.unpublish(volume, B)
+    driver.unpublish(volume, A)
+    again = driver.publish(volume, B, runtime="runc")
+    Path(again, "g").write_text("x")
+    driver.unpublish(volume, B)
+    driver.unstage(volume)
+    driver.delete(volume)
