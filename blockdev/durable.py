@@ -6,10 +6,13 @@ import contextlib
 import errno
 import os
 import re
+import stat
 import time
 
 from blockdev import syscalls
 
+# Opened as a record, this is what something else answers.
+NO_RECORD = (errno.EUCLEAN, errno.EISDIR, errno.ELOOP, errno.ENXIO)
 # Seconds after which what a killed process was writing is nobody's work any more.
 _ABANDONED = 60.0
 _END = ".new"
@@ -24,6 +27,19 @@ def sync_directory(path: str) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def read(path: str, most: int = 1 << 20) -> bytes:
+    """All of a record. OSError with an errno of `NO_RECORD` for what is none: a FIFO would be waited for, a link leads
+    elsewhere, and no record is longer than `most` bytes."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC)
+    with open(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EUCLEAN, "it is no regular file", path)
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EUCLEAN, f"it has more than {most} bytes", path)
+    return content
 
 
 def write_all(fd: int, content: bytes) -> None:

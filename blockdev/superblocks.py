@@ -42,12 +42,14 @@ _SMALLEST_GROUP = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Superblock:
-    """What the filesystem is. `clean` is false if a journal waits or errors were recorded."""
+    """What the filesystem is. `clean` is false if a journal waits or errors were recorded. `used`: it was mounted some
+    time (ext4), or its mkfs came to its end (XFS): there may be something in it."""
 
     fstype: str
     uuid: str
     clean: bool
     errors: bool
+    used: bool
     block_bytes: int
     total_bytes: int
 
@@ -118,6 +120,7 @@ def _xfs(block: bytes, path: str) -> Superblock:
         # XFS replays its log when it is mounted and has no flag for it in the superblock.
         clean=True,
         errors=False,
+        used=not block[126],
         block_bytes=block_bytes,
         total_bytes=block_bytes * data_blocks,
     )
@@ -140,7 +143,7 @@ def _xfs_space(fd: int, head: bytes, block: Superblock) -> Space:
 def _ext4(block: bytes, path: str) -> Superblock:
     _inodes, blocks, _reserved, _free, _free_inodes, first_block, log_size = struct.unpack_from("<7I", block, 0)
     blocks_per_group = struct.unpack_from("<I", block, 0x20)[0]
-    state = struct.unpack_from("<H", block, 0x3A)[0]
+    mounted_at, _written_at, mounts, _most_mounts, _magic, state = struct.unpack_from("<2I4H", block, 0x2C)
     compatible, incompatible = struct.unpack_from("<II", block, 0x5C)
     for bit, what in _EXT4_NEVER.items():
         _must(not incompatible & bit, path, what)
@@ -164,6 +167,7 @@ def _ext4(block: bytes, path: str) -> Superblock:
         uuid=_uuid(block[0x68:0x78]),
         clean=bool(state & _EXT4_CLEAN) and not state & _EXT4_ERRORS and not incompatible & _EXT4_NEEDS_RECOVERY,
         errors=bool(state & _EXT4_ERRORS),
+        used=bool(mounted_at or mounts),
         block_bytes=block_bytes,
         total_bytes=blocks * block_bytes,
     )

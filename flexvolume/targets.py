@@ -30,8 +30,7 @@ class Targets:
     def volume_at(self, target: str) -> str:
         """The volume's id; empty if nothing is known of the target."""
         with contextlib.suppress(FileNotFoundError, ValueError):
-            with open(self._path(target), "rb") as file:
-                found = json.load(file)
+            found = json.loads(durable.read(self._path(target)))
             if isinstance(found, dict) and found.get("target") == target:
                 return str(found.get("volume", ""))
         return ""

@@ -7,6 +7,7 @@ owed a flush to the disk.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import shutil
@@ -71,9 +72,10 @@ def take_over(run_dir: str, records: str) -> None:
 
 def _move(old: str, new: str) -> None:
     try:
-        with open(old, "rb") as file:
-            content = file.read()
-    except (FileNotFoundError, IsADirectoryError):
+        content = durable.read(old)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, *durable.NO_RECORD):
+            raise
         return
     os.makedirs(os.path.dirname(new), mode=0o700, exist_ok=True)
     # After a downgrade and an upgrade in one boot the older release's is the later one.

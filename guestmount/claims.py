@@ -12,6 +12,7 @@ import errno
 import functools
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 
@@ -25,12 +26,11 @@ from volumes.troubles import EXPECTED
 
 log = logging.getLogger("runvol.claims")
 
-HOST, SANDBOX = "host", "sandbox"
+# The kernels that may own a volume; one whose record was lost may be either.
+HOST, SANDBOX, UNKNOWN = "host", "sandbox", "unknown"
 # A record takes whole blocks, so that it can be changed where it stands.
 _BLOCK = 4096
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-# What says nothing of the record.
-_OF_THIS_MOMENT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR)
 _NO_WRITES = (*_FULL, errno.EROFS, errno.EIO)
 
 
@@ -78,6 +78,8 @@ class Owner(msgspec.Struct, frozen=True, kw_only=True):
     def __str__(self) -> str:
         if self.kind == HOST:
             return "the host's kernel (runc pods)"
+        if self.kind == UNKNOWN:
+            return f"a pod whose runtime is not known since its record was lost ({self.pod_name or self.pod_uid})"
         pod = f"pod {self.pod_namespace}/{self.pod_name}" if self.pod_name else f"pod {self.pod_uid}"
         return f"{pod} (runtime handler {self.handler or 'not known'})"
 
@@ -198,7 +200,7 @@ class Cell:
             return False
         try:
             other = _read(path)
-        except ClaimDamaged:
+        except (ClaimDamaged, OSError):
             return True
         return other is not None and other.device == device and bool(other.targets)
 
@@ -213,12 +215,17 @@ class Cell:
         """Replace the record, whole or not at all. What is no longer than it was can be written to a full disk too."""
         self._be_alone()
         content = _encoded(claim)
+        # First: a device that its index does not know could be given to another volume's pod.
+        old = self.claim.device if self.claim is not None else ""
+        if claim.device != old:
+            self._devices.note(self._volume, claim.device)
         try:
             self._replace(content)
         except OSError as error:
             if error.errno not in _FULL or not _overwritten(self._path, content):
                 raise
-        self._devices.moved(self._volume, self.claim.device if self.claim is not None else "", claim.device)
+        if claim.device != old:
+            self._devices.forget(self._volume, old)
         self.claim = claim
         return claim
 
@@ -262,7 +269,7 @@ class Cell:
         except OSError as error:
             self._bear(error)
         if self.claim is not None:
-            self._devices.moved(self._volume, self.claim.device, "")
+            self._devices.forget(self._volume, self.claim.device)
         self.claim = None
 
 
@@ -289,13 +296,12 @@ def _overwritten(path: str, content: bytes) -> bool:
 
 def _read(path: str) -> Claim | None:
     try:
-        with open(path, "rb") as file:
-            return msgspec.json.decode(file.read(), type=Claim)
+        return msgspec.json.decode(durable.read(path), type=Claim)
     except FileNotFoundError:
         return None
     except (msgspec.MsgspecError, UnicodeDecodeError, OSError) as error:
-        if isinstance(error, OSError) and error.errno in _OF_THIS_MOMENT:
-            raise
+        if isinstance(error, OSError) and error.errno not in durable.NO_RECORD:
+            raise  # that a disk, or this process, cannot read it now says nothing of the record
         raise ClaimDamaged(
             f"the claim {path} cannot be read ({error}); it is made again with the next call for its volume"
         ) from error
@@ -337,19 +343,12 @@ class Claims:
         """
         with self._held(self._locks, volume_id, deadline) as (path, fd):
             held = functools.partial(flocks.is_still, fd, path)
-            try:
-                cell = self._cell(volume_id, held)
-            except (ClaimDamaged, *EXPECTED) as error:
-                if not ending:
-                    raise
-                log.error("a claim that cannot be made again counts as none", extra={"why": str(error)})
-                cell = Cell(*self._places(volume_id), held=held, known=False)
+            cell = self._cell(volume_id, held, ending=ending)
             try:
                 yield cell
             finally:
                 if cell.claim is None:
-                    with contextlib.suppress(FileNotFoundError):
-                        os.unlink(path)
+                    _unlink_if(held, path)
 
     def remember(self, cell: Cell, volume_id: str) -> Claim | None:
         """The claim; where there is none, made again from what stands. For calls that would take a volume that nobody
@@ -367,17 +366,22 @@ class Claims:
             os.path.join(self._temporary, f"{volume_id}."),
         )
 
-    def _cell(self, volume_id: str, held: Callable[[], bool]) -> Cell:
+    def _cell(self, volume_id: str, held: Callable[[], bool], *, ending: bool) -> Cell:
         path, temporary = self._places(volume_id)
         try:
             return Cell(path, temporary, held=held)
         except ClaimDamaged as error:
-            if self.remake is None:
-                raise
-            made = self.remake(volume_id)
+            try:
+                if self.remake is None:
+                    raise
+                made = self.remake(volume_id)
+            except (ClaimDamaged, *EXPECTED) as trouble:
+                if not ending:
+                    raise
+                log.error("a claim that cannot be made again counts as none", extra={"why": str(trouble)})
+                return Cell(path, temporary, held=held, known=False)
             aside = os.path.join(self._records, "damaged", volume_id)
-            os.makedirs(os.path.dirname(aside), mode=0o700, exist_ok=True)
-            os.rename(path, aside)
+            _lay_aside(path, aside)
             if made is not None:
                 durable.replace(path, _encoded(made), beside=temporary, synced=False)
             said = {"volume": volume_id, "why": str(error), "aside": aside, "made_again": made is not None}
@@ -390,12 +394,11 @@ class Claims:
 
         Between stage and publish another call would find the volume unused, and let it go.
         """
-        with self._held(self._turns, volume_id, deadline) as (path, _fd):
+        with self._held(self._turns, volume_id, deadline) as (path, fd):
             try:
                 yield
             finally:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)
+                _unlink_if(functools.partial(flocks.is_still, fd, path), path)
 
     @contextlib.contextmanager
     def _held(self, directory: str, volume_id: str, deadline: Deadline) -> Iterator[tuple[str, int]]:
@@ -455,7 +458,8 @@ class Claims:
         devices = DeviceIndex(self._records)
         for claim in self.readable()[0]:
             if claim.targets and claim.device and devices.volume_of(claim.device) != claim.volume:
-                devices.fill(claim.volume, claim.device)
+                with contextlib.suppress(OSError):
+                    devices.note(claim.volume, claim.device)
         for name in _names(self._temporary):
             path = os.path.join(self._temporary, name)
             with contextlib.suppress(FileNotFoundError):
@@ -463,11 +467,38 @@ class Claims:
                     os.unlink(path)
 
 
+def _unlink_if(held: Callable[[], bool], path: str) -> None:
+    """A lock's file goes with its holder; one that was taken away from it may be another's by now."""
+    with contextlib.suppress(FileNotFoundError):
+        if held():
+            os.unlink(path)
+
+
+def _lay_aside(path: str, aside: str) -> None:
+    """What lies at `path` lies at `aside`, whatever either was; one of each volume is kept."""
+    os.makedirs(os.path.dirname(aside), mode=0o700, exist_ok=True)
+    for old in (aside, path):
+        try:
+            os.rename(path, aside)
+            return
+        except OSError as error:
+            log.warning("a damaged record is in the way", extra={"path": old, "why": str(error.strerror)})
+            if os.path.isdir(old) and not os.path.islink(old):
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(old)
+    if os.path.lexists(path):
+        raise ClaimDamaged(f"the claim {path} cannot be read, and can be neither moved nor removed")
+
+
 def _tried(path: str) -> Claim | Refused | None:
     try:
         return _read(path)
     except Refused as error:
         return error
+    except OSError as error:
+        return Refused(f"the claim {path} cannot be read: {error.strerror}")
 
 
 def _parted(tried: Iterable[Claim | Refused | None]) -> tuple[list[Claim], list[Refused]]:

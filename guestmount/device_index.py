@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 
+from blockdev import durable
+
 _LOOP = "/dev/loop"
 
 
@@ -16,33 +18,32 @@ class DeviceIndex:
     """`records`: the directory of this boot's records."""
 
     def __init__(self, records: str) -> None:
-        self._directory = os.path.join(records, "devices")
+        self._directory, self._temporary = os.path.join(records, "devices"), os.path.join(records, "tmp", "device-")
 
     def volume_of(self, device: str) -> str:
         """The volume that was last noted for the device, which may have let go of it since; empty for none."""
         try:
-            with open(self._place(device), encoding="ascii") as file:
-                return file.read(256)
+            return durable.read(self._place(device), 256).decode("ascii")
         except (OSError, UnicodeDecodeError):
             return ""
 
-    def moved(self, volume: str, old: str, new: str) -> None:
-        """The volume's claim names `new` from now on, and named `old`. What cannot be written is found by `fill`."""
-        if old == new:
-            return
-        with contextlib.suppress(OSError):
-            if old.startswith(_LOOP) and self.volume_of(old) == volume:
-                os.unlink(self._place(old))
-        self.fill(volume, new)
+    def forget(self, volume: str, device: str) -> None:
+        """The volume's claim does not name the device any more."""
+        if device.startswith(_LOOP) and self.volume_of(device) == volume:
+            with contextlib.suppress(OSError):
+                os.unlink(self._place(device))
 
-    def fill(self, volume: str, device: str) -> None:
-        """There is an entry for the device, whosever it is; nothing for what is no loop device."""
+    def note(self, volume: str, device: str) -> None:
+        """The volume's claim is about to name the device; nothing for what is no loop device. OSError."""
         if not device.startswith(_LOOP):
             return
-        with contextlib.suppress(OSError):
-            os.makedirs(self._directory, mode=0o700, exist_ok=True)
-            with open(self._place(device), "w", encoding="ascii") as file:
-                file.write(volume)
+        place, content = self._place(device), volume.encode("ascii")
+        try:
+            durable.replace(place, content, beside=self._temporary, synced=False)
+        except FileNotFoundError:
+            for needed in (place, self._temporary):
+                os.makedirs(os.path.dirname(needed), mode=0o700, exist_ok=True)
+            durable.replace(place, content, beside=self._temporary, synced=False)
 
     def _place(self, device: str) -> str:
         return os.path.join(self._directory, os.path.basename(device))

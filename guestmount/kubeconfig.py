@@ -1,14 +1,17 @@
 """A kubeconfig as it resolves: read by the `kubernetes` package in a process of its own, which ends with the answer.
 
 The many ways to authenticate are the package's own; it takes 45 MiB and up to seconds to import, which a process that
-runs on every node, and a publish, cannot afford. `python -m guestmount.kubeconfig FILE` prints the answer as JSON.
+runs on every node, and a publish, cannot afford. `python -m guestmount.kubeconfig FILE PARENT` prints the answer as
+JSON.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
+import selectors
 import signal
 import subprocess
 import sys
@@ -19,6 +22,9 @@ from typing import Any
 
 # Seconds. Who is asked for credentials (`exec`) may ask a network.
 _LONGEST = 30.0
+# Bytes of each stream that are kept.
+_MOST = 4 << 20
+_PR_SET_PDEATHSIG = 1
 
 
 class Unusable(Exception):
@@ -114,25 +120,66 @@ def _stamp(path: str) -> tuple[int, ...]:
 
 def _asked(path: str) -> tuple[Resolved, tuple[str, ...]]:
     """In a process of its own; nothing secret stands among its arguments."""
-    command = [sys.executable, "-P", "-m", "guestmount.kubeconfig", os.path.abspath(path)]
+    command = [sys.executable, "-P", "-m", "guestmount.kubeconfig", os.path.abspath(path), str(os.getpid())]
     # Nothing of the caller's directory is looked at, and what the file starts (`exec`) ends with its reader.
     reader = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd="/",
         start_new_session=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(os.path.isabs, sys.path))},
     )  # fmt: skip
+    killer = threading.Timer(_LONGEST, _kill, [reader.pid])
+    killer.daemon = True
+    killer.start()
     try:
-        said, complaint = reader.communicate(timeout=_LONGEST)
-    except subprocess.TimeoutExpired:
-        raise Unusable(f"reading it took longer than {_LONGEST:.0f} s") from None
+        # Its end is waited for without taking it: until then its group's number is nobody else's.
+        said, complaint = _both(reader)
+        os.waitid(os.P_PID, reader.pid, os.WEXITED | os.WNOWAIT)
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(reader.pid, signal.SIGKILL)
+        late = not killer.is_alive()
+        killer.cancel()
+        _kill(reader.pid)
         reader.wait()
+    if late:
+        raise Unusable(f"reading it took longer than {_LONGEST:.0f} s")
     if reader.returncode != 0:
         lines = complaint.decode("utf-8", "replace").strip().splitlines()
         raise Unusable(lines[-1] if lines else f"its reader ended with status {reader.returncode}")
     answer = json.loads(said)
     return Resolved(**answer["resolved"]), tuple(answer["named"])
+
+
+def _both(reader: subprocess.Popen[bytes]) -> tuple[bytes, bytes]:
+    """What it says on both of its streams, until it, and all that it has started, have closed them."""
+    said: dict[int, bytes] = {}
+    with selectors.DefaultSelector() as open_streams:
+        for stream in filter(None, (reader.stdout, reader.stderr)):
+            open_streams.register(stream, selectors.EVENT_READ)
+            said[stream.fileno()] = b""
+        while open_streams.get_map():
+            for key, _ in open_streams.select():
+                some = os.read(key.fd, 65536)
+                said[key.fd] += some[: max(0, _MOST - len(said[key.fd]))]
+                if not some:
+                    open_streams.unregister(key.fileobj)
+    first, second = said.values()
+    for stream in filter(None, (reader.stdout, reader.stderr)):
+        stream.close()
+    return first, second
+
+
+def _kill(group: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def _end_with_parent() -> None:
+    """In the reader: it ends, with what it has started, when the process that asked is gone, and at the latest soon."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))
+    signal.signal(signal.SIGALRM, lambda *_: os.killpg(0, signal.SIGKILL))
+    signal.alarm(int(_LONGEST) + 5)
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(sys.argv[2]):
+        sys.exit("the process that asked is gone")
 
 
 def _named_files(path: str) -> Iterator[str]:
@@ -189,4 +236,5 @@ def _text(path: str | None) -> str:
 
 
 if __name__ == "__main__":
+    _end_with_parent()
     json.dump(_resolve(sys.argv[1]), sys.stdout)

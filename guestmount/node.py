@@ -19,15 +19,16 @@ from guestmount import agreement, paths, placeholder, ways
 from guestmount.claims import Cell, Claim, Claims, Target, Use
 from guestmount.cri import Sandboxes
 from guestmount.detect import Detector
-from guestmount.errors import Refused
+from guestmount.errors import Refused, RuntimeUnknown
 from guestmount.handoff import Dialect, Dialects
 from guestmount.reach import Reach
 from guestmount.requests import PublishRequest, StageRequest, check_capability, check_options
 from guestmount.ways import exclusion
 from guestmount.written import Trust, Written
-from volumes import Catalog, InvalidParameter, SizeRange, VolumeNotFound, parameters
+from volumes import Catalog, InvalidParameter, SizeRange, Source, VolumeNotFound, parameters
 from volumes.backend import Backend
 from volumes.jobs import PATIENCE
+from volumes.troubles import EXPECTED
 
 log = logging.getLogger("runvol.node")
 
@@ -78,7 +79,7 @@ class Node:
             new = row.new_claim(request, source, deadline)
             claim = self.claims.remember(cell, request.volume_id)
             if claim is not None and claim.made_again:
-                claim = cell.write(claim.but(staging_path=staging, use=new.use))
+                claim = cell.write(agreement.completed(claim, request, new))
             if claim is not None and claim.staging_path != staging and not claim.targets:
                 claim = self._restage(cell, staging, new.use, deadline)
             if claim is not None and row.is_other(claim, new):
@@ -128,6 +129,7 @@ class Node:
         """
         staging = paths.check("staging_target_path", staging_path, self.roots)
         with self.claims.locked(volume_id, deadline, ending=True) as cell:
+            self._remembered(cell, volume_id)
             if cell.claim is None or cell.claim.staging_path != staging:
                 if self._is_anothers(staging, volume_id):
                     return
@@ -147,6 +149,13 @@ class Node:
                 cell.less(claim.but(staging_path=""))
                 return
             cell.remove()
+
+    def _remembered(self, cell: Cell, volume_id: str) -> None:
+        """As far as it can be, for who takes back: a pod may have the volume although its record was lost."""
+        try:
+            self.claims.remember(cell, volume_id)
+        except EXPECTED as error:
+            log.error("a lost claim cannot be made again", extra={"volume": volume_id, "why": str(error)})
 
     def _let_go(self, cell: Cell, deadline: Deadline) -> None:
         """Release an owner without targets; Refused while there are targets, or somebody still has the device."""
@@ -173,10 +182,11 @@ class Node:
         check_capability(request.capability, backend)
         source = backend.attach(request.volume_id, request.context)  # its bytes are still there
         with self.claims.locked(request.volume_id, deadline) as cell:
-            claim = self._staged(cell, request)
+            claim = self._staged(cell, request, source, deadline)
             target = agreement.target_of(request)
             if path in claim.targets and (claim.made_again or claim.targets[path].made_again):
-                claim = cell.write(agreement.filled_in(claim, path, request, target))
+                claim = agreement.filled_in(claim, path, request, target)
+                claim = cell.write(self._with_kernel(claim, path, request, deadline))
             old = claim.targets.get(path)
             ways.of_claim(claim).check_publish(claim, backend, request, source, old)
             agreement.check_same_publish(claim, request, old, target)
@@ -194,13 +204,25 @@ class Node:
                     self._undo(cell, path)
                 raise
 
-    def _staged(self, cell: Cell, request: PublishRequest) -> Claim:
+    def _with_kernel(self, claim: Claim, path: str, request: PublishRequest, deadline: Deadline) -> Claim:
+        """Where the record was lost, which kernel has the volume is asked once more."""
+        if not exclusion.is_unknown(claim):
+            return claim
+        try:
+            runtime = self.detector.detect(request.pod, request.context.get("runtime", ""), deadline)
+        except (RuntimeUnknown, Refused) as error:
+            log.warning("which kernel has a volume stays unknown", extra={"volume": claim.volume, "why": str(error)})
+            return claim
+        arrival = ways.Arrival(request=request, runtime=runtime, path=path, target=claim.targets[path])
+        return claim.but(owner=exclusion.owner_of(arrival))
+
+    def _staged(self, cell: Cell, request: PublishRequest, source: Source, deadline: Deadline) -> Claim:
         """The claim of a volume that is staged where the request says; Refused otherwise."""
         claim = self.claims.remember(cell, request.volume_id)
-        if claim is not None and claim.made_again and not claim.staging_path:
+        if claim is not None and claim.made_again:
             # kubelet publishes only what it has staged, and stages nothing again that it has.
-            use = Use.of(request.capability, claim.use.fstype)
-            claim = cell.write(claim.but(staging_path=request.staging_path, use=use))
+            new = ways.of_source(source, raw=request.capability.raw).new_claim(request.staged, source, deadline)
+            claim = cell.write(agreement.completed(claim, request, new))
         if claim is None or claim.staging_path != request.staging_path:
             staged = claim is not None and claim.staging_path
             where = f"is staged at {staged}" if staged else "is not staged on this node"
@@ -305,7 +327,7 @@ class Node:
         self.catalog.get(volume_id)
         path = paths.check("volume_path", paths.published(volume_path), self.roots)
         with self.claims.locked(volume_id, deadline) as cell:
-            claim = cell.claim
+            claim = self.claims.remember(cell, volume_id)
             if claim is None or (path not in claim.targets and path != claim.staging_path):
                 raise VolumeNotFound(f"{volume_id} (it is not at {path})")
             backend.check_expand(volume_id, size)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from blockdev import Deadline, exclusivity, loops, mountinfo, mounts
-from guestmount import ways, witnesses
+from guestmount import file_witnesses, ways, witnesses
 from guestmount.claims import Claim
 from guestmount.errors import BadRequest, Busy, GuestmountError, Refused
 from guestmount.handoff import Delivered, Dialect
@@ -295,7 +295,7 @@ def _each(steps: Sequence[Callable[[], Sequence[str] | None]]) -> list[str]:
 def remade(node: Node, volume_id: str) -> Claim | None:
     """The claim of a volume as far as what stands tells, where its record is lost or cannot be read."""
     ours = [(one.volume_id, one.path, one.one) for one in _ours(node) if one.volume_id == volume_id]
-    return witnesses.remade(node, volume_id, ours)
+    return witnesses.remade(node, volume_id, ours) or file_witnesses.remade(node, volume_id)
 
 
 def _reclaim(node: Node, deadline: Deadline) -> list[str]:

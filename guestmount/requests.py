@@ -43,6 +43,12 @@ class PublishRequest:
     context: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def staged(self) -> StageRequest:
+        """The stage that went before it."""
+        return StageRequest(volume_id=self.volume_id, staging_path=self.staging_path, capability=self.capability,
+                            context=self.context)  # fmt: skip
+
+    @property
     def pod_uid(self) -> str:
         """The pod's uid as given, else as kubelet's path tells it, else the path: two paths are then two pods."""
         if self.pod.uid:

@@ -15,6 +15,8 @@ def published(node: Node, volume_id: str, path: str) -> Claim:
     """The claim of a volume that is at `path`; VolumeNotFound otherwise."""
     path = paths.published(path)
     claim = node.claims.peek(volume_id)
+    if claim is None and node.claims.remake is not None:
+        claim = node.claims.remake(volume_id)  # its record was lost
     if claim is None or ways.of_claim(claim).stored:
         node.catalog.get(volume_id)
     if claim is None or (path not in claim.targets and path != claim.staging_path):

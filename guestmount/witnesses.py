@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 from blockdev import Deadline, exclusivity, ioctls, loops, mountinfo
 from blockdev.mountinfo import Mount
-from guestmount.claims import HOST, SANDBOX, Cell, Claim, Owner, Target, Use
-from guestmount.errors import BadRequest, Busy, Refused
+from guestmount.claims import HOST, SANDBOX, UNKNOWN, Cell, Claim, Owner, Target, Use
+from guestmount.errors import BadRequest, Refused
 from guestmount.handoff import Delivered
 from guestmount.node import Node
 from guestmount.ways import exclusion
@@ -23,6 +23,7 @@ from guestmount.ways.device_node import DeviceNode
 from guestmount.ways.guest_device import GuestDevice
 from guestmount.ways.mounted import Mounted
 from volumes import AccessMode
+from volumes.troubles import EXPECTED
 
 log = logging.getLogger("runvol.witnesses")
 
@@ -80,7 +81,8 @@ def reclaim(node: Node, ours: Sequence[tuple[str, str, Delivered]], deadline: De
             with node.claims.locked(volume_id, deadline) as cell:
                 if not _be_told(node, cell, _claim(volume_id, path, one, os.path.basename(directory))):
                     continue
-        except (Busy, BadRequest, Refused):
+        except (BadRequest, Refused, *EXPECTED) as error:
+            log.warning("not made again", extra={"volume": volume_id, "why": str(error)})
             continue  # somebody works on it, or its claim is damaged: it has one
         made.append(f"made the claim of volume {volume_id} again from its hand-off {one.place}")
     return made
@@ -98,7 +100,8 @@ def reclaim_mounted(node: Node, attached: Sequence[tuple[str, str, str]], deadli
             with node.claims.locked(volume_id, deadline) as cell:
                 if cell.claim is not None and _be_told(node, cell, made):
                     told.append(f"the claim of volume {volume_id} was older than its mounts")
-        except (Busy, BadRequest, Refused):
+        except (BadRequest, Refused, *EXPECTED) as error:
+            log.warning("not made again", extra={"volume": volume_id, "why": str(error)})
             continue
     return told
 
@@ -119,7 +122,13 @@ def _be_told(node: Node, cell: Cell, made: Claim) -> bool:
                   extra={"volume": left.volume, "targets": sorted({*left.targets, *made.targets})})  # fmt: skip
         return False
     cell.write(
-        left.but(owner=made.owner, targets={**left.targets, **made.targets}, device=made.device, made_again=True)
+        left.but(
+            owner=made.owner,
+            targets={**made.targets, **left.targets},
+            device=made.device,
+            prepared=left.prepared or made.prepared,
+            made_again=True,
+        )
     )
     return True
 
@@ -162,11 +171,11 @@ def _mounted(node: Node, volume_id: str, path: str, device: str, table: Sequence
         return None
     read_only = ioctls.is_read_only(device)
     nodes = {one: _target(one, read_only, node, DeviceNode.name) for one in bound}
-    # A bound node does not tell which kernel has it: it counts as a guest's, so that nobody but its pod gets it.
+    # A bound node does not tell which kernel has it: nobody but its pod gets it, until kubelet repeats the publish.
     first = next(iter(nodes.values())).pod_uid
     return Claim(volume=volume_id, source=path, device=device, staging_path="",
                  use=Use(mode=AccessMode.SINGLE_NODE_MULTI_WRITER.value, raw=True),
-                 owner=Owner(kind=SANDBOX, pod_uid=first), targets=nodes, made_again=True)  # fmt: skip
+                 owner=Owner(kind=UNKNOWN, pod_uid=first), targets=nodes, made_again=True)  # fmt: skip
 
 
 def _numbers(device: str) -> tuple[int, int]:

@@ -34,8 +34,7 @@ class Exports:
     def known(self) -> list[nfs.Export]:
         """Raises StoreFailed."""
         try:
-            with open(self._path, "rb") as file:
-                return msgspec.json.decode(file.read(), type=list[nfs.Export])
+            return msgspec.json.decode(durable.read(self._path), type=list[nfs.Export])
         except FileNotFoundError:
             return []
         except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:

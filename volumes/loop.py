@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import NoReturn
 
-from blockdev import Deadline, blankness, durable, exclusivity, filesystems, flocks, ioctls
+from blockdev import Deadline, blankness, durable, exclusivity, filesystems, flocks, ioctls, superblocks
 from blockdev.errors import WrongFilesystem
 from volumes import copies, marks, sizes
 from volumes.backend import Keeper, Unkept
@@ -23,6 +23,7 @@ from volumes.errors import (
     InvalidParameter,
     NoSpace,
     SizeNotAllowed,
+    StoreFailed,
     VolumeConflict,
     VolumeNotFound,
     VolumeUnfinished,
@@ -292,30 +293,38 @@ class LoopBackend(Stored):
             raise VolumeNotFound(f"{volume_id} (its file {path} is gone)") from None
         if size < volume.capacity_bytes:  # an expansion was killed in the middle
             try:
-                self._resize_file(volume)
-            except (NoSpace, OSError) as error:  # it works as it is
+                with self._busy(of_volume(volume.name), seconds=0):  # or one is at work in this moment
+                    self._resize_file(self._known(volume_id))
+            except (NoSpace, VolumeUnfinished, StoreFailed, OSError) as error:  # it works as it is
                 log.warning("a volume is smaller than it was promised", extra={"volume": volume_id, "why": str(error)})
         return BlockSource(path=path)
 
     def format(self, volume_id: str, fstype: str, deadline: Deadline) -> None:
         volume, path = self._known(volume_id), self._path(volume_id)
-        if volume.formatting and marks.is_marked(path, marks.FORMATTED):
-            self._store.set_formatting(volume_id, False)  # the store is an older copy of itself
-            return
-        if volume.formatting:
+        if volume.formatting and not (marks.is_marked(path, marks.FORMATTED) or _is_used(path, fstype, deadline)):
             # A process was killed in the middle of mkfs. No pod has had the volume yet, so nothing can be lost.
             blankness.wipe(path, deadline)
             if volume.parameters.get("preallocate") == "true":  # what was wiped was given back to the disk
                 with ioctls.opened(path, os.O_RDWR) as fd:
                     os.posix_fallocate(fd, 0, volume.capacity_bytes)
-        else:
-            found = filesystems.found_on(path, deadline)
-            if found == fstype:
-                return
-            if found is not None:
-                raise WrongFilesystem(path, found, fstype)
-            blankness.prove_blank(path, deadline)
-            self._store.set_formatting(volume_id, True)
+            self._make_filesystem(volume_id, fstype, deadline)
+            return
+        if volume.formatting:
+            self._store.set_formatting(volume_id, False)  # the store is an older copy of itself
+        found = filesystems.found_on(path, deadline)
+        if found == fstype:
+            if not marks.is_marked(path, marks.FORMATTED):  # an older release has made it
+                marks.be_marked(path, marks.FORMATTED)
+            return
+        if found is not None:
+            raise WrongFilesystem(path, found, fstype)
+        blankness.prove_blank(path, deadline)
+        marks.be_unmarked(path, marks.FORMATTED)  # of a filesystem that a pod has wiped
+        self._store.set_formatting(volume_id, True)
+        self._make_filesystem(volume_id, fstype, deadline)
+
+    def _make_filesystem(self, volume_id: str, fstype: str, deadline: Deadline) -> None:
+        path = self._path(volume_id)
         filesystems.make(path, fstype, deadline)
         marks.be_marked(path, marks.FORMATTED)
         self._store.set_formatting(volume_id, False)
@@ -355,7 +364,11 @@ class LoopBackend(Stored):
         self._store.check()
 
     def needs(self) -> Sequence[Need]:
-        return []
+        if not os.path.isdir(self._directory) or marks.are_kept(self._directory):
+            return []
+        finding = (f"the filesystem of {self._directory} takes no extended attributes (trusted.*): a store that is "
+                   "restored from a backup knows less of its volumes")  # fmt: skip
+        return [Need(met=False, finding=finding)]
 
     def adopt(self, path: str, name: str) -> Volume:
         """Take over an existing image file, by rename into the directory, with its data and its filesystem."""
@@ -502,6 +515,7 @@ class LoopBackend(Stored):
             durable.sync_directory(self._directory)
 
     def _resize_file(self, volume: Volume) -> None:
+        """For callers that are alone at work on the volume: who has read another size would shrink it."""
         path = self._path(volume.volume_id)
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         size = os.fstat(fd).st_size
@@ -524,6 +538,15 @@ class LoopBackend(Stored):
                 os.unlink(os.path.join(self._directory, volume_id + suffix))
         durable.sync_directory(self._directory)
         self._store.remove(volume_id)
+
+
+def _is_used(path: str, fstype: str, deadline: Deadline) -> bool:
+    """Whether a filesystem is there that no mkfs has left half-made; WrongFilesystem for what none of ours has made."""
+    found = filesystems.found_on(path, deadline)
+    if found not in (None, fstype):
+        raise WrongFilesystem(path, found or "", fstype)
+    block = superblocks.read(path)
+    return block is not None and block.used
 
 
 def _left(row: Row | SnapshotRow) -> str:

@@ -173,8 +173,9 @@ class Snapshots:
     def _take_group(self, group_id: str, sources: Sequence[tuple[str, str]], progress: Progress) -> None:
         if self._is_whole(group_id):
             return
-        for row in self._store.snapshots(group=group_id):  # an attempt that was killed
-            self._drop(row.snapshot_id)
+        self._settle_group(group_id)  # an attempt that was killed
+        if self._is_whole(group_id):
+            return
         made: dict[str, str] = {}
         try:
             with self._store.transaction():
@@ -249,16 +250,29 @@ class Snapshots:
         row = self._store.snapshot(snapshot_id)
         if row is None or row.state is State.READY:
             return None
-        if row.state is State.CREATING and self._is_made(row):
+        if row.group:
+            return self._settle_group(row.group)
+        if row.state is State.CREATING and os.path.exists(self.path(snapshot_id)):
             # Its file took its name in the last step but one; the store may be an older copy of itself.
             self._store.set_snapshot_state(snapshot_id, State.READY)
             return f"finished snapshot {snapshot_id}"
         self._drop(snapshot_id)
         return f"removed snapshot {snapshot_id}, which was {row.state.value} when the process ended"
 
-    def _is_made(self, row: SnapshotRow) -> bool:
-        members = self._store.snapshots(group=row.group) if row.group else [row]
-        return all(os.path.exists(self.path(one.snapshot_id)) for one in members)
+    def _settle_group(self, group_id: str) -> str | None:
+        """All of its snapshots, or none."""
+        members = self._store.snapshots(group=group_id)
+        if all(one.state is State.READY for one in members):
+            return None
+        made = all(os.path.exists(self.path(one.snapshot_id)) for one in members)
+        if made and not any(one.state is State.DELETING for one in members):
+            with self._store.transaction():
+                for one in members:
+                    self._store.set_snapshot_state(one.snapshot_id, State.READY)
+            return f"finished the group {group_id}"
+        for one in members:
+            self._drop(one.snapshot_id)
+        return f"removed the snapshots of the group {group_id}, which was unfinished when the process ended"
 
     def known_files(self) -> set[str]:
         return {snapshot_id + suffix for snapshot_id in self._store.snapshot_ids() for suffix in (SUFFIX, NEW)}

@@ -49,8 +49,7 @@ def encoded(content: Mapping[str, object]) -> bytes:
 def read(path: str) -> dict[str, Any] | None:
     """The file's object; None for one that is not there or is something else."""
     try:
-        with open(path, "rb") as file:
-            content = json.loads(file.read(65536))
+        content = json.loads(durable.read(path, 65536))
     except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None

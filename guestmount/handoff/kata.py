@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
+import errno
 import os
 import shutil
 import uuid
@@ -91,11 +92,11 @@ class KataDialect:
         content = msgspec.json.encode(info)
         place = os.path.join(self._root, key_of(target))
         try:
-            with open(os.path.join(place, _FILE), "rb") as file:
-                if file.read() == content:
-                    return
-        except (FileNotFoundError, NotADirectoryError):
-            pass
+            if durable.read(os.path.join(place, _FILE)) == content:
+                return
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, *durable.NO_RECORD):
+                raise
         os.makedirs(self._root, mode=0o700, exist_ok=True)
         new = os.path.join(self._root, _TEMPORARY + uuid.uuid4().hex)
         os.mkdir(new, 0o700)
@@ -151,17 +152,19 @@ class KataDialect:
         name = key_of(target)
         if len(name) > 255 or not os.path.isdir(os.path.join(self._root, name)):
             return None
-        return self._look(name, target)
+        return self._look(name, target, sure=True)
 
-    def _look(self, name: str, target: str) -> Delivered:
+    def _look(self, name: str, target: str, *, sure: bool = False) -> Delivered:
+        """`sure`: OSError where it cannot be read in this moment; otherwise that is its problem."""
         place = os.path.join(self._root, name)
         info, problem = None, ""
         try:
-            with open(os.path.join(place, _FILE), "rb") as file:
-                info = msgspec.json.decode(file.read(), type=MountInfo)
+            info = msgspec.json.decode(durable.read(os.path.join(place, _FILE)), type=MountInfo)
         except FileNotFoundError:
             problem = "no mountInfo.json: Kata's Rust shim refuses to start a container with it"
         except (msgspec.MsgspecError, UnicodeDecodeError, OSError) as error:
+            if sure and isinstance(error, OSError) and error.errno not in durable.NO_RECORD:
+                raise
             problem = f"mountInfo.json cannot be read: {error}"
         others: list[str] = []
         with contextlib.suppress(OSError):

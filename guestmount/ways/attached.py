@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from blockdev import Deadline, ioctls, loops, mounts
+from blockdev import Deadline, ioctls, loops, mountinfo, mounts
 from guestmount import placeholder as placeholders
 from guestmount.claims import Cell, Claim
 from guestmount.errors import Conflict
@@ -26,7 +26,7 @@ def _attach(cell: Cell, source: str, deadline: Deadline, *, read_only: bool) -> 
     """A loop device of a number that no other volume's pod would open."""
     passed_over: list[str] = []
     try:
-        while cell.has_another(device := loops.attach(source, deadline=deadline, read_only=read_only)):
+        while _is_anothers(cell, device := loops.attach(source, deadline=deadline, read_only=read_only)):
             log.error("a loop device was taken from a volume whose pod has it; its number is passed over",
                       extra={"device": device, "for": source})  # fmt: skip
             passed_over.append(device)
@@ -34,6 +34,14 @@ def _attach(cell: Cell, source: str, deadline: Deadline, *, read_only: bool) -> 
         for taken in passed_over:
             loops.detach(taken, source, deadline)
     return device
+
+
+def _is_anothers(cell: Cell, device: str) -> bool:
+    """Whether another volume's claim names the device, or its node is bound where the volume's own claim knows of no
+    target."""
+    if cell.has_another(device):
+        return True
+    return mountinfo.may_be_bound(device) and not {*mountinfo.node_targets(device)} <= {*cell.present.targets}
 
 
 def check_nothing_at(claim: Claim, path: str, *, placeholder: bool = False) -> None:

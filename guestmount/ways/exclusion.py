@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 import msgspec
 
 from blockdev import Deadline, DeviceBusy, exclusivity, ioctls, loops, mountinfo, mounts
-from guestmount.claims import HOST, SANDBOX, Cell, Claim, Owner, Target
+from guestmount.claims import HOST, SANDBOX, UNKNOWN, Cell, Claim, Owner, Target
 from guestmount.errors import Refused
 from guestmount.handoff import Delivered
 from guestmount.ways.base import Arrival, Means
@@ -29,23 +29,9 @@ class OneKernel:
     # Whether the kernels of one kind may have it together, where the access mode says so.
     shareable = False
 
-    def owner(self, arrival: Arrival) -> Owner:
-        """The kernel that the target is for."""
-        if arrival.runtime.kind == HOST:
-            return Owner(kind=HOST, handler=arrival.runtime.handler)
-        request = arrival.request
-        return Owner(
-            kind=SANDBOX,
-            pod_uid=request.pod_uid,
-            pod_namespace=request.pod.namespace,
-            pod_name=request.pod.name,
-            handler=arrival.runtime.handler,
-            dialect=arrival.runtime.dialect,
-        )
-
     def admit(self, cell: Cell, arrival: Arrival, deadline: Deadline) -> Claim:
         """The claim with its owner, new or as it was; whoever lingered and is another kernel has let go."""
-        claim, owner = cell.present, self.owner(arrival)
+        claim, owner = cell.present, owner_of(arrival)
         if claim.lingers and claim.owner is not None and not claim.owner.is_same_kernel(owner):
             with explained(claim):
                 release(cell, deadline)
@@ -67,6 +53,26 @@ class OneKernel:
 
     def take_back(self, _claim: Claim, _path: str) -> None:
         """The unmount is all; the staging path goes with the owner."""
+
+
+def owner_of(arrival: Arrival) -> Owner:
+    """The kernel that the target is for."""
+    if arrival.runtime.kind == HOST:
+        return Owner(kind=HOST, handler=arrival.runtime.handler)
+    request = arrival.request
+    return Owner(
+        kind=SANDBOX,
+        pod_uid=request.pod_uid,
+        pod_namespace=request.pod.namespace,
+        pod_name=request.pod.name,
+        handler=arrival.runtime.handler,
+        dialect=arrival.runtime.dialect,
+    )
+
+
+def is_unknown(claim: Claim) -> bool:
+    """Whether a kernel has the volume of which the lost record alone knew."""
+    return claim.owner is not None and claim.owner.kind == UNKNOWN
 
 
 class AnyKernel:
@@ -97,7 +103,7 @@ def with_handler(arrival: Arrival, *, dialect: str = "") -> Target:
 
 def in_guest(claim: Claim) -> bool:
     """Whether a sandbox has a target of the volume, and so may write to it at any moment."""
-    return claim.owner is not None and claim.owner.kind == SANDBOX and bool(claim.targets)
+    return claim.owner is not None and claim.owner.kind != HOST and bool(claim.targets)
 
 
 @contextlib.contextmanager
@@ -107,7 +113,7 @@ def explained(claim: Claim) -> Iterator[None]:
         yield
     except DeviceBusy as error:
         by = f"held by {', '.join(map(str, error.holders))}; " if error.holders else ""
-        who = f"the guest of {claim.owner}" if claim.owner is not None and claim.owner.kind == SANDBOX else "a process"
+        who = f"the guest of {claim.owner}" if claim.owner is not None and claim.owner.kind != HOST else "a process"
         raise Refused(
             f"volume {claim.volume} is in use: {who} still has it open ({by}{error.path}: {error.why}). It is free "
             "again when that process ends"
@@ -132,6 +138,11 @@ def admit(claim: Claim, owner: Owner, path: str, target: Target, *, shareable: b
             "runc pod of this node uses it"
         )
     has, wants = str(current), f"pod {target.pod}" if owner.kind == HOST else str(owner)
+    if current.kind == UNKNOWN:
+        raise Refused(
+            f"volume {claim.volume} belongs to {has}; {wants} can have it once that pod is gone, or kubelet has "
+            "repeated its NodePublishVolume (as it does when it starts)"
+        )
     if current.pod_name and (current.pod_namespace, current.pod_name) == (target.pod_namespace, target.pod_name):
         # A pod that was made again keeps its name (a StatefulSet's).
         has, wants = f"{has} with the uid {current.pod_uid}", f"the pod of that name with the uid {target.pod_uid}"
@@ -219,7 +230,7 @@ def release(cell: Cell, deadline: Deadline) -> None:
         cell.less(claim.but(owner=None, prepared=False, proved=False, device="", handed_out=False))
         return
     if claim.device:
-        if claim.owner.kind == SANDBOX:
+        if claim.owner.kind != HOST:
             exclusivity.prove_free(claim.device, past_known=False)
         loops.detach(claim.device, claim.source, deadline)
     try:

@@ -10,7 +10,7 @@ import msgspec
 
 from blockdev import Deadline, DeviceBusy, filesystems, mounts, nfs, superblocks
 from blockdev.errors import FilesystemDamaged
-from guestmount.claims import SANDBOX, Cell, Claim, NfsMount, Target, Use
+from guestmount.claims import HOST, SANDBOX, Cell, Claim, NfsMount, Target, Use
 from guestmount.detect import Runtime
 from guestmount.errors import BadRequest, Conflict, Refused
 from guestmount.requests import PublishRequest, StageRequest
@@ -165,7 +165,7 @@ class Filesystem(_Block):
             backend.format(request.volume_id, claim.use.fstype, deadline)
 
     def usage(self, claim: Claim, path: str, deadline: Deadline) -> Usage:
-        on_host = claim.owner is not None and claim.owner.kind != SANDBOX
+        on_host = claim.owner is not None and claim.owner.kind == HOST
         return of_mount(path, deadline) if on_host else of_superblock(claim)
 
 
@@ -301,7 +301,7 @@ def way_at(claim: Claim, path: str) -> Way:
 
 def in_guests(claim: Claim) -> list[str]:
     """The targets whose volume a guest has, and the host's kernel has not."""
-    sandboxed = claim.owner is not None and claim.owner.kind == SANDBOX
+    sandboxed = claim.owner is not None and claim.owner.kind != HOST
     return [path for path in claim.targets if sandboxed or way_at(claim, path) in (GUEST_DEVICE, GUEST_MOUNT)]
 
 

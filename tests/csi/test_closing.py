@@ -402,3 +402,25 @@ def test_a_program_that_goes_on_after_a_kill_is_waited_for(driver, runtime, lost
         time.sleep(0.1)
     assert total(driver, volume) == 16 << 30
     end(driver, volume)
+
+
+def test_a_record_that_is_older_than_its_open_hand_off_has_the_host_do_nothing(driver, runtime):
+    """As of a state directory that was restored: the sandbox lives, and takes the volume at any moment."""
+    volume, target, capability = publish(driver)
+    path = driver.records / "claims" / f"{volume.volume_id}.json"
+    older = json.dumps(claim(driver, volume) | {"prepared": False, "handed_out": False}).ljust(4096)
+    runtime.pods = [(A, READY)]
+    with refused("FAILED_PRECONDITION", "only its store grew"):
+        expand(driver, volume, target)
+    before = hand_off(driver, target).read_bytes()
+    for targets in (None, {}):
+        driver.stop()
+        path.write_text(older if targets is None else json.dumps(json.loads(older) | {"targets": targets}).ljust(4096))
+        driver.start()
+        assert driver.publish(volume, A, runtime="kata", capability=capability) == target
+        assert total(driver, volume) == 320 * MIB, "the host worked on it"
+        assert claim(driver, volume)["prepared"]
+        with vmm(image(driver, volume)):
+            assert driver.publish(volume, A, runtime="kata", capability=capability) == target
+        assert hand_off(driver, target).read_bytes() == before
+    end(driver, volume)

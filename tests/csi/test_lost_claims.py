@@ -11,11 +11,11 @@ import subprocess
 
 import pytest
 
-from tests.csi.helpers import PODS, image, refused, vmm
-from tests.driver import block_capability
+from tests.csi.helpers import PODS, has_resource, image, refused, vmm
+from tests.driver import block_capability, mount_capability
 
 pytestmark = pytest.mark.kernel
-A, B = PODS[:2]
+A, B, C = PODS[:3]
 
 
 def lose_run(driver):
@@ -346,3 +346,130 @@ def test_a_state_directory_that_was_restored_gives_no_guests_volume_away(driver,
     driver.unstage(volume)
     driver.delete(volume)
     assert not any(driver.left_over().values())
+
+
+def lose_records(driver, alive=False):
+    if not alive:
+        driver.stop()
+    shutil.rmtree(driver.records)
+    if not alive:
+        driver.start()
+
+
+@pytest.mark.parametrize("how", ["lost", "garbage"])
+def test_a_directory_of_a_pod_is_not_deleted_although_its_claim_was_lost(driver, how):
+    volume = driver.create("pvc", backend="directory", quota="none")
+    driver.stage(volume)
+    target = driver.publish(volume, A, runtime="runc")
+    with open(f"{target}/data", "w") as file:
+        file.write("x")
+    if how == "lost":
+        lose_records(driver)
+    else:
+        (driver.records / "claims" / f"{volume.volume_id}.json").write_text("garbage")
+    for call in (
+        lambda: driver.delete(volume),
+        lambda: driver.client.NodeUnstageVolume(
+            volume_id=volume.volume_id, staging_target_path=driver.staging(volume.volume_id)
+        ),
+    ):
+        with refused("FAILED_PRECONDITION", "still published", A):
+            call()
+    assert os.listdir(target) == ["data"]
+    second = driver.publish(volume, B, runtime="runc")
+    assert os.listdir(second) == ["data"]
+    for pod in (A, B):
+        driver.unpublish(volume, pod)
+    driver.unstage(volume)
+    driver.delete(volume)
+
+
+@pytest.mark.parametrize("mode", ["SINGLE_NODE_WRITER", "SINGLE_NODE_SINGLE_WRITER", "SINGLE_NODE_MULTI_WRITER"])
+@pytest.mark.parametrize("runtime", ["runc", "kata"])
+@pytest.mark.parametrize("first", ["publish", "stage"])
+def test_what_was_lost_is_as_kubelet_says_when_it_comes_again(driver, mode, runtime, first):
+    capability = mount_capability(mode, flags=("noatime", "nosuid"))
+    volume = driver.create("pvc", capability=capability)
+    driver.stage(volume, capability)
+    target = driver.publish(volume, A, runtime=runtime, capability=capability)
+    lose_records(driver)
+    calls = [lambda: driver.publish(volume, A, runtime=runtime, capability=capability),
+             lambda: driver.stage(volume, capability)]  # fmt: skip
+    for call in calls if first == "publish" else calls[::-1]:
+        call()
+    record = json.loads((driver.records / "claims" / f"{volume.volume_id}.json").read_text())
+    assert record["use"] == {
+        "mode": mode.lower(),
+        "raw": False,
+        "fstype": "ext4",
+        "mount_flags": ["noatime", "nosuid"],
+    }
+    if mode == "SINGLE_NODE_SINGLE_WRITER":
+        with refused("FAILED_PRECONDITION", "ReadWriteOncePod"):
+            driver.publish(volume, B, runtime=runtime, capability=capability)
+    elif runtime == "runc":
+        driver.publish(volume, B, runtime=runtime, capability=capability)
+        driver.unpublish(volume, B)
+    with refused("ALREADY_EXISTS", "capability"):
+        driver.stage(volume, block_capability(mode))
+    assert driver.client.NodeGetVolumeStats(volume_id=volume.volume_id, volume_path=target).usage
+    driver.unpublish(volume, A)
+    driver.unstage(volume)
+    driver.delete(volume)
+
+
+def test_a_volume_whose_claim_was_lost_is_measured_and_grows(driver):
+    volume = driver.create("pvc", 64 << 20)
+    driver.stage(volume)
+    target = driver.publish(volume, A, runtime="runc")
+    lose_records(driver, alive=True)
+    assert driver.client.NodeGetVolumeStats(volume_id=volume.volume_id, volume_path=target).usage
+    size = {"required_bytes": 128 << 20}
+    call = {"volume_id": volume.volume_id, "volume_path": target, "capacity_range": size}
+    if has_resource():
+        assert driver.client.NodeExpandVolume(**call).capacity_bytes == 128 << 20
+    else:
+        with refused("FAILED_PRECONDITION", "CAP_SYS_RESOURCE"):
+            driver.client.NodeExpandVolume(**call)
+    driver.unpublish(volume, A)
+    driver.unstage(volume)
+    driver.delete(volume)
+
+
+def test_a_raw_volume_whose_claim_was_lost_is_nobody_elses_until_its_kernel_is_known(driver):
+    capability = block_capability("SINGLE_NODE_MULTI_WRITER")
+    volume = driver.create("raw", capability=capability)
+    driver.stage(volume, capability)
+    for pod in (A, B):
+        driver.publish(volume, pod, runtime="runc", capability=capability)
+    lose_records(driver)
+    driver.stage(volume, capability)
+    for runtime in ("runc", "kata"):
+        with refused("FAILED_PRECONDITION", "its record was lost", "NodePublishVolume"):
+            driver.publish(volume, C, runtime=runtime, capability=capability)
+    driver.publish(volume, B, runtime="runc", capability=capability)
+    with refused("FAILED_PRECONDITION", "mounted by the host's kernel"):
+        driver.publish(volume, C, runtime="kata", capability=capability)
+    driver.unpublish(volume, A)
+    driver.publish(volume, C, runtime="runc", capability=capability)
+    for pod in (B, C):
+        driver.unpublish(volume, pod)
+    driver.unstage(volume)
+    driver.delete(volume)
+
+
+def test_a_device_number_that_a_pods_node_still_has_goes_to_nobody_else_without_any_record(driver):
+    capability = block_capability()
+    one, two = (driver.create(name, capability=capability) for name in ("one", "two"))
+    driver.stage(one, capability)
+    driver.publish(one, A, runtime="kata", capability=capability)
+    device = driver.loop_devices()[0]
+    lose_records(driver, alive=True)
+    subprocess.run(["losetup", "-d", device], check=True)
+    driver.stage(two, capability)
+    driver.publish(two, B, runtime="kata", capability=capability)
+    assert device not in driver.loop_devices()
+    for volume, pod in ((one, A), (two, B)):
+        driver.unpublish(volume, pod)
+        driver.unstage(volume)
+        driver.delete(volume)

@@ -10,12 +10,13 @@ import subprocess
 
 import pytest
 
-from blockdev import Deadline
-from guestmount import Busy
+from blockdev import Deadline, filesystems
+from guestmount import Busy as ClaimBusy
 from guestmount.claims import Claim, Claims, Use
 from tests.csi.helpers import PODS, image, refused
 from tests.driver import block_capability, mount_capability
-from volumes import AccessMode, marks
+from volumes import AccessMode, Capability, Catalog, SizeRange, marks
+from volumes.busy import Busy, of_volume
 
 pytestmark = pytest.mark.kernel
 A, B = PODS[:2]
@@ -56,6 +57,98 @@ def test_a_store_from_within_the_mkfs_wipes_nothing(driver):
     assert "data" in os.listdir(driver.publish(volume, A, runtime="runc"))
     driver.unpublish(volume, A)
     driver.unstage(volume)
+
+
+@pytest.mark.parametrize("fstype", ["ext4", "xfs"])
+def test_a_store_from_within_the_mkfs_wipes_nothing_that_was_used_without_a_mark_either(driver, fstype):
+    """As an older release has made it, or on a filesystem that takes no attributes."""
+    capability = mount_capability(fstype=fstype)
+    volume = driver.create("pvc", 320 << 20, capability)
+    driver.stage(volume, capability)
+    copy = older(driver, "UPDATE volumes SET formatting=1")
+    target = driver.publish(volume, A, runtime="runc", capability=capability)
+    with open(f"{target}/data", "w") as file:
+        file.write("precious")
+    driver.unpublish(volume, A)
+    driver.unstage(volume)
+    os.removexattr(image(driver, volume), marks.FORMATTED)
+    play_back(driver, copy)
+    driver.stage(volume, capability)
+    assert "data" in os.listdir(driver.publish(volume, A, runtime="runc", capability=capability))
+    assert marks.is_marked(str(image(driver, volume)), marks.FORMATTED)
+    driver.unpublish(volume, A)
+    driver.unstage(volume)
+    with image(driver, volume).open("r+b") as file:
+        file.truncate(0)
+        file.truncate(320 << 20)
+    subprocess.run(["mkswap", str(image(driver, volume))], check=True, capture_output=True)
+    os.removexattr(image(driver, volume), marks.FORMATTED)
+    play_back(driver, copy)
+    with refused("FAILED_PRECONDITION", "swap"):
+        driver.stage(volume, capability)
+
+
+def test_a_pod_that_wiped_its_filesystem_and_a_killed_mkfs_leave_no_mark(tmp_path, soon, monkeypatch):
+    catalog = Catalog.open(str(tmp_path))
+    use = Capability(mode=AccessMode.SINGLE_NODE_WRITER)
+    volume = catalog.loop.create("v", SizeRange(required=64 << 20), {}, [use])
+    path = catalog.loop.attach(volume.volume_id).path
+    catalog.loop.format(volume.volume_id, "ext4", soon)
+    assert marks.is_marked(path, marks.FORMATTED)
+    os.truncate(path, 0)
+    os.truncate(path, 64 << 20)
+
+    def killed(path, *_):
+        with open(path, "r+b") as file:
+            file.seek(8192)
+            file.write(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(filesystems, "make", killed)
+        catalog.loop.format(volume.volume_id, "ext4", soon)
+    catalog.loop.format(volume.volume_id, "ext4", soon)
+    assert filesystems.found_on(path, soon) == "ext4"
+    catalog.close()
+
+
+def test_an_attach_grows_no_file_that_somebody_is_at_work_on(tmp_path, monkeypatch):
+    """It has read what that one may have changed, and would make the file smaller again."""
+    catalog = Catalog.open(str(tmp_path))
+    use = Capability(mode=AccessMode.SINGLE_NODE_WRITER)
+    volume = catalog.loop.create("v", SizeRange(required=64 << 20), {}, [use])
+    path = catalog.loop.attach(volume.volume_id).path
+    catalog.loop.expand(volume.volume_id, SizeRange(required=128 << 20))
+    os.truncate(path, 64 << 20)
+    with Busy(str(tmp_path / "volumes.lock"))(of_volume("v")):
+        catalog.loop.attach(volume.volume_id)
+        assert os.stat(path).st_size == 64 << 20
+    catalog.loop.attach(volume.volume_id)
+    assert os.stat(path).st_size == 128 << 20
+    catalog.close()
+
+
+def test_a_repeated_group_keeps_what_an_older_store_calls_unfinished(tmp_path, soon):
+    catalog = Catalog.open(str(tmp_path))
+    use = Capability(mode=AccessMode.SINGLE_NODE_WRITER, raw=True)
+    ids = [catalog.loop.create(name, SizeRange(required=1 << 20), {}, [use]).volume_id for name in ("a", "b")]
+    group = catalog.grouping.create_group("g", ids, soon)
+    files = {os.path.join(tmp_path, "volumes", f"{one.snapshot_id}.snap") for one in group.snapshots}
+    inodes = {os.stat(one).st_ino for one in files}
+
+    def as_older():
+        with contextlib.closing(sqlite3.connect(tmp_path / "volumes.db")) as store:
+            store.execute("UPDATE snapshots SET state='creating'")
+            store.commit()
+
+    as_older()
+    assert catalog.grouping.create_group("g", ids, soon).group_id == group.group_id
+    assert {os.stat(one).st_ino for one in files} == inodes
+    as_older()
+    os.unlink(sorted(files)[0])
+    catalog.recover()  # one of it is missing: none is ready, whichever is looked at first
+    assert not [one for one in files if os.path.exists(one)] and not catalog.snapshots()
+    catalog.close()
 
 
 def test_a_store_from_within_a_snapshot_keeps_it(driver):
@@ -189,7 +282,7 @@ def test_a_lock_that_was_taken_away_writes_nothing(tmp_path):
         with claims.locked("v", Deadline.after(5)) as other:
             other.write(claim)
         for change in (lambda: one.write(claim.but(staging_path="/t")), one.remove):
-            with pytest.raises(Busy):
+            with pytest.raises(ClaimBusy):
                 change()
     assert claims.peek("v") == claim
 

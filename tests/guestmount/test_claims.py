@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import time
 
 import pytest
 
-from blockdev import Deadline
+from blockdev import Deadline, durable, flocks
 from guestmount import BadRequest, Busy, Claim, Claims, Owner, Refused, Target
 from guestmount.claims import HOST, SANDBOX, Use
 
@@ -132,3 +133,90 @@ def test_what_a_killed_writer_left_goes_with_the_record_and_a_neighbours_does_no
     with claims.locked("loop-a", Deadline.after(5)) as cell:
         cell.remove()
     assert not left.exists() and neighbours.exists()
+
+
+@pytest.mark.parametrize("ending", [False, True])
+@pytest.mark.parametrize("trouble", [errno.EIO, errno.EMFILE, errno.EACCES, errno.ESTALE])
+def test_a_record_that_cannot_be_read_now_is_no_damaged_one(claims, soon, tmp_path, monkeypatch, trouble, ending):
+    with claims.locked("loop-1", soon) as cell:
+        cell.write(a_claim())
+    claims.remake = lambda _volume: None
+    real = durable.read
+
+    def failing(path, *more):
+        if path.endswith("loop-1.json"):
+            raise OSError(trouble, os.strerror(trouble), path)
+        return real(path, *more)
+
+    monkeypatch.setattr(durable, "read", failing)
+    with pytest.raises(OSError, match=os.strerror(trouble)), claims.locked("loop-1", soon, ending=ending):
+        pytest.fail("it counted as none")
+    with claims.locked("loop-2", soon) as cell:
+        cell.write(a_claim("loop-2"))
+    found, damaged = claims.readable()
+    assert [one.volume for one in found] == ["loop-2"] and len(damaged) == 1
+    assert [one.volume for one in claims.known()[0]] == ["loop-2"]
+    monkeypatch.undo()
+    assert claims.peek("loop-1") == a_claim() and not (tmp_path / "damaged").exists()
+
+
+@pytest.mark.parametrize("kind", ["fifo", "directory", "link", "garbage", "long"])
+def test_what_lies_in_a_records_place_is_laid_aside_again_and_again(claims, soon, tmp_path, kind):
+    claims.remake = lambda _volume: None
+    path = tmp_path / "claims/loop-1.json"
+    path.parent.mkdir()
+    for other in ("directory", "garbage"):  # what was laid aside before
+        for one in (other, kind):
+            if one == "fifo":
+                os.mkfifo(path)
+            elif one == "directory":
+                (path / "inner").mkdir(parents=True)
+            elif one == "link":
+                path.symlink_to("/etc/passwd")
+            else:
+                path.write_bytes(b"{" * (2 << 20 if one == "long" else 3))
+            with claims.locked("loop-1", soon) as cell:
+                assert cell.claim is None
+            assert not os.path.lexists(path)
+    assert os.listdir(tmp_path / "damaged") == ["loop-1"]
+
+
+def test_who_lost_its_lock_takes_nobody_elses_away(claims, soon, tmp_path):
+    with claims.locked("loop-1", soon):
+        (tmp_path / "locks/loop-1").unlink()
+        with claims.locked("loop-1", soon) as second:
+            second.write(a_claim())
+            inode = (tmp_path / "locks/loop-1").stat().st_ino
+    with claims.turn("loop-1", soon):
+        (tmp_path / "turns/loop-1").unlink()
+        other = flocks.take(str(tmp_path / "turns/loop-1"), 1)
+    assert (tmp_path / "turns/loop-1").exists()
+    flocks.release(other)
+    first = claims.locked("loop-1", soon)
+    with first as cell:
+        assert cell.claim == a_claim() and (tmp_path / "locks/loop-1").stat().st_ino == inode
+        cell.remove()
+        (tmp_path / "locks/loop-1").unlink()
+        other = flocks.take(str(tmp_path / "locks/loop-1"), 1)
+    assert (tmp_path / "locks/loop-1").exists(), "it is another's lock"
+    flocks.release(other)
+
+
+def test_a_device_that_its_index_cannot_note_is_not_written_into_a_claim(claims, soon, tmp_path):
+    (tmp_path / "devices/loop7").mkdir(parents=True)
+    (tmp_path / "devices/loop7/x").mkdir()
+    with claims.locked("loop-1", soon) as cell:
+        cell.write(a_claim())
+        with pytest.raises(OSError, match="loop7"):
+            cell.write(a_claim().but(device="/dev/loop7"))
+    assert claims.peek("loop-1") == a_claim()
+
+
+def test_a_wrong_entry_of_the_index_is_put_right_at_a_start(claims, soon, tmp_path):
+    with claims.locked("loop-1", soon) as cell:
+        cell.write(a_claim().but(device="/dev/loop7"))
+    (tmp_path / "devices/loop7").write_text("loop-9")
+    with claims.locked("loop-2", soon) as cell:
+        assert not cell.has_another("/dev/loop7")
+        claims.sweep()
+        assert cell.has_another("/dev/loop7")

@@ -9,7 +9,9 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -460,3 +462,47 @@ def test_a_kata_that_is_named_by_its_path_is_a_sandbox(detect, runtime):
         )
     found = detect("odd", more=more)
     assert (found.kind, found.dialect) == ("sandbox", "kata")
+
+
+def test_a_readers_plugin_ends_with_the_process_that_asked(tmp_path):
+    """kill -9 of a driver leaves nobody who waits for a credential plugin."""
+    mark = f"98{os.getpid()}"
+    plugin = tmp_path / "plugin"
+    plugin.write_text(f"#!/bin/sh\nexec sleep {mark}\n")
+    plugin.chmod(0o755)
+    user = {
+        "exec": {"apiVersion": "client.authentication.k8s.io/v1", "command": str(plugin), "interactiveMode": "Never"}
+    }
+    config = {"apiVersion": "v1", "kind": "Config", "current-context": "c",
+              "contexts": [{"name": "c", "context": {"cluster": "k", "user": "u"}}],
+              "clusters": [{"name": "k", "cluster": {"server": "https://127.0.0.1:1"}}],
+              "users": [{"name": "u", "user": user}]}  # fmt: skip
+    path = tmp_path / "kubeconfig"
+    path.write_text(json.dumps(config))
+    program = (
+        f"import time; from guestmount.kubeconfig import Kubeconfig; Kubeconfig({str(path)!r}).begin(); time.sleep(60)"
+    )
+    asking = subprocess.Popen([sys.executable, "-c", program], cwd=Path(__file__).resolve().parents[2])
+
+    def left() -> list[str]:
+        found = []
+        for one in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError):
+                words = Path(f"/proc/{one}/cmdline").read_bytes().split(b"\0")
+                if mark.encode() in words or (str(path).encode() in words and int(one) != asking.pid):
+                    found.append(one)
+        return found
+
+    try:
+        waited(lambda: len(left()) >= 2)
+    finally:
+        asking.kill()
+        asking.wait()
+    waited(lambda: not left())
+
+
+def waited(true, seconds=20.0):
+    until = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until
+        time.sleep(0.05)
