@@ -6,7 +6,7 @@ import msgspec
 
 from guestmount.claims import Claim, Target, Use
 from guestmount.errors import Conflict, Refused
-from guestmount.requests import PublishRequest, StageRequest
+from guestmount.requests import PublishRequest
 
 
 def check_same_stage(claim: Claim, staging: str, use: Use) -> None:
@@ -31,21 +31,6 @@ def check_same_publish(claim: Claim, request: PublishRequest, old: Target | None
             f"volume {claim.volume} is published at {request.target} with readonly = {old.read_only} and mount group "
             f"{old.mount_group!r} already; unpublish it first"
         )
-
-
-def completed(claim: Claim, request: StageRequest | PublishRequest, new: Claim) -> Claim:
-    """A claim that was made again, with what kubelet says of the volume when it repeats a stage or a publish.
-
-    `new`: the claim that the request would make. Conflict where what stands is something else."""
-    if (claim.use.raw, claim.kind) != (request.capability.raw, new.kind):
-        raise Conflict(f"volume {claim.volume} is {claim.use} on this node; it cannot be had with another capability")
-    fstype = claim.use.fstype or new.use.fstype
-    return claim.but(
-        staging_path=claim.staging_path or request.staging_path,
-        use=Use.of(request.capability, fstype),
-        nfs=new.nfs,
-        source=claim.source if new.nfs is None else new.source,
-    )
 
 
 def filled_in(claim: Claim, path: str, request: PublishRequest, target: Target) -> Claim:

@@ -79,7 +79,7 @@ class Node:
             new = row.new_claim(request, source, deadline)
             claim = self.claims.remember(cell, request.volume_id)
             if claim is not None and claim.made_again:
-                claim = cell.write(agreement.completed(claim, request, new))
+                claim = cell.write(ways.completed(claim, new))
             if claim is not None and claim.staging_path != staging and not claim.targets:
                 claim = self._restage(cell, staging, new.use, deadline)
             if claim is not None and row.is_other(claim, new):
@@ -222,7 +222,7 @@ class Node:
         if claim is not None and claim.made_again:
             # kubelet publishes only what it has staged, and stages nothing again that it has.
             new = ways.of_source(source, raw=request.capability.raw).new_claim(request.staged, source, deadline)
-            claim = cell.write(agreement.completed(claim, request, new))
+            claim = cell.write(ways.completed(claim, new))
         if claim is None or claim.staging_path != request.staging_path:
             staged = claim is not None and claim.staging_path
             where = f"is staged at {staged}" if staged else "is not staged on this node"

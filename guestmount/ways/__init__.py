@@ -4,7 +4,7 @@ A row is what a source is on this node (`rows`), a way is how it reaches one tar
 """
 
 from guestmount.ways.base import Arrival, Means, Problem, Usage, Way
-from guestmount.ways.rows import WAYS, Row, by_others, drop_unclaimed, in_guests, of_claim, of_source, way_at
+from guestmount.ways.rows import WAYS, Row, by_others, completed, drop_unclaimed, in_guests, of_claim, of_source, way_at
 
 __all__ = [
     "WAYS",
@@ -15,6 +15,7 @@ __all__ = [
     "Usage",
     "Way",
     "by_others",
+    "completed",
     "drop_unclaimed",
     "in_guests",
     "of_claim",

@@ -63,6 +63,11 @@ class Row:
     def _fstype(self, _request: StageRequest, _source: Source, _deadline: Deadline) -> str:
         return ""
 
+    def completed(self, claim: Claim, new: Claim) -> Claim:
+        """A claim that was made again, with what the one that a request would make (`new`) says of the volume."""
+        use = msgspec.structs.replace(new.use, fstype=claim.use.fstype or new.use.fstype)
+        return claim.but(staging_path=claim.staging_path or new.staging_path, use=use)
+
     def is_other(self, _claim: Claim, _new: Claim) -> bool:
         """Whether a volume of the same id is staged, but as another source."""
         return False
@@ -219,6 +224,10 @@ class Export(Row):
             new = new.but(use=msgspec.structs.replace(new.use, mount_flags=flags))
         return new.but(nfs=mount, source=mount.export.source)
 
+    def completed(self, claim: Claim, new: Claim) -> Claim:
+        """How it is mounted is not all seen in the mount."""
+        return super().completed(claim, new).but(nfs=new.nfs, source=new.source)
+
     def is_other(self, claim: Claim, new: Claim) -> bool:
         return claim.nfs is not None and new.nfs is not None and not claim.nfs.is_same(new.nfs)
 
@@ -289,6 +298,14 @@ def of_claim(claim: Claim) -> Row:
     if claim.kind is VolumeKind.FILES:
         return _EXPORT if claim.nfs is not None else _DIRECTORY
     return _RAW if claim.use.raw else _FILESYSTEM
+
+
+def completed(claim: Claim, new: Claim) -> Claim:
+    """`Row.completed`; Conflict where what stands is another kind of volume."""
+    row = of_claim(claim)
+    if of_claim(new) is not row:
+        raise Conflict(f"volume {claim.volume} is {claim.use} on this node; it cannot be had with another capability")
+    return row.completed(claim, new)
 
 
 def way_at(claim: Claim, path: str) -> Way:

@@ -174,7 +174,9 @@ def test_one_target_is_looked_at_alone_among_many(tmp_path, monkeypatch):
     for number in range(30):
         dialect.deliver(Delivery(volume_id="v", target=f"/t/{number}", device=f"/dev/{number}", fstype="ext4"))
     real = dialect._look
-    monkeypatch.setattr(dialect, "_look", lambda name, target: looked.append(target) or real(name, target))
+    monkeypatch.setattr(
+        dialect, "_look", lambda name, target, **more: looked.append(target) or real(name, target, **more)
+    )
     both = Dialects([dialect, Rund3Dialect(["/nowhere"])])
     assert both.at("/t/7").device == "/dev/7" and both.at("/t/x") is None and both.at("/" + "x" * 300) is None
     assert looked == ["/t/7"]
