@@ -105,6 +105,9 @@ class Controller(SnapshotCalls):
         of_snapshot = source.kind == "snapshot"
         other = catalog.of_snapshot(source.source_id) if of_snapshot else catalog.of(source.source_id)
         if other is not backend:
+            if not other.multi_node:
+                with contextlib.suppress(StoreAway):
+                    (catalog.snapshot if of_snapshot else catalog.get)(source.source_id)  # VolumeNotFound
             why = f"is of the backend {other.name}, and {backend.name} cannot make a volume from it"
             raise BadRequest("volume_content_source", str(source), why)
         if backend.multi_node:

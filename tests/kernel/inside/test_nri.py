@@ -374,7 +374,16 @@ def test_a_runtime_that_is_told_to_creates_no_container_without_the_plugin(drive
         assert "runvol" in caught.value.details()
         plugin = Plugin(driver, cri.nri)
         try:
-            cri.container(pod, "with", "echo done; sleep 1000", {})
+            # The runtime counts a plugin once it has told it of all that there is, a moment after it has registered.
+            until = Deadline.after(20)
+            while True:
+                try:
+                    cri.container(pod, "with", "echo done; sleep 1000", {})
+                    break
+                except grpc.RpcError as error:
+                    assert "not present" in error.details()
+                    until.check("the runtime counts the plugin")
+                    time.sleep(0.2)
             cri.output("with", "done")
         finally:
             plugin.stop()
