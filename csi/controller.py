@@ -216,7 +216,9 @@ class Controller(SnapshotCalls):
     def ControllerExpandVolume(
         self, request: csi_pb2.ControllerExpandVolumeRequest, _deadline: Deadline
     ) -> csi_pb2.ControllerExpandVolumeResponse:
-        """Validates only; the node that has the volume does the work (resizing has no node-deployment mode)."""
+        """Keeps room for it; the node that has the volume does the work (resizing has no node-deployment mode).
+
+        Where no node has anything of it, the controller does all of it."""
         volume_id = checks.required("volume_id", request.volume_id)
         if not request.HasField("capacity_range"):
             raise BadRequest("capacity_range", None, "must be given")
@@ -225,10 +227,7 @@ class Controller(SnapshotCalls):
         if request.HasField("volume_capability"):
             use = checks.capability("volume_capability", request.volume_capability)
             check_capability(use, backend)
-        capacity = backend.check_expand(volume_id, checks.size_range(request.capacity_range))
-        if backend.multi_node:
-            # No node has anything of it, so the controller does the work itself.
-            capacity = backend.expand(volume_id, checks.size_range(request.capacity_range)).capacity_bytes
+        capacity = backend.promise(volume_id, checks.size_range(request.capacity_range))
         return csi_pb2.ControllerExpandVolumeResponse(
             capacity_bytes=capacity, node_expansion_required=not backend.multi_node
         )

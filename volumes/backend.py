@@ -100,6 +100,10 @@ class Backend(Protocol):
     def check_expand(self, volume_id: str, size: SizeRange) -> int:
         """The capacity that `expand` would give; raises what it would raise, and changes nothing."""
 
+    def promise(self, volume_id: str, size: SizeRange) -> int:
+        """`check_expand`, and what it answers is kept for the volume until `expand` comes, whatever is promised to
+        others meanwhile. A backend whose controller expands needs nothing of the kind."""
+
     def refuses(self, flag: str) -> str | None:
         """Why its volumes cannot be mounted with this option; None if they can."""
 

@@ -218,10 +218,11 @@ class DirectoryBackend(Stored):
         """Free bytes of the filesystem, less what was promised and has not been used yet."""
         facts = os.statvfs(nearest(self._directory))
         free = facts.f_bavail * facts.f_frsize
-        promised = owed = 0
+        promises, promised, owed = self._store.promises(), 0, 0
         for row in self._store.rows():
-            promised += row.capacity
-            owed += max(0, row.capacity - self._used(row))
+            may_have = max(row.capacity, promises.get(row.volume_id, 0))
+            promised += may_have
+            owed += max(0, may_have - self._used(row))
         available = free - owed
         if self._limit:
             available = min(available, self._limit - promised)
@@ -230,8 +231,16 @@ class DirectoryBackend(Stored):
     def check_expand(self, volume_id: str, size: SizeRange) -> int:
         volume = self._known(volume_id)
         capacity = sizes.grown(volume_id, volume.capacity_bytes, size)
-        if capacity > volume.capacity_bytes:
-            self._reserve(capacity - volume.capacity_bytes)
+        has = max(volume.capacity_bytes, self._store.promises().get(volume_id, 0))
+        if capacity > has:
+            self._reserve(capacity - has)
+        return capacity
+
+    def promise(self, volume_id: str, size: SizeRange) -> int:
+        with self._store.transaction():
+            capacity = self.check_expand(volume_id, size)
+            if capacity > self._known(volume_id).capacity_bytes:
+                self._store.set_promised(volume_id, capacity)
         return capacity
 
     def expand(self, volume_id: str, size: SizeRange) -> Volume:

@@ -126,6 +126,9 @@ class _Given:
     def expand(self, volume_id: str, _size: SizeRange) -> Volume:
         raise SizeNotAllowed(f"volume {volume_id} {_NAMED}")
 
+    def promise(self, volume_id: str, size: SizeRange) -> int:
+        return self.check_expand(volume_id, size)
+
     def check_expand(self, volume_id: str, _size: SizeRange) -> int:
         raise SizeNotAllowed(f"volume {volume_id} {_NAMED}")
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import NoReturn
 
-from blockdev import Deadline, blankness, durable, exclusivity, filesystems, flocks, ioctls, superblocks
+from blockdev import Deadline, blankness, durable, exclusivity, filesystems, flocks, ioctls, shared_blocks, superblocks
 from blockdev.errors import WrongFilesystem
 from volumes import copies, marks, sizes
 from volumes.backend import Keeper, Unkept
@@ -44,6 +44,7 @@ from volumes.model import (
 )
 from volumes.parameter import FSTYPE, Parameter, one_of
 from volumes.place import Place, Stored, nearest
+from volumes.room import File, Room
 from volumes.snapshots import GROUP_PREFIX, Snapshots, taking
 from volumes.snapshots import PREFIX as SNAPSHOT_PREFIX
 from volumes.store import Row, SnapshotRow, State, Store
@@ -83,6 +84,7 @@ class LoopBackend(Stored):
         self._busy = Busy(os.path.join(state_dir, "volumes.lock"))
         self.keeper: Keeper = Unkept()
         self._jobs = Jobs()
+        self._room = Room()
         self._recovery = Recovery(self._store.path, self._busy, self._steps)
         self.image_snapshots = Snapshots(
             self._store, self._directory, self._jobs, busy=self._busy, room=self.available_bytes,
@@ -246,23 +248,36 @@ class LoopBackend(Stored):
         return [(row.seq, self._volume(row)) for row in rows]
 
     def available_bytes(self) -> int:
-        """Free bytes of the directory's filesystem, less what sparse volumes were promised and have not used yet."""
+        """Free bytes of the directory's filesystem, less what volumes were promised and have not got yet: what is
+        sparse in them, and blocks that they share with a snapshot or a clone."""
+        return max(0, self._left())
+
+    def _left(self) -> int:
+        """The same; less than nothing where more is promised than there is."""
         facts = os.statvfs(nearest(self._directory))
         free = facts.f_bavail * facts.f_frsize
-        promised = owed = 0
+        promises, promised, files = self._store.promises(), 0, list[File]()
         for row in self._store.rows():
-            promised += row.capacity
-            owed += max(0, row.capacity - self._allocated(row.volume_id))
-        available = free - owed - self.image_snapshots.owed()
-        if self._limit:
-            available = min(available, self._limit - promised)
-        return max(0, available)
+            may_have = max(row.capacity, promises.get(row.volume_id, 0))
+            promised += may_have
+            source = row.source.partition(":")[2]
+            files.append(File(one_id=row.volume_id, path=self._path(row.volume_id), promised=may_have, source=source))
+        left = free - self._room.owed([*files, *self.image_snapshots.files()]) - self.image_snapshots.owed()
+        return min(left, self._limit - promised) if self._limit else left
 
     def check_expand(self, volume_id: str, size: SizeRange) -> int:
         volume = self._known(volume_id)
         capacity = sizes.grown(volume_id, volume.capacity_bytes, size)
-        if capacity > volume.capacity_bytes:
-            self._reserve(capacity - volume.capacity_bytes)
+        has = max(volume.capacity_bytes, self._store.promises().get(volume_id, 0))
+        if capacity > has:
+            self._reserve(capacity - has)
+        return capacity
+
+    def promise(self, volume_id: str, size: SizeRange) -> int:
+        with self._store.transaction():
+            capacity = self.check_expand(volume_id, size)
+            if capacity > self._known(volume_id).capacity_bytes:
+                self._store.set_promised(volume_id, capacity)
         return capacity
 
     def expand(self, volume_id: str, size: SizeRange) -> Volume:
@@ -364,11 +379,18 @@ class LoopBackend(Stored):
         self._store.check()
 
     def needs(self) -> Sequence[Need]:
-        if not os.path.isdir(self._directory) or marks.are_kept(self._directory):
+        if not os.path.isdir(self._directory):
             return []
+        found, left = list[Need](), self._left()
+        if left < 0:
+            more = f"volumes of {self._directory} were promised {-left} bytes more than there are: all keep what they "
+            advice = "have, and none is made or grown; delete volumes or snapshots, or give it a larger disk"
+            found.append(Need(met=False, finding=more + advice))
+        if marks.are_kept(self._directory):
+            return found
         finding = (f"the filesystem of {self._directory} takes no extended attributes (trusted.*): a store that is "
                    "restored from a backup knows less of its volumes")  # fmt: skip
-        return [Need(met=False, finding=finding)]
+        return [*found, Need(met=False, finding=finding)]
 
     def adopt(self, path: str, name: str) -> Volume:
         """Take over an existing image file, by rename into the directory, with its data and its filesystem."""
@@ -490,6 +512,9 @@ class LoopBackend(Stored):
     def _reserve(self, more: int) -> None:
         available = self.available_bytes()
         if more > available:
+            self._room.forget()
+            available = self.available_bytes()
+        if more > available:
             raise NoSpace(
                 f"{more} bytes are asked for and {available} can still be promised in {self._directory}; "
                 "delete volumes, or give the directory a larger disk"
@@ -506,7 +531,7 @@ class LoopBackend(Stored):
                     self._content(source), fd, Deadline.after(copies.LIMIT), check=check, progress=progress
                 )  # fmt: skip
             if preallocate:
-                os.posix_fallocate(fd, 0, capacity)
+                shared_blocks.unshare(fd, capacity)
             os.ftruncate(fd, capacity)
             os.fsync(fd)
             if self._store.get(volume_id) is None or not flocks.is_still(fd, new):

@@ -273,6 +273,9 @@ class NfsBackend:
     def check_expand(self, volume_id: str, size: SizeRange) -> int:
         return sizes.grown(volume_id, self._ready(volume_id).capacity_bytes, size)
 
+    def promise(self, volume_id: str, size: SizeRange) -> int:
+        return self.expand(volume_id, size).capacity_bytes
+
     def expand(self, volume_id: str, size: SizeRange) -> Volume:
         capacity = self.check_expand(volume_id, size)
         known = self._exports.of(volume_id, NFS_VOLUME)

@@ -20,6 +20,7 @@ from volumes.busy import Busy
 from volumes.errors import NoSpace, VolumeConflict, VolumeNotFound, VolumeUnfinished
 from volumes.jobs import PATIENCE, Jobs, Progress
 from volumes.model import VOLUME_ID, Snapshot, SnapshotGroup
+from volumes.room import File
 from volumes.store import SnapshotRow, State, Store
 
 PREFIX, GROUP_PREFIX = "snap-", "group-"
@@ -127,6 +128,16 @@ class Snapshots:
         finally:
             with self._lock:
                 del self._taking[snapshot_id]
+
+    def files(self) -> list[File]:
+        """What they have they keep, although what they were taken from is written over."""
+        found = []
+        for row in self._store.snapshots():
+            path = self.path(row.snapshot_id)
+            with contextlib.suppress(OSError):
+                has = os.stat(path).st_blocks * 512
+                found.append(File(one_id=row.snapshot_id, path=path, promised=has, source=row.source))
+        return found
 
     def owed(self) -> int:
         """Bytes that snapshots which are being taken are still to get."""

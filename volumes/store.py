@@ -57,6 +57,7 @@ CREATE TABLE IF NOT EXISTS forgotten (id TEXT PRIMARY KEY) STRICT;
 _ADDED = (
     ("volumes", "foreign_written", "INTEGER NOT NULL DEFAULT 1"),
     ("volumes", "mount_group", "TEXT NOT NULL DEFAULT ''"),
+    ("volumes", "promised", "INTEGER NOT NULL DEFAULT 0"),
     ("snapshots", "foreign_written", "INTEGER NOT NULL DEFAULT 1"),
 )
 # What may follow an id's prefix: the identity of its store, which older releases left out, and 16 random bytes.
@@ -339,6 +340,19 @@ class Store:
 
     def set_capacity(self, volume_id: str, capacity: int) -> None:
         self._execute("UPDATE volumes SET capacity = ? WHERE id = ?", (capacity, volume_id))
+
+    def promises(self) -> dict[str, int]:
+        """Volumes that were promised a size which they have not got yet, in bytes."""
+        with self._lock, _explained(self.path):
+            asked = "SELECT id, promised FROM volumes WHERE promised > capacity"
+            try:
+                return dict(self._database().execute(asked).fetchall())
+            except sqlite3.OperationalError:  # of an older release, on a filesystem that takes no writes
+                return {}
+
+    def set_promised(self, volume_id: str, capacity: int) -> None:
+        """The volume may grow to this size whatever else is promised meanwhile."""
+        self._execute("UPDATE volumes SET promised = ? WHERE id = ?", (capacity, volume_id))
 
     def set_formatting(self, volume_id: str, formatting: bool) -> None:
         self._execute("UPDATE volumes SET formatting = ? WHERE id = ?", (int(formatting), volume_id))

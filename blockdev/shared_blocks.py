@@ -1,0 +1,75 @@
+"""Blocks of a file that other files have as well (reflinks), by FIEMAP of linux/fiemap.h, and making them its own."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import struct
+
+from blockdev import sparse
+
+_FIEMAP = 0xC020660B
+_HEAD, _EXTENT = struct.Struct("=QQIIII"), struct.Struct("=QQQQQIIII")
+_LAST, _SHARED = 0x1, 0x2000
+_PART = 512
+# A guest may cut its file into millions of pieces; what is not looked at counts as shared.
+_MOST = 100_000
+_UNSHARE = 0x40
+_CHUNK = 4 << 20
+_CANNOT = (errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EINVAL)
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+def shared_bytes(path: str) -> int:
+    """Bytes of the file's blocks that another file has too; none on a filesystem that shares no blocks."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return _shared(fd)
+    finally:
+        os.close(fd)
+
+
+def _shared(fd: int) -> int:
+    at = seen = shared = 0
+    size = os.fstat(fd).st_size
+    buffer = bytearray(_HEAD.size + _PART * _EXTENT.size)
+    while seen < _MOST:
+        _HEAD.pack_into(buffer, 0, at, (1 << 63) - 1 - at, 0, 0, _PART, 0)
+        try:
+            fcntl.ioctl(fd, _FIEMAP, buffer, True)
+        except OSError as error:
+            if error.errno in _CANNOT:
+                return 0
+            raise
+        count = _HEAD.unpack_from(buffer, 0)[3]
+        if count == 0:
+            return shared
+        for number in range(count):
+            logical, _physical, length, _, _, flags, *_ = _EXTENT.unpack_from(
+                buffer, _HEAD.size + number * _EXTENT.size
+            )
+            at = logical + length
+            shared += length if flags & _SHARED else 0
+            if flags & _LAST:
+                return shared
+        seen += count
+    return shared + max(0, size - at)
+
+
+def unshare(fd: int, size: int) -> None:
+    """The file has `size` bytes of blocks, all its own. OSError, ENOSPC among it."""
+    if _libc.fallocate(fd, _UNSHARE, 0, size) == 0:
+        return
+    number = ctypes.get_errno()
+    if number not in _CANNOT:
+        raise OSError(number, os.strerror(number))
+    os.posix_fallocate(fd, 0, size)
+    if _shared(fd) == 0:
+        return
+    for start, end in sparse.extents(fd, size):  # written again, they are new ones
+        for at in range(start, end, _CHUNK):
+            chunk = os.pread(fd, min(_CHUNK, end - at), at)
+            os.pwrite(fd, chunk, at)

@@ -1,0 +1,171 @@
+"""What was promised can be written, whatever shares its blocks; and more is not promised."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from blockdev import Deadline, shared_blocks
+from volumes import AccessMode, Capability, Catalog, ContentSource, NoSpace, SizeRange, room
+from volumes.room import File, Room
+
+pytestmark = pytest.mark.kernel
+MIB = 1 << 20
+USE = [Capability(mode=AccessMode.SINGLE_NODE_WRITER, raw=True)]
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A filesystem of 600 MiB that shares blocks."""
+    image, place = tmp_path / "disk.img", tmp_path / "disk"
+    with image.open("wb") as file:
+        file.truncate(600 * MIB)
+    place.mkdir()
+    subprocess.run(["mkfs.xfs", "-q", image], check=True)
+    subprocess.run(["mount", "-o", "loop", image, place], check=True)
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+@pytest.fixture
+def catalog(disk: Path) -> Iterator[Catalog]:
+    one = Catalog.open(str(disk / "state"))
+    yield one
+    one.close()
+
+
+def fill(catalog: Catalog, volume_id: str, mebibytes: int, *, filler: Path | None = None) -> None:
+    """Every byte of the volume can be written, also where everybody else takes what is left of the disk."""
+    with open(catalog.loop.attach(volume_id).path, "r+b", buffering=0) as file:
+        for _ in range(mebibytes):
+            assert file.write(os.urandom(MIB)) == MIB
+        os.fsync(file.fileno())
+
+
+def make(catalog: Catalog, name: str, mebibytes: int, source: ContentSource | None = None, **parameters: str) -> str:
+    return catalog.loop.create(name, SizeRange(required=mebibytes * MIB), parameters, USE, source).volume_id
+
+
+def test_clones_are_promised_no_more_than_there_is(catalog, soon):
+    first = make(catalog, "v", 150)
+    fill(catalog, first, 150)
+    made, before = [first], catalog.loop.available_bytes()
+    with pytest.raises(NoSpace):
+        for number in range(5):
+            made.append(make(catalog, f"c{number}", 150, ContentSource(kind="volume", source_id=made[-1])))
+    assert 2 <= len(made) <= 3
+    assert catalog.loop.available_bytes() <= before - (len(made) - 1) * 150 * MIB + 8 * MIB
+    for one in made:
+        fill(catalog, one, 150)
+
+
+def test_a_snapshot_is_promised_what_it_holds(catalog, soon):
+    volume = make(catalog, "v", 150)
+    fill(catalog, volume, 150)
+    before = catalog.loop.available_bytes()
+    taken = catalog.loop.take_snapshot("s", volume, soon)
+    after = catalog.loop.available_bytes()
+    assert abs(before - after - 150 * MIB) < 4 * MIB
+    with pytest.raises(NoSpace):
+        make(catalog, "more", after // MIB + 2)
+    fill(catalog, volume, 150)
+    again = make(catalog, "again", after // MIB - 8)
+    assert catalog.loop.available_bytes() < 16 * MIB
+    catalog.loop.delete(again)
+    assert abs(catalog.loop.available_bytes() - after) < 8 * MIB
+    catalog.loop.delete_snapshot(taken.snapshot_id)
+    assert abs(catalog.loop.available_bytes() - before) < 8 * MIB
+
+
+def test_a_preallocated_clone_has_blocks_of_its_own(catalog, disk):
+    volume = make(catalog, "v", 100, preallocate="true")
+    fill(catalog, volume, 100)
+    clone = make(catalog, "c", 100, ContentSource(kind="volume", source_id=volume), preallocate="true")
+    path = catalog.loop.attach(clone).path
+    assert shared_blocks.shared_bytes(path) == 0 and os.stat(path).st_blocks * 512 >= 100 * MIB
+    with pytest.raises(OSError, match="No space"), open(disk / "others", "wb", buffering=0) as file:
+        while file.write(bytes(MIB)):
+            pass
+    fill(catalog, clone, 100)
+
+
+def test_a_clone_is_unshared_by_writing_it_again_where_the_filesystem_has_no_call_for_it(catalog, monkeypatch):
+    volume = make(catalog, "v", 20)
+    fill(catalog, volume, 20)
+    monkeypatch.setattr(shared_blocks, "_UNSHARE", 0x1000)  # a mode that no filesystem knows
+    clone = make(catalog, "c", 24, ContentSource(kind="volume", source_id=volume), preallocate="true")
+    one, other = (catalog.loop.attach(each).path for each in (volume, clone))
+    assert shared_blocks.shared_bytes(other) == 0 and os.stat(other).st_size == 24 * MIB
+    assert Path(one).read_bytes() == Path(other).read_bytes()[: 20 * MIB]
+
+
+@pytest.mark.parametrize("backend", ["loop", "directory"])
+def test_what_an_expansion_was_promised_is_nobody_elses(tmp_path, backend):
+    from volumes.directory import DirectoryBackend
+    from volumes.loop import LoopBackend
+
+    kind = LoopBackend if backend == "loop" else DirectoryBackend
+    one = kind(str(tmp_path), capacity_limit=1000 * MIB)
+    parameters = {"quota": "none"} if backend == "directory" else {}
+    use = USE if backend == "loop" else [Capability(mode=AccessMode.SINGLE_NODE_WRITER)]
+    first, second = (one.create(name, SizeRange(required=300 * MIB), parameters, use).volume_id for name in "ab")
+    larger = SizeRange(required=600 * MIB)
+    assert one.promise(first, larger) == one.promise(first, larger) == 600 * MIB
+    assert one.get(first).capacity_bytes == 300 * MIB and one.available_bytes() == 100 * MIB
+    with pytest.raises(NoSpace):
+        one.promise(second, larger)
+    with pytest.raises(NoSpace):
+        one.expand(second, larger)
+    with pytest.raises(NoSpace):
+        one.create("c", SizeRange(required=200 * MIB), parameters, use)
+    assert one.expand(first, larger).capacity_bytes == 600 * MIB
+    assert one.available_bytes() == 100 * MIB
+    assert one.promise(second, SizeRange(required=400 * MIB)) == 400 * MIB
+    assert one.promise(second, SizeRange(required=350 * MIB)) == 350 * MIB, "a smaller wish frees the rest"
+    assert one.available_bytes() == 50 * MIB
+    one.delete(second)
+    assert one.available_bytes() == 400 * MIB
+    one.close()
+
+
+def test_more_promises_than_there_is_room_are_kept_and_told(catalog, disk):
+    volume = make(catalog, "v", 300)
+    assert not [need for need in catalog.named("loop").needs() if "promised" in need.finding]
+    (disk / "others").write_bytes(bytes(400 * MIB))
+    (told,) = [need for need in catalog.named("loop").needs() if "promised" in need.finding]
+    assert not told.met and "bytes more than there are" in told.finding
+    assert catalog.loop.available_bytes() == 0
+    with pytest.raises(NoSpace):
+        make(catalog, "w", 1)
+    fill(catalog, volume, 100)
+    (disk / "others").unlink()
+    fill(catalog, volume, 300)
+
+
+def test_families_are_what_was_made_from_the_same(tmp_path):
+    def file(one: str, source: str = "") -> File:
+        return File(one_id=one, path=str(tmp_path / one), promised=1, source=source)
+
+    files = [file("a"), file("s", "a"), file("b", "s"), file("c", "gone"), file("d", "gone"), file("e")]
+    assert sorted(sorted(one.one_id for one in family) for family in room._families(files)) == [
+        ["a", "b", "s"], ["c", "d"], ["e"]]  # fmt: skip
+    assert Room().owed(files) == 6
+
+
+def test_a_file_of_very_many_pieces_costs_no_more_than_a_look_at_some(catalog, monkeypatch, soon):
+    """What was not looked at counts as shared: less is promised, never more."""
+    volume = make(catalog, "v", 64)
+    with open(catalog.loop.attach(volume).path, "r+b", buffering=0) as file:
+        for number in range(0, 64 * MIB, 64 << 10):
+            os.pwrite(file.fileno(), b"x" * 4096, number)
+        os.fsync(file.fileno())
+    assert shared_blocks.shared_bytes(catalog.loop.attach(volume).path) == 0
+    monkeypatch.setattr(shared_blocks, "_MOST", 512)
+    assert shared_blocks.shared_bytes(catalog.loop.attach(volume).path) > 16 * MIB
+    taken = catalog.loop.take_snapshot("s", volume, Deadline.after(30))
+    assert catalog.loop.available_bytes() > 0
+    catalog.loop.delete_snapshot(taken.snapshot_id)
