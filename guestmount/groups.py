@@ -25,6 +25,11 @@ _KEPT = (errno.EPERM, errno.EACCES)
 _DAMAGED = (errno.EUCLEAN, errno.EBADMSG, errno.EIO)
 
 
+def are_given(root: int, group: int) -> bool:
+    """Whether a run of `apply` has come to its end there."""
+    return _has(os.fstat(root), group)
+
+
 def apply(root: int, group: int, deadline: Deadline) -> bool:
     """Give the tree below the directory descriptor `root` to `group`; whether anything had to be done.
 
@@ -32,7 +37,7 @@ def apply(root: int, group: int, deadline: Deadline) -> bool:
     is repeated, and skips what is right by then. Names that vanish or change meanwhile are somebody's who is there to
     see the new group himself.
     """
-    if _has(os.fstat(root), group):
+    if are_given(root, group):
         return False
     try:
         kept = _give_all(root, group, deadline)

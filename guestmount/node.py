@@ -20,12 +20,13 @@ from guestmount.claims import Cell, Claim, Claims, Target, Use
 from guestmount.cri import Sandboxes
 from guestmount.detect import Detector
 from guestmount.errors import Refused, RuntimeUnknown
+from guestmount.giving import Giving
 from guestmount.handoff import Dialect, Dialects
 from guestmount.reach import Reach
 from guestmount.requests import PublishRequest, StageRequest, check_capability, check_options
 from guestmount.ways import exclusion
 from guestmount.written import Trust, Written
-from volumes import Catalog, InvalidParameter, SizeRange, Source, VolumeNotFound, parameters
+from volumes import Catalog, InvalidParameter, SizeRange, Source, VolumeNotFound, VolumeUnfinished, parameters
 from volumes.backend import Backend
 from volumes.jobs import PATIENCE
 from volumes.troubles import EXPECTED
@@ -62,6 +63,7 @@ class Node:
         return ways.Means(
             dialects=Dialects(self.dialects),
             written=Written(catalog=self.catalog, trust=self.guest_filesystems, patience=self.check_patience),
+            giving=Giving(patience=self.check_patience),
             rust_shared_block=self.rust_shared_block,
             sandboxes=self.sandboxes,
         )
@@ -163,6 +165,8 @@ class Node:
         claim = cell.claim
         if claim is None:
             return
+        if not claim.targets:
+            self.means.giving.end(claim.volume)
         if claim.targets:
             raise Refused(
                 f"volume {claim.volume} is still published at {', '.join(sorted(claim.targets))}; unpublish first"
@@ -199,6 +203,8 @@ class Node:
                 claim = cell.write(claim.but(targets={**claim.targets, path: old}))
             try:
                 way.deliver(self.means, cell, claim, path, old, deadline)
+            except VolumeUnfinished:
+                raise
             except BaseException:
                 if not way.keeps(path):
                     self._undo(cell, path)
@@ -246,11 +252,17 @@ class Node:
         if claim.owner is None and ways.of_claim(claim).by_device and not self.catalog.is_image(claim.volume):
             # Nothing but its hand-off speaks for a described device whose claim was lost.
             exclusion.check_not_handed(cell.present, self.means.dialects.delivered().values())
-        claim = way.prepare(self.means, way.admit(cell, arrival, deadline), target, deadline)
-        named = msgspec.structs.replace(target, way=way.name)
+        claim, named = way.admit(cell, arrival, deadline), msgspec.structs.replace(target, way=way.name)
+        try:
+            claim = way.prepare(self.means, claim, target, deadline)
+        except VolumeUnfinished:
+            cell.write(claim.but(targets={**claim.targets, path: named}))  # it is this pod's that goes on
+            raise
         claim = cell.write(claim.but(targets={**claim.targets, path: named}))
         try:
             way.deliver(self.means, cell, claim, path, named, deadline)
+        except VolumeUnfinished:
+            raise  # what goes on is waited for by the next call
         except BaseException:
             self._undo(cell, path)
             raise
@@ -292,6 +304,8 @@ class Node:
         return bool(found) and found[-1].source != placeholder.SOURCE and found[-1].device[0] != loops.MAJOR
 
     def _take_back(self, cell: Cell, path: str, deadline: Deadline) -> None:
+        if cell.claim is not None:
+            self.means.giving.end(cell.claim.volume)
         self.means.dialects.withdraw(path)
         claim = cell.claim
         if claim is not None:

@@ -108,6 +108,13 @@ class Jobs:
                 return None
             return job
 
+    def forget(self, key: str) -> None:
+        """How the work under `key` has ended is told to nobody."""
+        with self._lock:
+            job = self._jobs.get(key)
+            if job is not None and job.over.is_set():
+                del self._jobs[key]
+
     def progress(self, key: str) -> Progress | None:
         """How far the work under `key` is; None if there is none."""
         with self._lock:

@@ -12,6 +12,7 @@ from blockdev.deadlines import bounded
 from guestmount.claims import Cell, Claim, Target
 from guestmount.cri import Sandboxes
 from guestmount.detect import Runtime
+from guestmount.giving import Giving
 from guestmount.handoff import Delivered, Dialects
 from guestmount.requests import PublishRequest
 from guestmount.written import Written
@@ -26,6 +27,7 @@ class Means:
 
     dialects: Dialects
     written: Written
+    giving: Giving = field(default_factory=Giving)
     rust_shared_block: bool = False
     sandboxes: Sandboxes = field(default_factory=lambda: Sandboxes(endpoint=""))
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 
 import msgspec
 
 from blockdev import Deadline, filesystems, ioctls, mounts, superblocks
 from blockdev.detached import private_mount
 from blockdev.errors import FilesystemDamaged, WrongFilesystem
-from guestmount import groups, placeholder, preflight
+from guestmount import placeholder, preflight
 from guestmount.claims import Cell, Claim, Target
 from guestmount.errors import Refused
 from guestmount.handoff import Delivered, Delivery
@@ -23,6 +25,9 @@ from volumes import SizeRange, Volume, VolumeNotFound
 from volumes.backend import Backend
 
 log = logging.getLogger("runvol.guest_device")
+
+# Seconds that a mount, or its end, may take behind a call.
+_MOUNTED = 3600.0
 
 
 class GuestDevice(exclusion.OneKernel):
@@ -101,7 +106,8 @@ class GuestDevice(exclusion.OneKernel):
     ) -> tuple[Claim, FilesystemDamaged | WrongFilesystem | None]:
         """The claim of a volume that may be handed over; and why it could only be so as it is, which is for the guest
         that has made it so, and no other: closed for ever, its hand-off would mend nothing."""
-        if not claim.prepared and not means.written.is_checking(claim):
+        at_work = means.written.is_checking(claim) or means.giving.is_at_work(claim.volume)
+        if not claim.prepared and not at_work:
             # Its hand-off may have been closed by a process that was killed, whose programs go on.
             with exclusion.explained(claim):
                 exclusion.guest_has_let_go(claim)
@@ -154,15 +160,21 @@ def no_placeholder(path: str) -> list[Problem]:
 
 def _make_ready(means: Means, claim: Claim, target: Target, deadline: Deadline) -> None:
     """Checked, grown and given its group. No guest can have it yet: the hand-off is written after this."""
-    filesystems.check(claim.source, claim.use.fstype, deadline)
-    grow_device(claim)
-    grow_unmounted(means, claim, deadline)
+    if not means.giving.is_at_work(claim.volume):  # otherwise that was done, and it is mounted
+        if not means.written.is_checking(claim):
+            filesystems.check(claim.source, claim.use.fstype, deadline)
+        grow_device(claim)
+        grow_unmounted(means, claim, deadline)
     group = "" if target.group_in_guest else claim.group_of(target)
     if group and not means.written.has_group(claim, group):
         means.written.be_safe(claim, f"giving its files to group {group}", deadline)
-        with private_mount(claim.source, claim.use.fstype, deadline=deadline) as root:
-            groups.apply(root, int(group), deadline)
-        means.written.given(claim, group)
+        held = os.open(claim.source, os.O_RDONLY | os.O_CLOEXEC)
+
+        def mounted() -> AbstractContextManager[int]:
+            return private_mount(claim.source, claim.use.fstype, deadline=Deadline.after(_MOUNTED), held=True)
+
+        done = functools.partial(means.written.given, claim, group)
+        means.giving.whole(claim.volume, held, mounted, group, deadline, done)
 
 
 def _is_open(means: Means, claim: Claim) -> bool:

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 
 from blockdev import Deadline, exclusivity, filesystems, ioctls, loops, mountinfo, mounts, superblocks
 from blockdev.errors import CapabilityMissing, MountFailed
-from guestmount import groups
 from guestmount.claims import Cell, Claim, Target
 from guestmount.errors import Refused
 from guestmount.handoff import Delivered
@@ -36,7 +35,7 @@ class Mounted(exclusion.OneKernel):
         if group := claim.group_of(target):
             root = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
-                groups.apply(root, int(group), deadline)
+                means.giving.files(claim.volume, root, group, deadline)
             finally:
                 os.close(root)
             means.written.given(claim, group)

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Mapping
 
 from blockdev import Deadline, beneath, mountinfo, mounts, nfs, syscalls
-from guestmount import groups, preflight
+from guestmount import preflight
 from guestmount.claims import SANDBOX, Cell, Claim, Target
 from guestmount.errors import Refused
 from guestmount.handoff import Delivered
@@ -34,8 +34,8 @@ class Shared(AnyKernel):
             preflight.check_share(arrival.runtime, pv_name=claim.volume)
         return claim, with_handler(arrival)
 
-    def deliver(self, _means: Means, _cell: Cell, claim: Claim, path: str, target: Target, deadline: Deadline) -> None:
-        _bind(claim, path, target, deadline)
+    def deliver(self, means: Means, _cell: Cell, claim: Claim, path: str, target: Target, deadline: Deadline) -> None:
+        _bind(means, claim, path, target, deadline)
 
     def take_back(self, claim: Claim, path: str) -> None:
         let_go(claim, path)
@@ -52,7 +52,7 @@ class Shared(AnyKernel):
         return nothing_mounted(path)
 
 
-def _bind(claim: Claim, path: str, target: Target, deadline: Deadline) -> None:
+def _bind(means: Means, claim: Claim, path: str, target: Target, deadline: Deadline) -> None:
     """The directory hangs at `path`; nothing happens if it does already, and Refused if something else does."""
     if mounts.in_table(path):
         _check_what_hangs(claim, path)
@@ -63,7 +63,7 @@ def _bind(claim: Claim, path: str, target: Target, deadline: Deadline) -> None:
         if group := claim.group_of(target):
             root = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=source)
             try:
-                groups.apply(root, int(group), deadline)
+                means.giving.files(claim.volume, root, group, deadline)
             finally:
                 os.close(root)
         os.makedirs(path, mode=0o750, exist_ok=True)
