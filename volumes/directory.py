@@ -23,6 +23,7 @@ from volumes.errors import (
     VolumeNotFound,
     VolumeUnfinished,
 )
+from volumes.jobs import PATIENCE, Jobs, Progress
 from volumes.model import (
     VOLUME_ID,
     Capability,
@@ -43,8 +44,9 @@ PREFIX = "dir-"
 QUOTA = "quota"
 _NEW, _OLD = ".new-", ".old-"
 _SMALLEST = 4096
-# Seconds that one call removes what a pod has left, and that a start does for one volume; the next goes on.
-_REMOVAL, _REMOVAL_AT_START = 100.0, 10.0
+# Seconds that the removal of what a pod has left may go on behind a call, and that a start waits for one volume's; the
+# next goes on.
+_REMOVAL, _REMOVAL_AT_START = 86400.0, 10.0
 _BIND = frozenset({"ro", "rw", "defaults"})
 # Projects are numbers that a whole filesystem shares; others count from 1 (projid files, container runtimes).
 FIRST_PROJECT = 1 << 30
@@ -77,6 +79,7 @@ class DirectoryBackend(Stored):
         self._store = Store(os.path.join(state_dir, "directories.db"))
         self._place = Place(self._directory, self._store, 0o711)
         self._busy = Busy(os.path.join(state_dir, "directories.lock"))
+        self._jobs = Jobs()
         self._recovery = Recovery(self._store.path, self._busy, self._steps)
 
     def close(self) -> None:
@@ -171,12 +174,20 @@ class DirectoryBackend(Stored):
         if row is None:
             self._store.check_own(PREFIX, volume_id)
             return
-        with self._busy(of_volume(row.name)):
-            self._be_ours()
-            self._store.set_state(volume_id, State.DELETING)
-            self._drop(row)
+        if self._jobs.progress(volume_id) is None:
+            with self._busy(of_volume(row.name)):
+                self._be_ours()
+                self._store.set_state(volume_id, State.DELETING)
 
-    def _drop(self, row: Row, seconds: float = _REMOVAL) -> None:
+        def work(_progress: Progress) -> None:
+            with self._busy(of_volume(row.name)):
+                if self._store.get(volume_id) is not None:
+                    self._drop(row, _REMOVAL)
+
+        # As many names as a pod has made are removed behind the call.
+        self._jobs.finished(volume_id, f"removing the files of volume {volume_id}", work, PATIENCE)
+
+    def _drop(self, row: Row, seconds: float = _REMOVAL_AT_START) -> None:
         """Nothing of the volume is left, however far it had come. Links in it are removed, not followed.
 
         NotRemoved; WaitExpired after so many seconds, and the next call goes on.

@@ -26,6 +26,7 @@ class Progress:
     what: str
     total: int = 0
     done: int = 0
+    cancelled: threading.Event = field(default_factory=threading.Event)
     _told: float = field(default_factory=time.monotonic)
 
     @property
@@ -33,6 +34,9 @@ class Progress:
         return min(99, self.done * 100 // self.total) if self.total else 0
 
     def add(self, count: int) -> None:
+        """VolumeUnfinished where nobody wants what is made any more."""
+        if self.cancelled.is_set():
+            raise VolumeUnfinished(f"{self.what} was ended, as it was deleted")
         self.done += count
         if time.monotonic() - self._told > _TELL_EVERY:
             self._told = time.monotonic()
@@ -107,6 +111,15 @@ class Jobs:
                 del self._jobs[key]
                 return None
             return job
+
+    def cancel(self, key: str, patience: float) -> None:
+        """The work under `key` ends at its next step, and is waited for so many seconds."""
+        with self._lock:
+            job = self._jobs.get(key)
+        if job is not None:
+            job.progress.cancelled.set()
+            job.over.wait(patience)
+            self.forget(key)
 
     def forget(self, key: str) -> None:
         """How the work under `key` has ended is told to nobody."""

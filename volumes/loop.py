@@ -221,8 +221,8 @@ class LoopBackend(Stored):
                 raise VolumeConflict(volume_id, f"has the file {self._path(volume_id)}, but the store does not know it "
                                      "(an older copy?); adopt the file or remove it")  # fmt: skip
             return
-        if row.state is State.CREATING and self._jobs.progress(of_volume(row.name)) is not None:
-            raise VolumeUnfinished(f"volume {volume_id} is being filled from {row.source}")
+        if row.state is State.CREATING:
+            self._jobs.cancel(of_volume(row.name), PATIENCE)
         with self._busy(of_volume(row.name)):
             row = self._store.get(volume_id)
             if row is None:

@@ -181,6 +181,12 @@ class NfsBackend:
         return work
 
     def delete(self, volume_id: str) -> None:
+        """As `_deleted`, behind the call where that takes long: VolumeUnfinished, and who asks again waits for it."""
+        self._jobs.cancel(volume_id, PATIENCE)
+        what = f"deleting volume {volume_id}"
+        self._jobs.finished(what, what, lambda _progress: self._deleted(volume_id), PATIENCE)
+
+    def _deleted(self, volume_id: str) -> None:
         """The directory is archived, or removed with its content if the class says so. What was there before the volume
         is left as it is, a share itself among it. ExportUnknown where nobody can look."""
         try:

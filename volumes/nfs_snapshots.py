@@ -87,13 +87,13 @@ class NfsSnapshots:
         return _snapshot(record)
 
     def delete(self, snapshot_id: str) -> None:
-        """No such snapshot afterwards; VolumeUnfinished while it is being made, or a volume from it. ExportUnknown."""
+        """No such snapshot afterwards; an archive that is being made ends. VolumeUnfinished while a volume is made from
+        it; ExportUnknown."""
         try:
             known = self._exports.of(snapshot_id, NFS_SNAPSHOT)
         except VolumeNotFound:
             return
-        if self._jobs.progress(snapshot_id) is not None:
-            raise VolumeUnfinished(f"snapshot {snapshot_id} is being made")
+        self._jobs.cancel(snapshot_id, PATIENCE)
         with (
             exports.opened_any(known) as (root, _export),
             share.enough_space(f"the deletion of snapshot {snapshot_id}"),

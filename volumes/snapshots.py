@@ -211,9 +211,8 @@ class Snapshots:
         return SnapshotGroup(group_id=group_id, snapshots=tuple(map(_snapshot, members)))
 
     def delete_group(self, group_id: str) -> None:
-        """No such group, nor any of its snapshots, afterwards. VolumeUnfinished while they are being made."""
-        if self._jobs.progress(_taking(group_id)) is not None:
-            raise VolumeUnfinished(f"the snapshots of the group {group_id} are being made")
+        """No such group, nor any of its snapshots, afterwards; copies that are under way end."""
+        self._jobs.cancel(_taking(group_id), PATIENCE)
         if VOLUME_ID.match(group_id):
             with self._busy(_taking(group_id)):
                 self._drop_group(group_id)
@@ -242,13 +241,13 @@ class Snapshots:
         return [(row.seq, _snapshot(row)) for row in rows]
 
     def delete(self, snapshot_id: str) -> None:
-        """No such snapshot afterwards, whether there was one or not. VolumeUnfinished while it is being made."""
+        """No such snapshot afterwards, whether there was one or not; a copy that is under way ends."""
         row = self._store.snapshot(snapshot_id) if VOLUME_ID.match(snapshot_id) else None
         if row is None:
             self._store.check_own(PREFIX, snapshot_id)
         else:
-            if row.state is State.CREATING and self._jobs.progress(_taking(row.name)) is not None:
-                raise VolumeUnfinished(f"snapshot {snapshot_id} is being made")
+            if row.state is State.CREATING:
+                self._jobs.cancel(_taking(row.name), PATIENCE)
             with self._busy(taking(row)):
                 self._store.set_snapshot_state(snapshot_id, State.DELETING)
                 self._drop(snapshot_id)

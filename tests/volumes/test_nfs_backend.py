@@ -275,8 +275,8 @@ def test_a_clone_that_was_deleted_while_nobody_asked_is_made_again(backend, shar
     clone_id = exports.id_of(nfs.Export(server="nas", path="/e"), "clone", "nfs-")
     while backend._jobs.progress(clone_id) is not None:
         time.sleep(0.01)
-    backend.delete(clone_id)
     monkeypatch.setattr("volumes.nfs.PATIENCE", 20.0)
+    backend.delete(clone_id)
     make(backend, "clone", wanted)
     assert (share / "clone/data").read_text() == "precious"
 
