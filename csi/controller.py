@@ -180,7 +180,7 @@ class Controller(SnapshotCalls):
         response = csi_pb2.ListVolumesResponse(next_token=token)
         for volume in page:
             with contextlib.suppress(VolumeNotFound):  # it was deleted in this moment
-                condition = health.condition(self._node, volume.volume_id)
+                condition = health.condition(self._node, volume.volume_id, volume)
                 response.entries.add(volume=self._message(volume)).status.volume_condition.CopyFrom(condition)
         return response
 
@@ -195,7 +195,7 @@ class Controller(SnapshotCalls):
     ) -> csi_pb2.ControllerGetVolumeResponse:
         volume = self._node.catalog.get(checks.required("volume_id", request.volume_id))
         response = csi_pb2.ControllerGetVolumeResponse(volume=self._message(volume))
-        response.status.volume_condition.CopyFrom(health.condition(self._node, volume.volume_id))
+        response.status.volume_condition.CopyFrom(health.condition(self._node, volume.volume_id, volume))
         return response
 
     def GetCapacity(self, request: csi_pb2.GetCapacityRequest, _deadline: Deadline) -> csi_pb2.GetCapacityResponse:
@@ -245,7 +245,7 @@ class Controller(SnapshotCalls):
         response = csi_pb2.ControllerListVolumeHealthResponse(next_token=token)
         for volume in page:
             with contextlib.suppress(VolumeNotFound):
-                state = health.health(self._node, volume.volume_id)
+                state = health.health(self._node, volume.volume_id, volume)
                 response.entries.extend([state] if state.health_statuses else [])
         return response
 

@@ -6,24 +6,24 @@ from guestmount import GuestmountError, Node
 from guestmount.usage import problems
 from guestmount.ways import Problem
 from runvol_proto import csi_pb2
-from volumes import VolumeNotFound
+from volumes import Volume, VolumeNotFound
 from volumes.troubles import EXPECTED
 
 
-def _problems(node: Node, volume_id: str) -> list[Problem]:
+def _problems(node: Node, volume_id: str, known: Volume | None) -> list[Problem]:
     """What cannot be looked at is a problem of this volume, and stops no list of others. VolumeNotFound."""
     try:
-        return problems(node, volume_id)
+        return problems(node, volume_id, known)
     except VolumeNotFound:
         raise
     except (*EXPECTED, GuestmountError) as error:
         return [Problem(reason="NotLookedAt", message=f"it cannot be looked at: {error}", unreachable=True)]
 
 
-def health(node: Node, volume_id: str) -> csi_pb2.VolumeHealth:
-    """VolumeNotFound for an unknown volume."""
+def health(node: Node, volume_id: str, known: Volume | None = None) -> csi_pb2.VolumeHealth:
+    """VolumeNotFound for an unknown volume. `known`: as it has just been listed."""
     answer = csi_pb2.VolumeHealth(volume_id=volume_id)
-    for problem in _problems(node, volume_id):
+    for problem in _problems(node, volume_id, known):
         answer.health_statuses.add(status=_status(problem), reason=problem.reason, message=problem.message)
     return answer
 
@@ -34,9 +34,9 @@ def _status(problem: Problem) -> csi_pb2.VolumeHealthErrorType:
     return csi_pb2.INACCESSIBLE if problem.unreachable else csi_pb2.DEGRADED
 
 
-def condition(node: Node, volume_id: str) -> csi_pb2.VolumeCondition:
+def condition(node: Node, volume_id: str, known: Volume | None = None) -> csi_pb2.VolumeCondition:
     """For callers that speak a CSI older than 1.13."""
-    found = _problems(node, volume_id)
+    found = _problems(node, volume_id, known)
     return csi_pb2.VolumeCondition(
         abnormal=bool(found), message="; ".join(problem.message for problem in found) or "the volume is well"
     )

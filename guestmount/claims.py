@@ -13,6 +13,7 @@ import functools
 import logging
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 
@@ -31,6 +32,8 @@ HOST, SANDBOX, UNKNOWN = "host", "sandbox", "unknown"
 # A record takes whole blocks, so that it can be changed where it stands.
 _BLOCK = 4096
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+# Seconds after which kubelet would have come again.
+_COMES_AGAIN = 150.0
 _NO_WRITES = (*_FULL, errno.EROFS, errno.EIO)
 
 
@@ -321,6 +324,7 @@ class Claims:
         # What is known of a volume without its claim; who can look sets it.
         self.remake: Callable[[str], Claim | None] | None = None
         self._seen: dict[str, tuple[tuple[int, ...], Claim | Refused | None]] = {}
+        self._waiting = Waiting()
 
     @property
     def directory(self) -> str:
@@ -330,8 +334,12 @@ class Claims:
     def patient(self, seconds: float) -> Claims:
         """The same records for callers that cannot be told to come again soon."""
         other = Claims(self._run_dir, self._records, patience=seconds)
-        other.remake = self.remake
+        other.remake, other._waiting = self.remake, self._waiting
         return other
+
+    def waited(self, volume_id: str) -> float:
+        """Seconds for which somebody else has come again and again for the volume's record, in this process."""
+        return self._waiting.seconds(volume_id)
 
     @contextlib.contextmanager
     def locked(self, volume_id: str, deadline: Deadline, *, ending: bool = False) -> Iterator[Cell]:
@@ -410,7 +418,9 @@ class Claims:
             os.makedirs(directory, mode=0o700, exist_ok=True)
             fd = flocks.take(path, min(deadline.remaining(), self._patience))
         if fd is None:
+            self._waiting.came(volume_id)
             raise Busy(volume_id)
+        self._waiting.served(volume_id)
         try:
             yield path, fd
         finally:
@@ -465,6 +475,31 @@ class Claims:
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - os.stat(path).st_mtime > 60:
                     os.unlink(path)
+
+
+class Waiting:
+    """Who has come for a record that somebody else had, and comes again."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        # When each volume was first asked for in vain, and last.
+        self._asked: dict[str, tuple[float, float]] = {}
+
+    def came(self, volume_id: str) -> None:
+        now = time.monotonic()
+        with self._lock:
+            first, last = self._asked.get(volume_id, (now, now))
+            self._asked[volume_id] = (first if now - last < _COMES_AGAIN else now), now
+
+    def served(self, volume_id: str) -> None:
+        with self._lock:
+            self._asked.pop(volume_id, None)
+
+    def seconds(self, volume_id: str) -> float:
+        now = time.monotonic()
+        with self._lock:
+            first, last = self._asked.get(volume_id, (now, now))
+        return now - first if now - last < _COMES_AGAIN else 0.0
 
 
 def _unlink_if(held: Callable[[], bool], path: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -33,6 +34,9 @@ from volumes.troubles import EXPECTED
 
 log = logging.getLogger("runvol.node")
 
+# Seconds in which a pod that waited comes again for its volume.
+_TO_COME = 150.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
@@ -41,6 +45,7 @@ class Node:
     `reach` proves that kubelet sees what is mounted there; None where there is no kubelet.
     `rust_shared_block`: containers of one pod may share a block volume under Kata's Rust shim. `guest_filesystems`:
     what the host does with one that a guest has had; `check_patience`: seconds that a call waits for that.
+    `copy_gives_way`: seconds for which a pod waits for a volume that is being copied.
     """
 
     catalog: Catalog
@@ -53,6 +58,8 @@ class Node:
     guest_filesystems: Trust = Trust.CHECKED
     check_patience: float = PATIENCE
     sandboxes: Sandboxes = field(default_factory=lambda: Sandboxes(endpoint=""))
+    copy_gives_way: float = 120.0
+    _gave_way: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.catalog.watch_copies(self)
@@ -186,6 +193,7 @@ class Node:
         check_capability(request.capability, backend)
         source = backend.attach(request.volume_id, request.context)  # its bytes are still there
         with self.claims.locked(request.volume_id, deadline) as cell:
+            self._gave_way.pop(request.volume_id, None)
             claim = self._staged(cell, request, source, deadline)
             target = agreement.target_of(request)
             if path in claim.targets and (claim.made_again or claim.targets[path].made_again):
@@ -367,11 +375,19 @@ class Node:
         if claim is not None and claim.owner is not None:
             raise Refused(f"volume {volume_id} is in use by {claim.owner}; unpublish it first")
 
+    def make_way(self, volume_id: str) -> None:
+        """VolumeUnfinished where a pod has waited long enough for a volume that is kept `still`."""
+        if self.claims.waited(volume_id) >= self.copy_gives_way:
+            self._gave_way[volume_id] = time.monotonic()
+            raise _gave_way(volume_id)
+
     @contextlib.contextmanager
     def still(self, volume_ids: Sequence[str], deadline: Deadline) -> Iterator[None]:
         """Nobody gets, gives back or deletes these volumes before the block ends. Busy if somebody is doing it."""
         with contextlib.ExitStack() as stack:
             for volume_id in sorted(set(volume_ids)):
+                if time.monotonic() - self._gave_way.get(volume_id, -_TO_COME) < _TO_COME:
+                    raise _gave_way(volume_id)  # who waited has not come yet
                 cell = stack.enter_context(self.claims.locked(volume_id, deadline))
                 self.claims.remember(cell, volume_id)
             yield
@@ -386,6 +402,10 @@ class Node:
                 self._drop_unclaimed(volume_id, deadline)
             yield
             cell.remove()
+
+
+def _gave_way(volume_id: str) -> VolumeUnfinished:
+    return VolumeUnfinished(f"the copy of volume {volume_id} gives way to a pod that waits for the volume; ask again")
 
 
 def _tell_passed_over(request: StageRequest) -> None:

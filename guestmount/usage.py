@@ -8,7 +8,7 @@ from guestmount.claims import Claim
 from guestmount.errors import BadRequest, Refused
 from guestmount.node import Node
 from guestmount.ways import Problem, Usage
-from volumes import VolumeNotFound
+from volumes import Volume, VolumeNotFound
 
 
 def published(node: Node, volume_id: str, path: str) -> Claim:
@@ -32,12 +32,18 @@ def measure(claim: Claim, path: str, deadline: Deadline) -> Usage:
     return ways.of_claim(claim).usage(claim, path, deadline)
 
 
-def problems(node: Node, volume_id: str) -> list[Problem]:
-    """What is wrong with a volume on this node; nothing for a healthy one. VolumeNotFound for an unknown one."""
+def problems(node: Node, volume_id: str, known: Volume | None = None) -> list[Problem]:
+    """What is wrong with a volume on this node; nothing for a healthy one. VolumeNotFound for an unknown one.
+
+    `known`: as it was listed in this moment; of one that lies elsewhere its server need not be asked again.
+    """
     peeked = _peeked(node, volume_id)
     if peeked is not None and not ways.of_claim(peeked).stored:
         return _delivery_problems(node, peeked)
-    volume, backend = node.catalog.get(volume_id), node.catalog.of(volume_id)
+    backend = node.catalog.of(volume_id)
+    if known is not None and backend.multi_node:
+        return []  # of which this node has nothing
+    volume = known or node.catalog.get(volume_id)
     try:
         source = backend.attach(volume_id)
     except VolumeNotFound as error:

@@ -63,6 +63,7 @@ def build(config: Config, *, check_patience: float = PATIENCE) -> Node:
         rust_shared_block=config.text("kata.rust_shared_block") == "allow",
         guest_filesystems=Trust(config.text("node.guest_filesystems")),
         check_patience=check_patience,
+        copy_gives_way=config.number("loop.copy_gives_way_seconds"),
         sandboxes=Sandboxes(endpoint=config.text("cri.endpoint"), roots=config.words("node.roots")),
     )
     node.claims.remake = partial(repair.remade, node)

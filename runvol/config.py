@@ -95,6 +95,11 @@ TABLE: Mapping[str, Setting] = {
     "directory.capacity_bytes": Setting(
         default=0, meaning="bytes that all volumes of the backend directory may promise; 0 for what the disk has"
     ),
+    "loop.copy_gives_way_seconds": Setting(
+        default=120,
+        meaning="seconds for which a pod waits for a volume that is being copied (a snapshot or clone without "
+        "reflinks); the copy then gives way, and begins again when it is asked for",
+    ),
     "loop.capacity_bytes": Setting(default=0, meaning="bytes that all volumes may promise; 0 for what the disk has"),
     "flexvolume.directories": Setting(
         default=(), meaning="where directories may lie that FlexVolume volumes name by `directory`; empty for none"
@@ -291,6 +296,7 @@ def _check_node(config: Config) -> None:
 
 
 _RANGES = {
+    "loop.copy_gives_way_seconds": (1, 86400),
     "snapshotter.size_bytes": (8 << 20, 1 << 50),
     "snapshotter.call_seconds": (1, 3600),
     "snapshotter.discard": (0, 1),

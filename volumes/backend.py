@@ -39,6 +39,9 @@ class Keeper(Protocol):
     def check_unowned(self, volume_id: str) -> None:
         """Refused while a pod has the volume. For callers that keep it `still`."""
 
+    def make_way(self, volume_id: str) -> None:
+        """VolumeUnfinished where a pod has waited long enough for a volume that is kept `still`."""
+
 
 class Unkept:
     """The keeper where nobody has owners."""
@@ -51,6 +54,9 @@ class Unkept:
 
     def check_unowned(self, volume_id: str) -> None:
         """Nobody has it."""
+
+    def make_way(self, volume_id: str) -> None:
+        """Nobody waits."""
 
 
 class Backend(Protocol):

@@ -26,6 +26,8 @@ class Progress:
     what: str
     total: int = 0
     done: int = 0
+    # Asked between two steps; raises what ends the work.
+    ask: Callable[[], None] = lambda: None
     cancelled: threading.Event = field(default_factory=threading.Event)
     _told: float = field(default_factory=time.monotonic)
 
@@ -34,7 +36,8 @@ class Progress:
         return min(99, self.done * 100 // self.total) if self.total else 0
 
     def add(self, count: int) -> None:
-        """VolumeUnfinished where nobody wants what is made any more."""
+        """VolumeUnfinished where nobody wants what is made any more; what `ask` raises."""
+        self.ask()
         if self.cancelled.is_set():
             raise VolumeUnfinished(f"{self.what} was ended, as it was deleted")
         self.done += count

@@ -129,6 +129,8 @@ class LoopBackend(Stored):
 
         def work(progress: Progress) -> None:
             kept = [source.source_id] if source.kind == "volume" else []
+            for one in kept:
+                progress.ask = partial(self.keeper.make_way, one)
             with self.keeper.still(kept, Deadline.after(PATIENCE)):
                 self._created(name, size, parameters, smallest, source, progress)
 

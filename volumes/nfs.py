@@ -10,7 +10,7 @@ import builtins
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import msgspec
 
@@ -335,16 +335,28 @@ class NfsBackend:
 
 def set_mode(source: NfsSource, mode: int, deadline: Deadline, *, recursive: bool) -> None:
     """Give an export's directory these permissions, and with `recursive` what it holds: directories the same, files
-    without the bits for execution. Links are left alone. ServerSilent, MountFailed, OSError."""
+    without the bits for execution. Links are left alone. ServerSilent, MountFailed, InvalidParameter, OSError."""
     export = nfs.Export(server=source.server, path=source.path, version=source.version, options=source.options)
-    with nfs.opened(export, deadline) as root:
+    with nfs.opened(export, deadline) as root, _changed(export, mode):
         os.chmod(f"/proc/self/fd/{root}", mode)
         if not recursive:
             return
         for fd, directories, files in trees.walk(root, f"setting mode {mode:o} below {export.source}", deadline):
-            for name, wanted in [*((name, mode) for name in directories), *((name, mode & ~0o111) for name in files)]:
+            for name, wanted in [*((name, mode) for name in directories), *((name, mode & 0o666) for name in files)]:
                 with contextlib.suppress(FileNotFoundError):
                     share.chmod(fd, name, wanted)
+
+
+@contextlib.contextmanager
+def _changed(export: nfs.Export, mode: int) -> Iterator[None]:
+    """InvalidParameter where the server does not let modes be set."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EACCES, errno.EROFS):
+            raise
+        why = f"{export.source} does not let this node set it ({error.strerror}; root_squash?); leave `mode` out"
+        raise InvalidParameter("mode", f"{mode:04o}", why) from None
 
 
 def _place_of(name: str, parameters: Mapping[str, str]) -> str:

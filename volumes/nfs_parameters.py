@@ -88,11 +88,11 @@ PARAMETERS: tuple[Parameter, ...] = (
     ),
     Parameter(
         key="mode",
-        values="three or four octal digits",
+        values="one to four octal digits",
         default="0777",
         meaning="Backend `nfs`: permissions of a new volume's directory (csi-driver-nfs calls it `mountPermissions`). "
         "Of a static volume: set for its directory when it is staged; left as they are without it.",
-        accepts=lambda value: re.fullmatch(r"0?[0-7]{3}", value) is not None,
+        accepts=lambda value: re.fullmatch(r"[0-7]{1,4}", value) is not None,
         aliases=("mountPermissions",),
     ),
     Parameter(

@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from blockdev import Deadline, durable, flocks
 from volumes import copies, marks
@@ -51,6 +52,7 @@ class Snapshots:
         """The snapshot called `name`, taken now or before. VolumeConflict if the name is another volume's."""
 
         def work(progress: Progress) -> None:
+            progress.ask = partial(self._keeper().make_way, source)
             with self._keeper().still([source], Deadline.after(PATIENCE)), self._busy(key):
                 self._take(name, source, source_path, progress)
 
@@ -165,6 +167,12 @@ class Snapshots:
 
         def work(progress: Progress) -> None:
             keeper = self._keeper()
+
+            def ask() -> None:
+                for volume in volumes:
+                    keeper.make_way(volume)
+
+            progress.ask = ask
             with keeper.still(volumes, Deadline.after(PATIENCE)), self._busy(_taking(group_id)):
                 for volume in volumes:
                     keeper.check_unowned(volume)

@@ -316,3 +316,56 @@ def test_snapshots_at_once_do_not_spend_the_same_room(slow_copies, tmp_path):
     finally:
         driver.stop()
         subprocess.run(["umount", "-l", tmp_path / "disk"], check=True)
+
+
+@pytest.mark.parametrize("kind", ["clone", "group"])
+def test_a_copy_gives_way_to_a_pod_that_waits(slow_copies, kind):
+    driver = slow_copies
+    driver.stop()
+    driver.environment["RUNVOL_LOOP_COPY_GIVES_WAY_SECONDS"] = "1"
+    driver.start()
+    volume = driver.create("v", 128 * MIB)
+    driver.stage(volume)
+    filled(driver, volume, 76)  # of no filesystem any more: the volume is only taken, not mounted
+    asked = {
+        "clone": lambda: driver.client.CreateVolume(
+            name="c",
+            volume_capabilities=[mount_capability()],
+            volume_content_source={"volume": {"volume_id": volume.volume_id}},
+            timeout=30.0,
+        ),
+        "group": lambda: driver.client.CreateVolumeGroupSnapshot(name="g", source_volume_ids=[volume.volume_id]),
+    }[kind]
+    with refused("ABORTED", "under way"):
+        asked()
+    codes = set()
+    until = time.monotonic() + 20
+    while time.monotonic() < until:
+        try:
+            driver.publish(volume, A, runtime="kata")
+            break
+        except grpc.RpcError as error:
+            codes.add(error.code().name)
+            if error.code() is not grpc.StatusCode.ABORTED:
+                break
+        time.sleep(0.2)
+    assert codes == {"ABORTED", "FAILED_PRECONDITION"}, "it came to the volume, in which there is nothing any more"
+    files = set(driver.left_over()["files"])
+    assert len(files) == 1, "nothing of the copy is left"
+    driver.unpublish(volume, A)
+    driver.unstage(volume)
+    until = time.monotonic() + 60
+    while True:  # once nobody waits, it is made
+        try:
+            made = asked()
+            break
+        except grpc.RpcError as error:
+            assert error.code() is grpc.StatusCode.ABORTED and time.monotonic() < until
+            time.sleep(0.3)
+    if kind == "clone":
+        driver.delete(made.volume)
+    else:
+        group = made.group_snapshot
+        members = [one.snapshot_id for one in group.snapshots]
+        driver.client.DeleteVolumeGroupSnapshot(group_snapshot_id=group.group_snapshot_id, snapshot_ids=members)
+    driver.delete(volume)
