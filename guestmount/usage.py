@@ -43,7 +43,7 @@ def problems(node: Node, volume_id: str, known: Volume | None = None) -> list[Pr
     backend = node.catalog.of(volume_id)
     if known is not None and backend.multi_node:
         return []  # of which this node has nothing
-    volume = known or node.catalog.get(volume_id)
+    volume = node.catalog.get(volume_id)
     try:
         source = backend.attach(volume_id)
     except VolumeNotFound as error:

@@ -89,6 +89,9 @@ class NfsBackend:
         ):
             self._exports.remember(export)
             record = share.read(root, volume_id, Record)
+            if record is not None and record.gone:
+                raise VolumeUnfinished(f"an earlier volume {name} was deleted, and its directory {record.directory!r} "
+                                       "stays until the volumes that lie in it are deleted, too")  # fmt: skip
             if record is None:
                 smallest = _SMALLEST if source is None else self._size_of(root, export, source, parameters)
                 place = _place_of(name, parameters)
@@ -195,28 +198,32 @@ class NfsBackend:
             return
         with exports.opened_any(known) as (root, _export), share.enough_space(f"the deletion of volume {volume_id}"):
             record = share.read(root, volume_id, Record)
-            if record is None:
+            if record is None or record.gone:
                 return
             damaged: builtins.list[str] = []
-            has_others, copies = False, builtins.list[str]()
+            has_others, copies, deleted = False, builtins.list[str](), builtins.list[Record]()
+            living = builtins.list[Record]()
             for other in share.records(root, NFS_VOLUME, Record, damaged.append):
                 if other.volume_id != volume_id:
-                    has_others |= _is_in(other, record)
+                    has_others |= _is_in(other, record) and not other.gone
+                    (deleted if other.gone else living).append(other)
                     if not other.ready and other.source == f"volume:{volume_id}":
                         copies.append(other.volume_id)
             self._check_not_copied(root, record, copies)
             if damaged and record.parameters.get("subDir"):
                 raise VolumeUnfinished(f"{damaged[0]}; it may be of a volume in the same subDir as {volume_id}")
             share.write(root, msgspec.structs.replace(record, ready=False))
-            if record.directory and record.made is not False and not has_others:
-                # Where not all is known, nothing is removed that might be somebody's.
-                doubtful = record.made is None or bool(damaged)
-                if doubtful or record.parameters.get("archiveOnDelete", "true") == "true":
-                    _archive(root, record)
-                else:
-                    _remove(root, record)
             share.tidy(root, f"new-{volume_id}.")
+            if has_others and record.directory and record.made is not False:
+                share.write(root, msgspec.structs.replace(record, ready=False, gone=True))
+                return
+            _take_away(root, record, sure=not damaged)
             share.remove(root, volume_id)
+            # What was deleted before, and only waited for this one.
+            for other in sorted(deleted, key=lambda one: len(one.directory), reverse=True):
+                if _is_in(record, other) and not any(_is_in(one, other) for one in living):
+                    _take_away(root, other, sure=not damaged)
+                    share.remove(root, other.volume_id)
 
     def _check_not_copied(self, root: int, record: Record, copies: Sequence[str]) -> None:
         """VolumeUnfinished while something is being made from this volume (`copies`: volumes), or it from something."""
@@ -401,6 +408,17 @@ def _with_directory(root: int, record: Record) -> tuple[Record, bool]:
     if empty:
         return record, record.made is not False  # a process that was killed then has made it
     return msgspec.structs.replace(record, made=False if record.made else record.made), False
+
+
+def _take_away(root: int, record: Record, *, sure: bool) -> None:
+    """The directory of a deleted volume is archived, or removed if its class says so; what was there before the volume
+    stays. Where not all is known (`sure`), nothing is removed that might be somebody's."""
+    if not record.directory or record.made is False:
+        return
+    if not sure or record.made is None or record.parameters.get("archiveOnDelete", "true") == "true":
+        _archive(root, record)
+    else:
+        _remove(root, record)
 
 
 def _is_in(other: Record, record: Record) -> bool:

@@ -45,7 +45,8 @@ _REMOVAL = 100.0
 class Record(msgspec.Struct, frozen=True, kw_only=True):
     """`<id>.json` of a volume. `directory` is below the share; empty for the share itself. `source`: what it was made
     from: its directory then appears with all its content, or not at all. `made`: whether runvol has made the directory;
-    None in records of releases that did not write it down."""
+    None in records of releases that did not write it down. `gone`: the volume was deleted, and its directory goes with
+    the last one that lies in it."""
 
     volume_id: str
     name: str
@@ -55,6 +56,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     ready: bool
     source: str = ""
     made: bool | None = None
+    gone: bool = False
 
 
 class SnapshotRecord(msgspec.Struct, frozen=True, kw_only=True):

@@ -468,3 +468,46 @@ def test_so_many_records_are_looked_at_and_no_more(backend, share, monkeypatch, 
     assert "are not looked at" in said[-1]
     backend.delete(volume.volume_id)
     assert len([*share.glob("archived-one-*")]) == 1
+
+
+@pytest.mark.parametrize("archived", ["true", "false"])
+@pytest.mark.parametrize("order", ["outer", "inner", "middle"])
+def test_volumes_in_one_another_leave_nothing_whichever_goes_first(backend, share, archived, order):
+    places = {"outer": "top", "middle": "top/in", "inner": "top/in/deep"}
+    made = {name: make(backend, name, subDir=place, archiveOnDelete=archived) for name, place in places.items()}
+    for name, place in places.items():
+        (share / place / f"of-{name}").write_text("x")
+    names = [order, *(name for name in ("outer", "middle", "inner") if name != order)]
+    for number, name in enumerate(names, 1):
+        backend.delete(made[name].volume_id)
+        backend.delete(made[name].volume_id)
+        assert backend.get(made[name].volume_id) is None
+        for left in names[number:]:
+            assert (share / places[left] / f"of-{left}").exists(), f"{left} was hurt by the end of {name}"
+        assert len(backend.list()) == len(names) - number
+    assert not (share / "top").exists()
+    assert not [one for one in os.listdir(share / ".runvol") if one.endswith(".json")]
+    assert (sum(1 for one in os.listdir(share) if one.startswith("archived-")) > 0) == (archived == "true")
+
+
+def test_a_volume_that_waits_for_its_end_is_made_anew_after_it(backend, share):
+    outer, inner = make(backend, "outer", subDir="top", **REMOVED), make(backend, "inner", subDir="top/in", **REMOVED)
+    (share / "top/old").write_text("x")
+    backend.delete(outer.volume_id)
+    with pytest.raises(VolumeUnfinished, match="stays until the volumes that lie in it"):
+        make(backend, "outer", subDir="top", **REMOVED)
+    backend.delete(inner.volume_id)
+    again = make(backend, "outer", subDir="top", **REMOVED)
+    assert os.listdir(share / "top") == []
+    backend.delete(again.volume_id)
+    assert os.listdir(share) == [".runvol"]
+
+
+def test_a_planted_end_takes_nothing_that_the_deleted_volume_was_not_in(backend, share):
+    (share / "others").mkdir()
+    (share / "others/file").write_text("x")
+    volume, planted = make(backend, "one", **REMOVED), make(backend, "two", subDir="others/x", **REMOVED)
+    facts = json.loads(record(share, planted).read_text())
+    record(share, planted).write_text(json.dumps(facts | {"directory": "others", "gone": True, "ready": False}))
+    backend.delete(volume.volume_id)
+    assert (share / "others/file").read_text() == "x"
