@@ -6,6 +6,7 @@ leaves nothing, and what is hung at a path by move_mount appears there whole.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -76,6 +77,26 @@ def private_mount(path: str, fstype: str, *, deadline: Deadline, held: bool = Fa
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def would_be_replayed(path: str, fstype: str, *, deadline: Deadline) -> bool:
+    """Whether the kernel has something to write before it mounts the filesystem in this file.
+
+    It is asked to on a device that cannot be written, and refuses. For callers that have the file open. MountFailed
+    for anything else.
+    """
+    with ExitStack() as stack:
+        stack.callback(_wait_until_gone, path, deadline, held=True)
+        source, keeper = loops.open_private(path, deadline=deadline, read_only=True)
+        stack.callback(os.close, keeper)
+        options: dict[str, str | None] = {"source": source, "ro": None}
+        try:
+            stack.enter_context(filesystem(fstype, options, attributes=_SAFE, deadline=deadline))
+        except MountFailed as error:
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EROFS:
+                return True
+            raise
+        return False
 
 
 def _wait_until_gone(path: str, deadline: Deadline, *, held: bool) -> None:

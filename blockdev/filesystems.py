@@ -6,14 +6,24 @@ nothing behind when the process is killed.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+from collections.abc import Iterator
 
 from blockdev import ioctls, superblocks
 from blockdev.blankness import prove_blank, signature
 from blockdev.commands import Limits, run
 from blockdev.deadlines import Deadline
-from blockdev.detached import private_mount
-from blockdev.errors import CapabilityMissing, CommandFailed, FilesystemDamaged, WrongFilesystem
+from blockdev.detached import private_mount, would_be_replayed
+from blockdev.errors import (
+    CapabilityMissing,
+    CommandFailed,
+    FilesystemDamaged,
+    FilesystemUnknown,
+    MountFailed,
+    WrongFilesystem,
+)
 
 DEFAULT = "ext4"
 # Smallest device that mkfs accepts, in bytes: mkfs.xfs refuses less than 300 MB; ext4 needs room for a journal.
@@ -66,23 +76,49 @@ def verify(path: str, fstype: str) -> None:
         raise WrongFilesystem(path, "no filesystem" if block is None else block.fstype, fstype)
     deadline = Deadline.after(_limits(path).cpu * _WAITING)
     if fstype == "xfs":
-        if not _is_log_clean(path, deadline):
-            with private_mount(path, fstype, deadline=deadline, held=True):
-                pass  # replays it
-        kind = () if ioctls.is_block(path) else ("-f",)
-        _checked("xfs_repair", "-n", "-P", "-o", "ag_stride=0", *kind, path, path=path, deadline=deadline)
+        _verify_xfs(path, deadline)
     else:
         _checked("e2fsck", "-f", "-p", path, path=path, deadline=deadline, ok=(0, 1))
 
 
-def _is_log_clean(path: str, deadline: Deadline) -> bool:
-    """Whether there is nothing in an XFS log to replay; FilesystemDamaged if that cannot be told."""
-    _code, said = _checked("xfs_logprint", "-t", path, path=path, deadline=deadline, ok=(0, 1))
-    if "state: <DIRTY>" in said:
-        return False
-    if "state: <CLEAN>" in said or "totally zeroed log" in said:
-        return True
-    raise FilesystemDamaged(path, f"its log cannot be read: {said}")
+def _verify_xfs(path: str, deadline: Deadline) -> None:
+    """Checked, and mounted only where its log holds changes; then checked with them.
+
+    Two read the log, and not alike: a record that is torn ends it for the kernel, which replays what went before.
+    So what a program calls clean is checked first, and then the kernel is asked whether it would replay something.
+    """
+    kind = () if ioctls.is_block(path) else ("-f",)
+    check = ("xfs_repair", "-n", "-P", "-o", "ag_stride=0", *kind, path)
+    if _seems_clean(path, deadline):
+        _checked(*check, path=path, deadline=deadline)
+        with _explained(path):
+            if not ioctls.is_block(path) and not would_be_replayed(path, "xfs", deadline=deadline):
+                return
+    with _explained(path), private_mount(path, "xfs", deadline=deadline, held=True):
+        pass  # replays it
+    _checked(*check, path=path, deadline=deadline)
+
+
+def _seems_clean(path: str, deadline: Deadline) -> bool:
+    """Whether nothing in an XFS log seems to be left to replay."""
+    _code, said = _checked("xfs_logprint", "-t", path, path=path, deadline=deadline, ok=tuple(range(256)))
+    return "state: <CLEAN>" in said or "totally zeroed log" in said
+
+
+@contextlib.contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """What its mount says of a filesystem, or its growth: that it is damaged, and the volume's name, whatever device
+    stood on it in that moment."""
+    try:
+        yield
+    except FilesystemUnknown:
+        raise
+    except MountFailed as error:
+        raise FilesystemDamaged(path, f"the kernel does not mount it: {error.reason}") from error
+    except OSError as error:
+        if error.errno not in (errno.EUCLEAN, errno.EBADMSG, errno.EIO):
+            raise
+        raise FilesystemDamaged(path, str(error.strerror)) from error
 
 
 # Seconds of waiting for a disk that a second of work may have.
@@ -115,7 +151,7 @@ def grow(path: str, deadline: Deadline) -> bool:
     if not lags(path):
         return False
     try:
-        with private_mount(path, _fstype(path), deadline=deadline) as root:
+        with _explained(path), private_mount(path, _fstype(path), deadline=deadline) as root:
             grow_mounted(root, ioctls.size_bytes(path), path)
     except CapabilityMissing:
         grow_by_program(path, deadline)

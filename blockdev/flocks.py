@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import os
+import shutil
 import time
 
 _STEP = 0.005
@@ -16,7 +19,13 @@ def take(path: str, seconds: float) -> int | None:
     """
     until = time.monotonic() + seconds
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            if error.errno not in (errno.EISDIR, errno.ELOOP, errno.ENXIO) or time.monotonic() > until + _STEP:
+                raise
+            clear(path)  # something else lies in its place, and would keep everybody out
+            continue
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The holder before us may have removed the file: a lock on a name that is gone locks nothing.
@@ -31,6 +40,15 @@ def take(path: str, seconds: float) -> int | None:
             os.close(fd)
             raise
         os.close(fd)
+
+
+def clear(path: str) -> None:
+    """Nothing is at `path`, whatever it was, if that can be had: what lies in the place of a file of ours."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
 
 
 def locked(fd: int, operation: int, seconds: float) -> bool:

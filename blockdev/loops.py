@@ -186,10 +186,10 @@ def attach(path: str, *, deadline: Deadline, read_only: bool = False, autoclear:
     return device
 
 
-def open_private(path: str, *, deadline: Deadline) -> tuple[str, int]:
+def open_private(path: str, *, deadline: Deadline, read_only: bool = False) -> tuple[str, int]:
     """Like `attach` with autoclear; the node and a descriptor that keeps it alive until it is closed."""
-    with opened(path, os.O_RDWR) as file:
-        return _bind(file, path, _DIRECT_IO | _AUTOCLEAR, deadline)
+    with opened(path, os.O_RDONLY if read_only else os.O_RDWR) as file:
+        return _bind(file, path, _DIRECT_IO | _AUTOCLEAR | (_READ_ONLY if read_only else 0), deadline)
 
 
 def cached(path: str, *, deadline: Deadline) -> str:

@@ -155,8 +155,7 @@ def be_unmounted(target: str, deadline: Deadline) -> None:
     while is_mount_point(target):
         flags = syscalls.UMOUNT_NOFOLLOW | (syscalls.MNT_DETACH if is_block(target) else 0)
         try:
-            # Another mount at the same place is another call, though the last one's may hang for ever.
-            key = f"unmounting {target} {syscalls.statx(target).mount_id}"
+            key = f"unmounting {target} {_mount_id(target)}"
             bounded(f"unmounting {target}", deadline, functools.partial(syscalls.umount, target, flags), key=key)
         except OSError as error:
             if error.errno in (errno.EINVAL, errno.ENOENT):
@@ -166,6 +165,15 @@ def be_unmounted(target: str, deadline: Deadline) -> None:
             if deadline.remaining() < _LAST_LOOK:
                 raise DeviceBusy(target, "a process works in it", _users(target)) from error
             time.sleep(0.05)
+
+
+def _mount_id(target: str) -> int:
+    """Another mount at the same place is another call, though the last one's may hang for ever. One whose filesystem
+    answers nothing any more is still unmounted."""
+    try:
+        return syscalls.statx(target).mount_id
+    except OSError:
+        return 0
 
 
 _LAST_LOOK = 0.3

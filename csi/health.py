@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from guestmount import GuestmountError, Node
+from guestmount import Node
+from guestmount.errors import TROUBLE
 from guestmount.usage import problems
 from guestmount.ways import Problem
 from runvol_proto import csi_pb2
 from volumes import Volume, VolumeNotFound
-from volumes.troubles import EXPECTED
 
 
 def _problems(node: Node, volume_id: str, known: Volume | None) -> list[Problem]:
@@ -16,7 +16,7 @@ def _problems(node: Node, volume_id: str, known: Volume | None) -> list[Problem]
         return problems(node, volume_id, known)
     except VolumeNotFound:
         raise
-    except (*EXPECTED, GuestmountError) as error:
+    except TROUBLE as error:
         return [Problem(reason="NotLookedAt", message=f"it cannot be looked at: {error}", unreachable=True)]
 
 

@@ -33,10 +33,14 @@ def check_same_publish(claim: Claim, request: PublishRequest, old: Target | None
         )
 
 
-def filled_in(claim: Claim, path: str, request: PublishRequest, target: Target) -> Claim:
-    """A claim that was made again, with what kubelet says of a pod of its when it repeats the publish."""
+def filled_in(claim: Claim, path: str, request: PublishRequest, target: Target, *, sure: bool) -> Claim:
+    """A claim that was made again, with what kubelet says of a pod of its when it repeats the publish.
+
+    `sure`: that it only reads was seen. A mount is read-only as well where its whole filesystem is.
+    """
     old = claim.targets[path]
-    known = msgspec.structs.replace(target, read_only=old.read_only, way=old.way, group_in_guest=old.group_in_guest,
+    read_only = old.read_only if sure or not old.read_only else target.read_only
+    known = msgspec.structs.replace(target, read_only=read_only, way=old.way, group_in_guest=old.group_in_guest,
                                     shim=old.shim, on_node=old.on_node)  # fmt: skip
     owner = claim.owner
     if owner is not None and owner.pod_uid == request.pod_uid and not owner.pod_name:  # the host's has no pod

@@ -12,7 +12,6 @@ import errno
 import functools
 import logging
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -21,12 +20,14 @@ import msgspec
 
 from blockdev import Deadline, durable, flocks, nfs
 from guestmount.device_index import DeviceIndex
-from guestmount.errors import BadRequest, Busy, ClaimDamaged, Refused
+from guestmount.errors import TROUBLE, BadRequest, Busy, ClaimDamaged, Refused
+from guestmount.handed_marks import HandedMarks
 from volumes import VOLUME_ID, AccessMode, Capability, VolumeKind
-from volumes.troubles import EXPECTED
 
 log = logging.getLogger("runvol.claims")
 
+# What this process has too little of says nothing of a record.
+_OF_THIS_MOMENT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR)
 # The kernels that may own a volume; one whose record was lost may be either.
 HOST, SANDBOX, UNKNOWN = "host", "sandbox", "unknown"
 # A record takes whole blocks, so that it can be changed where it stands.
@@ -34,6 +35,8 @@ _BLOCK = 4096
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # Seconds after which kubelet would have come again.
 _COMES_AGAIN = 150.0
+# Bytes of a record; of a volume with thousands of targets.
+_LARGEST = 16 << 20
 _NO_WRITES = (*_FULL, errno.EROFS, errno.EIO)
 
 
@@ -182,13 +185,13 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
 class Cell:
     """One volume's record while its lock is held."""
 
-    def __init__(self, path: str, temporary: str, *, held: Callable[[], bool], known: bool = True) -> None:
+    def __init__(self, path: str, temporary: str, *, held: Callable[[], bool], made: Claim | str | None = "") -> None:
         """`temporary`: what the names begin with under which it is written. `held`: whether the lock is still ours.
-        What is not `known` counts as no claim."""
+        `made`: the claim, or none, in place of a record that cannot be read."""
         self._path, self._temporary, self._held = path, temporary, held
         self._volume = os.path.basename(path).removesuffix(".json")
         self._devices = DeviceIndex(os.path.dirname(os.path.dirname(path)))
-        self.claim = _read(path) if known else None
+        self.claim: Claim | None = _read(path) if isinstance(made, str) else made
 
     def has_another(self, device: str) -> bool:
         """Whether another volume's claim names this loop device, for targets that it still has.
@@ -299,7 +302,7 @@ def _overwritten(path: str, content: bytes) -> bool:
 
 def _read(path: str) -> Claim | None:
     try:
-        return msgspec.json.decode(durable.read(path), type=Claim)
+        return msgspec.json.decode(durable.read(path, _LARGEST), type=Claim)
     except FileNotFoundError:
         return None
     except (msgspec.MsgspecError, UnicodeDecodeError, OSError) as error:
@@ -325,6 +328,7 @@ class Claims:
         self.remake: Callable[[str], Claim | None] | None = None
         self._seen: dict[str, tuple[tuple[int, ...], Claim | Refused | None]] = {}
         self._waiting = Waiting()
+        self.handed = HandedMarks(run_dir)
 
     @property
     def directory(self) -> str:
@@ -359,13 +363,14 @@ class Claims:
                     _unlink_if(held, path)
 
     def remember(self, cell: Cell, volume_id: str) -> Claim | None:
-        """The claim; where there is none, made again from what stands. For calls that would take a volume that nobody
-        has."""
-        if cell.claim is None and self.remake is not None:
-            made = self.remake(volume_id)
-            if made is not None:
-                log.warning("a lost claim is made again", extra={"volume": volume_id, "owner": str(made.owner)})
-                cell.write(made)
+        """The claim; where there is none, or one that nobody owns although a hand-off stands (an older one of itself),
+        made again from what stands. For calls that would take a volume that nobody has."""
+        old = cell.claim
+        doubtful = old is None or (old.owner is None and self.handed.may_be(volume_id))
+        made = self.remake(volume_id) if doubtful and self.remake is not None else None
+        if made is not None and (old is None or made.targets.keys() - old.targets.keys()):
+            log.warning("a lost claim is made again", extra={"volume": volume_id, "owner": str(made.owner)})
+            cell.write(made if old is None else told(old, made))
         return cell.claim
 
     def _places(self, volume_id: str) -> tuple[str, str]:
@@ -378,20 +383,26 @@ class Claims:
         path, temporary = self._places(volume_id)
         try:
             return Cell(path, temporary, held=held)
-        except ClaimDamaged as error:
+        except (ClaimDamaged, OSError) as error:
+            if isinstance(error, OSError) and (not ending or error.errno in _OF_THIS_MOMENT):
+                raise
+            made = None
+            aside = os.path.join(self._records, "damaged", volume_id)
             try:
                 if self.remake is None:
                     raise
                 made = self.remake(volume_id)
-            except (ClaimDamaged, *EXPECTED) as trouble:
+                if isinstance(error, OSError):
+                    raise  # the record may be whole: it stays
+                _lay_aside(path, aside)
+                if made is not None:
+                    durable.replace(path, _encoded(made), beside=temporary, synced=False)
+            except TROUBLE as trouble:
                 if not ending:
                     raise
-                log.error("a claim that cannot be made again counts as none", extra={"why": str(trouble)})
-                return Cell(path, temporary, held=held, known=False)
-            aside = os.path.join(self._records, "damaged", volume_id)
-            _lay_aside(path, aside)
-            if made is not None:
-                durable.replace(path, _encoded(made), beside=temporary, synced=False)
+                log.error("a claim that can be neither read nor made again is passed over at a pod's end",
+                          extra={"why": str(trouble)})  # fmt: skip
+                return Cell(path, temporary, held=held, made=made)
             said = {"volume": volume_id, "why": str(error), "aside": aside, "made_again": made is not None}
             log.error("a damaged claim is laid aside", extra=said)
         return Cell(path, temporary, held=held)
@@ -477,6 +488,17 @@ class Claims:
                     os.unlink(path)
 
 
+def told(old: Claim, made: Claim) -> Claim:
+    """A claim that is older than what stands, of which `made` was made."""
+    return old.but(
+        owner=made.owner,
+        targets={**made.targets, **old.targets},
+        device=made.device,
+        prepared=old.prepared or made.prepared,
+        made_again=True,
+    )
+
+
 class Waiting:
     """Who has come for a record that somebody else had, and comes again."""
 
@@ -511,18 +533,14 @@ def _unlink_if(held: Callable[[], bool], path: str) -> None:
 
 def _lay_aside(path: str, aside: str) -> None:
     """What lies at `path` lies at `aside`, whatever either was; one of each volume is kept."""
-    os.makedirs(os.path.dirname(aside), mode=0o700, exist_ok=True)
     for old in (aside, path):
         try:
+            os.makedirs(os.path.dirname(aside), mode=0o700, exist_ok=True)
             os.rename(path, aside)
             return
         except OSError as error:
             log.warning("a damaged record is in the way", extra={"path": old, "why": str(error.strerror)})
-            if os.path.isdir(old) and not os.path.islink(old):
-                shutil.rmtree(old, ignore_errors=True)
-            else:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(old)
+            flocks.clear(old)
     if os.path.lexists(path):
         raise ClaimDamaged(f"the claim {path} cannot be read, and can be neither moved nor removed")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from volumes.troubles import EXPECTED
+
 
 class GuestmountError(Exception):
     """Root of this room's errors; `str()` is what `kubectl describe pod` shows."""
@@ -40,3 +42,7 @@ class RuntimeUnknown(GuestmountError):
 
 class Unsupported(GuestmountError):
     """The hand-off's format cannot carry this."""
+
+
+# What goes wrong with one volume, and stops no look at the others.
+TROUBLE = (*EXPECTED, GuestmountError)

@@ -20,7 +20,7 @@ from guestmount import agreement, paths, placeholder, ways
 from guestmount.claims import Cell, Claim, Claims, Target, Use
 from guestmount.cri import Sandboxes
 from guestmount.detect import Detector
-from guestmount.errors import Refused, RuntimeUnknown
+from guestmount.errors import TROUBLE, Refused, RuntimeUnknown
 from guestmount.giving import Giving
 from guestmount.handoff import Dialect, Dialects
 from guestmount.reach import Reach
@@ -30,7 +30,6 @@ from guestmount.written import Trust, Written
 from volumes import Catalog, InvalidParameter, SizeRange, Source, VolumeNotFound, VolumeUnfinished, parameters
 from volumes.backend import Backend
 from volumes.jobs import PATIENCE
-from volumes.troubles import EXPECTED
 
 log = logging.getLogger("runvol.node")
 
@@ -163,7 +162,7 @@ class Node:
         """As far as it can be, for who takes back: a pod may have the volume although its record was lost."""
         try:
             self.claims.remember(cell, volume_id)
-        except EXPECTED as error:
+        except TROUBLE as error:
             log.error("a lost claim cannot be made again", extra={"volume": volume_id, "why": str(error)})
 
     def _let_go(self, cell: Cell, deadline: Deadline) -> None:
@@ -196,8 +195,11 @@ class Node:
             self._gave_way.pop(request.volume_id, None)
             claim = self._staged(cell, request, source, deadline)
             target = agreement.target_of(request)
-            if path in claim.targets and (claim.made_again or claim.targets[path].made_again):
-                claim = agreement.filled_in(claim, path, request, target)
+            if path in claim.targets and (
+                claim.made_again or claim.targets[path].made_again or exclusion.is_unknown(claim)
+            ):
+                sure = ways.way_at(claim, path).hands_over
+                claim = agreement.filled_in(claim, path, request, target, sure=sure)
                 claim = cell.write(self._with_kernel(claim, path, request, deadline))
             old = claim.targets.get(path)
             ways.of_claim(claim).check_publish(claim, backend, request, source, old)
@@ -257,9 +259,10 @@ class Node:
         found, target = way.check(self.means, claim, arrival, deadline)
         if found != claim:
             cell.write(found)
-        if claim.owner is None and ways.of_claim(claim).by_device and not self.catalog.is_image(claim.volume):
-            # Nothing but its hand-off speaks for a described device whose claim was lost.
-            exclusion.check_not_handed(cell.present, self.means.dialects.delivered().values())
+        if claim.owner is None and ways.of_claim(claim).by_device:
+            self._check_not_handed(cell.present)
+        if way.hands_over:
+            self.claims.handed.note(claim.volume)
         claim, named = way.admit(cell, arrival, deadline), msgspec.structs.replace(target, way=way.name)
         try:
             claim = way.prepare(self.means, claim, target, deadline)
@@ -274,6 +277,13 @@ class Node:
         except BaseException:
             self._undo(cell, path)
             raise
+
+    def _check_not_handed(self, claim: Claim) -> None:
+        """A record that was lost, or is an older one of itself, does not know of its hand-off."""
+        if self.catalog.is_image(claim.volume) and not self.claims.handed.may_be(claim.volume):
+            return
+        exclusion.check_not_handed(claim, self.means.dialects.delivered().values())
+        self.claims.handed.forget(claim.volume)
 
     def _undo(self, cell: Cell, path: str) -> None:
         with contextlib.suppress(BlockdevError, OSError):
@@ -322,6 +332,8 @@ class Node:
         if claim is not None:
             if path in claim.targets:
                 claim = cell.less(claim.but(targets={at: kept for at, kept in claim.targets.items() if at != path}))
+            if not claim.targets:
+                self.claims.handed.forget(claim.volume)
             if claim.lingers:
                 try:
                     exclusion.release(cell, deadline)
@@ -402,6 +414,7 @@ class Node:
                 self._drop_unclaimed(volume_id, deadline)
             yield
             cell.remove()
+            self.claims.handed.forget(volume_id)
 
 
 def _gave_way(volume_id: str) -> VolumeUnfinished:

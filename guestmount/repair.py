@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from blockdev import Deadline, exclusivity, loops, mountinfo, mounts
 from guestmount import file_witnesses, ways, witnesses
 from guestmount.claims import Claim
-from guestmount.errors import BadRequest, Busy, GuestmountError, Refused
+from guestmount.errors import TROUBLE, BadRequest, Busy, Refused
 from guestmount.handoff import Delivered, Dialect
 from guestmount.node import Node
 from guestmount.placeholder import NOTE, SOURCE
 from guestmount.ways import exclusion
 from volumes import VolumeNotFound
-from volumes.troubles import EXPECTED
 
 log = logging.getLogger("runvol.repair")
 
@@ -43,7 +42,7 @@ def collect(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
     for look in (_closed, _hand_offs, _placeholders, _claims, _loop_devices):
         try:
             found += look(node, deadline, dry_run=dry_run)
-        except (*EXPECTED, GuestmountError) as error:
+        except TROUBLE as error:
             found.append(Finding(kind="trouble", place="", why=f"not all was looked at: {error}"))
     found += [
         Finding(kind="file", place=path, why="no volume has it; `runvol volumes adopt` takes it, `rm` removes it")
@@ -117,7 +116,7 @@ def _closed(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
                     done = True
         except Busy:
             continue  # it is at work
-        except (*EXPECTED, GuestmountError) as error:
+        except TROUBLE as error:
             why += f", and not opened: {error}"
         found.append(Finding(kind="hand-off", place=one.place, why=why, done=done))
     return found
@@ -139,7 +138,7 @@ def _unless_claimed(
             return True
     except (Busy, BadRequest, Refused):
         return False
-    except EXPECTED as error:
+    except TROUBLE as error:
         log.warning("not taken back", extra={"volume": volume_id, "why": str(error)})
         return False
 
@@ -177,7 +176,7 @@ def _placeholders(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Find
         if not dry_run:
             try:
                 mounts.be_absent(mount.target, deadline)
-            except EXPECTED as error:
+            except TROUBLE as error:
                 why, done = f"{why}, but {error}", False
         found.append(Finding(kind="placeholder", place=mount.target, why=why, done=done))
     return found
@@ -189,7 +188,7 @@ def _claims(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
     for claim in claims:
         try:
             gone = _volume_is_gone(node, claim)
-        except EXPECTED as error:
+        except TROUBLE as error:
             found.append(Finding(kind="claim", place=claim.volume, why=f"whether its volume is gone: {error}"))
             continue
         if not gone and not claim.lingers:
@@ -203,7 +202,7 @@ def _claims(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
             try:
                 _forget(node, claim.volume, deadline, gone=gone)
                 done = True
-            except (*EXPECTED, GuestmountError) as error:
+            except TROUBLE as error:
                 why += f", but {error}"
         found.append(Finding(kind="claim", place=claim.volume, why=why, done=done))
     return found
@@ -294,12 +293,16 @@ def _each(steps: Sequence[Callable[[], Sequence[str] | None]]) -> list[str]:
 
 def remade(node: Node, volume_id: str) -> Claim | None:
     """The claim of a volume as far as what stands tells, where its record is lost or cannot be read."""
-    ours = [(one.volume_id, one.path, one.one) for one in _ours(node) if one.volume_id == volume_id]
+    ours = []
+    if node.claims.handed.may_be(volume_id):
+        ours = [(one.volume_id, one.path, one.one) for one in _ours(node) if one.volume_id == volume_id]
     return witnesses.remade(node, volume_id, ours) or file_witnesses.remade(node, volume_id)
 
 
 def _reclaim(node: Node, deadline: Deadline) -> list[str]:
-    said = witnesses.reclaim(node, [(one.volume_id, one.path, one.one) for one in _ours(node)], deadline)
+    ours = [(one.volume_id, one.path, one.one) for one in _ours(node)]
+    node.claims.handed.complete(volume_id for volume_id, _path, _one in ours)
+    said = witnesses.reclaim(node, ours, deadline)
     files = _by_inode(node.catalog.images())
     attached = [(device, *_on(device, files)) for device in loops.bound()]
     return said + witnesses.reclaim_mounted(node, [one for one in attached if one[1]], deadline)
@@ -308,8 +311,11 @@ def _reclaim(node: Node, deadline: Deadline) -> list[str]:
 def _note(node: Node) -> None:
     """An older release noted nothing with the volumes that it handed out."""
     for claim in node.claims.readable()[0]:
-        if not claim.handed_out and ways.by_others(claim):
-            node.means.written.by_others(claim)
+        try:
+            if not claim.handed_out and ways.by_others(claim):
+                node.means.written.by_others(claim)
+        except TROUBLE as error:
+            log.warning("whether a guest had it is not noted", extra={"volume": claim.volume, "why": str(error)})
 
 
 def _withdraw(node: Node, deadline: Deadline) -> list[str]:
@@ -330,6 +336,6 @@ def _settle(node: Node) -> list[str]:
         try:
             _forget(node, claim.volume, Deadline.after(_MOMENT), gone=False)
             said.append(f"volume {claim.volume} was let go of by its last user")
-        except (*EXPECTED, GuestmountError) as error:
+        except TROUBLE as error:
             log.warning("the volume is still in use", extra={"volume": claim.volume, "reason": str(error)})
     return said

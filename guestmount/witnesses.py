@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 from blockdev import Deadline, exclusivity, ioctls, loops, mountinfo
 from blockdev.mountinfo import Mount
-from guestmount.claims import HOST, SANDBOX, UNKNOWN, Cell, Claim, Owner, Target, Use
-from guestmount.errors import BadRequest, Refused
+from guestmount.claims import HOST, SANDBOX, UNKNOWN, Cell, Claim, Owner, Target, Use, told
+from guestmount.errors import TROUBLE
 from guestmount.handoff import Delivered
 from guestmount.node import Node
 from guestmount.ways import exclusion
@@ -23,7 +23,6 @@ from guestmount.ways.device_node import DeviceNode
 from guestmount.ways.guest_device import GuestDevice
 from guestmount.ways.mounted import Mounted
 from volumes import AccessMode
-from volumes.troubles import EXPECTED
 
 log = logging.getLogger("runvol.witnesses")
 
@@ -81,7 +80,7 @@ def reclaim(node: Node, ours: Sequence[tuple[str, str, Delivered]], deadline: De
             with node.claims.locked(volume_id, deadline) as cell:
                 if not _be_told(node, cell, _claim(volume_id, path, one, os.path.basename(directory))):
                     continue
-        except (BadRequest, Refused, *EXPECTED) as error:
+        except TROUBLE as error:
             log.warning("not made again", extra={"volume": volume_id, "why": str(error)})
             continue  # somebody works on it, or its claim is damaged: it has one
         made.append(f"made the claim of volume {volume_id} again from its hand-off {one.place}")
@@ -100,7 +99,7 @@ def reclaim_mounted(node: Node, attached: Sequence[tuple[str, str, str]], deadli
             with node.claims.locked(volume_id, deadline) as cell:
                 if cell.claim is not None and _be_told(node, cell, made):
                     told.append(f"the claim of volume {volume_id} was older than its mounts")
-        except (BadRequest, Refused, *EXPECTED) as error:
+        except TROUBLE as error:
             log.warning("not made again", extra={"volume": volume_id, "why": str(error)})
             continue
     return told
@@ -121,15 +120,7 @@ def _be_told(node: Node, cell: Cell, made: Claim) -> bool:
         log.error("a volume is handed to a guest and published to others by its claim; neither is touched",
                   extra={"volume": left.volume, "targets": sorted({*left.targets, *made.targets})})  # fmt: skip
         return False
-    cell.write(
-        left.but(
-            owner=made.owner,
-            targets={**made.targets, **left.targets},
-            device=made.device,
-            prepared=left.prepared or made.prepared,
-            made_again=True,
-        )
-    )
+    cell.write(told(left, made))
     return True
 
 
@@ -162,7 +153,9 @@ def _mounted(node: Node, volume_id: str, path: str, device: str, table: Sequence
     if mounted:
         targets = {one.target: _target(one.target, one.read_only, node, Mounted.name) for one in mounted
                    if pod_directory(one.target, node.roots)}  # fmt: skip
-        staging = next((one.target for one in mounted if one.target not in targets), "")
+        # What kubelet binds for a subPath lies in its pod's directory, too.
+        others = [one.target for one in mounted if one.target not in targets]
+        staging = next((one for one in others if not any(one.startswith(f"{root}/pods/") for root in node.roots)), "")
         use = Use(mode=AccessMode.SINGLE_NODE_MULTI_WRITER.value, fstype=mounted[0].fstype)
         return Claim(volume=volume_id, source=path, device=device, staging_path=staging, use=use,
                      owner=Owner(kind=HOST), targets=targets, prepared=True, made_again=True)  # fmt: skip

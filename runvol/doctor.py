@@ -7,13 +7,13 @@ import shutil
 from collections.abc import Iterator
 
 from blockdev import Deadline
-from guestmount import GuestmountError, Node, guest_kernel, kata_config, preflight, repair, runtimes
+from guestmount import Node, guest_kernel, kata_config, preflight, repair, runtimes
+from guestmount.errors import TROUBLE
 from guestmount.usage import problems
 from runvol import doctor_snapshots
 from runvol.config import Config
 from runvol.diagnosis import BROKEN, OK, WARNING, Diagnosis
 from volumes import VolumeError
-from volumes.troubles import EXPECTED
 
 _CAP_SYS_ADMIN, _CAP_SYS_RESOURCE = 21, 24
 
@@ -194,7 +194,7 @@ def _problems(node: Node, volume_id: str) -> Iterator[Diagnosis]:
         for problem in problems(node, volume_id):
             state = BROKEN if problem.lost else WARNING
             yield Diagnosis(state=state, subject=volume_id, finding=problem.message)
-    except (*EXPECTED, GuestmountError) as error:
+    except TROUBLE as error:
         yield Diagnosis(state=WARNING, subject=volume_id, finding=f"cannot be looked at: {error}")
 
 
@@ -203,5 +203,5 @@ def _left_over(node: Node) -> Iterator[Diagnosis]:
         for finding in repair.collect(node, Deadline.after(20), dry_run=True):
             yield Diagnosis(state=WARNING, subject=f"left over: {finding.kind}",
                             finding=f"{finding.place}: {finding.why}; `runvol gc`")  # fmt: skip
-    except (*EXPECTED, GuestmountError) as error:
+    except TROUBLE as error:
         yield Diagnosis(state=BROKEN, subject="left over", finding=f"cannot be looked for: {error}")

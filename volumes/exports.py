@@ -21,6 +21,8 @@ from volumes.troubles import EXPECTED, Trouble
 _CALL = 60.0
 # Seconds to wait for whoever writes the file, which takes milliseconds.
 _PATIENCE = 10.0
+# Bytes of the file: some 100,000 exports.
+_MOST = 16 << 20
 T = TypeVar("T", Volume, Snapshot)
 
 
@@ -34,7 +36,7 @@ class Exports:
     def known(self) -> list[nfs.Export]:
         """Raises StoreFailed."""
         try:
-            return msgspec.json.decode(durable.read(self._path), type=list[nfs.Export])
+            return msgspec.json.decode(durable.read(self._path, _MOST), type=list[nfs.Export])
         except FileNotFoundError:
             return []
         except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -51,7 +53,10 @@ class Exports:
             with self._locked():
                 known = self.known()
                 if export not in known:
-                    durable.replace(self._path, msgspec.json.encode([*known, export]))
+                    content = msgspec.json.encode([*known, export])
+                    if len(content) > _MOST:
+                        raise StoreFailed(f"{self._path} is full: no more exports can be remembered here")
+                    durable.replace(self._path, content)
                     durable.sweep(f"{self._path}.")
         except OSError as error:
             raise StoreFailed(f"{self._path} cannot be written: {error.strerror}") from error

@@ -41,7 +41,11 @@ def _is_anothers(cell: Cell, device: str) -> bool:
     target."""
     if cell.has_another(device):
         return True
-    return mountinfo.may_be_bound(device) and not {*mountinfo.node_targets(device)} <= {*cell.present.targets}
+    if not mountinfo.may_be_bound(device):
+        return False
+    # kubelet binds a target a second time, under the pod's uid.
+    own = {*cell.present.targets, *(target.pod_uid for target in cell.present.targets.values())} - {""}
+    return not all(own & {place, *place.split("/")} for place in mountinfo.node_targets(device))
 
 
 def check_nothing_at(claim: Claim, path: str, *, placeholder: bool = False) -> None:

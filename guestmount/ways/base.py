@@ -69,6 +69,8 @@ class Way(Protocol):
 
     # As the claim's target keeps it.
     name: str
+    # Whether a hand-off names the volume's device.
+    hands_over: bool
 
     def check(self, means: Means, claim: Claim, arrival: Arrival, deadline: Deadline) -> tuple[Claim, Target]:
         """Raises, in words, for what cannot reach this pod so; else the claim and the target with all that it takes.

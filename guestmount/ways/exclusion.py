@@ -28,6 +28,7 @@ class OneKernel:
 
     # Whether the kernels of one kind may have it together, where the access mode says so.
     shareable = False
+    hands_over = False
 
     def admit(self, cell: Cell, arrival: Arrival, deadline: Deadline) -> Claim:
         """The claim with its owner, new or as it was; whoever lingered and is another kernel has let go."""
@@ -77,6 +78,8 @@ def is_unknown(claim: Claim) -> bool:
 
 class AnyKernel:
     """Any number of kernels may have a volume of files; each target names its handler."""
+
+    hands_over = False
 
     def admit(self, cell: Cell, arrival: Arrival, _deadline: Deadline) -> Claim:
         """Refused only where ReadWriteOncePod says so."""

@@ -34,6 +34,7 @@ class GuestDevice(exclusion.OneKernel):
     """The guest's agent mounts it. Nothing of the host's mounts it while a sandbox has it."""
 
     name = "guest-device"
+    hands_over = True
 
     def check(self, means: Means, claim: Claim, arrival: Arrival, _deadline: Deadline) -> tuple[Claim, Target]:
         check_nothing_at(claim, arrival.path)

@@ -28,10 +28,10 @@ class Mounted(exclusion.OneKernel):
         return claim, arrival.target
 
     def deliver(self, means: Means, cell: Cell, claim: Claim, path: str, target: Target, deadline: Deadline) -> None:
-        claim = _be_staged(means, cell, claim, deadline)
-        staging = claim.staging_path
         if not mounts.is_mount_point(path):
             _check_writable(claim, path, target)
+        claim = _be_staged(means, cell, claim, deadline)
+        staging = claim.staging_path
         if group := claim.group_of(target):
             root = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
@@ -90,7 +90,7 @@ def _check_writable(claim: Claim, path: str, target: Target) -> None:
     """Refused for a pod that would write, where the kernel has made the filesystem read-only after an error. Pods that
     have it keep it; once the last of them has gone it is checked, and mounted anew."""
     others = sorted({one.pod for at, one in claim.targets.items() if at != path})
-    if not others or target.read_only or "ro" in claim.use.mount_flags or not _has_stopped(claim):
+    if not others or target.read_only or "ro" in claim.use.mount_flags or not claim.device or not _has_stopped(claim):
         return
     raise Refused(
         f"the filesystem of volume {claim.volume} met an error and is read-only since; another pod can write to it "

@@ -66,7 +66,8 @@ class Row:
     def completed(self, claim: Claim, new: Claim) -> Claim:
         """A claim that was made again, with what the one that a request would make (`new`) says of the volume."""
         use = msgspec.structs.replace(new.use, fstype=claim.use.fstype or new.use.fstype)
-        return claim.but(staging_path=claim.staging_path or new.staging_path, use=use)
+        there = not claim.staging_path or mounts.is_mount_point(new.staging_path)
+        return claim.but(staging_path=new.staging_path if there else claim.staging_path, use=use)
 
     def is_other(self, _claim: Claim, _new: Claim) -> bool:
         """Whether a volume of the same id is staged, but as another source."""
@@ -323,7 +324,9 @@ def in_guests(claim: Claim) -> list[str]:
 
 
 def by_others(claim: Claim) -> bool:
-    """Whether somebody else than the host's kernel may write the volume's bytes."""
+    """Whether somebody else than the host's kernel may write the volume's bytes, or might until a moment ago."""
+    if claim.owner is not None and claim.owner.kind != HOST:
+        return True
     return any(way_at(claim, path) in (GUEST_DEVICE, DEVICE_NODE) for path in claim.targets)
 
 
