@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import re
+import shutil
 import stat
 import time
 
@@ -111,7 +112,10 @@ def _exchanged(new: str, path: str) -> bool:
         if error.errno in (errno.ENOENT, errno.EINVAL, errno.ENOSYS):
             return False  # nothing is there yet, or the filesystem cannot do it
         raise
-    os.unlink(new)
+    try:
+        os.unlink(new)
+    except IsADirectoryError:  # something else lay in the place of a record
+        shutil.rmtree(new, ignore_errors=True)
     return True
 
 

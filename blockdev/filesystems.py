@@ -131,6 +131,10 @@ def _limits(path: str) -> Limits:
     return Limits(memory=(1 << 30) + size // 256, cpu=120 + (size >> 30) * 4)
 
 
+# What xfs_repair says of every image file on some filesystems.
+_NOISE = ("Cannot get host filesystem geometry", "Repair may fail if there is a sector", "the image and the host file")
+
+
 def _checked(
     program: str, *arguments: str, path: str, deadline: Deadline, ok: tuple[int, ...] = (0,)
 ) -> tuple[int, str]:
@@ -138,7 +142,8 @@ def _checked(
     try:
         return run(program, *arguments, deadline=deadline, ok=ok, limits=_limits(path))
     except CommandFailed as error:
-        said = error.output if error.output.strip() else f"{program} ended with status {error.code}"
+        said = "\n".join(line for line in error.output.splitlines() if not line.strip().startswith(_NOISE))
+        said = said if said.strip() else f"{program} ended with status {error.code}"
         raise FilesystemDamaged(path, said) from None
 
 

@@ -29,7 +29,7 @@ class Mounted(exclusion.OneKernel):
 
     def deliver(self, means: Means, cell: Cell, claim: Claim, path: str, target: Target, deadline: Deadline) -> None:
         if not mounts.is_mount_point(path):
-            _check_writable(claim, path, target)
+            _check_writable(claim, path, target, deadline)
         claim = _be_staged(means, cell, claim, deadline)
         staging = claim.staging_path
         if group := claim.group_of(target):
@@ -86,11 +86,15 @@ def _be_staged(means: Means, cell: Cell, claim: Claim, deadline: Deadline) -> Cl
     return cell.write(claim.but(prepared=True))
 
 
-def _check_writable(claim: Claim, path: str, target: Target) -> None:
+def _check_writable(claim: Claim, path: str, target: Target, deadline: Deadline) -> None:
     """Refused for a pod that would write, where the kernel has made the filesystem read-only after an error. Pods that
     have it keep it; once the last of them has gone it is checked, and mounted anew."""
     others = sorted({one.pod for at, one in claim.targets.items() if at != path})
-    if not others or target.read_only or "ro" in claim.use.mount_flags or not claim.device or not _has_stopped(claim):
+    reads = target.read_only or "ro" in claim.use.mount_flags
+    if reads or not claim.device or not mounts.is_mount_point(claim.staging_path) or not _has_stopped(claim):
+        return
+    if not others:
+        mounts.be_unmounted(claim.staging_path, deadline)
         return
     raise Refused(
         f"the filesystem of volume {claim.volume} met an error and is read-only since; another pod can write to it "

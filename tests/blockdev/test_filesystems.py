@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import struct
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -211,8 +213,9 @@ def used_xfs(image, mount_point, soon):
     for number in range(200):
         with open(f"{mount_point}/{number}", "w") as file:
             file.write("x")
-    with open(f"{mount_point}/last", "w") as file:
-        os.fsync(file.fileno())
+    for number in range(20):  # each is a record of the log
+        with open(f"{mount_point}/last{number}", "w") as file:
+            os.fsync(file.fileno())
     dirty = f"{path}.dirty"
     subprocess.run(["cp", "--sparse=always", path, dirty], check=True)
     mounts.be_unmounted(mount_point, soon)
@@ -251,6 +254,31 @@ def test_an_xfs_whose_log_is_no_log_is_damaged(used_xfs):
     with pytest.raises(FilesystemDamaged, match="the kernel does not mount it") as caught:
         filesystems.verify(path, "xfs")
     assert "/dev/loop" not in str(caught.value), "the same sentence each time"
+
+
+def test_an_xfs_log_that_a_program_calls_clean_and_the_kernel_replays_is_replayed_before_the_check(
+    used_xfs, monkeypatch
+):
+    """Its last record says that nothing is left, in bytes whose sum is wrong: for the kernel it is no record."""
+    _, path = used_xfs
+    content = bytearray(Path(path).read_bytes())
+    block, log, groups, bits = (struct.unpack_from(kind, content, at)[0] for kind, at in
+                                ((">I", 4), (">Q", 48), (">I", 84), ("B", 124)))  # fmt: skip
+    start = ((log >> bits) * groups + (log & ((1 << bits) - 1))) * block
+    said = subprocess.run(["xfs_logprint", "-t", path], capture_output=True, text=True, check=False).stdout
+    head = int(said.split("head: ")[1].split()[0])
+    records = [at for at in range(start, start + head * 512, 512) if content[at : at + 4] == b"\xfe\xed\xba\xbe"]
+    struct.pack_into(">II", content, records[-1] + 24, struct.unpack_from(">I", content, records[-1] + 4)[0], head)
+    Path(path).write_bytes(content)
+    said = subprocess.run(["xfs_logprint", "-t", path], capture_output=True, text=True, check=False).stdout
+    assert "state: <CLEAN>" in said
+    done: list[str] = []
+    for name in ("private_mount", "would_be_replayed", "_checked"):
+        real = getattr(filesystems, name)
+        monkeypatch.setattr(filesystems, name, lambda *one, _name=name, _real=real, **more: (
+            done.append(one[0] if _name == "_checked" else _name), _real(*one, **more))[1])  # fmt: skip
+    filesystems.verify(path, "xfs")
+    assert done == ["xfs_logprint", "xfs_repair", "would_be_replayed", "private_mount", "xfs_repair"]
 
 
 def test_what_a_checker_says_has_an_end(soon):

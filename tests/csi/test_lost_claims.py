@@ -6,11 +6,13 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 import sqlite3
 import subprocess
 
 import pytest
 
+from blockdev import flocks
 from tests.csi.helpers import PODS, has_resource, image, refused, vmm
 from tests.driver import block_capability, mount_capability
 
@@ -473,3 +475,140 @@ def test_a_device_number_that_a_pods_node_still_has_goes_to_nobody_else_without_
         driver.unpublish(volume, pod)
         driver.unstage(volume)
         driver.delete(volume)
+
+
+@pytest.mark.parametrize("busy", ["another", "itself", "nobody"])
+@pytest.mark.parametrize("running", [False, True], ids=["at a start", "under a running driver"])
+def test_an_older_claim_is_never_believed_over_a_hand_off(driver, busy, running):
+    """Whoever holds one volume's lock in that moment keeps no other one's claim from being put right."""
+    first, second = (driver.create(name) for name in ("one", "two"))
+    for volume in (first, second):
+        driver.stage(volume)
+    records = [driver.records / "claims" / f"{one.volume_id}.json" for one in (first, second)]
+    older = [record.read_bytes() for record in records]
+    for volume in (first, second):
+        driver.publish(volume, A, runtime="kata")
+    if not running:
+        driver.stop()
+    for record, content in zip(records, older, strict=True):
+        record.write_bytes(content)
+    held = {"another": first, "itself": second}.get(busy)
+    lock = flocks.take(str(driver.run / "locks" / held.volume_id), 5) if held is not None else None
+    if not running:
+        driver.start(repaired=False)
+    if lock is not None:
+        flocks.release(lock)
+    for runtime in ("runc", "kata"):
+        with refused("FAILED_PRECONDITION", A):
+            driver.publish(second, B, runtime=runtime)
+    assert not any(driver.staging(one.volume_id) in driver.mounts() for one in (first, second))
+    driver.publish(second, A, runtime="kata")
+    for volume in (first, second):
+        driver.unpublish(volume, A)
+    driver.publish(second, B, runtime="runc")
+    driver.unpublish(second, B)
+    for volume in (first, second):
+        driver.unstage(volume)
+        driver.delete(volume)
+    assert os.listdir(driver.run / "handed") == [".all"]
+
+
+@pytest.mark.parametrize("fstype", ["ext4", "xfs"])
+def test_a_filesystem_that_takes_no_writes_lets_its_pods_end(driver, fstype):
+    capability = mount_capability(fstype=fstype)
+    volume = driver.create("v", 320 << 20, capability)
+    driver.stage(volume, capability)
+    target = driver.publish(volume, A, runtime="runc", capability=capability)
+    if fstype == "ext4":
+        device = os.path.basename(driver.loop_devices()[0])
+        with open(f"/sys/fs/ext4/{device}/trigger_fs_error", "w") as file:
+            file.write("test")
+    else:
+        subprocess.run(["xfs_io", "-x", "-c", "shutdown", target], check=True)
+    with refused("FAILED_PRECONDITION", "is read-only since"):
+        driver.publish(volume, B, runtime="runc", capability=capability)
+    lose_records(driver)
+    driver.unpublish(volume, B)
+    driver.unpublish(volume, A)
+    again = driver.publish(volume, B, runtime="runc", capability=capability)
+    open(f"{again}/file", "w").close()
+    driver.unpublish(volume, B)
+    driver.unstage(volume)
+    driver.delete(volume)
+
+
+@pytest.mark.parametrize(("mode", "flags"), [("SINGLE_NODE_WRITER", ("ro",)), ("SINGLE_NODE_READER_ONLY", ()),
+                                             ("SINGLE_NODE_WRITER", ())])  # fmt: skip
+@pytest.mark.parametrize("runtime", ["runc", "kata"])
+def test_what_only_reads_is_kubelets_to_say_where_it_was_lost(driver, mode, flags, runtime):
+    capability = mount_capability(mode, flags=flags)
+    volume = driver.create("v", capability=capability)
+    driver.stage(volume, capability)
+    target = driver.publish(volume, A, runtime=runtime, capability=capability)
+    lose_records(driver)
+    for _ in range(2):
+        assert driver.publish(volume, A, runtime=runtime, capability=capability) == target
+        driver.stage(volume, capability)
+    driver.unpublish(volume, A)
+    driver.unstage(volume)
+    driver.delete(volume)
+
+
+def test_a_subpath_that_kubelet_has_bound_is_no_staging_path(driver):
+    volume = driver.create("v")
+    driver.stage(volume)
+    target = driver.publish(volume, A, runtime="runc")
+    place = driver.kubelet / "pods" / A / "volume-subpaths/pv/c/0"
+    place.mkdir(parents=True)
+    subprocess.run(["mount", "--bind", target, place], check=True)
+    try:
+        lose_records(driver)
+        driver.stage(volume)
+        driver.publish(volume, A, runtime="runc")
+        record = json.loads((driver.records / "claims" / f"{volume.volume_id}.json").read_text())
+        assert record["staging_path"] == driver.staging(volume.volume_id)
+        driver.publish(volume, B, runtime="runc")
+        driver.unpublish(volume, A)
+        assert str(place) in driver.mounts()
+    finally:
+        subprocess.run(["umount", place], check=True)
+    driver.unpublish(volume, B)
+    driver.unstage(volume)
+    driver.delete(volume)
+
+
+def test_a_kernel_that_could_not_be_told_is_asked_for_at_each_repeat(driver):
+    capability = block_capability("SINGLE_NODE_MULTI_WRITER")
+    volume = driver.create("raw", capability=capability)
+    driver.stage(volume, capability)
+    driver.publish(volume, A, runtime="runc", capability=capability)
+    lose_records(driver)
+    driver.stage(volume, capability)
+    driver.publish(volume, A, capability=capability)  # without a word of the class's, nobody can tell
+    with refused("FAILED_PRECONDITION", "its record was lost"):
+        driver.publish(volume, B, runtime="runc", capability=capability)
+    driver.publish(volume, A, runtime="runc", capability=capability)
+    driver.publish(volume, B, runtime="runc", capability=capability)
+    for pod in (A, B):
+        driver.unpublish(volume, pod)
+    driver.unstage(volume)
+    driver.delete(volume)
+
+
+@pytest.mark.parametrize("kind", ["directory", "socket", "link"])
+def test_something_else_in_the_place_of_a_lock_keeps_nobody_out(driver, kind):
+    volume = driver.create("v")
+    place = driver.run / "locks" / volume.volume_id
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "directory":
+        (place / "inner").mkdir(parents=True)
+    elif kind == "link":
+        place.symlink_to("/etc/passwd")
+    else:
+        with contextlib.closing(socket.socket(socket.AF_UNIX)) as one:
+            one.bind(str(place))
+    driver.stage(volume)
+    driver.publish(volume, A, runtime="kata")
+    driver.unpublish(volume, A)
+    driver.unstage(volume)
+    driver.delete(volume)

@@ -207,11 +207,10 @@ def test_who_lost_its_lock_takes_nobody_elses_away(claims, soon, tmp_path):
 
 
 def test_a_device_that_its_index_cannot_note_is_not_written_into_a_claim(claims, soon, tmp_path):
-    (tmp_path / "devices/loop7").mkdir(parents=True)
-    (tmp_path / "devices/loop7/x").mkdir()
+    (tmp_path / "devices").write_text("no directory")
     with claims.locked("loop-1", soon) as cell:
         cell.write(a_claim())
-        with pytest.raises(OSError, match="loop7"):
+        with pytest.raises(OSError, match="devices"):
             cell.write(a_claim().but(device="/dev/loop7"))
     assert claims.peek("loop-1") == a_claim()
 
