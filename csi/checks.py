@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import unicodedata
 from collections.abc import Mapping
@@ -10,7 +11,9 @@ from typing import Any
 from blockdev import mounts
 from guestmount import BadRequest, PodRef
 from runvol_proto import csi_pb2
-from volumes import AccessMode, Capability, SizeRange
+from volumes import AccessMode, Capability, SizeRange, own_id
+
+log = logging.getLogger("runvol.csi")
 
 _STRING, _MAP, _NODE_ID = 128, 4096, 256
 _CONTEXT = "csi.storage.k8s.io/"
@@ -26,6 +29,14 @@ def required(field: str, value: str) -> str:
     if any(unicodedata.category(character) == "Cc" for character in value):
         raise BadRequest(field, value, "holds a control character")
     return value
+
+
+def volume_id(value: str) -> str:
+    """The volume's name here. Of a static volume anybody may have chosen its id."""
+    own = own_id(required("volume_id", value))
+    if own != value:
+        log.debug("a volume's id is no name of a file", extra={"id": value, "called": own})
+    return own
 
 
 def bounded_map(field: str, values: Mapping[str, str], *, secret: bool = False) -> dict[str, str]:

@@ -141,7 +141,7 @@ class Controller(SnapshotCalls):
             )
 
     def DeleteVolume(self, request: csi_pb2.DeleteVolumeRequest, deadline: Deadline) -> csi_pb2.DeleteVolumeResponse:
-        volume_id = checks.required("volume_id", request.volume_id)
+        volume_id = checks.volume_id(request.volume_id)
         checks.bounded_map("secrets", request.secrets, secret=True)
         with contextlib.suppress(VolumeNotFound):
             backend = self._node.catalog.of(volume_id)
@@ -152,7 +152,7 @@ class Controller(SnapshotCalls):
     def ValidateVolumeCapabilities(
         self, request: csi_pb2.ValidateVolumeCapabilitiesRequest, _deadline: Deadline
     ) -> csi_pb2.ValidateVolumeCapabilitiesResponse:
-        volume_id = checks.required("volume_id", request.volume_id)
+        volume_id = checks.volume_id(request.volume_id)
         if not request.volume_capabilities:
             raise BadRequest("volume_capabilities", None, "must be given")
         uses = [checks.capability("volume_capabilities", one) for one in request.volume_capabilities]
@@ -193,7 +193,7 @@ class Controller(SnapshotCalls):
     def ControllerGetVolume(
         self, request: csi_pb2.ControllerGetVolumeRequest, _deadline: Deadline
     ) -> csi_pb2.ControllerGetVolumeResponse:
-        volume = self._node.catalog.get(checks.required("volume_id", request.volume_id))
+        volume = self._node.catalog.get(checks.volume_id(request.volume_id))
         response = csi_pb2.ControllerGetVolumeResponse(volume=self._message(volume))
         response.status.volume_condition.CopyFrom(health.condition(self._node, volume.volume_id, volume))
         return response
@@ -219,7 +219,7 @@ class Controller(SnapshotCalls):
         """Keeps room for it; the node that has the volume does the work (resizing has no node-deployment mode).
 
         Where no node has anything of it, the controller does all of it."""
-        volume_id = checks.required("volume_id", request.volume_id)
+        volume_id = checks.volume_id(request.volume_id)
         if not request.HasField("capacity_range"):
             raise BadRequest("capacity_range", None, "must be given")
         checks.bounded_map("secrets", request.secrets, secret=True)
@@ -235,7 +235,7 @@ class Controller(SnapshotCalls):
     def ControllerGetVolumeHealth(
         self, request: csi_pb2.ControllerGetVolumeHealthRequest, _deadline: Deadline
     ) -> csi_pb2.ControllerGetVolumeHealthResponse:
-        volume_id = checks.required("volume_id", request.volume_id)
+        volume_id = checks.volume_id(request.volume_id)
         return csi_pb2.ControllerGetVolumeHealthResponse(volume_health=health.health(self._node, volume_id))
 
     def ControllerListVolumeHealth(

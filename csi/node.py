@@ -46,7 +46,7 @@ class NodeService:
     def NodeStageVolume(
         self, request: csi_pb2.NodeStageVolumeRequest, deadline: Deadline
     ) -> csi_pb2.NodeStageVolumeResponse:
-        volume_id = checks.required("volume_id", request.volume_id)
+        volume_id = checks.volume_id(request.volume_id)
         if not request.staging_target_path:
             raise BadRequest("staging_target_path", "", "must be given")
         capability = checks.capability(
@@ -68,7 +68,7 @@ class NodeService:
     def NodeUnstageVolume(
         self, request: csi_pb2.NodeUnstageVolumeRequest, deadline: Deadline
     ) -> csi_pb2.NodeUnstageVolumeResponse:
-        volume_id = checks.required("volume_id", request.volume_id)
+        volume_id = checks.volume_id(request.volume_id)
         if not request.staging_target_path:
             raise BadRequest("staging_target_path", "", "must be given")
         self._node.unstage(volume_id, request.staging_target_path, deadline)
@@ -77,7 +77,7 @@ class NodeService:
     def NodePublishVolume(
         self, request: csi_pb2.NodePublishVolumeRequest, deadline: Deadline
     ) -> csi_pb2.NodePublishVolumeResponse:
-        volume_id = checks.required("volume_id", request.volume_id)
+        volume_id = checks.volume_id(request.volume_id)
         if not request.target_path:
             raise BadRequest("target_path", "", "must be given")
         capability = checks.capability(
@@ -104,7 +104,7 @@ class NodeService:
     def NodeUnpublishVolume(
         self, request: csi_pb2.NodeUnpublishVolumeRequest, deadline: Deadline
     ) -> csi_pb2.NodeUnpublishVolumeResponse:
-        volume_id = checks.required("volume_id", request.volume_id)
+        volume_id = checks.volume_id(request.volume_id)
         if not request.target_path:
             raise BadRequest("target_path", "", "must be given")
         self._node.unpublish(volume_id, request.target_path, deadline)
@@ -113,7 +113,7 @@ class NodeService:
     def NodeGetVolumeStats(
         self, request: csi_pb2.NodeGetVolumeStatsRequest, deadline: Deadline
     ) -> csi_pb2.NodeGetVolumeStatsResponse:
-        volume_id = checks.required("volume_id", request.volume_id)
+        volume_id = checks.volume_id(request.volume_id)
         if not request.volume_path:
             raise BadRequest("volume_path", "", "must be given")
         claim = usage.published(self._node, volume_id, request.volume_path)
@@ -137,7 +137,7 @@ class NodeService:
     def NodeExpandVolume(
         self, request: csi_pb2.NodeExpandVolumeRequest, deadline: Deadline
     ) -> csi_pb2.NodeExpandVolumeResponse:
-        volume_id = checks.required("volume_id", request.volume_id)
+        volume_id = checks.volume_id(request.volume_id)
         if not request.volume_path:
             raise BadRequest("volume_path", "", "must be given")
         checks.bounded_map("secrets", request.secrets, secret=True)
@@ -152,7 +152,7 @@ class NodeService:
     def NodeGetVolumeHealth(
         self, request: csi_pb2.NodeGetVolumeHealthRequest, _deadline: Deadline
     ) -> csi_pb2.NodeGetVolumeHealthResponse:
-        volume_id = checks.required("volume_id", request.volume_id)
+        volume_id = checks.volume_id(request.volume_id)
         if request.volume_publish_path:
             usage.published(self._node, volume_id, request.volume_publish_path)
         return csi_pb2.NodeGetVolumeHealthResponse(volume_health=health.health(self._node, volume_id))

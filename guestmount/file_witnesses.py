@@ -16,7 +16,7 @@ from guestmount.claims import Claim, NfsMount, Target, Use
 from guestmount.node import Node
 from guestmount.ways.shared import Shared
 from guestmount.witnesses import pod_directory
-from volumes import AccessMode, DirectorySource, VolumeError, VolumeKind, VolumeNotFound
+from volumes import AccessMode, DirectorySource, VolumeError, VolumeKind, VolumeNotFound, own_id
 from volumes.backend import Backend, StoredBackend
 
 _RECORD = "vol_data.json"
@@ -95,7 +95,7 @@ def _is_named(mount: Mount, volume_id: str) -> bool:
         return False
     try:
         raw = durable.read(os.path.join(os.path.dirname(mount.target), _RECORD), _LONGEST)
-        return msgspec.json.decode(raw, type=_VolumeData).volumeHandle == volume_id
+        return own_id(msgspec.json.decode(raw, type=_VolumeData).volumeHandle) == volume_id
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
         return False
 

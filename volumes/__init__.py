@@ -27,6 +27,7 @@ from volumes.model import (
     Source,
     Volume,
     VolumeKind,
+    own_id,
 )
 
 __all__ = [
@@ -53,5 +54,6 @@ __all__ = [
     "VolumeKind",
     "VolumeNotFound",
     "VolumeUnfinished",
+    "own_id",
     "parameters",
 ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import enum
+import hashlib
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,8 +12,17 @@ from dataclasses import dataclass, field
 MEBIBYTE = 1 << 20
 GIBIBYTE = 1 << 30
 
-# Opaque, at most the CSI's 128 bytes, and never a path.
+# Opaque, at most the CSI's 128 bytes, and never a path: what we give, and what stands here for ids that others choose.
 VOLUME_ID = re.compile(r"(?=.{1,128}\Z)[a-z0-9](?:[a-z0-9-]|\.(?!\.))*\Z")
+_OF_OTHERS = "any-"
+
+
+def own_id(handle: str) -> str:
+    """What a volume is called here whose id others have chosen (a static PersistentVolume's `volumeHandle` may hold any
+    character): itself, where it can be the name of a file."""
+    if VOLUME_ID.match(handle):
+        return handle
+    return _OF_OTHERS + hashlib.sha256(os.fsencode(handle)).hexdigest()[:40]
 
 
 class AccessMode(enum.StrEnum):

@@ -301,3 +301,28 @@ def test_a_context_of_selinux_is_one_option(driver):
     assert claim["use"]["mount_flags"] == ["noatime", flag]
     driver.unpublish(volume, PODS[0])
     driver.unstage(volume)
+
+
+@pytest.mark.parametrize(
+    "handle",
+    ["nfs-data-1", "nfs.example.com/share##", "10.0.0.1#srv/nfs#data", "MyVolume_1", "data:prod", "../../etc", "ß"],
+)
+def test_a_static_volumes_handle_may_be_anything(driver, handle):
+    rwx = mount_capability("MULTI_NODE_MULTI_WRITER")
+    context = {"backend": "nfs", "server": "127.0.0.1", "share": "/srv/one"}
+    staging = driver.staging("v")
+    stage = {"volume_id": handle, "staging_target_path": staging, "volume_capability": rwx}
+    for _ in range(2):
+        driver.client.NodeStageVolume(**stage, volume_context=context)
+    other = {**stage, "volume_id": f"{handle}x", "staging_target_path": driver.staging("w")}
+    driver.client.NodeStageVolume(**other, volume_context=context | {"share": "/srv/two"})
+    assert len(list((driver.records / "claims").iterdir())) == 2
+    for one in (stage, other):
+        driver.client.NodeUnstageVolume(volume_id=one["volume_id"], staging_target_path=one["staging_target_path"])
+    assert not list((driver.records / "claims").iterdir())
+    driver.client.DeleteVolume(volume_id=handle)
+    if not handle.startswith("nfs-"):
+        with refused("NOT_FOUND"):
+            driver.client.ControllerGetVolume(volume_id=handle)
+    with refused("INVALID_ARGUMENT", "volume_id"):
+        driver.client.NodeStageVolume(**{**stage, "volume_id": "x" * 129}, volume_context=context)
