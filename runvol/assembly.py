@@ -42,6 +42,7 @@ def build(config: Config, *, check_patience: float = PATIENCE) -> Node:
                 directory_limit=config.number("directory.capacity_bytes"),
                 given_directories=config.words("flexvolume.directories"),
                 given_devices=config.words("flexvolume.devices"),
+                nfs_exports=config.words("nfs.exports"),
                 held=os.path.join(run_dir, "given"),
             ),
             enabled=config.words("volumes.backends"),

@@ -101,6 +101,11 @@ TABLE: Mapping[str, Setting] = {
         "reflinks); the copy then gives way, and begins again when it is asked for",
     ),
     "loop.capacity_bytes": Setting(default=0, meaning="bytes that all volumes may promise; 0 for what the disk has"),
+    "nfs.exports": Setting(
+        default=(),
+        meaning="exports (`server:/path`) whose volumes are found and listed although this controller has never "
+        "worked there",
+    ),
     "flexvolume.directories": Setting(
         default=(), meaning="where directories may lie that FlexVolume volumes name by `directory`; empty for none"
     ),

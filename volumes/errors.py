@@ -52,6 +52,7 @@ class ExportUnknown(StoreFailed):
 
     def __init__(self, one_id: str, place: str) -> None:
         super().__init__(
-            f"no export known for this id ({one_id!r}): this controller cannot look for it, and deletes nothing. Bring "
-            f"{place} here from the controller that made it, or have this one make a volume of the same StorageClass"
+            f"no export known for this id ({one_id!r}): this controller cannot look for it, and deletes nothing. "
+            f"Name it in the setting nfs.exports, bring {place} here from the controller that made it, or have this "
+            "one make a volume of the same StorageClass"
         )

@@ -6,6 +6,7 @@ The name of a volume or snapshot holds its export's, so that any controller that
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ import msgspec
 
 from blockdev import BlockdevError, Deadline, durable, flocks, nfs
 from volumes.errors import ExportUnknown, InvalidParameter, StoreFailed, VolumeNotFound
+from volumes.export_ids import digest, export_of, key, short
 from volumes.model import Snapshot, Volume
 from volumes.troubles import EXPECTED, Trouble
 
@@ -28,9 +30,11 @@ T = TypeVar("T", Volume, Snapshot)
 
 class Exports:
     """`<state_dir>/exports.json`: every export on which a volume was made here. Changed under a lock that holds between
-    processes; one that was remembered later comes later."""
+    processes; one that was remembered later comes later. `configured`: exports that are known without that, as
+    `server:/path`."""
 
-    def __init__(self, state_dir: str) -> None:
+    def __init__(self, state_dir: str, configured: Sequence[str] = ()) -> None:
+        self._configured = [_named(one) for one in configured]
         self._path, self._lock = os.path.join(state_dir, "exports.json"), os.path.join(state_dir, "exports.lock")
 
     def known(self) -> list[nfs.Export]:
@@ -74,7 +78,7 @@ class Exports:
     def shares(self) -> list[list[nfs.Export]]:
         """Each share with all that is known of how to mount it, the latest first: the latest has worked last."""
         found: dict[str, list[nfs.Export]] = {}
-        for export in self.known():
+        for export in [*self._configured, *self.known()]:
             found.setdefault(key(export), []).insert(0, export)
         return list(found.values())
 
@@ -97,12 +101,27 @@ class Exports:
     def of(self, one_id: str, prefix: str) -> list[nfs.Export]:
         """How the share is mounted on which the volume or snapshot of this id lies. ExportUnknown; VolumeNotFound for
         an id that this backend never gives."""
-        if not re.fullmatch(rf"{re.escape(prefix)}[0-9a-f]{{12}}-[0-9a-f]{{20}}", one_id):
+        if not re.fullmatch(rf"{re.escape(prefix)}[0-9a-f]{{12}}-[0-9a-f]{{20}}(\.[a-z2-7]{{1,90}})?", one_id):
             raise VolumeNotFound(one_id)
-        for share in self.shares():
-            if one_id.startswith(f"{prefix}{key(share[0])}-"):
-                return share
-        raise ExportUnknown(one_id, self._path)
+        said = export_of(one_id)
+        try:
+            shares = self.shares()
+        except StoreFailed:
+            if said is None:
+                raise
+            shares = []
+        known = next((share for share in shares if one_id.startswith(f"{prefix}{key(share[0])}-")), [])
+        if said is not None:  # what worked before is tried first
+            versions = [said.version, *(one for one in nfs.VERSIONS if one != said.version)]
+            known = [*known, *(dataclasses.replace(said, version=one) for one in versions)]
+        if not known:
+            raise ExportUnknown(one_id, self._path)
+        return known
+
+
+def _named(text: str) -> nfs.Export:
+    server, _, path = text.rpartition(":/")
+    return nfs.Export(server=server, path=f"/{path}".rstrip("/") or "/", version=nfs.DEFAULT_VERSION)
 
 
 @contextlib.contextmanager
@@ -113,6 +132,8 @@ def opened_any(share: Sequence[nfs.Export]) -> Iterator[tuple[int, nfs.Export]]:
         with contextlib.ExitStack() as stack:
             try:
                 root = stack.enter_context(opened(export))
+            except nfs.ServerSilent:
+                raise  # it is the same server in each
             except BlockdevError as error:
                 first = first or error
                 continue
@@ -144,25 +165,9 @@ def of_class(parameters: Mapping[str, str], flags: Sequence[str]) -> nfs.Export:
     )
 
 
-def digest(text: str) -> str:
-    import hashlib
-
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def key(export: nfs.Export) -> str:
-    """What stands for the export in an id."""
-    return digest(f"{export.server}\0{export.path}")[:12]
-
-
-def id_of(export: nfs.Export, name: str, prefix: str) -> str:
-    """The same for the same name on the same share, so that a creation may be repeated by another controller."""
-    return f"{prefix}{key(export)}-{digest(name)[:20]}"
-
-
 def place(one_id: str) -> int:
     """A stable place in the list of all volumes, or of all snapshots, of NFS; below 2^56."""
-    return int(digest(one_id)[:13], 16) + 1
+    return int(digest(short(one_id))[:13], 16) + 1
 
 
 def part(numbered: list[tuple[int, T]], after: int, limit: int) -> Sequence[tuple[int, T]]:

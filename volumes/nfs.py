@@ -24,6 +24,7 @@ from volumes.errors import (
     VolumeNotFound,
     VolumeUnfinished,
 )
+from volumes.export_ids import digest, id_of, key, short
 from volumes.exports import Exports
 from volumes.jobs import PATIENCE, Jobs, Progress
 from volumes.model import Capability, ContentSource, Need, NfsSource, SizeRange, Snapshot, Source, Volume, VolumeKind
@@ -45,8 +46,9 @@ class NfsBackend:
     kind = VolumeKind.FILES
     multi_node = True
 
-    def __init__(self, state_dir: str) -> None:
-        self._exports = Exports(state_dir)
+    def __init__(self, state_dir: str, *, exports_known: Sequence[str] = ()) -> None:
+        """`exports_known`: where volumes are found although this controller has never worked there, `server:/path`."""
+        self._exports = Exports(state_dir, exports_known)
         # Many, as each may wait for a server of its own.
         self._jobs = Jobs(running=16)
         self.keeper: Keeper = Unkept()
@@ -80,7 +82,8 @@ class NfsBackend:
     ) -> Volume:
         """VolumeUnfinished, with how far it is, while the content of `source` is still being copied."""
         export = exports.of_class(parameters, [flag for use in uses for flag in use.mount_flags])
-        volume_id = exports.id_of(export, name, NFS_VOLUME)
+        handle = id_of(export, name, NFS_VOLUME)
+        volume_id = short(handle)
         kept = [source.source_id] if source is not None and source.kind == "volume" else []
         with (
             self.keeper.still(kept, Deadline.after(PATIENCE)),
@@ -98,7 +101,7 @@ class NfsBackend:
                 record = Record(
                     volume_id=volume_id, name=name, capacity=sizes.choose(size, smallest=smallest),
                     directory=place, parameters=dict(parameters), ready=False, source=str(source or ""),
-                    made=_made_by_us(root, place),
+                    made=_made_by_us(root, place), handle=handle,
                 )  # fmt: skip
                 if source is not None:
                     _check_free(root, record)
@@ -137,18 +140,18 @@ class NfsBackend:
         if parameters.get("volumeAs") == "sharepath":
             raise InvalidParameter("volumeAs", "sharepath", "cannot be made from another volume: the share is there")
         prefix = NFS_SNAPSHOT if source.kind == "snapshot" else NFS_VOLUME
-        if not source.source_id.startswith(prefix + exports.key(export)):
+        if not source.source_id.startswith(prefix + key(export)):
             if not source.source_id.startswith(prefix):
                 raise VolumeNotFound(source.source_id)
             raise InvalidParameter("path", export.path, f"is another share than that of {source}; use a class of that")
         if source.kind == "snapshot":
-            snapshot = share.read(root, source.source_id, SnapshotRecord)
+            snapshot = share.read(root, short(source.source_id), SnapshotRecord)
             if snapshot is None:
                 raise VolumeNotFound(source.source_id)
             if not snapshot.ready:
                 raise VolumeUnfinished(f"snapshot {source.source_id} is still being made")
             return snapshot.capacity
-        volume = share.read(root, source.source_id, Record)
+        volume = share.read(root, short(source.source_id), Record)
         if volume is None or not volume.ready:
             raise VolumeNotFound(source.source_id)
         return volume.capacity
@@ -170,10 +173,10 @@ class NfsBackend:
                         os.mkdir(name, 0o700, dir_fd=place)
                     with share.opened(root, new) as target:
                         if source.kind == "snapshot":
-                            with open(share.archive(root, source.source_id), "rb") as archive:
+                            with open(share.archive(root, short(source.source_id)), "rb") as archive:
                                 archives.unpack(archive, target, progress)
                         else:
-                            old = share.read(root, source.source_id, Record)
+                            old = share.read(root, short(source.source_id), Record)
                             if old is None:
                                 raise VolumeNotFound(source.source_id)
                             with share.opened(root, old.directory or ".") as directory:
@@ -185,7 +188,7 @@ class NfsBackend:
 
     def delete(self, volume_id: str) -> None:
         """As `_deleted`, behind the call where that takes long: VolumeUnfinished, and who asks again waits for it."""
-        self._jobs.cancel(volume_id, PATIENCE)
+        self._jobs.cancel(short(volume_id), PATIENCE)
         what = f"deleting volume {volume_id}"
         self._jobs.finished(what, what, lambda _progress: self._deleted(volume_id), PATIENCE)
 
@@ -193,7 +196,7 @@ class NfsBackend:
         """The directory is archived, or removed with its content if the class says so. What was there before the volume
         is left as it is, a share itself among it. ExportUnknown where nobody can look."""
         try:
-            known = self._exports.of(volume_id, NFS_VOLUME)
+            known, volume_id = self._exports.of(volume_id, NFS_VOLUME), short(volume_id)
         except VolumeNotFound:
             return
         with exports.opened_any(known) as (root, _export), share.enough_space(f"the deletion of volume {volume_id}"):
@@ -207,7 +210,7 @@ class NfsBackend:
                 if other.volume_id != volume_id:
                     has_others |= _is_in(other, record) and not other.gone
                     (deleted if other.gone else living).append(other)
-                    if not other.ready and other.source == f"volume:{volume_id}":
+                    if not other.ready and short(other.source) == f"volume:{volume_id}":
                         copies.append(other.volume_id)
             self._check_not_copied(root, record, copies)
             if damaged and record.parameters.get("subDir"):
@@ -231,7 +234,7 @@ class NfsBackend:
             raise VolumeUnfinished(f"volume {record.volume_id} is being filled from {record.source}")
         made = [*copies]
         made += [one.snapshot_id for one in share.records(root, NFS_SNAPSHOT, SnapshotRecord, logged)
-                 if not one.ready and one.source == record.volume_id]  # fmt: skip
+                 if not one.ready and short(one.source) == record.volume_id]  # fmt: skip
         if made:
             raise VolumeUnfinished(f"volume {record.volume_id} is being copied to {made[0]}; wait, or delete that")
 
@@ -265,7 +268,7 @@ class NfsBackend:
         except VolumeNotFound:
             return None
         with exports.opened_any(known) as (root, export):
-            record = share.read(root, volume_id, Record)
+            record = share.read(root, short(volume_id), Record)
         return _volume(record, export) if record is not None and record.ready else None
 
     def list(
@@ -293,7 +296,7 @@ class NfsBackend:
         capacity = self.check_expand(volume_id, size)
         known = self._exports.of(volume_id, NFS_VOLUME)
         with exports.opened_any(known) as (root, export), share.enough_space(f"the size of volume {volume_id}"):
-            record = share.read(root, volume_id, Record)
+            record = share.read(root, short(volume_id), Record)
             if record is None:
                 raise VolumeNotFound(volume_id)
             record = msgspec.structs.replace(record, capacity=capacity)
@@ -430,7 +433,7 @@ def _directory(name: str) -> str:
     """The name itself where it can be one; a person looks for it on the server."""
     plain = name.replace("/", "-").replace("\0", "-")
     if plain.startswith(".") or plain.startswith(ARCHIVE) or len(plain.encode()) > 200 or plain != name:
-        return f"v-{exports.digest(name)[:32]}"
+        return f"v-{digest(name)[:32]}"
     return plain
 
 
@@ -487,7 +490,7 @@ def _check_same(
 ) -> None:
     if old.parameters != dict(parameters):
         raise VolumeConflict(name, f"was made with the parameters {old.parameters}")
-    if old.source != str(source or ""):
+    if short(old.source) != short(str(source or "")):
         raise VolumeConflict(name, f"was made from {old.source or 'nothing'}, not from {source or 'nothing'}")
     if old.directory != _place_of(name, parameters):
         # Everybody on the share can have written that.
@@ -501,7 +504,7 @@ def _check_same(
 def _volume(record: Record, export: nfs.Export) -> Volume:
     path = os.path.join(export.path, record.directory) if record.directory else export.path
     return Volume(
-        volume_id=record.volume_id,
+        volume_id=record.handle or record.volume_id,
         name=record.name,
         backend=NfsBackend.name,
         capacity_bytes=record.capacity,

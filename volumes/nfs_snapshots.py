@@ -17,6 +17,7 @@ import msgspec
 from blockdev import Deadline, nfs
 from volumes import exports, share
 from volumes.errors import VolumeConflict, VolumeNotFound, VolumeUnfinished
+from volumes.export_ids import id_of, short
 from volumes.exports import Exports
 from volumes.jobs import PATIENCE, Jobs, Progress
 from volumes.model import Snapshot
@@ -33,17 +34,18 @@ class NfsSnapshots:
     def take(self, name: str, volume_id: str, deadline: Deadline) -> Snapshot:
         """The snapshot called `name` of the volume; not `ready` while its archive is being made."""
         known = self._exports.of(volume_id, NFS_VOLUME)
-        snapshot_id = exports.id_of(known[0], name, NFS_SNAPSHOT)
+        handle = id_of(known[0], name, NFS_SNAPSHOT)
+        snapshot_id = short(handle)
         with exports.opened_any(known) as (root, export), share.enough_space(f"snapshot {name}"):
-            volume = share.read(root, volume_id, Record)
+            volume = share.read(root, short(volume_id), Record)
             if volume is None or not volume.ready:
                 raise VolumeNotFound(volume_id)
             record = share.read(root, snapshot_id, SnapshotRecord)
             if record is None:
                 record = SnapshotRecord(snapshot_id=snapshot_id, name=name, source=volume_id, capacity=volume.capacity,
-                                        created=time.time(), ready=False)  # fmt: skip
+                                        created=time.time(), ready=False, handle=handle)  # fmt: skip
                 share.write(root, record)
-            if (record.name, record.source) != (name, volume_id):
+            if (record.name, short(record.source)) != (name, short(volume_id)):
                 raise VolumeConflict(name, f"is a snapshot of {record.source}, not of {volume_id}")
             if not record.ready:
                 work = self._archiving(export, record, volume)
@@ -81,7 +83,7 @@ class NfsSnapshots:
     def get(self, snapshot_id: str) -> Snapshot:
         """VolumeNotFound where there is none; ExportUnknown where nobody can tell."""
         with exports.opened_any(self._exports.of(snapshot_id, NFS_SNAPSHOT)) as (root, _export):
-            record = share.read(root, snapshot_id, SnapshotRecord)
+            record = share.read(root, short(snapshot_id), SnapshotRecord)
         if record is None:
             raise VolumeNotFound(snapshot_id)
         return _snapshot(record)
@@ -90,7 +92,7 @@ class NfsSnapshots:
         """No such snapshot afterwards; an archive that is being made ends. VolumeUnfinished while a volume is made from
         it; ExportUnknown."""
         try:
-            known = self._exports.of(snapshot_id, NFS_SNAPSHOT)
+            known, snapshot_id = self._exports.of(snapshot_id, NFS_SNAPSHOT), short(snapshot_id)
         except VolumeNotFound:
             return
         self._jobs.cancel(snapshot_id, PATIENCE)
@@ -99,7 +101,7 @@ class NfsSnapshots:
             share.enough_space(f"the deletion of snapshot {snapshot_id}"),
         ):
             made = [one.volume_id for one in share.records(root, NFS_VOLUME, Record, logged)
-                    if not one.ready and one.source == f"snapshot:{snapshot_id}"]  # fmt: skip
+                    if not one.ready and short(one.source) == f"snapshot:{snapshot_id}"]  # fmt: skip
             if made:
                 raise VolumeUnfinished(f"volume {made[0]} is being made from snapshot {snapshot_id}")
             share.tidy(root, f"{snapshot_id}.", ".tar")
@@ -110,7 +112,7 @@ class NfsSnapshots:
 
         def listed(root: int, _export: nfs.Export) -> builtins.list[Snapshot]:
             known = share.records(root, NFS_SNAPSHOT, SnapshotRecord, trouble)
-            return [_snapshot(one) for one in known if source in ("", one.source)]
+            return [_snapshot(one) for one in known if not source or short(source) == short(one.source)]
 
         found = self._exports.on_each(listed, trouble)
         return exports.part([(exports.place(one.snapshot_id), one) for one in found], after, limit)
@@ -118,9 +120,12 @@ class NfsSnapshots:
 
 def _snapshot(record: SnapshotRecord) -> Snapshot:
     return Snapshot(
-        snapshot_id=record.snapshot_id, source=record.source, size_bytes=record.capacity, created=record.created,
+        snapshot_id=record.handle or record.snapshot_id,
+        source=record.source,
+        size_bytes=record.capacity,
+        created=record.created,
         ready=record.ready,
-    )  # fmt: skip
+    )
 
 
 @contextlib.contextmanager

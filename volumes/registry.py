@@ -16,6 +16,7 @@ class Settings:
     """Where the backends of a node keep what is theirs; limits in bytes, 0 for none.
 
     `given_...`: where volumes that are described by a path may lie; `held`: where those in use get names of our own.
+    `nfs_exports`: exports that are known, as `server:/path`.
     """
 
     state_dir: str
@@ -25,6 +26,7 @@ class Settings:
     given_directories: tuple[str, ...] = ()
     given_devices: tuple[str, ...] = ()
     held: str = ""
+    nfs_exports: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,7 @@ REGISTRY: tuple[Entry, ...] = (
     ),
     Entry(
         backend=nfs.NfsBackend,
-        open=lambda it: nfs.NfsBackend(it.state_dir),
+        open=lambda it: nfs.NfsBackend(it.state_dir, exports_known=it.nfs_exports),
         meaning="a directory of an NFS export.",
         parameters=nfs_parameters.PARAMETERS,
         described_by=nfs_parameters.DESCRIBED_BY,

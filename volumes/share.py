@@ -21,6 +21,7 @@ import msgspec
 from blockdev import BlockdevError, Deadline, durable, trees
 from volumes import nfs_parameters, sizes
 from volumes.errors import NoSpace, StoreFailed, VolumeUnfinished
+from volumes.export_ids import short
 from volumes.model import VOLUME_ID
 from volumes.parameter import BACKEND, FILESYSTEM, RUNTIME
 from volumes.troubles import Trouble
@@ -28,7 +29,7 @@ from volumes.troubles import Trouble
 RECORDS = ".runvol"
 # What the ids of volumes and of snapshots begin with.
 NFS_VOLUME, NFS_SNAPSHOT = "nfs-", "nfssnap-"
-# What is called so: see `exports.id_of`.
+# What is called so: see `export_ids.id_of`.
 _RECORD = re.compile(r"nfs(?:snap)?-[0-9a-f]{12}-[0-9a-f]{20}\.json")
 _LONGEST = 65536
 # So many records of one share are looked at, and so many bytes of them; more than runvol ever makes there.
@@ -46,7 +47,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """`<id>.json` of a volume. `directory` is below the share; empty for the share itself. `source`: what it was made
     from: its directory then appears with all its content, or not at all. `made`: whether runvol has made the directory;
     None in records of releases that did not write it down. `gone`: the volume was deleted, and its directory goes with
-    the last one that lies in it."""
+    the last one that lies in it. `handle`: its whole id; empty where an older release gave it."""
 
     volume_id: str
     name: str
@@ -57,6 +58,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     source: str = ""
     made: bool | None = None
     gone: bool = False
+    handle: str = ""
 
 
 class SnapshotRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,6 +71,7 @@ class SnapshotRecord(msgspec.Struct, frozen=True, kw_only=True):
     capacity: int
     created: float
     ready: bool
+    handle: str = ""
 
 
 R = TypeVar("R", Record, SnapshotRecord)
@@ -95,7 +98,9 @@ def _decoded(raw: bytes, name: str, kind: type[R]) -> R:
         record = msgspec.json.decode(raw, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise VolumeUnfinished(f"the share's {RECORDS}/{name}.json cannot be read: {error}") from None
-    wrong = "it is the record of another id" if _id_of(record) != name else _wrong(record)
+    handle = record.handle or name
+    same = _id_of(record) == short(handle) == name and VOLUME_ID.match(handle)
+    wrong = _wrong(record) if same else "it is the record of another id"
     if wrong:
         raise VolumeUnfinished(f"the share's {RECORDS}/{name}.json cannot be read: {wrong}")
     return record

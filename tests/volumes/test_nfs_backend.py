@@ -16,12 +16,14 @@ import pytest
 from blockdev import Deadline, nfs
 from blockdev.errors import MountFailed
 from volumes import (
+    VOLUME_ID,
     ContentSource,
     InvalidParameter,
     SizeRange,
     StoreFailed,
     VolumeNotFound,
     VolumeUnfinished,
+    export_ids,
     exports,
     parameters,
 )
@@ -67,7 +69,7 @@ def make(backend: NfsBackend, name: str = "one", source: ContentSource | None = 
 
 
 def record(share: Path, volume) -> Path:
-    return share / ".runvol" / f"{volume.volume_id}.json"
+    return share / ".runvol" / f"{export_ids.short(volume.volume_id)}.json"
 
 
 def forget_who_made_it(share: Path, volume) -> None:
@@ -127,9 +129,11 @@ def test_a_damaged_list_of_exports_is_named_and_never_written_over(backend, tmp_
     said: list[str] = []
     assert backend.list(trouble=said.append) == []
     assert "exports.json cannot be read" in said[0]
-    for call in (lambda: make(backend, "two"), lambda: backend.delete(volume.volume_id)):
+    older = export_ids.short(volume.volume_id)  # which does not say its export
+    for call in (lambda: make(backend, "two"), lambda: backend.delete(older)):
         with pytest.raises(StoreFailed, match=r"exports\.json cannot be read"):
             call()
+    backend.delete(volume.volume_id)
     assert file.read_bytes() == whole[:-5]
 
 
@@ -141,21 +145,93 @@ def test_what_lies_on_an_export_that_nobody_remembers_is_not_said_to_be_gone(bac
     taken = backend.take_snapshot("s", volume.volume_id, Deadline.after(20))
     (tmp_path / "fresh").mkdir()
     fresh = NfsBackend(str(tmp_path / "fresh"))
+    # Ids as an earlier release gave them, and as exports of very long names have them.
+    volume_id, snapshot_id = export_ids.short(volume.volume_id), export_ids.short(taken.snapshot_id)
     for call in (
-        lambda: fresh.delete(volume.volume_id),
-        lambda: fresh.get(volume.volume_id),
-        lambda: fresh.delete_snapshot(taken.snapshot_id),
-        lambda: fresh.snapshot(taken.snapshot_id),
-        lambda: fresh.take_snapshot("t", volume.volume_id, Deadline.after(5)),
-        lambda: fresh.expand(volume.volume_id, SizeRange(required=2 * MIB)),
+        lambda: fresh.delete(volume_id),
+        lambda: fresh.get(volume_id),
+        lambda: fresh.delete_snapshot(snapshot_id),
+        lambda: fresh.snapshot(snapshot_id),
+        lambda: fresh.take_snapshot("t", volume_id, Deadline.after(5)),
+        lambda: fresh.expand(volume_id, SizeRange(required=2 * MIB)),
     ):
         with pytest.raises(ExportUnknown, match="no export known for this id"):
             call()
     assert (share / "one").is_dir()
     make(fresh, "two")  # of the same class
-    fresh.delete_snapshot(taken.snapshot_id)
-    fresh.delete(volume.volume_id)
+    fresh.delete_snapshot(snapshot_id)
+    fresh.delete(volume_id)
     assert not (share / "one").exists()
+
+
+def test_any_controller_serves_what_another_one_has_made(backend, share, tmp_path):
+    """Freshly started, it knows nothing but the id; the ids that it gives are the same."""
+    made = make(backend)
+    taken = backend.take_snapshot("s", made.volume_id, Deadline.after(20))
+
+    def fresh() -> NfsBackend:
+        state = tmp_path / os.urandom(4).hex()
+        state.mkdir()
+        return NfsBackend(str(state))
+
+    assert fresh().get(made.volume_id) == made
+    assert fresh().expand(made.volume_id, SizeRange(required=2 * MIB)).volume_id == made.volume_id
+    assert fresh().snapshot(taken.snapshot_id) == taken
+    again = fresh().take_snapshot("s", made.volume_id, Deadline.after(20))
+    assert again == taken
+    clone = make(fresh(), "two", ContentSource(kind="snapshot", source_id=taken.snapshot_id))
+    assert fresh().list() == []
+    configured = NfsBackend(str(tmp_path / "configured"), exports_known=["nas:/e"])
+    assert {one.volume_id for _place, one in configured.list()} == {made.volume_id, clone.volume_id}
+    assert [one.snapshot_id for _place, one in configured.snapshots(source=made.volume_id)] == [taken.snapshot_id]
+    fresh().delete_snapshot(taken.snapshot_id)
+    for one in (made, clone):
+        fresh().delete(one.volume_id)
+        assert fresh().get(one.volume_id) is None
+    assert not [name for name in os.listdir(share) if not name.startswith((".runvol", "archived-"))]
+
+
+def test_volumes_of_an_earlier_release_keep_their_ids(backend, share, tmp_path):
+    volume = make(backend)
+    facts = json.loads(record(share, volume).read_text())
+    del facts["handle"]
+    record(share, volume).write_text(json.dumps(facts))
+    old = export_ids.short(volume.volume_id)
+    assert [one.volume_id for _place, one in backend.list()] == [old] == [backend.get(old).volume_id]
+    assert make(backend).volume_id == old
+    taken = backend.take_snapshot("s", old, Deadline.after(20))
+    assert taken.source == old and backend.take_snapshot("s", old, Deadline.after(20)) == taken
+    backend.delete_snapshot(taken.snapshot_id)
+    backend.delete(old)
+
+
+@pytest.mark.parametrize(
+    ("server", "path", "whole"),
+    [
+        ("nas", "/e", True),
+        ("10.0.0.1", "/", True),
+        ("fd00::1", "/srv/nfs/kubernetes", True),
+        ("fs-0123456789abcdef0.efs.us-east-1.amazonaws.com", "/", True),
+        ("0a1b2c3d4e-xyz12.cn-hangzhou.nas.aliyuncs.com", "/share/kubernetes/volumes", True),
+        ("nas", "/ä/" + "x" * 20, True),
+        ("nas", "/" + "random-" * 30, True),
+        ("nas", "/" + "".join(f"{number:x}" for number in range(900, 1100)), False),
+    ],
+)
+def test_an_id_says_its_export_where_there_is_room(server, path, whole):
+    export = nfs.Export(server=server, path=path)
+    for prefix in ("nfs-", "nfssnap-"):
+        one = export_ids.id_of(export, "pvc-0a1b2c3d", prefix)
+        assert VOLUME_ID.match(one) and len(one) <= 128
+        assert path not in one or path == "/"
+        found = export_ids.export_of(one)
+        assert ((found.server, found.path) == (server, path)) if whole else found is None
+
+
+@pytest.mark.parametrize("tail", ["", "a", "aaaaaaaa", "7" * 80, "abxgc4z2f5aa"])
+def test_an_id_that_says_another_export_than_its_own_says_none(tail):
+    one = export_ids.id_of(nfs.Export(server="nas", path="/e"), "one", "nfs-")
+    assert export_ids.export_of(f"{export_ids.short(one)}.{tail}") is None
 
 
 @pytest.mark.parametrize("one_id", ["nfs-mine", "nfs-given-0123456789abcdef", "nas-of-team-a"])
@@ -243,7 +319,7 @@ def test_a_name_may_be_archived_again(backend, share):
 
 def test_a_removal_that_was_killed_is_finished(backend, share):
     volume = make(backend, **REMOVED)
-    (share / ".runvol" / f"gone-{volume.volume_id}" / "deep").mkdir(parents=True)
+    (share / ".runvol" / f"gone-{export_ids.short(volume.volume_id)}" / "deep").mkdir(parents=True)
     backend.delete(volume.volume_id)
     assert os.listdir(share / ".runvol") == []
 
@@ -272,8 +348,8 @@ def test_a_clone_that_was_deleted_while_nobody_asked_is_made_again(backend, shar
     while not (share / "clone/data").exists():
         assert time.monotonic() < until
         time.sleep(0.05)
-    clone_id = exports.id_of(nfs.Export(server="nas", path="/e"), "clone", "nfs-")
-    while backend._jobs.progress(clone_id) is not None:
+    clone_id = export_ids.id_of(nfs.Export(server="nas", path="/e"), "clone", "nfs-")
+    while backend._jobs.progress(export_ids.short(clone_id)) is not None:
         time.sleep(0.01)
     monkeypatch.setattr("volumes.nfs.PATIENCE", 20.0)
     backend.delete(clone_id)
@@ -413,7 +489,7 @@ def test_a_record_that_runvol_cannot_have_written_stops_itself_only(backend, sha
 def test_a_snapshots_record_that_runvol_cannot_have_written_stops_itself_only(backend, share, facts):
     volume = make(backend)
     one, two = (backend.take_snapshot(name, volume.volume_id, Deadline.after(20)) for name in ("s1", "s2"))
-    path = share / ".runvol" / f"{one.snapshot_id}.json"
+    path = share / ".runvol" / f"{export_ids.short(one.snapshot_id)}.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | facts))
     said: list[str] = []
     assert [found.snapshot_id for _place, found in backend.snapshots(trouble=said.append)] == [two.snapshot_id]
@@ -450,7 +526,7 @@ def test_a_record_does_not_say_which_server_a_volume_is_on(backend, share):
 def test_what_lies_where_a_volume_would_be_archived_keeps_none(backend, share, what):
     volume = make(backend)
     (share / "one/data").write_text("x")
-    at = share / f"archived-one-{volume.volume_id[-8:]}"
+    at = share / f"archived-one-{export_ids.short(volume.volume_id)[-8:]}"
     at.write_text("") if what == "file" else at.symlink_to("/nowhere")
     backend.delete(volume.volume_id)
     assert (share / f"{at.name}-2/data").read_text() == "x"
