@@ -36,8 +36,8 @@ _GIVES_UP = ("soft", "timeo=50", "retrans=1")
 class ServerSilent(BlockdevError):
     """Nobody accepts connections at the server's NFS port."""
 
-    def __init__(self, server: str, why: str) -> None:
-        super().__init__(f"the NFS server {server} does not answer on port {PORT}: {why}")
+    def __init__(self, server: str, why: str, port: int = PORT) -> None:
+        super().__init__(f"the NFS server {server} does not answer on port {port}: {why}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,11 @@ class Export:
     @property
     def fstype(self) -> str:
         return "nfs" if self.version == "3" else "nfs4"
+
+    @property
+    def port(self) -> int:
+        """Where the server listens: the option `port`, where there is one."""
+        return port_among(self.options)
 
 
 def client_in_kernel() -> bool:
@@ -79,7 +84,7 @@ def resolve(server: str, deadline: Deadline) -> str:
     return str(found[0][4][0])
 
 
-def probe(server: str, address: str, version: str, deadline: Deadline) -> str:
+def probe(server: str, address: str, version: str, deadline: Deadline, *, port: int = PORT) -> str:
     """Prove that the server answers calls of this NFS version; this node's address towards it. ServerSilent otherwise.
 
     A mount of a dead server hangs in the kernel, and a frozen one still takes connections: so it is asked for nothing
@@ -87,15 +92,15 @@ def probe(server: str, address: str, version: str, deadline: Deadline) -> str:
     """
     program_version = 3 if version == "3" else 4
     try:
-        client, words = _called(address, PORT, (_PROGRAM, program_version, 0), (), deadline)
+        client, words = _called(address, port, (_PROGRAM, program_version, 0), (), deadline)
     except OSError as error:
         silent = isinstance(error, TimeoutError)
         why = "it takes connections and does not reply" if silent else error.strerror or str(error)
-        raise ServerSilent(server, why) from error
+        raise ServerSilent(server, why, port) from error
     if words[:3] != (_XID, 1, 0):
-        raise ServerSilent(server, "what answers there is no NFS server")
+        raise ServerSilent(server, "what answers there is no NFS server", port)
     if words[5]:
-        raise ServerSilent(server, f"it does not speak NFS version {program_version}")
+        raise ServerSilent(server, f"it does not speak NFS version {program_version}", port)
     return client
 
 
@@ -157,7 +162,8 @@ def kernel_options(export: Export, address: str, client: str) -> list[str]:
 def mount(export: Export, target: str, deadline: Deadline) -> None:
     """Mount an export of a server that answers. ServerSilent, MountFailed or WaitExpired, with the server's name."""
     address = resolve(export.server, deadline)
-    options = kernel_options(export, address, probe(export.server, address, export.version, deadline))
+    client = probe(export.server, address, export.version, deadline, port=export.port)
+    options = kernel_options(export, address, client)
     flags, data = parse_options(options)
     try:
         isolated.mount(export.source, target, export.fstype, flags, data, deadline=deadline,
@@ -170,7 +176,7 @@ def mount(export: Export, target: str, deadline: Deadline) -> None:
 def opened(export: Export, deadline: Deadline) -> Iterator[int]:
     """An export's root as a descriptor, on a mount that hangs nowhere and gives up by itself; gone at the end."""
     address = resolve(export.server, deadline)
-    client = probe(export.server, address, export.version, deadline)
+    client = probe(export.server, address, export.version, deadline, port=export.port)
     options: dict[str, str | None] = {"source": export.source}
     flags = [option for option in export.options if "=" in option or option in ("nolock", "noresvport", "resvport")]
     gentle = Export(server=export.server, path=export.path, version=export.version, options=(*flags, *_GIVES_UP))
@@ -216,3 +222,9 @@ def version_among(options: Sequence[str]) -> tuple[str, tuple[str, ...]]:
     asked = [option.partition("=")[2] for option in options if option.partition("=")[0] in _VERSION_KEYS]
     rest = tuple(option for option in options if option.partition("=")[0] not in _VERSION_KEYS)
     return (asked[-1] if asked else ""), rest
+
+
+def port_among(options: Sequence[str]) -> int:
+    """The port that `port=` names, the last one counting; the usual one otherwise."""
+    named = [option.partition("=")[2] for option in options if option.startswith("port=")]
+    return int(named[-1]) if named and named[-1].isdecimal() and 0 < int(named[-1]) < 65536 else PORT

@@ -103,8 +103,8 @@ TABLE: Mapping[str, Setting] = {
     "loop.capacity_bytes": Setting(default=0, meaning="bytes that all volumes may promise; 0 for what the disk has"),
     "nfs.exports": Setting(
         default=(),
-        meaning="exports (`server:/path`) whose volumes are found and listed although this controller has never "
-        "worked there",
+        meaning="exports whose volumes are found and listed although this controller has never worked there: "
+        "`server:/path`, with mount options behind semicolons",
     ),
     "flexvolume.directories": Setting(
         default=(), meaning="where directories may lie that FlexVolume volumes name by `directory`; empty for none"

@@ -23,6 +23,10 @@ from volumes.troubles import EXPECTED, Trouble
 _CALL = 60.0
 # Seconds to wait for whoever writes the file, which takes milliseconds.
 _PATIENCE = 10.0
+# Mount options without which a server may not be reached.
+_REACHING = frozenset(
+    {"port", "proto", "sec", "xprtsec", "mountport", "mountproto", "mountvers", "resvport", "noresvport"}
+)
 # Bytes of the file: some 100,000 exports.
 _MOST = 16 << 20
 T = TypeVar("T", Volume, Snapshot)
@@ -120,22 +124,30 @@ class Exports:
 
 
 def _named(text: str) -> nfs.Export:
-    server, _, path = text.rpartition(":/")
-    return nfs.Export(server=server, path=f"/{path}".rstrip("/") or "/", version=nfs.DEFAULT_VERSION)
+    """`server:/path`, and mount options behind semicolons."""
+    place, *options = text.split(";")
+    server, _, path = place.rpartition(":/")
+    version, rest = nfs.version_among(options)
+    return nfs.Export(server=server.strip("[]"), path=f"/{path}".rstrip("/") or "/",
+                      version=version or nfs.DEFAULT_VERSION, options=rest)  # fmt: skip
 
 
 @contextlib.contextmanager
 def opened_any(share: Sequence[nfs.Export]) -> Iterator[tuple[int, nfs.Export]]:
     """The root of a share, by the first of its exports that can be mounted; what `opened` raises, of the first."""
     first: BlockdevError | None = None
+    silent: set[tuple[int, bool]] = set()
     for export in share:
+        protocol = export.port, export.version == "3"
+        if protocol in silent:
+            continue  # it is the same server in each
         with contextlib.ExitStack() as stack:
             try:
                 root = stack.enter_context(opened(export))
-            except nfs.ServerSilent:
-                raise  # it is the same server in each
             except BlockdevError as error:
                 first = first or error
+                if isinstance(error, nfs.ServerSilent):
+                    silent.add(protocol)
                 continue
             yield root, export
             return
@@ -154,7 +166,7 @@ def of_class(parameters: Mapping[str, str], flags: Sequence[str]) -> nfs.Export:
     for name in ("server", "path"):
         if not parameters.get(name):
             raise InvalidParameter(name, "", "must be given with the backend nfs")
-    asked, _ = nfs.version_among([*flags, *parameters.get("options", "").split(",")])
+    asked, options = nfs.version_among([*flags, *parameters.get("options", "").split(",")])
     named = parameters.get("vers", "")
     if asked and named and asked != named:
         raise InvalidParameter("vers", named, f"contradicts the mount option for version {asked}")
@@ -162,6 +174,8 @@ def of_class(parameters: Mapping[str, str], flags: Sequence[str]) -> nfs.Export:
         server=parameters["server"],
         path=parameters["path"].rstrip("/") or "/",
         version=named or asked or nfs.DEFAULT_VERSION,
+        # What decides whether the share can be reached at all.
+        options=tuple(option for option in options if option.partition("=")[0] in _REACHING),
     )
 
 

@@ -34,7 +34,8 @@ class GuestMount(AnyKernel):
         mount = claim.nfs
         if mount is not None and arrival.request.context.get("probe", "host") == "host":
             # Said here in words; a guest that waits for a dead server says nothing for minutes.
-            nfs.probe(mount.server, nfs.resolve(mount.server, deadline), mount.version, deadline)
+            port = nfs.port_among([*mount.options, *claim.use.mount_flags])
+            nfs.probe(mount.server, nfs.resolve(mount.server, deadline), mount.version, deadline, port=port)
         if mount is not None and runtime.dialect == KataDialect.name:
             preflight.check_guest_nfs(runtime, mount.version, pv_name=claim.volume)
             # No helper runs in the guest, so what it would find out is found out here.

@@ -17,6 +17,8 @@ from blockdev import Deadline, nfs
 from blockdev.errors import MountFailed
 from volumes import (
     VOLUME_ID,
+    AccessMode,
+    Capability,
     ContentSource,
     InvalidParameter,
     SizeRange,
@@ -587,3 +589,28 @@ def test_a_planted_end_takes_nothing_that_the_deleted_volume_was_not_in(backend,
     record(share, planted).write_text(json.dumps(facts | {"directory": "others", "gone": True, "ready": False}))
     backend.delete(volume.volume_id)
     assert (share / "others/file").read_text() == "x"
+
+
+def test_what_a_share_is_reached_by_goes_with_it(tmp_path, monkeypatch):
+    """The options of a class's `mountOptions`, of its parameter and of the setting; the others are the node's matter."""
+    seen: list[nfs.Export] = []
+
+    @contextlib.contextmanager
+    def opened(export, deadline):
+        seen.append(export)
+        raise nfs.ServerSilent(export.server, "it is a test", export.port)
+        yield
+
+    monkeypatch.setattr(nfs, "opened", opened)
+    flags = ("port=2050", "hard", "sec=krb5p")
+    uses = [Capability(mode=AccessMode.MULTI_NODE_MULTI_WRITER, mount_flags=flags)]
+    backend = NfsBackend(str(tmp_path), exports_known=["nas:/e;port=2051;vers=4.2"])
+    with pytest.raises(nfs.ServerSilent, match="port 2050"):
+        backend.create("one", SizeRange(required=MIB), CLASS | {"options": "noresvport,noatime"}, uses)
+    assert seen[-1].options == ("port=2050", "sec=krb5p", "noresvport")
+    seen.clear()
+    one = export_ids.id_of(nfs.Export(server="nas", path="/e"), "one", "nfs-")
+    with pytest.raises(nfs.ServerSilent, match="port 2051"):
+        backend.delete(one)
+    asked = [(export.port, export.version) for export in seen]
+    assert asked == [(2051, "4.2"), (2049, "4.1"), (2049, "3")], "a silent server is not asked in each version"
