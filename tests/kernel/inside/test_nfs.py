@@ -12,6 +12,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from volumes import export_ids
 from tests.driver import POD, Driver, mount_capability
 from tests.kernel.inside.nfs import ROOT, VERSIONS, KernelNfs
 
@@ -119,8 +120,9 @@ def test_another_controller_goes_on_where_one_was_killed(driver, tmp_path):
     for file in driver.state.glob("exports.json"):
         file.unlink()
     driver.start()
-    for call in (lambda: driver.delete(volume),
-                 lambda: driver.client.CreateSnapshot(name="s", source_volume_id=volume.volume_id)):  # fmt: skip
+    older = export_ids.short(volume.volume_id)  # as a release gave it whose ids say nothing of their export
+    for call in (lambda: driver.client.DeleteVolume(volume_id=older),
+                 lambda: driver.client.CreateSnapshot(name="s", source_volume_id=older)):  # fmt: skip
         with pytest.raises(grpc.RpcError, match="no export known for this id") as refused:
             call()
         assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
@@ -128,7 +130,15 @@ def test_another_controller_goes_on_where_one_was_killed(driver, tmp_path):
     assert create(driver, "shared").volume_id == volume.volume_id
     with pytest.raises(grpc.RpcError, match="exists already"):
         create(driver, "shared", mode="0700")
+    driver.kill()
+    for file in driver.state.glob("exports.json"):
+        file.unlink()
+    driver.start()
+    size = {"required_bytes": 1 << 30}
+    call = {"volume_id": volume.volume_id, "capacity_range": size}
+    assert driver.client.ControllerExpandVolume(**call).capacity_bytes == 1 << 30
     driver.delete(volume)
+    assert not (ROOT / "share/shared").exists()
 
 
 def test_names_that_csi_driver_nfs_users_write_are_understood(driver):

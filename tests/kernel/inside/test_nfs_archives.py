@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 import pytest
 
+from volumes import export_ids
 from tests.driver import POD, Driver, mount_capability
 from tests.kernel.inside.nfs import ROOT, KernelNfs
 
@@ -194,7 +195,7 @@ def test_nothing_is_deleted_that_is_being_copied_and_a_killed_copy_is_begun_agai
             assert time.monotonic() < until
     snapshots = [one.snapshot for one in driver.client.ListSnapshots().entries]
     assert len(snapshots) == 4
-    (SHARE / ".runvol" / f"{snapshots[0].snapshot_id}.0.new.tar").write_text("left by a kill")
+    (SHARE / ".runvol" / f"{export_ids.short(snapshots[0].snapshot_id)}.0.new.tar").write_text("left by a kill")
     source = {"snapshot": {"snapshot_id": snapshots[-1].snapshot_id}}
     for number in range(3):
         try:
@@ -310,7 +311,7 @@ def test_two_controllers_may_make_the_same(driver, tmp_path):
 
 def test_a_damaged_record_stops_no_list_and_is_never_taken_for_nothing(driver):
     volume, other = create(driver, "one"), create(driver, "two", archiveOnDelete="false")
-    record = SHARE / ".runvol" / f"{volume.volume_id}.json"
+    record = SHARE / ".runvol" / f"{export_ids.short(volume.volume_id)}.json"
     good = record.read_bytes()
     record.write_bytes(b'{"volume_id": ')
     assert [entry.volume.volume_id for entry in driver.client.ListVolumes().entries] == [other.volume_id]
@@ -330,7 +331,7 @@ def test_content_that_vanished_before_it_was_in_place_is_copied_again(driver):
     volume = create(driver, "one")
     fill(volume)
     cloned = create(driver, "two", source={"volume": {"volume_id": volume.volume_id}})
-    record = SHARE / ".runvol" / f"{cloned.volume_id}.json"
+    record = SHARE / ".runvol" / f"{export_ids.short(cloned.volume_id)}.json"
     # As if the controller had been killed between the copy and its end, and somebody had tidied up.
     record.write_text(record.read_text().replace('"ready":true', '"ready":false'))
     subprocess.run(["rm", "-rf", cloned.volume_context["path"]], check=True)
