@@ -18,14 +18,16 @@ if TYPE_CHECKING:
     import sh
 
 _PR_SET_PDEATHSIG = 1
+# Bytes that are read at a time, and more chunks of them than anything says.
+_CHUNK, _ALL = 1 << 14, 1 << 20
 _SEARCH = ["/usr/sbin", "/sbin", "/usr/bin", "/bin", "/usr/local/sbin", "/usr/local/bin"]
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a program may use, in bytes of address space and seconds of a processor; what it says beyond so many bytes
-    is not kept."""
+    """What a program may use, in bytes of address space and seconds of a processor; of what it says the last so many
+    bytes are kept."""
 
     memory: int
     cpu: int
@@ -44,19 +46,6 @@ def _before(parent: int | None, limits: Limits | None, outlive: int | None) -> N
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
-
-
-class _Said:
-    """The beginning of what a program says: one that reads what others have written may find no end."""
-
-    def __init__(self, most: int) -> None:
-        self._left, self.text = most, ""
-
-    def add(self, chunk: str | bytes) -> None:
-        if self._left > 0:
-            text = chunk if isinstance(chunk, str) else str(chunk, "utf-8", "replace")
-            self.text += text[: self._left]
-            self._left -= len(text)
 
 
 @functools.cache
@@ -91,7 +80,6 @@ def run(
 
     deadline.check(program)
     expired = threading.Event()
-    said = _Said(limits.output) if limits is not None else None
     running = _command(program)(
         *arguments,
         _bg=True,
@@ -103,9 +91,10 @@ def run(
         _preexec_fn=functools.partial(_before, os.getpid() if outlive is None else None, limits, outlive),
         _pass_fds=set() if outlive is None else {outlive},
         _new_session=True,
-        _out=None if said is None else said.add,
-        _no_out=said is not None,
-        _out_bufsize=1 << 14,
+        _out_bufsize=_CHUNK,
+        # How many chunks are kept, the last ones: of who reads what others have written, no more than that.
+        _internal_bufsize=_ALL if limits is None else max(1, limits.output // _CHUNK),
+        _no_pipe=True,
     )
 
     def stop() -> None:
@@ -121,11 +110,10 @@ def run(
     except sh.SignalException as error:
         if expired.is_set():
             raise WaitExpired(program, deadline.given) from None
-        output = str(error.stdout, "utf-8", "replace") if said is None else said.text
-        raise CommandFailed(program, error.exit_code, output) from None
+        raise CommandFailed(program, error.exit_code, str(error.stdout, "utf-8", "replace")) from None
     finally:
         watchdog.cancel()
-    output = str(running.stdout, "utf-8", "replace") if said is None else said.text
+    output = str(running.stdout, "utf-8", "replace")
     if running.exit_code not in ok:
         raise CommandFailed(program, running.exit_code, output)
     return int(running.exit_code), output
