@@ -115,8 +115,17 @@ def _exchanged(new: str, path: str) -> bool:
     try:
         os.unlink(new)
     except IsADirectoryError:  # something else lay in the place of a record
-        shutil.rmtree(new, ignore_errors=True)
+        clear(new)
     return True
+
+
+def clear(path: str) -> None:
+    """Nothing is at `path`, whatever it was, if that can be had: what lies in the place of a file of ours."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
 
 
 def sweep(beside: str, *, abandoned: bool = False) -> None:

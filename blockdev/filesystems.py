@@ -101,7 +101,7 @@ def _verify_xfs(path: str, deadline: Deadline) -> None:
 
 def _seems_clean(path: str, deadline: Deadline) -> bool:
     """Whether nothing in an XFS log seems to be left to replay."""
-    _code, said = _checked("xfs_logprint", "-t", path, path=path, deadline=deadline, ok=tuple(range(256)))
+    said = _checked("xfs_logprint", "-t", path, path=path, deadline=deadline, ok=tuple(range(256)))
     return "state: <CLEAN>" in said or "totally zeroed log" in said
 
 
@@ -135,12 +135,10 @@ def _limits(path: str) -> Limits:
 _NOISE = ("Cannot get host filesystem geometry", "Repair may fail if there is a sector", "the image and the host file")
 
 
-def _checked(
-    program: str, *arguments: str, path: str, deadline: Deadline, ok: tuple[int, ...] = (0,)
-) -> tuple[int, str]:
+def _checked(program: str, *arguments: str, path: str, deadline: Deadline, ok: tuple[int, ...] = (0,)) -> str:
     """A checker reads what somebody else may have written: it has limits, and its words are the answer."""
     try:
-        return run(program, *arguments, deadline=deadline, ok=ok, limits=_limits(path))
+        return run(program, *arguments, deadline=deadline, ok=ok, limits=_limits(path))[1]
     except CommandFailed as error:
         said = "\n".join(line for line in error.output.splitlines() if not line.strip().startswith(_NOISE))
         said = said if said.strip() else f"{program} ended with status {error.code}"

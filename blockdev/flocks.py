@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import os
-import shutil
 import time
+
+from blockdev import durable
 
 _STEP = 0.005
 
@@ -24,7 +24,7 @@ def take(path: str, seconds: float) -> int | None:
         except OSError as error:
             if error.errno not in (errno.EISDIR, errno.ELOOP, errno.ENXIO) or time.monotonic() > until + _STEP:
                 raise
-            clear(path)  # something else lies in its place, and would keep everybody out
+            durable.clear(path)  # something else lies in its place, and would keep everybody out
             continue
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -40,15 +40,6 @@ def take(path: str, seconds: float) -> int | None:
             os.close(fd)
             raise
         os.close(fd)
-
-
-def clear(path: str) -> None:
-    """Nothing is at `path`, whatever it was, if that can be had: what lies in the place of a file of ours."""
-    if os.path.isdir(path) and not os.path.islink(path):
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
 
 
 def locked(fd: int, operation: int, seconds: float) -> bool:

@@ -66,6 +66,11 @@ def table(pid: int | str = "self") -> list[Mount]:
         return [parse(line) for line in lines]
 
 
+def at(target: str) -> Mount | None:
+    """What is mounted on `target`, the last of several; nothing there is touched."""
+    return next((mount for mount in reversed(table()) if mount.target == target), None)
+
+
 def covering(path: str, mounts: list[Mount]) -> Mount | None:
     """The mount of a table that `path` lies on: the last one made at the longest path above it."""
     found = None

@@ -199,7 +199,7 @@ def _users(target: str) -> list[Holder]:
 
 def in_table(path: str) -> bool:
     """Whether something is mounted on `path`, by the kernel's table alone: what is mounted there may be dead."""
-    return any(mount.target == path for mount in mountinfo.table())
+    return mountinfo.at(path) is not None
 
 
 def be_let_go(target: str) -> None:

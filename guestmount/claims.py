@@ -185,13 +185,13 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
 class Cell:
     """One volume's record while its lock is held."""
 
-    def __init__(self, path: str, temporary: str, *, held: Callable[[], bool], made: Claim | str | None = "") -> None:
-        """`temporary`: what the names begin with under which it is written. `held`: whether the lock is still ours.
-        `made`: the claim, or none, in place of a record that cannot be read."""
+    def __init__(self, path: str, temporary: str, claim: Claim | None, *, held: Callable[[], bool]) -> None:
+        """`temporary`: what the names begin with under which it is written. `claim`: as it is in the record, or counts
+        as. `held`: whether the lock is still ours."""
         self._path, self._temporary, self._held = path, temporary, held
         self._volume = os.path.basename(path).removesuffix(".json")
         self._devices = DeviceIndex(os.path.dirname(os.path.dirname(path)))
-        self.claim: Claim | None = _read(path) if isinstance(made, str) else made
+        self.claim = claim
 
     def has_another(self, device: str) -> bool:
         """Whether another volume's claim names this loop device, for targets that it still has.
@@ -382,7 +382,7 @@ class Claims:
     def _cell(self, volume_id: str, held: Callable[[], bool], *, ending: bool) -> Cell:
         path, temporary = self._places(volume_id)
         try:
-            return Cell(path, temporary, held=held)
+            return Cell(path, temporary, _read(path), held=held)
         except (ClaimDamaged, OSError) as error:
             if isinstance(error, OSError) and (not ending or error.errno in _OF_THIS_MOMENT):
                 raise
@@ -402,10 +402,10 @@ class Claims:
                     raise
                 log.error("a claim that can be neither read nor made again is passed over at a pod's end",
                           extra={"why": str(trouble)})  # fmt: skip
-                return Cell(path, temporary, held=held, made=made)
+                return Cell(path, temporary, made, held=held)
             said = {"volume": volume_id, "why": str(error), "aside": aside, "made_again": made is not None}
             log.error("a damaged claim is laid aside", extra=said)
-        return Cell(path, temporary, held=held)
+        return Cell(path, temporary, _read(path), held=held)
 
     @contextlib.contextmanager
     def turn(self, volume_id: str, deadline: Deadline) -> Iterator[None]:
@@ -465,7 +465,12 @@ class Claims:
                 continue
             stamp = facts.st_ino, facts.st_mtime_ns, facts.st_ctime_ns
             before = self._seen.get(name)
-            seen[name] = before if before is not None and before[0] == stamp else (stamp, _tried(path))
+            if before is None or before[0] != stamp:
+                one = _tried(path)
+                # That it could not be read in that moment is no property of the record.
+                lasting = not isinstance(one, Refused) or isinstance(one, ClaimDamaged)
+                before = (stamp if lasting else ()), one
+            seen[name] = before
         self._seen = seen
         return _parted(one for _stamp, one in seen.values())
 
@@ -540,7 +545,7 @@ def _lay_aside(path: str, aside: str) -> None:
             return
         except OSError as error:
             log.warning("a damaged record is in the way", extra={"path": old, "why": str(error.strerror)})
-            flocks.clear(old)
+            durable.clear(old)
     if os.path.lexists(path):
         raise ClaimDamaged(f"the claim {path} cannot be read, and can be neither moved nor removed")
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from blockdev import Deadline
 from guestmount import groups
+from guestmount.held import Held
 from volumes import VolumeUnfinished
 from volumes.jobs import PATIENCE, Jobs, Progress
 
@@ -66,7 +67,7 @@ class Giving:
         `held`: a descriptor that keeps the volume in use meanwhile, closed here in any case.
         """
         what = f"giving the files of volume {volume} to group {group}"
-        owned = _Held(held)
+        owned = Held(held)
 
         def work(_progress: Progress) -> None:
             if not owned.begin():
@@ -111,26 +112,3 @@ class Giving:
 def _ends() -> tuple[float, float]:
     one = Deadline.after(_LONGEST)
     return one.at, one.given
-
-
-class _Held:
-    """A descriptor that belongs to the caller until the work begins, and to the work from then on."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd: int | None = fd
-        self._begun, self._lock = False, threading.Lock()
-
-    def begin(self) -> bool:
-        with self._lock:
-            self._begun = self._fd is not None
-            return self._begun
-
-    def abandon(self) -> None:
-        with self._lock:
-            if not self._begun:
-                self.close()
-
-    def close(self) -> None:
-        held, self._fd = self._fd, None
-        if held is not None:
-            os.close(held)

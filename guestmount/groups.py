@@ -39,20 +39,20 @@ def apply(root: int, group: int, deadline: Deadline) -> bool:
     """
     if are_given(root, group):
         return False
-    if not _may_be_changed(root):
-        log.warning("the files keep their groups, which their server, or a flag, does not let be changed",
-                    extra={"group": group})  # fmt: skip
-        return False
-    try:
-        kept = _give_all(root, group, deadline)
-    except OSError as error:
-        if error.errno not in _DAMAGED:
-            raise
-        raise FilesystemDamaged("the volume", f"{error.strerror}, while its files got group {group}") from error
-    if kept:
-        log.warning("some files keep their group: they may not be changed", extra={"files": kept, "group": group})
     fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root)
     try:
+        if not _may_be_changed(fd):
+            log.warning("the files keep their groups, which their server, or a flag, does not let be changed",
+                        extra={"group": group})  # fmt: skip
+            return False
+        try:
+            kept = _give_all(root, group, deadline)
+        except OSError as error:
+            if error.errno not in _DAMAGED:
+                raise
+            raise FilesystemDamaged("the volume", f"{error.strerror}, while its files got group {group}") from error
+        if kept:
+            log.warning("some files keep their group: they may not be changed", extra={"files": kept, "group": group})
         os.fchown(fd, -1, group)
         os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode) | _DIRECTORY)
     finally:
@@ -60,17 +60,14 @@ def apply(root: int, group: int, deadline: Deadline) -> bool:
     return True
 
 
-def _may_be_changed(root: int) -> bool:
+def _may_be_changed(fd: int) -> bool:
     """Not on a share whose server takes root for nobody: kubelet too leaves its files as they are."""
-    fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root)
     try:
         os.fchown(fd, -1, os.fstat(fd).st_gid)
     except OSError as error:
         if error.errno not in _KEPT:
             raise
         return False
-    finally:
-        os.close(fd)
     return True
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -33,9 +32,6 @@ from volumes.jobs import PATIENCE
 
 log = logging.getLogger("runvol.node")
 
-# Seconds in which a pod that waited comes again for its volume.
-_TO_COME = 150.0
-
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
@@ -58,7 +54,6 @@ class Node:
     check_patience: float = PATIENCE
     sandboxes: Sandboxes = field(default_factory=lambda: Sandboxes(endpoint=""))
     copy_gives_way: float = 120.0
-    _gave_way: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.catalog.watch_copies(self)
@@ -171,12 +166,11 @@ class Node:
         claim = cell.claim
         if claim is None:
             return
-        if not claim.targets:
-            self.means.giving.end(claim.volume)
         if claim.targets:
             raise Refused(
                 f"volume {claim.volume} is still published at {', '.join(sorted(claim.targets))}; unpublish first"
             )
+        self.means.giving.end(claim.volume)
         with exclusion.explained(claim):
             exclusion.release(cell, deadline)
         ways.of_claim(claim).let_go(claim)
@@ -192,7 +186,6 @@ class Node:
         check_capability(request.capability, backend)
         source = backend.attach(request.volume_id, request.context)  # its bytes are still there
         with self.claims.locked(request.volume_id, deadline) as cell:
-            self._gave_way.pop(request.volume_id, None)
             claim = self._staged(cell, request, source, deadline)
             target = agreement.target_of(request)
             if path in claim.targets and (
@@ -318,15 +311,14 @@ class Node:
         """A volume that is a file reaches the host's paths by a loop device, its node, or the placeholder alone."""
         if not self.catalog.is_image(volume_id) or ioctls.is_block(path):
             return False
-        found = [mount for mount in mountinfo.table() if mount.target == path]
-        return bool(found) and found[-1].source != placeholder.SOURCE and found[-1].device[0] != loops.MAJOR
+        found = mountinfo.at(path)
+        return found is not None and found.source != placeholder.SOURCE and found.device[0] != loops.MAJOR
 
     def _take_back(self, cell: Cell, path: str, deadline: Deadline) -> None:
-        if cell.claim is not None:
-            self.means.giving.end(cell.claim.volume)
         self.means.dialects.withdraw(path)
         claim = cell.claim
         if claim is not None:
+            self.means.giving.end(claim.volume)
             ways.way_at(claim, path).take_back(claim, path)
         mounts.be_unmounted(path, deadline)
         if claim is not None:
@@ -388,18 +380,18 @@ class Node:
             raise Refused(f"volume {volume_id} is in use by {claim.owner}; unpublish it first")
 
     def make_way(self, volume_id: str) -> None:
-        """VolumeUnfinished where a pod has waited long enough for a volume that is kept `still`."""
+        """VolumeUnfinished where a pod has waited long enough for a volume that is kept `still`, and is yet to come."""
         if self.claims.waited(volume_id) >= self.copy_gives_way:
-            self._gave_way[volume_id] = time.monotonic()
-            raise _gave_way(volume_id)
+            raise VolumeUnfinished(
+                f"the copy of volume {volume_id} gives way to a pod that waits for the volume; ask again"
+            )
 
     @contextlib.contextmanager
     def still(self, volume_ids: Sequence[str], deadline: Deadline) -> Iterator[None]:
         """Nobody gets, gives back or deletes these volumes before the block ends. Busy if somebody is doing it."""
         with contextlib.ExitStack() as stack:
             for volume_id in sorted(set(volume_ids)):
-                if time.monotonic() - self._gave_way.get(volume_id, -_TO_COME) < _TO_COME:
-                    raise _gave_way(volume_id)  # who waited has not come yet
+                self.make_way(volume_id)
                 cell = stack.enter_context(self.claims.locked(volume_id, deadline))
                 self.claims.remember(cell, volume_id)
             yield
@@ -415,10 +407,6 @@ class Node:
             yield
             cell.remove()
             self.claims.handed.forget(volume_id)
-
-
-def _gave_way(volume_id: str) -> VolumeUnfinished:
-    return VolumeUnfinished(f"the copy of volume {volume_id} gives way to a pod that waits for the volume; ask again")
 
 
 def _tell_passed_over(request: StageRequest) -> None:

@@ -12,6 +12,7 @@ import os
 from blockdev import Deadline, mountinfo, mounts, syscalls
 from blockdev.detached import filesystem
 from blockdev.errors import MountFailed
+from blockdev.mountinfo import Mount
 
 NOTE, SOURCE = "RUNVOL-PLACEHOLDER", "runvol"
 _TEXT = """This directory stands in for a volume that was handed to the pod's guest as a device.
@@ -63,8 +64,12 @@ def _be_read_only(root: int) -> bool:
 
 def is_listed(target: str) -> bool:
     """As `stands`, by the table of mounts alone: nothing that could be a dead server's mount is touched."""
-    found = [mount for mount in mountinfo.table() if mount.target == target]
-    return bool(found) and found[-1].fstype == "tmpfs" and found[-1].source == SOURCE
+    found = mountinfo.at(target)
+    return found is not None and is_one(found)
+
+
+def is_one(mount: Mount) -> bool:
+    return mount.fstype == "tmpfs" and mount.source == SOURCE
 
 
 def stands(target: str) -> bool:

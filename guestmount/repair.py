@@ -10,12 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from blockdev import Deadline, exclusivity, loops, mountinfo, mounts
-from guestmount import file_witnesses, ways, witnesses
+from guestmount import file_witnesses, placeholder, ways, witnesses
 from guestmount.claims import Claim
 from guestmount.errors import TROUBLE, BadRequest, Busy, Refused
 from guestmount.handoff import Delivered, Dialect
 from guestmount.node import Node
-from guestmount.placeholder import NOTE, SOURCE
 from guestmount.ways import exclusion
 from volumes import VolumeNotFound
 
@@ -164,13 +163,13 @@ def _placeholders(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Find
     if damaged:
         return found  # one of them may have any of the placeholders
     for mount in mounted:
-        if mount.fstype != "tmpfs" or mount.source != SOURCE or mount.target in targets:
+        if not placeholder.is_one(mount) or mount.target in targets:
             continue
         if not any(mount.target.startswith(f"{root}/") for root in node.roots):
             continue  # of another kubelet on this machine
         if witnesses.pod_exists(mount.target, node.roots):
             continue  # a container that starts without it would write to the host's disk
-        if not os.path.exists(os.path.join(mount.target, NOTE)):
+        if not os.path.exists(os.path.join(mount.target, placeholder.NOTE)):
             continue
         why, done = "no claim has it", not dry_run
         if not dry_run:

@@ -11,12 +11,12 @@ from __future__ import annotations
 import enum
 import logging
 import os
-import threading
 from dataclasses import dataclass, field
 
 from blockdev import Deadline, filesystems
 from guestmount.claims import Claim
 from guestmount.errors import Refused
+from guestmount.held import Held
 from volumes import Catalog, VolumeUnfinished
 from volumes.backend import DeviceBackend
 from volumes.jobs import PATIENCE, Jobs, Progress
@@ -106,30 +106,19 @@ class _Check:
 
     def __init__(self, claim: Claim, backend: DeviceBackend | None) -> None:
         self._claim, self._backend = claim, backend
-        self._held: int | None = os.open(claim.source, os.O_RDONLY | os.O_CLOEXEC)
-        self._begun, self._lock = False, threading.Lock()
+        self._held = Held(os.open(claim.source, os.O_RDONLY | os.O_CLOEXEC))
 
     def abandon(self) -> None:
-        """The caller leaves. Unless the work goes on, it never begins: somebody else may get the volume."""
-        with self._lock:
-            if not self._begun:
-                self._close()
-
-    def _close(self) -> None:
-        held, self._held = self._held, None
-        if held is not None:
-            os.close(held)
+        self._held.abandon()
 
     def __call__(self, _progress: Progress) -> None:
         claim = self._claim
-        with self._lock:
-            if self._held is None:
-                raise VolumeUnfinished(f"volume {claim.volume} was not checked; ask again")
-            self._begun = True
+        if not self._held.begin():
+            raise VolumeUnfinished(f"volume {claim.volume} was not checked; ask again")
         try:
             filesystems.verify(claim.source, claim.use.fstype)
             if self._backend is not None:
                 self._backend.note(claim.volume, foreign_written=False)
         finally:
-            self._close()
+            self._held.close()
         log.info("a filesystem that a guest has had was checked", extra={"volume": claim.volume})

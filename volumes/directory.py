@@ -229,30 +229,14 @@ class DirectoryBackend(Stored):
         """Free bytes of the filesystem, less what was promised and has not been used yet."""
         facts = os.statvfs(nearest(self._directory))
         free = facts.f_bavail * facts.f_frsize
-        promises, promised, owed = self._store.promises(), 0, 0
-        for row in self._store.rows():
-            may_have = max(row.capacity, promises.get(row.volume_id, 0))
+        promised = owed = 0
+        for row, may_have in self._promised():
             promised += may_have
             owed += max(0, may_have - self._used(row))
         available = free - owed
         if self._limit:
             available = min(available, self._limit - promised)
         return max(0, available)
-
-    def check_expand(self, volume_id: str, size: SizeRange) -> int:
-        volume = self._known(volume_id)
-        capacity = sizes.grown(volume_id, volume.capacity_bytes, size)
-        has = max(volume.capacity_bytes, self._store.promises().get(volume_id, 0))
-        if capacity > has:
-            self._reserve(capacity - has)
-        return capacity
-
-    def promise(self, volume_id: str, size: SizeRange) -> int:
-        with self._store.transaction():
-            capacity = self.check_expand(volume_id, size)
-            if capacity > self._known(volume_id).capacity_bytes:
-                self._store.set_promised(volume_id, capacity)
-        return capacity
 
     def expand(self, volume_id: str, size: SizeRange) -> Volume:
         with self._busy(of_volume(self._row(volume_id, ready=True).name)):

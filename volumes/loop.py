@@ -258,29 +258,13 @@ class LoopBackend(Stored):
         """The same; less than nothing where more is promised than there is."""
         facts = os.statvfs(nearest(self._directory))
         free = facts.f_bavail * facts.f_frsize
-        promises, promised, files = self._store.promises(), 0, list[File]()
-        for row in self._store.rows():
-            may_have = max(row.capacity, promises.get(row.volume_id, 0))
+        promised, files = 0, list[File]()
+        for row, may_have in self._promised():
             promised += may_have
             source = row.source.partition(":")[2]
             files.append(File(one_id=row.volume_id, path=self._path(row.volume_id), promised=may_have, source=source))
         left = free - self._room.owed([*files, *self.image_snapshots.files()]) - self.image_snapshots.owed()
         return min(left, self._limit - promised) if self._limit else left
-
-    def check_expand(self, volume_id: str, size: SizeRange) -> int:
-        volume = self._known(volume_id)
-        capacity = sizes.grown(volume_id, volume.capacity_bytes, size)
-        has = max(volume.capacity_bytes, self._store.promises().get(volume_id, 0))
-        if capacity > has:
-            self._reserve(capacity - has)
-        return capacity
-
-    def promise(self, volume_id: str, size: SizeRange) -> int:
-        with self._store.transaction():
-            capacity = self.check_expand(volume_id, size)
-            if capacity > self._known(volume_id).capacity_bytes:
-                self._store.set_promised(volume_id, capacity)
-        return capacity
 
     def expand(self, volume_id: str, size: SizeRange) -> Volume:
         with self._busy(of_volume(self._known(volume_id).name)):

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
+from volumes import sizes
 from volumes.errors import StoreAway
-from volumes.store import Store
+from volumes.model import SizeRange, Volume
+from volumes.store import Row, Store
 
 # An extended attribute of the directory: the identity of the store.
 _MARK = "trusted.runvol.store"
@@ -70,6 +72,35 @@ class Stored:
 
     def prepare(self) -> None:
         self._be_ours()
+
+    def _known(self, volume_id: str) -> Volume:
+        """VolumeNotFound, VolumeUnfinished."""
+        raise NotImplementedError
+
+    def _reserve(self, more: int) -> None:
+        """NoSpace where so many bytes cannot be promised besides."""
+        raise NotImplementedError
+
+    def _promised(self) -> Iterator[tuple[Row, int]]:
+        """Every row, with the bytes that its volume may come to have."""
+        promises = self._store.promises()
+        for row in self._store.rows():
+            yield row, max(row.capacity, promises.get(row.volume_id, 0))
+
+    def check_expand(self, volume_id: str, size: SizeRange) -> int:
+        volume = self._known(volume_id)
+        capacity = sizes.grown(volume_id, volume.capacity_bytes, size)
+        has = max(volume.capacity_bytes, self._store.promises().get(volume_id, 0))
+        if capacity > has:
+            self._reserve(capacity - has)
+        return capacity
+
+    def promise(self, volume_id: str, size: SizeRange) -> int:
+        with self._store.transaction():
+            capacity = self.check_expand(volume_id, size)
+            if capacity > self._known(volume_id).capacity_bytes:
+                self._store.set_promised(volume_id, capacity)
+        return capacity
 
     def has_name(self, name: str) -> bool:
         return self._store.has_name(name)

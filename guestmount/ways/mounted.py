@@ -109,7 +109,7 @@ def _has_stopped(claim: Claim) -> bool:
         os.stat(claim.staging_path)
     except OSError as error:
         return error.errno in (errno.EIO, errno.ESHUTDOWN)
-    said = next((one for one in mountinfo.table()[::-1] if one.target == claim.staging_path), None)
+    said = mountinfo.at(claim.staging_path)
     if said is not None and {"ro", "emergency_ro", "shutdown"} & {*said.super_options}:
         return True
     block = superblocks.read(claim.device)

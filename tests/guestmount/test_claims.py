@@ -161,6 +161,7 @@ def test_a_record_that_cannot_be_read_now_is_no_damaged_one(claims, soon, tmp_pa
     assert [one.volume for one in found] == ["loop-2"] and len(damaged) == 1
     assert [one.volume for one in claims.known()[0]] == ["loop-2"]
     monkeypatch.undo()
+    assert {one.volume for one in claims.known()[0]} == {"loop-1", "loop-2"}, "that moment has passed"
     assert claims.peek("loop-1") == a_claim() and not (tmp_path / "damaged").exists()
 
 
