@@ -1,4 +1,4 @@
-"""CSI's Controller service for volumes that live on this node."""
+"""CSI's Controller service for the volumes of one driver: of this node, or of servers that any node reaches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from csi.snapshots import SnapshotCalls
 from guestmount import BadRequest, Busy, Node, Refused
 from guestmount.requests import check_capability, check_options
 from runvol_proto import csi_pb2
-from volumes import Capability, ContentSource, StoreAway, Volume, VolumeNotFound, parameters
+from volumes import Capability, Catalog, ContentSource, OfAnotherDriver, StoreAway, Volume, VolumeNotFound, parameters
 from volumes.backend import Backend
 from volumes.sizes import LARGEST
 
@@ -59,15 +59,15 @@ class Names:
 class Controller(SnapshotCalls):
     """Creates, deletes, lists and sizes volumes."""
 
-    def __init__(self, node: Node, node_id: str) -> None:
-        super().__init__(node, node_id)
+    def __init__(self, node: Node, node_id: str, catalog: Catalog) -> None:
+        super().__init__(node, node_id, catalog)
         self._names = Names()
 
     def ControllerGetCapabilities(
         self, _request: csi_pb2.ControllerGetCapabilitiesRequest, _deadline: Deadline
     ) -> csi_pb2.ControllerGetCapabilitiesResponse:
         response = csi_pb2.ControllerGetCapabilitiesResponse()
-        for capability in _CAPABILITIES + (_OF_SNAPSHOTS if self._node.catalog.takes_snapshots else ()):
+        for capability in _CAPABILITIES + (_OF_SNAPSHOTS if self._catalog.takes_snapshots else ()):
             response.capabilities.add().rpc.type = capability
         return response
 
@@ -76,21 +76,19 @@ class Controller(SnapshotCalls):
         if not request.volume_capabilities:
             raise BadRequest("volume_capabilities", None, "must be given")
         uses = [checks.capability("volume_capabilities", one) for one in request.volume_capabilities]
-        chosen = parameters.check(
-            checks.bounded_map("parameters", request.parameters), default=self._node.catalog.default
-        )
-        self._check_uses(uses, self._node.catalog.for_parameters(chosen))
+        chosen = parameters.check(checks.bounded_map("parameters", request.parameters), default=self._catalog.default)
+        self._check_uses(uses, self._catalog.for_parameters(chosen))
         checks.bounded_map("secrets", request.secrets, secret=True)
         if request.mutable_parameters:
             raise BadRequest(
                 "mutable_parameters", sorted(request.mutable_parameters), "no parameter can be changed later"
             )
-        if not self._node.catalog.for_parameters(chosen).multi_node:
+        if not self._catalog.for_parameters(chosen).multi_node:
             self._check_topology(request.accessibility_requirements)
         with self._names.taken(name):
-            backend = self._node.catalog.for_parameters(chosen)
+            backend = self._catalog.for_parameters(chosen)
             source = _content_source(request)
-            self._node.catalog.check_name(name, backend)
+            self._catalog.check_name(name, backend)
             if source is not None:
                 self._check_source(source, backend)
             volume = backend.create(name, checks.size_range(request.capacity_range), chosen, uses, source)
@@ -101,9 +99,12 @@ class Controller(SnapshotCalls):
 
     def _check_source(self, source: ContentSource, backend: Backend) -> None:
         """A backend makes volumes from its own alone, and one of this node only from what is here."""
-        catalog = self._node.catalog
+        catalog = self._catalog
         of_snapshot = source.kind == "snapshot"
-        other = catalog.of_snapshot(source.source_id) if of_snapshot else catalog.of(source.source_id)
+        try:
+            other = catalog.of_snapshot(source.source_id) if of_snapshot else catalog.of(source.source_id)
+        except OfAnotherDriver as error:
+            raise BadRequest("volume_content_source", str(source), str(error)) from error
         if other is not backend:
             if not other.multi_node:
                 with contextlib.suppress(StoreAway):
@@ -144,7 +145,7 @@ class Controller(SnapshotCalls):
         volume_id = checks.volume_id(request.volume_id)
         checks.bounded_map("secrets", request.secrets, secret=True)
         with contextlib.suppress(VolumeNotFound):
-            backend = self._node.catalog.of(volume_id)
+            backend = self._catalog.of(volume_id)
             with self._node.unused(volume_id, deadline):
                 backend.delete(volume_id)
         return csi_pb2.DeleteVolumeResponse()
@@ -156,11 +157,11 @@ class Controller(SnapshotCalls):
         if not request.volume_capabilities:
             raise BadRequest("volume_capabilities", None, "must be given")
         uses = [checks.capability("volume_capabilities", one) for one in request.volume_capabilities]
-        self._node.catalog.get(volume_id)
-        backend = self._node.catalog.of(volume_id)
+        self._catalog.get(volume_id)
+        backend = self._catalog.of(volume_id)
         response = csi_pb2.ValidateVolumeCapabilitiesResponse()
         try:
-            parameters.check(checks.bounded_map("parameters", request.parameters), default=self._node.catalog.default)
+            parameters.check(checks.bounded_map("parameters", request.parameters), default=self._catalog.default)
             parameters.check_delivered(
                 parameters.check_context(checks.bounded_map("volume_context", request.volume_context))
             )
@@ -186,24 +187,22 @@ class Controller(SnapshotCalls):
 
     def _page(self, max_entries: int, starting_token: str) -> tuple[list[Volume], str]:
         def some(after: int, limit: int) -> Sequence[tuple[int, Volume]]:
-            return self._node.catalog.list(after=after, limit=limit)
+            return self._catalog.list(after=after, limit=limit)
 
         return page(max_entries, starting_token, some)
 
     def ControllerGetVolume(
         self, request: csi_pb2.ControllerGetVolumeRequest, _deadline: Deadline
     ) -> csi_pb2.ControllerGetVolumeResponse:
-        volume = self._node.catalog.get(checks.volume_id(request.volume_id))
+        volume = self._catalog.get(checks.volume_id(request.volume_id))
         response = csi_pb2.ControllerGetVolumeResponse(volume=self._message(volume))
         response.status.volume_condition.CopyFrom(health.condition(self._node, volume.volume_id, volume))
         return response
 
     def GetCapacity(self, request: csi_pb2.GetCapacityRequest, _deadline: Deadline) -> csi_pb2.GetCapacityResponse:
-        chosen = parameters.check(
-            checks.bounded_map("parameters", request.parameters), default=self._node.catalog.default
-        )
+        chosen = parameters.check(checks.bounded_map("parameters", request.parameters), default=self._catalog.default)
         uses = [checks.capability("volume_capabilities", one) for one in request.volume_capabilities]
-        backend = self._node.catalog.for_parameters(chosen)
+        backend = self._catalog.for_parameters(chosen)
         usable = all(use.refusal(backend.kind, multi_node=backend.multi_node) is None for use in uses)
         here = not request.HasField("accessible_topology") or topology.is_here(
             request.accessible_topology, self._node_id
@@ -223,7 +222,7 @@ class Controller(SnapshotCalls):
         if not request.HasField("capacity_range"):
             raise BadRequest("capacity_range", None, "must be given")
         checks.bounded_map("secrets", request.secrets, secret=True)
-        backend = self._node.catalog.of(volume_id)
+        backend = self._catalog.of(volume_id)
         if request.HasField("volume_capability"):
             use = checks.capability("volume_capability", request.volume_capability)
             check_capability(use, backend)
@@ -250,7 +249,7 @@ class Controller(SnapshotCalls):
         return response
 
     def _message(self, volume: Volume) -> csi_pb2.Volume:
-        one_node = not self._node.catalog.of(volume.volume_id).multi_node
+        one_node = not self._catalog.of(volume.volume_id).multi_node
         return csi_pb2.Volume(
             volume_id=volume.volume_id,
             capacity_bytes=volume.capacity_bytes,

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 from blockdev import Deadline
 from csi import checks, health
+from csi.drivers import CsiDriver
 from csi.topology import segments
 from guestmount import BadRequest, Node, PublishRequest, StageRequest, usage
 from guestmount.requests import check_capability
 from runvol_proto import csi_pb2
 from volumes import VolumeError, parameters
+from volumes.parameter import BACKEND
 
 _RPC = csi_pb2.NodeServiceCapability.RPC
 _CAPABILITIES = (
@@ -28,8 +31,8 @@ _CAPABILITIES = (
 class NodeService:
     """What kubelet calls."""
 
-    def __init__(self, node: Node, node_id: str) -> None:
-        self._node, self._node_id = node, node_id
+    def __init__(self, node: Node, node_id: str, driver: CsiDriver) -> None:
+        self._node, self._node_id, self._driver = node, node_id, driver
 
     def NodeGetCapabilities(
         self, _request: csi_pb2.NodeGetCapabilitiesRequest, _deadline: Deadline
@@ -40,8 +43,20 @@ class NodeService:
         return response
 
     def NodeGetInfo(self, _request: csi_pb2.NodeGetInfoRequest, _deadline: Deadline) -> csi_pb2.NodeGetInfoResponse:
-        topology = csi_pb2.Topology(segments=segments(self._node_id))
-        return csi_pb2.NodeGetInfoResponse(node_id=self._node_id, accessible_topology=topology)
+        response = csi_pb2.NodeGetInfoResponse(node_id=self._node_id)
+        if self._driver.on_nodes:
+            response.accessible_topology.segments.update(segments(self._node_id))
+        return response
+
+    def _described(self, volume_id: str, context: Mapping[str, str]) -> dict[str, str]:
+        """The volume's context, checked, for a volume of this driver's; VolumeNotFound, OfAnotherDriver."""
+        catalog = self._driver.catalog
+        mine = parameters.check_context(context, default=catalog.default)
+        if not self._driver.on_nodes:
+            mine = {BACKEND: catalog.default, **mine}
+            catalog.for_parameters(mine)
+            catalog.of(volume_id, mine)
+        return mine
 
     def NodeStageVolume(
         self, request: csi_pb2.NodeStageVolumeRequest, deadline: Deadline
@@ -59,7 +74,7 @@ class NodeService:
                 volume_id=volume_id,
                 staging_path=request.staging_target_path,
                 capability=capability,
-                context=parameters.check_context(context),
+                context=self._described(volume_id, context),
             ),
             deadline,
         )
@@ -95,7 +110,7 @@ class NodeService:
                 capability=capability,
                 read_only=request.readonly,
                 pod=checks.pod_of(context, request.target_path),
-                context=parameters.check_context(context),
+                context=self._described(volume_id, context),
             ),
             deadline,
         )
@@ -167,7 +182,7 @@ class NodeService:
                 status=csi_pb2.STORAGE_UNREACHABLE if doubt.certain else csi_pb2.STORAGE_DEGRADED,
                 reason="MountsNotSeen", message=f"what is mounted here may not reach kubelet: {doubt.why}",
             )  # fmt: skip
-        for backend in self._node.catalog.backends:
+        for backend in self._driver.catalog.backends:
             try:
                 if not backend.available_bytes():
                     response.backend_health.add(

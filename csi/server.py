@@ -11,6 +11,7 @@ import grpc
 
 from csi.calls import service_handler
 from csi.controller import Controller
+from csi.drivers import CsiDriver, of_nodes
 from csi.identity import Identity
 from csi.node import NodeService
 from csi.snapshots import GroupController
@@ -36,7 +37,18 @@ def socket_path(endpoint: str) -> str:
 class Server:
     """Listens from `start` to `stop`."""
 
-    def __init__(self, node: Node, *, node_id: str, endpoint: str, version: str, services: Collection[str]) -> None:
+    def __init__(
+        self,
+        node: Node,
+        *,
+        node_id: str,
+        endpoint: str,
+        version: str,
+        services: Collection[str],
+        driver: CsiDriver | None = None,
+    ) -> None:
+        """`driver`: the one of all backends, if none is given."""
+        driver = driver or of_nodes(node)
         unknown = sorted(set(services) - set(SERVICES))
         if unknown:
             raise BadRequest("--services", ",".join(unknown), f"takes {', '.join(SERVICES)}")
@@ -51,17 +63,19 @@ class Server:
         handlers = [
             service_handler(
                 "Identity",
-                Identity(version, node.catalog, with_controller="controller" in services),
+                Identity(version, driver, with_controller="controller" in services),
                 probing,
                 looking,
             )
         ]
         if "controller" in services:
-            handlers.append(service_handler("Controller", Controller(node, node_id), controller, looking))
-            if node.catalog.takes_groups:
-                handlers.append(service_handler("GroupController", GroupController(node, node_id), controller, looking))
+            catalog = driver.catalog
+            handlers.append(service_handler("Controller", Controller(node, node_id, catalog), controller, looking))
+            if catalog.takes_groups and catalog.grouping is not None:
+                groups = GroupController(catalog.grouping, node_id, catalog)
+                handlers.append(service_handler("GroupController", groups, controller, looking))
         if "node" in services:
-            handlers.append(service_handler("Node", NodeService(node, node_id), nodes, looking))
+            handlers.append(service_handler("Node", NodeService(node, node_id, driver), nodes, looking))
         self._server.add_generic_rpc_handlers(tuple(handlers))
 
     def start(self) -> None:

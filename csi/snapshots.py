@@ -15,15 +15,15 @@ from csi.pages import page
 from csi.topology import here, segments
 from guestmount import BadRequest, Node
 from runvol_proto import csi_pb2
-from volumes import InvalidParameter, Snapshot, SnapshotGroup, VolumeNotFound, parameters
-from volumes.backend import SnapshotBackend
+from volumes import Catalog, InvalidParameter, Snapshot, SnapshotGroup, VolumeNotFound, parameters
+from volumes.backend import GroupBackend, SnapshotBackend
 
 
 class SnapshotCalls:
     """The part of the Controller service that is about snapshots."""
 
-    def __init__(self, node: Node, node_id: str) -> None:
-        self._node, self._node_id = node, node_id
+    def __init__(self, node: Node, node_id: str, catalog: Catalog) -> None:
+        self._node, self._node_id, self._catalog = node, node_id, catalog
 
     def CreateSnapshot(
         self, request: csi_pb2.CreateSnapshotRequest, deadline: Deadline
@@ -31,8 +31,8 @@ class SnapshotCalls:
         name = checks.required("name", request.name)
         volume_id = checks.required("source_volume_id", request.source_volume_id)
         _check_parameters(request)
-        self._node.catalog.get(volume_id)
-        backend = _snapshot_backend(self._node, volume_id)
+        self._catalog.get(volume_id)
+        backend = _snapshot_backend(self._catalog, volume_id)
         if not backend.multi_node and not here(request.accessibility_requirements, self._node_id):
             raise CallError(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -42,7 +42,7 @@ class SnapshotCalls:
         return csi_pb2.CreateSnapshotResponse(snapshot=self._snapshot(made))
 
     def _snapshot(self, snapshot: Snapshot) -> csi_pb2.Snapshot:
-        one_node = not self._node.catalog.of_snapshot(snapshot.snapshot_id).multi_node
+        one_node = not self._catalog.of_snapshot(snapshot.snapshot_id).multi_node
         return _message(snapshot, self._node_id if one_node else "")
 
     def DeleteSnapshot(
@@ -51,7 +51,7 @@ class SnapshotCalls:
         snapshot_id = checks.required("snapshot_id", request.snapshot_id)
         checks.bounded_map("secrets", request.secrets, secret=True)
         with contextlib.suppress(VolumeNotFound):
-            backend = self._node.catalog.of_snapshot(snapshot_id)
+            backend = self._catalog.of_snapshot(snapshot_id)
             with contextlib.suppress(VolumeNotFound):
                 group = backend.snapshot(snapshot_id).group
                 if group:
@@ -62,7 +62,7 @@ class SnapshotCalls:
     def GetSnapshot(self, request: csi_pb2.GetSnapshotRequest, _deadline: Deadline) -> csi_pb2.GetSnapshotResponse:
         snapshot_id = checks.required("snapshot_id", request.snapshot_id)
         checks.bounded_map("secrets", request.secrets, secret=True)
-        found = self._node.catalog.of_snapshot(snapshot_id).snapshot(snapshot_id)
+        found = self._catalog.of_snapshot(snapshot_id).snapshot(snapshot_id)
         return csi_pb2.GetSnapshotResponse(snapshot=self._snapshot(found))
 
     def ListSnapshots(
@@ -72,13 +72,13 @@ class SnapshotCalls:
         if request.snapshot_id:
             response = csi_pb2.ListSnapshotsResponse()
             with contextlib.suppress(VolumeNotFound):
-                found = self._node.catalog.of_snapshot(request.snapshot_id).snapshot(request.snapshot_id)
+                found = self._catalog.of_snapshot(request.snapshot_id).snapshot(request.snapshot_id)
                 if request.source_volume_id in ("", found.source):
                     response.entries.add(snapshot=self._snapshot(found))
             return response
 
         def some(after: int, limit: int) -> Any:
-            return self._node.catalog.snapshots(after=after, limit=limit, source=request.source_volume_id)
+            return self._catalog.snapshots(after=after, limit=limit, source=request.source_volume_id)
 
         found_page, token = page(request.max_entries, request.starting_token, some)
         response = csi_pb2.ListSnapshotsResponse(next_token=token)
@@ -90,9 +90,8 @@ class SnapshotCalls:
 class GroupController:
     """CSI's GroupController service: snapshots of several volumes at one moment in which none of them is in use."""
 
-    def __init__(self, node: Node, node_id: str) -> None:
-        self._node, self._node_id = node, node_id
-        self._groups = node.catalog.grouping
+    def __init__(self, groups: GroupBackend, node_id: str, catalog: Catalog) -> None:
+        self._groups, self._node_id, self._catalog = groups, node_id, catalog
 
     def GroupControllerGetCapabilities(
         self, _request: csi_pb2.GroupControllerGetCapabilitiesRequest, _deadline: Deadline
@@ -111,8 +110,8 @@ class GroupController:
             raise BadRequest("source_volume_ids", None, "must be given")
         _check_parameters(request)
         for volume_id in volume_ids:
-            self._node.catalog.get(volume_id)
-            _check_can_be_grouped(self._node, volume_id)
+            self._catalog.get(volume_id)
+            _check_can_be_grouped(self._groups, self._catalog, volume_id)
         made = self._groups.create_group(name, volume_ids, deadline)
         return csi_pb2.CreateVolumeGroupSnapshotResponse(group_snapshot=self._group(made))
 
@@ -144,16 +143,16 @@ class GroupController:
         )
 
 
-def _snapshot_backend(node: Node, volume_id: str) -> SnapshotBackend:
-    backend = node.catalog.of(volume_id)
+def _snapshot_backend(catalog: Catalog, volume_id: str) -> SnapshotBackend:
+    backend = catalog.of(volume_id)
     if not isinstance(backend, SnapshotBackend):
         raise BadRequest("source_volume_id", volume_id, f"the backend {backend.name} takes no snapshots")
     return backend
 
 
-def _check_can_be_grouped(node: Node, volume_id: str) -> None:
-    backend = node.catalog.of(volume_id)
-    if backend is not node.catalog.grouping:
+def _check_can_be_grouped(groups: GroupBackend, catalog: Catalog, volume_id: str) -> None:
+    backend = catalog.of(volume_id)
+    if backend is not groups:
         raise BadRequest("source_volume_ids", volume_id, f"the backend {backend.name} takes no snapshots of groups")
 
 

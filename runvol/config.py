@@ -118,7 +118,14 @@ TABLE: Mapping[str, Setting] = {
         "that a sandbox has then grow with its next pod only",
     ),
     "nri.socket": Setting(default="/var/run/nri/nri.sock", meaning="the container runtime's NRI socket"),
-    "csi.endpoint": Setting(default="unix:///run/runvol/csi.sock", meaning="the CSI socket"),
+    "csi.endpoint": Setting(
+        default="unix:///run/runvol/csi.sock",
+        meaning="the CSI socket of the driver csi.runvol.io, which serves all volumes; empty for none",
+    ),
+    "csi.nfs_endpoint": Setting(
+        default="",
+        meaning="the CSI socket of the driver nfs.csi.runvol.io, which serves volumes on NFS; empty for none",
+    ),
     "csi.services": Setting(default=("identity", "controller", "node"), meaning="the CSI services to serve"),
     "snapshotter.endpoint": Setting(default="unix:///run/runvol/snapshotter.sock", meaning="the socket for containerd"),
     "snapshotter.state_dir": Setting(
@@ -276,6 +283,8 @@ def _check(config: Config) -> None:
             raise ConfigError(f"{key} = {config.number(key)}: must not be negative")
     if config.text("directory.path") and not config.text("directory.path").startswith("/"):
         raise ConfigError(f"directory.path = {config.text('directory.path')!r}: must be an absolute path")
+    if not config.text("csi.endpoint") and not config.text("csi.nfs_endpoint"):
+        raise ConfigError("csi.endpoint and csi.nfs_endpoint are both empty; one of them has to be served")
     if not config.words("volumes.backends") or set(config.words("volumes.backends")) - {*BACKENDS}:
         raise ConfigError(
             f"volumes.backends = {list(config.words('volumes.backends'))}: takes any of {', '.join(BACKENDS)}"

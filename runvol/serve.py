@@ -65,25 +65,31 @@ def csi_plugin(config: Config) -> None:
     """Listen, repair what the last process left, and end gracefully on SIGTERM or SIGINT."""
     # mkfs and fsck are forked; gRPC's own fork handlers would stop every call for that.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
-    from csi import Server
+    from csi import Server, drivers
     from flexvolume.service import Service
 
     told = signals()
     node = assembly.build(config)
-    server = Server(
-        node,
-        node_id=config.node_id,
-        endpoint=config.text("csi.endpoint"),
-        version=version(),
-        services=config.words("csi.services"),
-    )
+    servers = [
+        Server(
+            node,
+            node_id=config.node_id,
+            endpoint=config.text(key),
+            version=version(),
+            services=config.words("csi.services"),
+            driver=driver(node),
+        )
+        for key, driver in (("csi.endpoint", drivers.of_nodes), ("csi.nfs_endpoint", drivers.of_nfs))
+        if config.text(key)
+    ]
     doubt = node.reach.doubt() if node.reach is not None else None
     if doubt is not None:
         log.error("mounts may not reach kubelet", extra={"why": doubt.why, "certain": doubt.certain})
     assembly.warm(node)
     node.catalog.prepare()
     _tell(repair.before_serving(node))
-    server.start()
+    for server in servers:
+        server.start()
     flexvolume = (
         Service(node, config.text("paths.run_dir"), assembly.records(config))
         if "node" in config.words("csi.services")
@@ -91,13 +97,15 @@ def csi_plugin(config: Config) -> None:
     )
     if flexvolume is not None:
         flexvolume.start()
-    log.info("serving", extra={"endpoint": config.text("csi.endpoint"), "node": config.node_id,
+    endpoints = [config.text(key) for key in ("csi.endpoint", "csi.nfs_endpoint") if config.text(key)]
+    log.info("serving", extra={"endpoint": ", ".join(endpoints), "node": config.node_id,
                                "services": list(config.words("csi.services")), "version": version()})  # fmt: skip
     threading.Thread(target=_repair, args=(node, config.text("paths.state_dir")), name="repair", daemon=True).start()
     told.recv(1)
     log.info("stopping")
     if flexvolume is not None:
         flexvolume.stop()
-    server.stop()
+    for server in servers:
+        server.stop()
     node.catalog.close()
     leave()

@@ -24,14 +24,18 @@ def _node(load: Loader) -> Node:
 
 @click.command()
 @click.option("--endpoint", metavar="URL", help="unix:///…/csi.sock")
+@click.option("--nfs-endpoint", metavar="URL", help="The same for the driver nfs.csi.runvol.io.")
 @click.option("--node-id", metavar="NAME", help="The node's name in Kubernetes.")
 @click.option("--services", metavar="LIST", help="Any of identity,controller,node.")
 @click.pass_obj
-def csi(load: Loader, endpoint: str | None, node_id: str | None, services: str | None) -> None:
+def csi(
+    load: Loader, endpoint: str | None, nfs_endpoint: str | None, node_id: str | None, services: str | None
+) -> None:
     """Serve the CSI plugin."""
     from runvol import serve
 
-    serve.csi_plugin(load(**{"csi.endpoint": endpoint, "node.id": node_id, "csi.services": services}))
+    given = {"csi.endpoint": endpoint, "csi.nfs_endpoint": nfs_endpoint, "node.id": node_id, "csi.services": services}
+    serve.csi_plugin(load(**given))
 
 
 @click.command()

@@ -6,12 +6,14 @@ import os
 
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
+import contextlib
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,8 @@ class Driver:
         self.direct_volumes = self.volatile / "direct-volumes"
         self.state, self.run = self.directory / "state", self.volatile / "run"
         self.socket = self.directory / "csi.sock"
+        # Of the driver nfs.csi.runvol.io.
+        self.nfs_socket = self.directory / "nfs.sock"
         self.log = self.directory / "driver.log"
         self.environment = {
             "RUNVOL_NODE_ROOTS": str(self.kubelet),
@@ -117,19 +121,23 @@ class Driver:
         self.stop()
         self.remove()
 
-    def start(self, *, repaired: bool = True) -> None:
-        """Until it answers, and unless told otherwise has put right what was left."""
+    def start(self, *, repaired: bool = True, names: tuple[str, ...] = ("nodes", "nfs")) -> None:
+        """Until it answers, and unless told otherwise has put right what was left. `names`: which drivers it serves;
+        the first is the one that `client` speaks to."""
+        endpoints = {"nodes": f"unix://{self.socket}", "nfs": f"unix://{self.nfs_socket}"}
+        served = [endpoints.get(name, "") if name in names else "" for name in ("nodes", "nfs")]
         before = self._repairs()
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*self.prefix, sys.executable, "-m", "runvol", "csi", "--endpoint", f"unix://{self.socket}"],
+                [*self.prefix, sys.executable, "-m", "runvol", "csi", "--endpoint", served[0],
+                 "--nfs-endpoint", served[1]],
                 env={**os.environ, **self.environment}, stdout=log, stderr=log, cwd=Path(__file__).resolve().parents[1],
             )  # fmt: skip
         until = time.monotonic() + 20
         while True:
             if self.process.poll() is not None or time.monotonic() > until:
                 raise RuntimeError(f"the driver did not start: {self.log.read_text()[-3000:]}")
-            client = Client(str(self.socket))
+            client = Client(endpoints[names[0]].removeprefix("unix://"))
             try:
                 client.Probe(timeout=1.0)
                 self.client = client
@@ -170,6 +178,16 @@ class Driver:
             subprocess.run(["losetup", "-d", device], check=False)
         shutil.rmtree(self.directory, ignore_errors=True)
         shutil.rmtree(self.volatile, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def as_nfs(self) -> Iterator[Driver]:
+        """The same process under its other name: all calls go there."""
+        before, self.client = self.client, Client(str(self.nfs_socket))
+        try:
+            yield self
+        finally:
+            self.client.close()
+            self.client = before
 
     def cli(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """`runvol …` with this driver's directories, as an operator on the node would type it."""

@@ -5,6 +5,7 @@ from volumes.catalog import Catalog
 from volumes.errors import (
     InvalidParameter,
     NoSpace,
+    OfAnotherDriver,
     SizeNotAllowed,
     StoreAway,
     StoreFailed,
@@ -41,6 +42,7 @@ __all__ = [
     "InvalidParameter",
     "NfsSource",
     "NoSpace",
+    "OfAnotherDriver",
     "SizeNotAllowed",
     "SizeRange",
     "Snapshot",

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Protocol, TypeVar
 
 from volumes.backend import Backend, GroupBackend, ImageBackend, Keeper, SnapshotBackend, StoredBackend
-from volumes.errors import InvalidParameter, VolumeConflict, VolumeNotFound
+from volumes.errors import InvalidParameter, OfAnotherDriver, VolumeConflict, VolumeNotFound
 from volumes.model import VOLUME_ID, Snapshot, Volume
 from volumes.registry import DESCRIBING, NAMES, REGISTRY, Settings
 from volumes.troubles import EXPECTED, Trouble, Unfinished, log, logged
@@ -25,6 +25,9 @@ class Catalog:
         self._backends = tuple(backends)
         self._by_name = {backend.name: backend for backend in self._backends}
         self._enabled = [name for name in enabled if name in self._by_name]
+        # What the ids of others begin with, whose driver has another name; and that name.
+        self._others: tuple[str, ...] = ()
+        self._others_driver = ""
 
     @classmethod
     def open(cls, settings: Settings | str, *, enabled: Sequence[str] = NAMES) -> Catalog:
@@ -34,6 +37,14 @@ class Catalog:
         """
         it = Settings(state_dir=settings) if isinstance(settings, str) else settings
         return cls([entry.open(it) for entry in REGISTRY], enabled=enabled)
+
+    def only(self, name: str, *, others_driver: str) -> Catalog:
+        """One backend alone, enabled or not, for a driver of its own: OfAnotherDriver for the ids of all others."""
+        made = Catalog([self._by_name[name]], enabled=[name])
+        others = [backend for backend in self._backends if backend.name != name]
+        made._others = tuple(prefix for one in others for prefix in _prefixes(one))
+        made._others_driver = others_driver
+        return made
 
     def close(self) -> None:
         for backend in self._backends:
@@ -59,14 +70,14 @@ class Catalog:
         return any(isinstance(backend, SnapshotBackend) for backend in self.backends)
 
     @property
-    def grouping(self) -> GroupBackend:
+    def grouping(self) -> GroupBackend | None:
         """The backend that takes snapshots of several volumes at one moment."""
-        return next(backend for backend in self._backends if isinstance(backend, GroupBackend))
+        return next((backend for backend in self._backends if isinstance(backend, GroupBackend)), None)
 
     @property
     def takes_groups(self) -> bool:
         """Whether it is enabled."""
-        return self.grouping.name in self._enabled
+        return self.grouping is not None and self.grouping.name in self._enabled
 
     @property
     def _of_images(self) -> builtins.list[ImageBackend]:
@@ -105,7 +116,7 @@ class Catalog:
             for backend in self._backends:
                 if isinstance(backend, SnapshotBackend) and snapshot_id.startswith(backend.snapshot_prefix):
                     return backend
-        raise VolumeNotFound(snapshot_id)
+        raise self._not_found(snapshot_id)
 
     def snapshot(self, snapshot_id: str) -> Snapshot:
         """VolumeNotFound where there is none."""
@@ -128,6 +139,9 @@ class Catalog:
         for backend in self.backends:
             if backend.name == name:
                 return backend
+        if self._others_driver:
+            raise InvalidParameter("backend", name, f"is one of the driver {self._others_driver}; name that as the "
+                                   "StorageClass's provisioner")  # fmt: skip
         raise InvalidParameter("backend", name, f"is not enabled here (setting volumes.backends: {self._enabled})")
 
     def of(self, volume_id: str, context: Mapping[str, str] | None = None) -> Backend:
@@ -142,7 +156,11 @@ class Catalog:
             for backend in self._backends:
                 if volume_id.startswith(backend.prefix):
                     return backend
-        raise VolumeNotFound(volume_id)
+        raise self._not_found(volume_id)
+
+    def _not_found(self, one_id: str) -> Exception:
+        other = self._others_driver and VOLUME_ID.match(one_id) and one_id.startswith(self._others)
+        return OfAnotherDriver(one_id, self._others_driver) if other else VolumeNotFound(one_id)
 
     def get(self, volume_id: str) -> Volume:
         """VolumeNotFound where there is none."""
@@ -208,6 +226,11 @@ class Catalog:
             except EXPECTED as error:
                 log.warning("not looked through for unknown files", extra={"what": backend.name, "why": str(error)})
         return found
+
+
+def _prefixes(backend: Backend) -> builtins.list[str]:
+    """What the ids begin with of all that it makes."""
+    return [backend.prefix, *(backend.prefixes if isinstance(backend, StoredBackend) else ())]
 
 
 class _Lister(Protocol[E_co]):

@@ -47,6 +47,16 @@ class StoreAway(VolumeError):
     """The store that is here is not the one that an id or a directory belongs to."""
 
 
+class OfAnotherDriver(VolumeError):
+    """An id that another of runvol's drivers has given: whether there is such a volume, only that one knows."""
+
+    def __init__(self, one_id: str, driver: str) -> None:
+        super().__init__(
+            f"{one_id!r} is an id of the driver {driver}; this one neither finds nor deletes it (is it named by the "
+            "StorageClass's provisioner, or by the PersistentVolume?)"
+        )
+
+
 class ExportUnknown(StoreFailed):
     """An id that names an export which this controller has never worked on: what lies there cannot be looked at."""
 

@@ -89,10 +89,10 @@ def _filled_in(value: str, parameters: Mapping[str, str]) -> str:
     return value
 
 
-def check_context(context: Mapping[str, str]) -> dict[str, str]:
+def check_context(context: Mapping[str, str], *, default: str = "loop") -> dict[str, str]:
     """The same for a volume context: ours, checked; Kubernetes' own keys are left out."""
     foreign = {key for key in context if key.startswith(_FROM_KUBERNETES) and key not in _BY_KEY}
-    return check({key: value for key, value in context.items() if key not in foreign})
+    return check({key: value for key, value in context.items() if key not in foreign}, default=default)
 
 
 def check_delivered(context: Mapping[str, str]) -> None:

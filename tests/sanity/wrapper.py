@@ -27,6 +27,8 @@ class Configuration:
     runtime: str
     access: str
     backend: str = "loop"
+    # Under which name: see `csi.drivers`.
+    driver: str = "nodes"
 
     @property
     def skips(self) -> list[str]:
@@ -40,7 +42,11 @@ class Configuration:
         return "xfs" if self.runtime == "runc" else "ext4"
 
     def __str__(self) -> str:
-        return f"{self.runtime}-{self.access}" + (f"-{self.backend}" if self.backend != "loop" else "")
+        return (
+            f"{self.runtime}-{self.access}"
+            + (f"-{self.backend}" if self.backend != "loop" else "")
+            + (f"-{self.driver}" if self.driver != "nodes" else "")
+        )
 
     @property
     def parameters(self) -> str:
@@ -48,7 +54,7 @@ class Configuration:
             return f"runtime: {self.runtime}\nquota: none\n"
         if self.backend == "nfs":
             return (
-                f"runtime: {self.runtime}\nbackend: nfs\nserver: 127.0.0.1\npath: /srv/export/share\ninSandbox: share\n"
+                f"runtime: {self.runtime}\n{'' if self.driver == 'nfs' else 'backend: nfs'}\nserver: 127.0.0.1\npath: /srv/export/share\ninSandbox: share\n"
                 'archiveOnDelete: "false"\n'
             )
         return f"runtime: {self.runtime}\ncsi.storage.k8s.io/fstype: {self.fstype}\n"
@@ -103,7 +109,7 @@ def run(configuration: Configuration) -> Report:
         report = driver.directory / "report.json"
         ended = subprocess.run(
             [
-                tool, "--csi.endpoint", driver.socket, "--csi.mountdir", driver.kubelet / "mount",
+                tool, "--csi.endpoint", driver.nfs_socket if configuration.driver == "nfs" else driver.socket, "--csi.mountdir", driver.kubelet / "mount",
                 "--csi.stagingdir", driver.kubelet / "staging-sanity",
                 "--csi.createmountpathcmd", commands["create"], "--csi.removemountpathcmd", commands["remove"],
                 "--csi.createstagingpathcmd", commands["create"], "--csi.removestagingpathcmd", commands["remove"],

@@ -457,3 +457,29 @@ def test_ten_dead_mounts_hold_up_nobody(driver, nfs):
     for volume in dead:
         driver.delete(volume)
     driver.delete(local)
+
+
+def test_two_drivers_of_one_process(driver):
+    """Volumes of the one name are mounted, grown and deleted under the other; what lives on nodes is not."""
+    older = create(driver, "older")
+    with driver.as_nfs():
+        newer = driver.create("newer", capability=RWX, server=SERVER, path=f"{ROOT}/share")
+        assert not newer.accessible_topology
+        assert {one.volume.volume_id for one in driver.client.ListVolumes().entries} == {
+            older.volume_id,
+            newer.volume_id,
+        }
+        for number, volume in enumerate((older, newer)):
+            driver.stage(volume, RWX)
+            target = driver.publish(volume, POD.format(number), runtime="runc", capability=RWX)
+            (Path(target) / "f").write_text("x")
+        driver.client.ControllerExpandVolume(volume_id=older.volume_id, capacity_range={"required_bytes": 1 << 30})
+        snapshot = driver.client.CreateSnapshot(name="s", source_volume_id=newer.volume_id).snapshot
+        driver.client.DeleteSnapshot(snapshot_id=snapshot.snapshot_id)
+    for number, volume in enumerate((older, newer)):
+        driver.unpublish(volume, POD.format(number))
+        driver.unstage(volume)
+    driver.delete(newer)
+    with driver.as_nfs():
+        driver.delete(older)
+        assert not driver.client.ListVolumes().entries
