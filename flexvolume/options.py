@@ -34,7 +34,7 @@ class Dialect:
 # Drivers that ours takes the place of, by the name that it is installed under.
 COMPATIBLE: Mapping[str, Dialect] = {
     "disk": Dialect(known=("volume", *COMMON), renamed={"volumeId": "volume", "volumeID": "volume"}),
-    "nas": Dialect(known=(*COMMON, *DESCRIBED["nfs"]), defaults={"vers": "3"}),
+    "nas": Dialect(known=(*COMMON, *DESCRIBED["nfs"]), defaults={"vers": "3", "makePath": "true"}),
 }
 
 

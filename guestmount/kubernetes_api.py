@@ -12,8 +12,9 @@ import os
 import re
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from blockdev import Deadline, WaitExpired
 from blockdev.deadlines import bounded
@@ -31,6 +32,8 @@ _READING = 20.0
 # Seconds.
 _REMEMBERED = 60.0
 _MOST = 10_000
+# Objects of a list that come in one answer: far below what an answer may have.
+_PAGE = 250
 SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
 
 # A DNS subdomain; nothing else becomes a part of an address.
@@ -97,21 +100,35 @@ class KubernetesApi:
             self._claims[persistent_volume] = known
         return known
 
+    def listed(self, what: str, path: str, deadline: Deadline) -> Iterator[dict[str, Any]]:
+        """The objects of one kind, page by page, each page in the time that all have. PodUnknown."""
+        more = ""
+        while True:
+            found = self._read(what, f"{path}?limit={_PAGE}{more}", deadline, longest=deadline.remaining())
+            items, metadata = found.get("items"), found.get("metadata")
+            if not isinstance(items, list) or not isinstance(metadata, dict):
+                raise PodUnknown(f"the API server's answer for {what} is no list")
+            yield from (one for one in items if isinstance(one, dict))
+            token = metadata.get("continue")
+            if not token:
+                return
+            more = f"&continue={quote(str(token), safe='')}"
+
     def warm(self) -> None:
         """Begin what the first question would wait for. For processes that will be asked."""
         if self._config is not None:
             self._config.begin()
 
-    def _read(self, what: str, path: str, deadline: Deadline) -> dict[str, Any]:
+    def _read(self, what: str, path: str, deadline: Deadline, *, longest: float = _LONGEST) -> dict[str, Any]:
         from guestmount.api_access import Denied
 
         try:
             access = self._access(deadline)
             try:
-                body = self._asked(what, path, access, deadline)
+                body = self._asked(what, path, access, deadline, longest)
             except Denied:
                 access = self._access_anew(access, deadline)
-                body = self._asked(what, path, access, deadline)
+                body = self._asked(what, path, access, deadline, longest)
             reply = json.loads(body)
         except (OSError, ValueError, WaitExpired, Unusable) as error:
             raise PodUnknown(f"asking the API server for {what}: {error}") from error
@@ -119,11 +136,11 @@ class KubernetesApi:
             raise PodUnknown(f"the API server's answer for {what} is no object")
         return reply
 
-    def _asked(self, what: str, path: str, access: Access, deadline: Deadline) -> bytes:
+    def _asked(self, what: str, path: str, access: Access, deadline: Deadline, longest: float) -> bytes:
         """Each wait for a byte has its time; all of them together have one here."""
         from guestmount.api_access import exchanged
 
-        seconds = max(0.05, min(_LONGEST, deadline.remaining()))
+        seconds = max(0.05, min(longest, deadline.remaining()))
         opened: list[HTTPConnection] = []
         try:
             return bounded(

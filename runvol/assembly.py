@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from blockdev import mounts
@@ -25,6 +26,7 @@ from guestmount.cri import Sandboxes
 from guestmount.written import Trust
 from runvol.config import Config, ConfigError
 from volumes import Catalog
+from volumes.exports import Said
 from volumes.jobs import PATIENCE
 from volumes.registry import Settings
 
@@ -33,6 +35,7 @@ def build(config: Config, *, check_patience: float = PATIENCE) -> Node:
     """A node's verbs over its real directories. `check_patience`: seconds that a call waits for a check."""
     run_dir, state_dir = config.text("paths.run_dir"), config.text("paths.state_dir")
     _check_mounted(config)
+    pods = _pods(config)
     node = Node(
         catalog=Catalog.open(
             Settings(
@@ -43,12 +46,13 @@ def build(config: Config, *, check_patience: float = PATIENCE) -> Node:
                 given_directories=config.words("flexvolume.directories"),
                 given_devices=config.words("flexvolume.devices"),
                 nfs_exports=config.words("nfs.exports"),
+                nfs_cluster=_cluster_exports(config, pods),
                 held=os.path.join(run_dir, "given"),
             ),
             enabled=config.words("volumes.backends"),
         ),
         claims=claims(config),
-        detector=detector(config),
+        detector=detector(config, pods),
         dialects=(
             KataDialect(config.text("paths.direct_volumes"), nri_alive=partial(registration.is_alive, run_dir)),
             RunvDialect(config.words("node.roots")),
@@ -97,8 +101,8 @@ def claims(config: Config) -> Claims:
     return Claims(run_dir, place)
 
 
-def detector(config: Config) -> Detector:
-    """Who tells which runtime runs a pod."""
+def detector(config: Config, pods: KubernetesApi | None = None) -> Detector:
+    """Who tells which runtime runs a pod; `pods`: the API, if somebody has it already."""
     return Detector(
         DetectSettings(
             containerd_config=config.text("paths.containerd_config"),
@@ -109,8 +113,21 @@ def detector(config: Config) -> Detector:
             rund=config.text("detect.rund"),
             root=config.text("paths.kata_root"),
         ),
-        _pods(config),
+        pods or _pods(config),
     )
+
+
+def _cluster_exports(config: Config, pods: KubernetesApi | None) -> Callable[[], Sequence[Said]] | None:
+    """Who says which exports the cluster names; None for what only has a node's services, which never needs that."""
+    if pods is None or "controller" not in config.words("csi.services"):
+        return None
+
+    def ask() -> Sequence[Said]:
+        from guestmount import cluster_exports
+
+        return cluster_exports.said(pods)
+
+    return ask
 
 
 def _pods(config: Config) -> KubernetesApi | None:

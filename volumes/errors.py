@@ -60,9 +60,10 @@ class OfAnotherDriver(VolumeError):
 class ExportUnknown(StoreFailed):
     """An id that names an export which this controller has never worked on: what lies there cannot be looked at."""
 
-    def __init__(self, one_id: str, place: str) -> None:
+    def __init__(self, one_id: str, place: str, unasked: str = "") -> None:
+        also = f" ({unasked})" if unasked else ""
         super().__init__(
-            f"no export known for this id ({one_id!r}): this controller cannot look for it, and deletes nothing. "
+            f"no export known for this id ({one_id!r}): this controller cannot look for it, and deletes nothing{also}. "
             f"Name it in the setting nfs.exports, bring {place} here from the controller that made it, or have this "
             "one make a volume of the same StorageClass"
         )

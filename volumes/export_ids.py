@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import dataclasses
 import hashlib
 import zlib
 
@@ -54,7 +55,24 @@ def export_of(one_id: str) -> nfs.Export | None:
         return None
     server, _, path = text.rpartition(":/")
     found = nfs.Export(server=server, path=f"/{path}", version=nfs.DEFAULT_VERSION)
-    return found if f"{key(found)}-" in short(one_id) else None
+    return found if is_of(one_id, found) else None
+
+
+def is_of(one_id: str, export: nfs.Export) -> bool:
+    """Whether the volume or snapshot of this id lies there."""
+    return f"-{key(export)}-" in short(one_id)
+
+
+def above(one_id: str, export: nfs.Export) -> nfs.Export | None:
+    """Of a directory that a volume has on an export: the export. None where it is of another."""
+    path = export.path
+    while True:
+        found = dataclasses.replace(export, path=path)
+        if is_of(one_id, found):
+            return found
+        if path == "/":
+            return None
+        path = path.rpartition("/")[0] or "/"
 
 
 def _packed(text: str) -> str:

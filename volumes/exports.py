@@ -9,20 +9,28 @@ import contextlib
 import dataclasses
 import os
 import re
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import msgspec
 
 from blockdev import BlockdevError, Deadline, durable, flocks, nfs
+from volumes import nfs_parameters
 from volumes.errors import ExportUnknown, InvalidParameter, StoreFailed, VolumeNotFound
-from volumes.export_ids import digest, export_of, key, short
+from volumes.export_ids import above, digest, export_of, is_of, key, short
 from volumes.model import Snapshot, Volume
 from volumes.troubles import EXPECTED, Trouble
 
 _CALL = 60.0
 # Seconds to wait for whoever writes the file, which takes milliseconds.
 _PATIENCE = 10.0
+# Seconds for which it holds what a cluster says, and that it says nothing.
+_MINUTE, _MOMENT = 60.0, 10.0
+# Servers that are asked at once for a list.
+_AT_ONCE = 8
 # Mount options without which a server may not be reached.
 _REACHING = frozenset(
     {"port", "proto", "sec", "xprtsec", "mountport", "mountproto", "mountvers", "resvport", "noresvport"}
@@ -32,13 +40,26 @@ _MOST = 16 << 20
 T = TypeVar("T", Volume, Snapshot)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Said:
+    """What somebody says of an export: the parameters of a class, or of the volume `handle`, which has a directory of
+    it; with the options of the mount."""
+
+    parameters: Mapping[str, str]
+    mount_options: Sequence[str] = ()
+    handle: str = ""
+
+
 class Exports:
     """`<state_dir>/exports.json`: every export on which a volume was made here. Changed under a lock that holds between
     processes; one that was remembered later comes later. `configured`: exports that are known without that, as
-    `server:/path`."""
+    `server:/path`. `cluster`: who says what a cluster's objects name, and takes seconds for it; raises StoreFailed."""
 
-    def __init__(self, state_dir: str, configured: Sequence[str] = ()) -> None:
+    def __init__(
+        self, state_dir: str, configured: Sequence[str] = (), cluster: Callable[[], Sequence[Said]] | None = None
+    ) -> None:
         self._configured = [_named(one) for one in configured]
+        self._cluster = Remembered(cluster) if cluster is not None else None
         self._path, self._lock = os.path.join(state_dir, "exports.json"), os.path.join(state_dir, "exports.lock")
 
     def known(self) -> list[nfs.Export]:
@@ -86,21 +107,45 @@ class Exports:
             found.setdefault(key(export), []).insert(0, export)
         return list(found.values())
 
-    def on_each(self, look: Callable[[int, nfs.Export], list[T]], trouble: Trouble) -> list[T]:
-        """What `look` finds on every share; `trouble` is told of one that cannot be looked at."""
-        found: list[T] = []
+    def _all(self, trouble: Trouble) -> list[list[nfs.Export]]:
+        """`shares`, with those that the cluster names; `trouble` is told of what cannot be known."""
+        shares: list[list[nfs.Export]] = []
+        said: Sequence[nfs.Export] = []
         try:
             shares = self.shares()
         except StoreFailed as error:
             trouble(str(error))
-            return found
-        for share in shares:
+        try:
+            said = self._cluster.exports() if self._cluster is not None else []
+        except StoreFailed as error:
+            trouble(str(error))
+        known = {key(share[0]) for share in shares}
+        more: dict[str, list[nfs.Export]] = {}
+        for export in said:
+            more.setdefault(key(export), []).append(export)
+        return [*shares, *(share for one, share in more.items() if one not in known)]
+
+    def on_each(self, look: Callable[[int, nfs.Export], list[T]], trouble: Trouble) -> list[T]:
+        """What `look` finds on every share; `trouble` is told of one that cannot be looked at. No share waits for
+        another's server, but for a few."""
+
+        def looked(share: list[nfs.Export]) -> tuple[list[T], str]:
             try:
                 with opened_any(share) as (root, export):
-                    found += look(root, export)
+                    return look(root, export), ""
             except EXPECTED as error:
-                trouble(f"what lies on the export {share[0].source}: {error}")
-        return found
+                return [], f"what lies on the export {share[0].source}: {error}"
+
+        shares = self._all(trouble)
+        if len(shares) < 2:
+            answers = [looked(one) for one in shares]
+        else:
+            with ThreadPoolExecutor(_AT_ONCE, "exports") as pool:
+                answers = list(pool.map(looked, shares))
+        for _found, wrong in answers:
+            if wrong:
+                trouble(wrong)
+        return [one for found, _wrong in answers for one in found]
 
     def of(self, one_id: str, prefix: str) -> list[nfs.Export]:
         """How the share is mounted on which the volume or snapshot of this id lies. ExportUnknown; VolumeNotFound for
@@ -114,13 +159,60 @@ class Exports:
             if said is None:
                 raise
             shares = []
-        known = next((share for share in shares if one_id.startswith(f"{prefix}{key(share[0])}-")), [])
+        known = next((share for share in shares if is_of(one_id, share[0])), [])
+        unasked = ""
+        if not known and self._cluster is not None:
+            try:
+                known = [one for one in self._cluster.exports() if is_of(one_id, one)]
+            except StoreFailed as error:
+                unasked = str(error)
         if said is not None:  # what worked before is tried first
             versions = [said.version, *(one for one in nfs.VERSIONS if one != said.version)]
             known = [*known, *(dataclasses.replace(said, version=one) for one in versions)]
         if not known:
-            raise ExportUnknown(one_id, self._path)
+            raise ExportUnknown(one_id, self._path, unasked)
         return known
+
+
+class Remembered:
+    """What a cluster's objects say, for a minute: there may be thousands of them. That it did not answer holds for a
+    moment, so that each call does not wait for it anew."""
+
+    def __init__(self, ask: Callable[[], Sequence[Said]]) -> None:
+        self._ask, self._lock = ask, threading.Lock()
+        self._until, self._found, self._failed = 0.0, list[nfs.Export](), ""
+
+    def exports(self) -> Sequence[nfs.Export]:
+        """Each once. StoreFailed."""
+        if not self._lock.acquire(timeout=_PATIENCE):
+            raise StoreFailed("which NFS exports the cluster names is being asked, which takes long")
+        try:
+            if time.monotonic() > self._until:
+                try:
+                    self._found, self._failed = _of_said(self._ask()), ""
+                except StoreFailed as error:
+                    self._failed = str(error)
+                self._until = time.monotonic() + (_MOMENT if self._failed else _MINUTE)
+            if self._failed:
+                raise StoreFailed(self._failed)
+            return self._found
+        finally:
+            self._lock.release()
+
+
+def _of_said(said: Sequence[Said]) -> list[nfs.Export]:
+    """What is no export, or nobody's volume of ours, is left out."""
+    found: dict[nfs.Export, None] = {}
+    for one in said:
+        try:
+            export: nfs.Export | None = of_class(nfs_parameters.of_export(one.parameters), one.mount_options)
+        except InvalidParameter:
+            continue
+        if one.handle and export is not None:
+            export = above(one.handle, export)
+        if export is not None:
+            found.setdefault(export)
+    return [*found]
 
 
 def _named(text: str) -> nfs.Export:

@@ -10,11 +10,11 @@ import builtins
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
-from blockdev import Deadline, nfs, trees
+from blockdev import Deadline, nfs
 from volumes import exports, share, sizes
 from volumes.backend import Keeper, Unkept
 from volumes.errors import (
@@ -46,9 +46,16 @@ class NfsBackend:
     kind = VolumeKind.FILES
     multi_node = True
 
-    def __init__(self, state_dir: str, *, exports_known: Sequence[str] = ()) -> None:
-        """`exports_known`: where volumes are found although this controller has never worked there, `server:/path`."""
-        self._exports = Exports(state_dir, exports_known)
+    def __init__(
+        self,
+        state_dir: str,
+        *,
+        exports_known: Sequence[str] = (),
+        cluster: Callable[[], Sequence[exports.Said]] | None = None,
+    ) -> None:
+        """`exports_known`: where volumes are found although this controller has never worked there, `server:/path`;
+        `cluster`: who says what a cluster's objects name."""
+        self._exports = Exports(state_dir, exports_known, cluster)
         # Many, as each may wait for a server of its own.
         self._jobs = Jobs(running=16)
         self.keeper: Keeper = Unkept()
@@ -341,32 +348,6 @@ class NfsBackend:
         if found is None:
             raise VolumeNotFound(volume_id)
         return found
-
-
-def set_mode(source: NfsSource, mode: int, deadline: Deadline, *, recursive: bool) -> None:
-    """Give an export's directory these permissions, and with `recursive` what it holds: directories the same, files
-    without the bits for execution. Links are left alone. ServerSilent, MountFailed, InvalidParameter, OSError."""
-    export = nfs.Export(server=source.server, path=source.path, version=source.version, options=source.options)
-    with nfs.opened(export, deadline) as root, _changed(export, mode):
-        os.chmod(f"/proc/self/fd/{root}", mode)
-        if not recursive:
-            return
-        for fd, directories, files in trees.walk(root, f"setting mode {mode:o} below {export.source}", deadline):
-            for name, wanted in [*((name, mode) for name in directories), *((name, mode & 0o666) for name in files)]:
-                with contextlib.suppress(FileNotFoundError):
-                    share.chmod(fd, name, wanted)
-
-
-@contextlib.contextmanager
-def _changed(export: nfs.Export, mode: int) -> Iterator[None]:
-    """InvalidParameter where the server does not let modes be set."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.EACCES, errno.EROFS):
-            raise
-        why = f"{export.source} does not let this node set it ({error.strerror}; root_squash?); leave `mode` out"
-        raise InvalidParameter("mode", f"{mode:04o}", why) from None
 
 
 def _place_of(name: str, parameters: Mapping[str, str]) -> str:

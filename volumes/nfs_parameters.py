@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections.abc import Mapping
 
 from blockdev import nfs
 from volumes.parameter import Parameter, one_of
@@ -33,6 +34,25 @@ def is_relative(value: str) -> bool:
 def are_options(value: str) -> bool:
     words = value.split(",")
     return value.isprintable() and all(words) and nfs.check_options(words) is None
+
+
+def split(server: str) -> tuple[str, str] | None:
+    """Server and path of `name:/path`; None for a server alone."""
+    if ":/" not in server or server.startswith("["):
+        return None
+    name, _, path = server.partition(":")
+    return name, path.rstrip("/") or "/"
+
+
+def of_export(parameters: Mapping[str, str]) -> dict[str, str]:
+    """Those of a class or context, as somebody wrote them, that say which export is meant and how it is reached.
+    Whatever no server, path, version or options can be is left out."""
+    found = {_ALIASES.get(key, key): value for key, value in parameters.items()}
+    named = split(found.get("server", ""))
+    if named is not None:
+        found["server"], found["path"] = named
+    return {one.key: found[one.key] for one in PARAMETERS
+            if one.key in _OF_EXPORT and one.key in found and one.accepts(found[one.key])}  # fmt: skip
 
 
 PARAMETERS: tuple[Parameter, ...] = (
@@ -104,6 +124,14 @@ PARAMETERS: tuple[Parameter, ...] = (
         accepts=one_of("non-recursive", "recursive"),
     ),
     Parameter(
+        key="makePath",
+        values="true, false",
+        default="false (true for FlexVolume under the name `nas`)",
+        meaning="Backend `nfs`: whether the directory of a static volume is made when it is staged, where the server "
+        "has none. Directories of other volumes always are.",
+        accepts=one_of("true", "false"),
+    ),
+    Parameter(
         key="archiveOnDelete",
         values="true, false",
         default="true",
@@ -130,5 +158,7 @@ PARAMETERS: tuple[Parameter, ...] = (
         in_context=True,
     ),
 )
+_OF_EXPORT = frozenset({"server", "path", "vers", "options"})
+_ALIASES = {alias: one.key for one in PARAMETERS for alias in one.aliases}
 # What describes a static volume, in a context or in the options of a FlexVolume.
-DESCRIBED_BY = ("server", "path", "vers", "options", "mode", "modeType", "inSandbox", "probe")
+DESCRIBED_BY = ("server", "path", "vers", "options", "mode", "modeType", "makePath", "inSandbox", "probe")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from blockdev import filesystems
-from volumes import registry
+from volumes import nfs_parameters, registry
 from volumes.errors import InvalidParameter
 from volumes.parameter import BACKEND, FILESYSTEM, FSTYPE, RESERVED, RUNTIME, Parameter, one_of
 
@@ -71,10 +71,8 @@ _TEMPLATES = {
 def _spelled_out(parameters: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     """The parameters with what others' short forms stand for: a server with its path, names of the claim in subDir."""
     for key, value in parameters.items():
-        if key == "server" and ":/" in value and not value.startswith("["):
-            server, _, path = value.partition(":")
-            yield "server", server
-            yield "path", path.rstrip("/") or "/"
+        if key == "server" and (named := nfs_parameters.split(value)) is not None:
+            yield from zip(("server", "path"), named, strict=True)
         elif key == "subDir":
             yield key, _filled_in(value, parameters)
         else:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from volumes import directory, given, loop, nfs, nfs_parameters
 from volumes.backend import Backend
+from volumes.exports import Said
 from volumes.model import VolumeKind
 from volumes.parameter import Parameter
 
@@ -16,7 +17,7 @@ class Settings:
     """Where the backends of a node keep what is theirs; limits in bytes, 0 for none.
 
     `given_...`: where volumes that are described by a path may lie; `held`: where those in use get names of our own.
-    `nfs_exports`: exports that are known, as `server:/path`.
+    `nfs_exports`: exports that are known, as `server:/path`; `nfs_cluster`: who says which ones a cluster names.
     """
 
     state_dir: str
@@ -27,6 +28,7 @@ class Settings:
     given_devices: tuple[str, ...] = ()
     held: str = ""
     nfs_exports: tuple[str, ...] = ()
+    nfs_cluster: Callable[[], Sequence[Said]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +65,7 @@ REGISTRY: tuple[Entry, ...] = (
     ),
     Entry(
         backend=nfs.NfsBackend,
-        open=lambda it: nfs.NfsBackend(it.state_dir, exports_known=it.nfs_exports),
+        open=lambda it: nfs.NfsBackend(it.state_dir, exports_known=it.nfs_exports, cluster=it.nfs_cluster),
         meaning="a directory of an NFS export.",
         parameters=nfs_parameters.PARAMETERS,
         described_by=nfs_parameters.DESCRIBED_BY,

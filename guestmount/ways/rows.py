@@ -23,7 +23,7 @@ from guestmount.ways.mounted import Mounted
 from guestmount.ways.shared import Shared
 from volumes import DirectorySource, NfsSource, SizeRange, Source, Volume, VolumeError, VolumeKind, parameters
 from volumes.backend import Backend, BlockBackend
-from volumes.nfs import set_mode
+from volumes.nfs_described import make_path, set_mode
 
 log = logging.getLogger("runvol.rows")
 
@@ -249,9 +249,14 @@ class Export(Row):
         self, _backend: Backend, request: StageRequest, claim: Claim, source: Source, deadline: Deadline,
         *, first: bool,
     ) -> None:  # fmt: skip
-        if first and request.context.get("mode") and isinstance(source, NfsSource) and claim.nfs is not None:
-            set_mode(dataclasses.replace(source, version=claim.nfs.version), int(request.context["mode"], 8), deadline,
-                     recursive=request.context.get("modeType") == "recursive")  # fmt: skip
+        if not first or not isinstance(source, NfsSource) or claim.nfs is None:
+            return
+        meant = dataclasses.replace(source, version=claim.nfs.version)
+        if request.context.get("makePath") == "true":
+            make_path(meant, deadline)
+        if request.context.get("mode"):
+            recursive = request.context.get("modeType") == "recursive"
+            set_mode(meant, int(request.context["mode"], 8), deadline, recursive=recursive)
 
     def let_go(self, claim: Claim) -> None:
         # A mount that hung past its call's deadline may have come about since.

@@ -56,7 +56,7 @@ def test_an_export_becomes_a_static_volume(driver, vers):
     options = {"server": "nas.example.com", "path": "/k8s", "options": "noresvport", "mode": "755"}
     one, again = migrate([volume(driver=driver, flex={"options": options}) for _ in range(2)])
     source = one.manifests[0]["spec"]["csi"]
-    attributes = {"backend": "nfs", **options, **({"vers": vers} if vers else {})}
+    attributes = {"backend": "nfs", **options, **({"vers": vers, "makePath": "true"} if vers else {})}
     assert source["volumeAttributes"] == attributes
     assert source["volumeHandle"].startswith("nfs-")
     assert source["volumeHandle"] == again.manifests[0]["spec"]["csi"]["volumeHandle"]

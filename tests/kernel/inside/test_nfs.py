@@ -483,3 +483,42 @@ def test_two_drivers_of_one_process(driver):
     with driver.as_nfs():
         driver.delete(older)
         assert not driver.client.ListVolumes().entries
+
+
+@pytest.mark.parametrize("version", ["3", "4.1"])
+def test_a_described_path_is_made_if_that_is_asked_for(driver, version):
+    class Static:
+        volume_id = f"made-{version}"
+        volume_context = {
+            "backend": "nfs",
+            "server": SERVER,
+            "path": f"{ROOT}/share/app{version}/data",
+            "vers": version,
+        }
+
+    driver.stage(Static, RWX)
+    with pytest.raises(grpc.RpcError, match="no such path|No such file"):
+        driver.publish(Static, POD.format(1), runtime="runc", capability=RWX)
+    driver.unpublish(Static, POD.format(1))
+    driver.unstage(Static)
+    Static.volume_context["makePath"] = "true"
+    for _again in range(2):
+        driver.stage(Static, RWX)
+        target = driver.publish(Static, POD.format(1), runtime="runc", capability=RWX)
+        (Path(target) / "f").write_text("x")
+        driver.unpublish(Static, POD.format(1))
+        driver.unstage(Static)
+    made = ROOT / f"share/app{version}"
+    assert (made / "data/f").read_text() == "x"
+    assert [oct(path.stat().st_mode & 0o7777) for path in (made, made / "data")] == ["0o755", "0o777"]
+    # A link on the way leads nowhere.
+    (made / "link").symlink_to("/etc")
+    Static.volume_context["path"] += "/../link/new"
+    with pytest.raises(grpc.RpcError) as caught:
+        driver.stage(Static, RWX)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    Static.volume_context["path"] = f"{ROOT}/share/app{version}/link/new"
+    with pytest.raises(grpc.RpcError) as caught:
+        driver.stage(Static, RWX)
+    assert caught.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.FAILED_PRECONDITION)
+    assert not Path("/etc/new").exists()
