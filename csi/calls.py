@@ -101,7 +101,9 @@ def _run(
             log.exception("call failed", extra=_facts(name, number, request, started, code.name))
             _abort(context, code, f"{type(error).__name__}: {error}; see the driver's log")
         said = sentence_of(error)
-        log.warning("call refused", extra={**_facts(name, number, request, started, code.name), "reason": said})
+        # What has no sentence of its own says where it came from.
+        facts = {**_facts(name, number, request, started, code.name), "reason": said}
+        log.warning("call refused", extra=facts, exc_info=isinstance(error, OSError))
         _abort(context, code, said)
     level = logging.DEBUG if name in _QUIET or name.endswith(("Capabilities", "Info")) else logging.INFO
     if log.isEnabledFor(level):

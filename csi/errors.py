@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import errno
-import os
-
 import grpc
 
 import blockdev
 import guestmount
 import volumes
+from blockdev import worldly
 
 # Most special first: the first class that matches decides.
 _CODES: tuple[tuple[type[BaseException], grpc.StatusCode], ...] = (
@@ -33,9 +31,11 @@ _CODES: tuple[tuple[type[BaseException], grpc.StatusCode], ...] = (
 )
 
 
-# What the node has no more of, and what its disks do not do.
-_SCARCE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
-_AWAY = frozenset({errno.EROFS, errno.EIO})
+_OF_TROUBLE = {
+    worldly.Kind.SCARCE: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    worldly.Kind.AWAY: grpc.StatusCode.UNAVAILABLE,
+    worldly.Kind.REFUSED: grpc.StatusCode.FAILED_PRECONDITION,
+}
 
 
 class CallError(Exception):
@@ -53,17 +53,10 @@ def code_of(error: BaseException) -> grpc.StatusCode:
     for kind, code in _CODES:
         if isinstance(error, kind):
             return code
-    if isinstance(error, OSError) and error.errno in _SCARCE:
-        return grpc.StatusCode.RESOURCE_EXHAUSTED
-    if isinstance(error, OSError) and error.errno in _AWAY:
-        return grpc.StatusCode.UNAVAILABLE
-    return grpc.StatusCode.INTERNAL
+    trouble = worldly.kind_of(error)
+    return grpc.StatusCode.INTERNAL if trouble is None else _OF_TROUBLE[trouble]
 
 
 def sentence_of(error: BaseException) -> str:
     """What people read: the same for the same trouble."""
-    if isinstance(error, OSError) and error.errno in _SCARCE | _AWAY:
-        return (
-            f"{error.filename or 'the node'}: {os.strerror(error.errno or 0)}; the call can be repeated once that ends"
-        )
-    return str(error)
+    return worldly.in_words(error) or str(error)

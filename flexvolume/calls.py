@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from blockdev import Deadline, mountinfo, mounts
+from blockdev import Deadline, mountinfo, mounts, worldly
 from blockdev.errors import BlockdevError
 from flexvolume.options import Options, parse
 from flexvolume.targets import Targets
@@ -79,6 +79,11 @@ class Driver:
             return self._call(list(words), deadline)
         except (BlockdevError, GuestmountError, VolumeError) as error:
             return Reply(status=Status.FAILURE, message=str(error))
+        except OSError as error:
+            said = worldly.in_words(error)
+            if said is None:
+                raise
+            return Reply(status=Status.FAILURE, message=said)
 
     def _call(self, words: list[str], deadline: Deadline) -> Reply:
         call, arguments = (words[0], words[1:]) if words else ("", [])

@@ -14,7 +14,7 @@ from guestmount.claims import HOST, SANDBOX, Cell, Claim, NfsMount, Target, Use
 from guestmount.detect import Runtime
 from guestmount.errors import BadRequest, Conflict, Refused
 from guestmount.requests import PublishRequest, StageRequest
-from guestmount.ways import exclusion, mounted
+from guestmount.ways import exclusion, mounted, servers
 from guestmount.ways.base import Means, Problem, Usage, Way, of_mount
 from guestmount.ways.device_node import DeviceNode
 from guestmount.ways.guest_device import GuestDevice, of_superblock
@@ -257,6 +257,9 @@ class Export(Row):
         if request.context.get("mode"):
             recursive = request.context.get("modeType") == "recursive"
             set_mode(meant, int(request.context["mode"], 8), deadline, recursive=recursive)
+
+    def usage(self, claim: Claim, path: str, deadline: Deadline) -> Usage:
+        return servers.usage(claim, path, deadline)
 
     def let_go(self, claim: Claim) -> None:
         # A mount that hung past its call's deadline may have come about since.

@@ -16,7 +16,8 @@ from guestmount import preflight
 from guestmount.claims import SANDBOX, Cell, Claim, Target
 from guestmount.errors import Refused
 from guestmount.handoff import Delivered
-from guestmount.ways.base import Arrival, Means, Problem, Usage, of_mount
+from guestmount.ways import servers
+from guestmount.ways.base import Arrival, Means, Problem, Usage
 from guestmount.ways.exclusion import AnyKernel, with_handler
 from guestmount.ways.mounted import nothing_mounted
 from volumes import SizeRange
@@ -45,11 +46,11 @@ class Shared(AnyKernel):
     ) -> int | None:  # fmt: skip
         return backend.expand(cell.present.volume, size).capacity_bytes
 
-    def usage(self, _claim: Claim, path: str, deadline: Deadline) -> Usage:
-        return of_mount(path, deadline)
+    def usage(self, claim: Claim, path: str, deadline: Deadline) -> Usage:
+        return servers.usage(claim, path, deadline)
 
-    def problems(self, _claim: Claim, path: str, _handed: Mapping[str, Delivered]) -> list[Problem]:
-        return nothing_mounted(path)
+    def problems(self, claim: Claim, path: str, _handed: Mapping[str, Delivered]) -> list[Problem]:
+        return nothing_mounted(path) or servers.problems(claim, path)
 
 
 def _bind(means: Means, claim: Claim, path: str, target: Target, deadline: Deadline) -> None:
@@ -58,7 +59,7 @@ def _bind(means: Means, claim: Claim, path: str, target: Target, deadline: Deadl
         _check_what_hangs(claim, path)
         return
     if claim.nfs is not None:
-        _be_mounted(claim, deadline)
+        _be_mounted(claim, path, deadline)
     with _opened(claim) as source:
         if group := claim.group_of(target):
             root = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=source)
@@ -119,9 +120,17 @@ def _check_what_hangs(claim: Claim, path: str) -> None:
         )
 
 
-def _be_mounted(claim: Claim, deadline: Deadline) -> None:
-    """The export is mounted once for the volume, at its staging path."""
-    if claim.nfs is not None and not mounts.in_table(claim.staging_path):
+def _be_mounted(claim: Claim, path: str, deadline: Deadline) -> None:
+    """The export is mounted once for the volume, at its staging path; anew where its server has lost what was mounted
+    there, and nobody but `path` has it."""
+    if claim.nfs is None:
+        return
+    if mounts.in_table(claim.staging_path) and servers.is_stale(claim.staging_path, deadline):
+        others = [at for at in claim.targets if at != path]
+        if others:
+            raise Refused(servers.stale(claim))
+        mounts.be_let_go(claim.staging_path)
+    if not mounts.in_table(claim.staging_path):
         os.makedirs(claim.staging_path, mode=0o750, exist_ok=True)
         export = dataclasses.replace(claim.nfs.export, options=(*claim.nfs.options, *claim.use.mount_flags))
         nfs.mount(export, claim.staging_path, deadline)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
 from concurrent import futures
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -487,38 +490,103 @@ def test_two_drivers_of_one_process(driver):
 
 @pytest.mark.parametrize("version", ["3", "4.1"])
 def test_a_described_path_is_made_if_that_is_asked_for(driver, version):
-    class Static:
-        volume_id = f"made-{version}"
-        volume_context = {
-            "backend": "nfs",
-            "server": SERVER,
-            "path": f"{ROOT}/share/app{version}/data",
-            "vers": version,
-        }
+    place = {"backend": "nfs", "server": SERVER, "path": f"{ROOT}/share/app{version}/data", "vers": version}
+    static = SimpleNamespace(volume_id=f"made-{version}", volume_context=place)
 
-    driver.stage(Static, RWX)
+    driver.stage(static, RWX)
     with pytest.raises(grpc.RpcError, match="no such path|No such file"):
-        driver.publish(Static, POD.format(1), runtime="runc", capability=RWX)
-    driver.unpublish(Static, POD.format(1))
-    driver.unstage(Static)
-    Static.volume_context["makePath"] = "true"
+        driver.publish(static, POD.format(1), runtime="runc", capability=RWX)
+    driver.unpublish(static, POD.format(1))
+    driver.unstage(static)
+    static.volume_context["makePath"] = "true"
     for _again in range(2):
-        driver.stage(Static, RWX)
-        target = driver.publish(Static, POD.format(1), runtime="runc", capability=RWX)
+        driver.stage(static, RWX)
+        target = driver.publish(static, POD.format(1), runtime="runc", capability=RWX)
         (Path(target) / "f").write_text("x")
-        driver.unpublish(Static, POD.format(1))
-        driver.unstage(Static)
+        driver.unpublish(static, POD.format(1))
+        driver.unstage(static)
     made = ROOT / f"share/app{version}"
     assert (made / "data/f").read_text() == "x"
     assert [oct(path.stat().st_mode & 0o7777) for path in (made, made / "data")] == ["0o755", "0o777"]
     # A link on the way leads nowhere.
     (made / "link").symlink_to("/etc")
-    Static.volume_context["path"] += "/../link/new"
+    static.volume_context["path"] += "/../link/new"
     with pytest.raises(grpc.RpcError) as caught:
-        driver.stage(Static, RWX)
+        driver.stage(static, RWX)
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    Static.volume_context["path"] = f"{ROOT}/share/app{version}/link/new"
+    static.volume_context["path"] = f"{ROOT}/share/app{version}/link/new"
     with pytest.raises(grpc.RpcError) as caught:
-        driver.stage(Static, RWX)
+        driver.stage(static, RWX)
     assert caught.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.FAILED_PRECONDITION)
     assert not Path("/etc/new").exists()
+
+
+def test_a_directory_that_its_server_has_lost(driver):
+    """What was mounted is stale: that is said, and a pod that comes alone has it mounted anew."""
+    volume = create(driver, "stale")
+    driver.stage(volume, RWX)
+    target = driver.publish(volume, POD.format(1), runtime="runc", capability=RWX)
+    place = ROOT / "share/stale"
+    shutil.rmtree(place)
+    place.mkdir(mode=0o777)
+
+    def refused(call) -> str:
+        with pytest.raises(grpc.RpcError) as caught:
+            call()
+        assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION, caught.value.details()
+        return caught.value.details()
+
+    client, other = driver.client, partial(driver.publish, volume, POD.format(2), runtime="runc", capability=RWX)
+    said = refused(lambda: client.NodeGetVolumeStats(volume_id=volume.volume_id, volume_path=target))
+    assert "end all pods" in said
+    assert refused(other) == said
+    health = client.NodeGetVolumeHealth(volume_id=volume.volume_id, volume_publish_path=target).volume_health
+    assert [one.reason for one in health.health_statuses] == ["Stale"]
+    # The pod that has it is told once more that it does, and ends.
+    driver.publish(volume, POD.format(1), runtime="runc", capability=RWX)
+    driver.unpublish(volume, POD.format(1))
+    assert os.path.exists(other())
+    (Path(driver.target(volume.volume_id, POD.format(2))) / "f").write_text("x")
+    assert (place / "f").read_text() == "x"
+    gone(driver, volume, POD.format(2))
+
+
+def test_statistics_of_a_dead_server_cost_a_few_seconds_a_server(driver, nfs):
+    volumes = [create(driver, f"many-{number}") for number in range(12)]
+    for volume in volumes:
+        driver.stage(volume, RWX)
+    targets = [driver.publish(volume, POD.format(1), runtime="runc", capability=RWX) for volume in volumes]
+    local = driver.create("local")
+    nfs.stop()
+    started = time.monotonic()
+
+    def asked(number: int) -> str:
+        volume, target = volumes[number % 12], targets[number % 12]
+        with pytest.raises(grpc.RpcError) as caught:
+            driver.client.NodeGetVolumeStats(volume_id=volume.volume_id, volume_path=target)
+        return caught.value.details()
+
+    with futures.ThreadPoolExecutor(40) as pool:
+        answers = [pool.submit(asked, number) for number in range(40)]
+        time.sleep(0.5)
+        before = time.monotonic()
+        driver.client.Probe(timeout=5)
+        driver.stage(local)
+        driver.publish(local, POD.format(2), runtime="runc")
+        beside = time.monotonic() - before
+        said = {answer.result() for answer in answers}
+    assert time.monotonic() - started < 10
+    assert beside < 3
+    assert all(SERVER in one and "does not answer" in one for one in said)
+    nfs.start()
+    until = time.monotonic() + 60
+    while True:
+        try:
+            driver.client.NodeGetVolumeStats(volume_id=volumes[0].volume_id, volume_path=targets[0])
+            break
+        except grpc.RpcError:
+            assert time.monotonic() < until, "the server is not asked again"
+            time.sleep(1)
+    gone(driver, local, POD.format(2), capability=None)
+    for volume in volumes:
+        gone(driver, volume, POD.format(1))

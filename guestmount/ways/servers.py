@@ -1,0 +1,91 @@
+"""Mounts of servers, which may be dead: what they say of themselves, at the cost of a few seconds a server."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+
+from blockdev import Deadline, nfs
+from blockdev.deadlines import bounded
+from blockdev.errors import WaitExpired
+from guestmount.claims import Claim
+from guestmount.errors import Refused
+from guestmount.ways.base import Problem, Usage, of_mount
+
+# Seconds that a look waits for a server, and for which it then counts as silent for all looks at its other mounts.
+_PATIENCE, _REMEMBERED = 3.0, 10.0
+
+
+class _Silence:
+    """The servers of a process that did not answer lately."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._until: dict[str, float] = {}
+
+    def check(self, server: str) -> None:
+        with self._lock:
+            if time.monotonic() < self._until.get(server, 0.0):
+                raise nfs.ServerSilent(server, "a mount of it hangs")
+
+    def note(self, server: str) -> None:
+        with self._lock:
+            now = time.monotonic()
+            self._until = {one: until for one, until in self._until.items() if until > now}
+            self._until[server] = now + _REMEMBERED
+
+
+_silence = _Silence()
+
+
+def usage(claim: Claim, path: str, deadline: Deadline) -> Usage:
+    """Of the mount at `path`. ServerSilent; Refused for a directory that its server has no more."""
+    if claim.nfs is None:
+        return of_mount(path, deadline)
+    server = claim.nfs.server
+    _silence.check(server)
+    try:
+        return of_mount(path, Deadline.after(min(_PATIENCE, deadline.remaining())))
+    except WaitExpired as error:
+        _silence.note(server)
+        raise nfs.ServerSilent(server, f"the mount at {path} hangs") from error
+    except OSError as error:
+        if error.errno != errno.ESTALE:
+            raise
+        raise Refused(stale(claim)) from None
+
+
+def problems(claim: Claim, path: str) -> list[Problem]:
+    """What is wrong with the mount at `path`, as far as its server tells."""
+    if claim.nfs is None:
+        return []
+    try:
+        usage(claim, path, Deadline.after(_PATIENCE))
+    except nfs.ServerSilent as error:
+        return [Problem(reason="ServerSilent", message=str(error), unreachable=True)]
+    except Refused as error:
+        return [Problem(reason="Stale", message=str(error), lost=True)]
+    except OSError as error:
+        return [Problem(reason="NotLookedAt", message=f"{path}: {os.strerror(error.errno or 0)}", unreachable=True)]
+    return []
+
+
+def is_stale(path: str, deadline: Deadline) -> bool:
+    """Whether the server has no more what is mounted at `path`; False where it does not answer."""
+    try:
+        bounded(f"looking at {path}", Deadline.after(min(_PATIENCE, deadline.remaining())), lambda: os.statvfs(path))
+    except WaitExpired:
+        return False
+    except OSError as error:
+        return error.errno == errno.ESTALE
+    return False
+
+
+def stale(claim: Claim) -> str:
+    """What to do about one that others have, in words."""
+    return (
+        f"volume {claim.volume}: its server has no more what {claim.source} was when it was mounted (the directory was "
+        "removed or restored there); end all pods that have it, and it is mounted anew"
+    )

@@ -1,0 +1,32 @@
+"""What a filesystem, a disk or a server refuses is never INTERNAL: the caller reads what, and what to do."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import grpc
+import pytest
+
+from csi.errors import code_of, sentence_of
+
+FOREIGN = ("EPERM", "EACCES", "EROFS", "ENOENT", "ENOTEMPTY", "ENODEV", "ESTALE", "EIO", "ENOSPC", "EDQUOT", "ENOTCONN",
+           "ETIMEDOUT", "ELOOP", "ENOTDIR", "EBUSY", "EUCLEAN", "ESHUTDOWN", "EOPNOTSUPP", "ENAMETOOLONG")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_no_trouble_of_the_world_is_a_mistake_of_ours(name):
+    number = getattr(errno, name)
+    for error in (
+        OSError(number, os.strerror(number), "/a/place"),
+        OSError(number, os.strerror(number)),
+        OSError(number, "x", 7),
+    ):
+        assert code_of(error) is not grpc.StatusCode.INTERNAL
+        assert os.strerror(number) in sentence_of(error)
+        assert sentence_of(error).startswith("/a/place" if error.filename == "/a/place" else "a file of the volume")
+
+
+def test_a_mistake_of_ours_is_one():
+    for error in (OSError(errno.EBADF, "bad"), OSError(errno.EINVAL, "bad"), TypeError("x"), OSError("no number")):
+        assert code_of(error) is grpc.StatusCode.INTERNAL
