@@ -7,6 +7,7 @@ and what it has opened is what is then looked at, bound and attached, by its des
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -36,3 +37,16 @@ def opened(path: str, flags: int = os.O_PATH, *, root: str = "/") -> Iterator[in
 def same(one: int, other: int) -> bool:
     """Whether two descriptors stand for one inode."""
     return os.path.samestat(os.fstat(one), os.fstat(other))
+
+
+def regular(directory: int, name: str) -> int | None:
+    """A descriptor for reading the file `name` of a directory; None for anything but a regular file, which is not
+    opened: a FIFO would be waited for, a device would do something, a link leads elsewhere. OSError where it is not
+    there, or another's lease is on it."""
+    held = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        if not stat.S_ISREG(os.fstat(held).st_mode):
+            return None
+        return os.open(f"/proc/self/fd/{held}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    finally:
+        os.close(held)

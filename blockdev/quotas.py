@@ -41,10 +41,11 @@ class QuotaUnavailable(BlockdevError):
 
 @dataclass(frozen=True, kw_only=True)
 class Quota:
-    """Bytes; `limit` 0 is none."""
+    """Bytes; `limit` 0 is none. `files`: how many inodes count for it."""
 
     limit: int
     used: int
+    files: int = 0
 
 
 def assign(path: str, project: int) -> None:
@@ -62,12 +63,17 @@ def assign(path: str, project: int) -> None:
 def project_of(path: str) -> int:
     """The project of a directory; 0 for none, also where the filesystem knows no projects."""
     with _opened(path) as fd:
-        buffer = bytearray(_FSXATTR.size)
-        try:
-            fcntl.ioctl(fd, _FSGETXATTR, buffer)
-        except OSError:
-            return 0
-        return int(_FSXATTR.unpack(buffer)[3])
+        return project_at(fd)
+
+
+def project_at(fd: int) -> int:
+    """The same for an open file or directory."""
+    buffer = bytearray(_FSXATTR.size)
+    try:
+        fcntl.ioctl(fd, _FSGETXATTR, buffer)
+    except OSError:
+        return 0
+    return int(_FSXATTR.unpack(buffer)[3])
 
 
 def limit(path: str, project: int, size: int) -> None:
@@ -79,12 +85,15 @@ def limit(path: str, project: int, size: int) -> None:
 
 
 def read(path: str, project: int) -> Quota:
-    """The limit of a project, and what its files hold."""
+    """The limit of a project, and what its files hold; of one that XFS has never heard of, nothing."""
     buffer = bytearray(_DQBLK.size)
     with _opened(path) as fd:
-        _control(path, fd, _GETQUOTA, project, buffer)
-    hard, _soft, used, *_rest = _DQBLK.unpack(buffer)
-    return Quota(limit=hard * _UNIT, used=used)
+        try:
+            _control(path, fd, _GETQUOTA, project, buffer)
+        except FileNotFoundError:
+            return Quota(limit=0, used=0)
+    hard, _soft, used, _hard_files, _soft_files, files, *_rest = _DQBLK.unpack(buffer)
+    return Quota(limit=hard * _UNIT, used=used, files=files)
 
 
 def prove_enforced(path: str, size: int) -> None:

@@ -7,7 +7,7 @@ import grpc
 import blockdev
 import guestmount
 import volumes
-from blockdev import worldly
+from blockdev import nfs, worldly
 
 # Most special first: the first class that matches decides.
 _CODES: tuple[tuple[type[BaseException], grpc.StatusCode], ...] = (
@@ -26,6 +26,7 @@ _CODES: tuple[tuple[type[BaseException], grpc.StatusCode], ...] = (
     (volumes.OfAnotherDriver, grpc.StatusCode.FAILED_PRECONDITION),
     (volumes.StoreAway, grpc.StatusCode.FAILED_PRECONDITION),
     (volumes.StoreFailed, grpc.StatusCode.UNAVAILABLE),
+    (nfs.ServerSilent, grpc.StatusCode.UNAVAILABLE),
     (blockdev.WaitExpired, grpc.StatusCode.DEADLINE_EXCEEDED),
     (blockdev.BlockdevError, grpc.StatusCode.FAILED_PRECONDITION),
 )

@@ -48,7 +48,8 @@ def problems(node: Node, volume_id: str, known: Volume | None = None) -> list[Pr
         source = backend.attach(volume_id)
     except VolumeNotFound as error:
         return [Problem(reason="BackingFileMissing", message=str(error), lost=True)]
-    found = ways.of_source(source, raw=False).problems(volume, source)
+    found = [Problem(reason="OutsideItsLimits", message=said) for said in backend.problems(volume_id)]
+    found += ways.of_source(source, raw=False).problems(volume, source)
     try:
         claim = node.claims.peek(volume_id)
     except Refused as error:  # one damaged claim must not hide the other volumes of a list

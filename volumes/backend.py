@@ -110,6 +110,9 @@ class Backend(Protocol):
         """`check_expand`, and what it answers is kept for the volume until `expand` comes, whatever is promised to
         others meanwhile. A backend whose controller expands needs nothing of the kind."""
 
+    def problems(self, volume_id: str) -> Sequence[str]:
+        """What is wrong with a volume that only its backend can see, in words. Waits for nothing."""
+
     def refuses(self, flag: str) -> str | None:
         """Why its volumes cannot be mounted with this option; None if they can."""
 

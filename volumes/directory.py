@@ -37,6 +37,7 @@ from volumes.model import (
 )
 from volumes.parameter import Parameter, one_of
 from volumes.place import Place, Stored, nearest
+from volumes.quota_watch import QuotaWatch
 from volumes.store import Row, State, Store
 from volumes.troubles import Recovery, Step, Trouble, Unfinished, logged
 
@@ -50,6 +51,8 @@ _REMOVAL, _REMOVAL_AT_START = 86400.0, 10.0
 _BIND = frozenset({"ro", "rw", "defaults"})
 # Projects are numbers that a whole filesystem shares; others count from 1 (projid files, container runtimes).
 FIRST_PROJECT = 1 << 30
+# So many of them that somebody else has taken are passed over.
+_MOST_FOREIGN = 100_000
 
 PARAMETERS = (
     Parameter(
@@ -81,6 +84,7 @@ class DirectoryBackend(Stored):
         self._busy = Busy(os.path.join(state_dir, "directories.lock"))
         self._jobs = Jobs()
         self._recovery = Recovery(self._store.path, self._busy, self._steps)
+        self._watch = QuotaWatch()
 
     def close(self) -> None:
         self._store.close()
@@ -144,6 +148,32 @@ class DirectoryBackend(Stored):
         highest = max((number for number in numbers if 0 < number < FIRST_PROJECT), default=0)
         if highest:
             self._store.number_above(highest)
+        # What counts for a number that comes next was put there by somebody who may choose projects.
+        number = first = self._store.next_number()
+        while self._counts(FIRST_PROJECT + number):
+            number += 1
+            if number - first > _MOST_FOREIGN:
+                raise NoSpace(
+                    f"the projects from {FIRST_PROJECT + first} on all have files in {self._directory}, which "
+                    "nobody of runvol's made; look for them with `xfs_quota -x -c report` or `repquota -P`"
+                )
+        if number > first:
+            self._store.number_above(number - 1)
+
+    def _counts(self, project: int) -> bool:
+        """Whether the filesystem has files, or a limit, for that project."""
+        try:
+            found = quotas.read(self._directory, project)
+        except QuotaUnavailable:
+            return False
+        return bool(found.files or found.used or found.limit)
+
+    def problems(self, volume_id: str) -> Sequence[str]:
+        row = self._store.get(volume_id) if VOLUME_ID.match(volume_id) else None
+        if row is None or row.state is not State.READY or not _limited(row):
+            return []
+        left = self._watch.left(volume_id, self._path(volume_id), _project(row))
+        return [] if left is None else [str(left)]
 
     def _same(self, old: Row, size: SizeRange, parameters: Mapping[str, str], source: ContentSource | None) -> Volume:
         if source is not None:
@@ -211,6 +241,7 @@ class DirectoryBackend(Stored):
                 quotas.limit(self._directory, _project(row), 0)
         durable.sync_directory(self._directory)
         self._store.remove(row.volume_id)
+        self._watch.forget(row.volume_id)
 
     def get(self, volume_id: str) -> Volume | None:
         row = self._store.get(volume_id) if VOLUME_ID.match(volume_id) else None

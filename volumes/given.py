@@ -132,6 +132,9 @@ class _Given:
     def check_expand(self, volume_id: str, _size: SizeRange) -> int:
         raise SizeNotAllowed(f"volume {volume_id} {_NAMED}")
 
+    def problems(self, _volume_id: str) -> Sequence[str]:
+        return []
+
     def recover(self) -> Sequence[str]:
         return []
 

@@ -282,6 +282,9 @@ class LoopBackend(Stored):
 
     # -- the node's verbs
 
+    def problems(self, _volume_id: str) -> Sequence[str]:
+        return []
+
     def refuses(self, _flag: str) -> str | None:
         return None
 

@@ -312,6 +312,9 @@ class NfsBackend:
 
     # -- the node's verbs
 
+    def problems(self, _volume_id: str) -> Sequence[str]:
+        return []
+
     def refuses(self, flag: str) -> str | None:
         wrong = nfs.check_options([flag])
         if wrong is None:

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import msgspec
 
-from blockdev import BlockdevError, Deadline, durable, trees
+from blockdev import BlockdevError, Deadline, beneath, durable, trees
 from volumes import nfs_parameters, sizes
 from volumes.errors import NoSpace, StoreFailed, VolumeUnfinished
 from volumes.export_ids import short
@@ -135,13 +135,10 @@ def _id_of(record: Record | SnapshotRecord) -> str:
 def _regular(place: int, name: str) -> int:
     """A descriptor for reading the file `name` among the records. VolumeUnfinished for anything but a regular file: a
     FIFO would be waited for, a device would do something, a link leads out of the share. FileNotFoundError."""
-    held = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=place)
-    try:
-        if not stat.S_ISREG(os.fstat(held).st_mode):
-            raise VolumeUnfinished(f"the share's {RECORDS}/{name} cannot be read: it is no regular file")
-        return os.open(f"/proc/self/fd/{held}", os.O_RDONLY | os.O_CLOEXEC)
-    finally:
-        os.close(held)
+    fd = beneath.regular(place, name)
+    if fd is None:
+        raise VolumeUnfinished(f"the share's {RECORDS}/{name} cannot be read: it is no regular file")
+    return fd
 
 
 def write(root: int, record: Record | SnapshotRecord) -> None:

@@ -328,6 +328,13 @@ class Store:
             (None if foreign_written is None else int(foreign_written), mount_group, volume_id),
         )
 
+    def next_number(self) -> int:
+        """The `seq` that the next row gets."""
+        with self._lock, _explained(self.path):
+            asked = "SELECT seq FROM sqlite_sequence WHERE name = 'volumes'"
+            found = self._database(writing=True).execute(asked).fetchone()
+        return (int(found[0]) if found else 0) + 1
+
     def number_above(self, seq: int) -> None:
         """Rows that come from now on have a greater `seq` than this."""
         with self.transaction():

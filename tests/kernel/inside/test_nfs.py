@@ -375,9 +375,9 @@ def test_a_dead_server_costs_each_call_its_patience_and_nobody_else_anything(dri
     # kubelet comes again for a running pod: it is published, and nobody asks the server.
     driver.publish(volume, POD.format(1), runtime="runc", capability=RWX)
     assert time.monotonic() - started < 3
-    with pytest.raises(grpc.RpcError) as caught:
+    with pytest.raises(grpc.RpcError, match="does not answer") as caught:
         driver.client.NodeGetVolumeStats(volume_id=volume.volume_id, volume_path=target, timeout=4)
-    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     started = time.monotonic()
     for number in range(5):
         driver.publish(local, POD.format(2), runtime="runc")
@@ -577,7 +577,9 @@ def test_statistics_of_a_dead_server_cost_a_few_seconds_a_server(driver, nfs):
         said = {answer.result() for answer in answers}
     assert time.monotonic() - started < 10
     assert beside < 3
-    assert all(SERVER in one and "does not answer" in one for one in said)
+    words = ("the NFS server 127.0.0.1 does not answer", "too many calls are under way, some for volumes of nfs-")
+    assert all(one.startswith(words) for one in said), said
+    assert any(one.startswith(words[0]) for one in said)
     nfs.start()
     until = time.monotonic() + 60
     while True:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -119,3 +122,72 @@ def test_a_filesystem_that_only_counts_is_refused(tmp_path: Path) -> None:
             backend.create("a", SizeRange(required=MIB), {"backend": "directory"}, [])
         assert not os.listdir(place / "v")
         backend.close()
+
+
+LEAVES = """
+import fcntl, os, struct, sys
+os.setgroups([]); os.setgid(1000); os.setuid(1000)
+for path in sys.argv[2:]:
+    with open(path, "wb") as file:
+        state = bytearray(28)
+        fcntl.ioctl(file, 0x801C581F, state)
+        words = list(struct.unpack("=IIIII8x", state))
+        words[3] = int(sys.argv[1])
+        fcntl.ioctl(file, 0x401C5820, struct.pack("=IIIII8x", *words))
+        file.write(b"x" * 4096)
+"""
+
+
+def leave(project: int, place: Path, *names: str) -> None:
+    """As a pod's process without any capability does it, which sees its volume alone."""
+    subprocess.run([sys.executable, "-c", LEAVES, str(project), *names], check=True, cwd=place)
+
+
+def test_files_that_leave_their_volumes_quota_are_seen(driver: Driver) -> None:
+    one, two = (driver.create(name, 16 * MIB) for name in ("one", "two"))
+    targets = []
+    for volume in (one, two):
+        driver.stage(volume)
+        targets.append(Path(driver.publish(volume, POD.format(1), runtime="runc")))
+    (targets[0] / "deep").mkdir(mode=0o777)
+    (targets[0] / "deep").chmod(0o777)
+    os.mkfifo(targets[0] / "fifo")
+    (targets[0] / "link").symlink_to("/etc/passwd")
+    asked = [partial(driver.client.NodeGetVolumeHealth, volume_id=volume.volume_id, volume_publish_path=str(target))
+             for volume, target in zip((one, two), targets, strict=True)]  # fmt: skip
+
+    def reasons(number: int) -> dict[str, str]:
+        return {one.reason: one.message for one in asked[number]().volume_health.health_statuses}
+
+    assert not reasons(1)
+    leave(0, targets[0], "mine", "deep/mine")
+    reasons(0)
+    until = time.monotonic() + 20
+    while "OutsideItsLimits" not in reasons(0):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    assert "'mine'" in reasons(0)["OutsideItsLimits"] and "hostUsers: false" in reasons(0)["OutsideItsLimits"]
+    condition = driver.client.NodeGetVolumeStats(volume_id=one.volume_id, volume_path=str(targets[0])).volume_condition
+    assert condition.abnormal and "'mine'" in condition.message
+    assert not reasons(1)
+    for volume in (one, two):
+        driver.unpublish(volume, POD.format(1))
+        driver.unstage(volume)
+        driver.delete(volume)
+
+
+def test_a_project_that_has_files_elsewhere_is_never_given(disk: Path, tmp_path: Path) -> None:
+    """A pod may choose the number that the next volume would have."""
+    backend = DirectoryBackend(str(tmp_path / "state"), directory=str(disk / "v"))
+    first = backend.create("a", SizeRange(required=MIB), {"backend": "directory"}, [])
+    place = Path(backend.attach(first.volume_id).path)
+    project = quotas.project_of(str(place))
+    for number in range(1, 6):
+        leave(project + number, place, f"f{number}")
+    os.sync()
+    second = backend.create("b", SizeRange(required=MIB), {"backend": "directory"}, [])
+    given = backend.attach(second.volume_id).path
+    assert quotas.project_of(given) == project + 6
+    backend.delete(first.volume_id)
+    backend.delete(second.volume_id)
+    backend.close()

@@ -1,0 +1,131 @@
+"""Files that have left their volume's project quota.
+
+The kernel lets whoever owns a file change its project (FS_IOC_FSSETXATTR), with no capability at all, unless he lives
+in a user namespace of his own. What he writes then counts for nobody, or for another volume. It cannot be kept from
+him; it can be seen.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from blockdev import Deadline, beneath, quotas, trees
+from blockdev.errors import BlockdevError
+
+log = logging.getLogger("runvol.volumes")
+
+# Seconds between two looks at a volume, and for one.
+_EVERY, _LONGEST = 600.0, 120.0
+# Files of one look; after so many of them it makes way for others for so many seconds.
+_MOST, _STRIDE, _PAUSE = 500_000, 200, 0.001
+# Characters of a name, which a pod has chosen.
+_SHOWN = 80
+
+
+@dataclass(frozen=True)
+class Left:
+    """How many files do not count for the volume's quota, and one of them."""
+
+    count: int
+    first: str
+
+    def __str__(self) -> str:
+        return (
+            f"files of it do not count for its size any more (one is {self.first[:_SHOWN]!r}): a process of a pod has "
+            "given them another project; its writes have no limit, or count for another volume. Give such pods a user "
+            "namespace (hostUsers: false)"
+        )
+
+
+class QuotaWatch:
+    """Looks at one volume after the other, behind whoever asks."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._seen: dict[str, Left | None] = {}
+        self._next: dict[str, float] = {}
+        self._waiting: dict[str, tuple[str, int]] = {}
+        self._at_work = False
+
+    def left(self, volume_id: str, path: str, project: int) -> Left | None:
+        """What the last look has found; the next one is begun where it is time for it."""
+        with self._lock:
+            now = time.monotonic()
+            if now > self._next.get(volume_id, 0.0):
+                self._next[volume_id] = now + _EVERY
+                self._waiting[volume_id] = path, project
+                if not self._at_work:
+                    self._at_work = True
+                    threading.Thread(target=self._work, name="quota watch", daemon=True).start()
+            return self._seen.get(volume_id)
+
+    def forget(self, volume_id: str) -> None:
+        """It was deleted."""
+        with self._lock:
+            for known in (self._seen, self._next, self._waiting):
+                known.pop(volume_id, None)
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._at_work = False
+                    return
+                volume_id = next(iter(self._waiting))
+                path, project = self._waiting.pop(volume_id)
+            try:
+                found = look(path, project)
+            except (OSError, BlockdevError) as error:
+                log.info("a volume's quota was not looked at", extra={"volume": volume_id, "why": str(error)})
+                continue
+            except Exception:
+                log.exception("a volume's quota was not looked at")
+                continue
+            with self._lock:
+                if volume_id in self._next:
+                    self._seen[volume_id] = found
+
+
+def look(path: str, project: int) -> Left | None:
+    """The files below `path` that do not belong to the project; None if all do. Bounded in files and time."""
+    root = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    count, first = 0, ""
+    try:
+        for number, (name, other) in enumerate(_projects(root)):
+            if other != project:
+                count, first = count + 1, first or name
+            if number % _STRIDE == 0:
+                time.sleep(_PAUSE)
+            if number >= _MOST:
+                break
+    finally:
+        os.close(root)
+    return Left(count, first) if count else None
+
+
+def _projects(root: int) -> Iterator[tuple[str, int]]:
+    """Every directory and regular file with its project. Nothing else is opened, and nothing is waited for."""
+    for fd, _directories, others in trees.walk(root, "looking at a volume's quota", Deadline.after(_LONGEST)):
+        yield "a directory", quotas.project_at(fd)
+        for name in others:
+            project = _of_file(fd, name)
+            if project is not None:
+                yield name, project
+
+
+def _of_file(directory: int, name: str) -> int | None:
+    try:
+        file = beneath.regular(directory, name)
+    except OSError:
+        return None  # it has gone, or has another holder's lease
+    if file is None:
+        return None
+    try:
+        return quotas.project_at(file)
+    finally:
+        os.close(file)
