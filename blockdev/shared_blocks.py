@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
 import struct
 
-from blockdev import sparse
+from blockdev import sparse, syscalls
 
 _FIEMAP = 0xC020660B
 _HEAD, _EXTENT = struct.Struct("=QQIIII"), struct.Struct("=QQQQQIIII")
@@ -16,11 +15,8 @@ _LAST, _SHARED = 0x1, 0x2000
 _PART = 512
 # A guest may cut its file into millions of pieces; what is not looked at counts as shared.
 _MOST = 100_000
-_UNSHARE = 0x40
 _CHUNK = 4 << 20
 _CANNOT = (errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EINVAL)
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
 def shared_bytes(path: str) -> int:
@@ -61,11 +57,12 @@ def _shared(fd: int) -> int:
 
 def unshare(fd: int, size: int) -> None:
     """The file has `size` bytes of blocks, all its own. OSError, ENOSPC among it."""
-    if _libc.fallocate(fd, _UNSHARE, 0, size) == 0:
+    try:
+        syscalls.fallocate(fd, syscalls.FALLOC_FL_UNSHARE_RANGE, 0, size)
         return
-    number = ctypes.get_errno()
-    if number not in _CANNOT:
-        raise OSError(number, os.strerror(number))
+    except OSError as error:
+        if error.errno not in _CANNOT:
+            raise
     os.posix_fallocate(fd, 0, size)
     if _shared(fd) == 0:
         return

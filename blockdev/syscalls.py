@@ -133,6 +133,15 @@ def openat2(directory: int, path: str, flags: int, resolve: int) -> int:
     return _check(_libc.syscall(_OPENAT2, directory, _bytes(path), ctypes.byref(how), ctypes.sizeof(how)), path)
 
 
+FALLOC_FL_KEEP_SIZE, FALLOC_FL_UNSHARE_RANGE = 0x01, 0x40
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+def fallocate(fd: int, mode: int, offset: int, size: int) -> None:
+    """fallocate(2) with flags, which `os.posix_fallocate` has not."""
+    _check(_libc.fallocate(fd, mode, offset, size), "")
+
+
 DT_UNKNOWN, DT_DIR = 0, 4
 _DIRENT = struct.Struct("=QqHB")
 _ENTRIES = 32768

@@ -230,6 +230,10 @@ class DirectoryBackend(Stored):
             except FileNotFoundError:
                 continue
             except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    # Not even for another name; where it lies it can be removed as well.
+                    trees.remove(self._directory, name, deadline)
+                    continue
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
                 trees.remove(self._directory, gone, deadline)

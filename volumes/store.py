@@ -19,11 +19,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from blockdev import reserve
 from volumes.errors import StoreAway, StoreFailed
 
 R = TypeVar("R")
 # Seconds.
 _A_MOMENT = 0.2
+# Bytes that are kept for a disk that is full: of the log that SQLite writes to (it begins anew after 1,000 pages of
+# 4 KiB), and of whatever opening the store needs besides.
+_LOG_BYTES, _RESERVE = 4608 << 10, 1 << 20
 _SCHEMA = 1  # nothing was released with another one
 _TABLES = """
 CREATE TABLE IF NOT EXISTS volumes (
@@ -116,6 +120,7 @@ class Store:
     def __init__(self, path: str) -> None:
         self.path = path
         self._lock = threading.RLock()
+        self._reserve = reserve.Reserve(f"{path}.reserve", _RESERVE)
         self._db: sqlite3.Connection | None = None
         # Stands for a file that is not there, as long as nobody writes.
         self._nothing: sqlite3.Connection | None = None
@@ -141,9 +146,28 @@ class Store:
                 self._db, self._frozen = self._opened(), False
             except sqlite3.OperationalError:
                 if not _takes_no_writes(self.path):
-                    raise
-                self._db, self._frozen = self._opened_for_reading(), True
+                    if not self._reserve.give_up():
+                        raise
+                    self._db, self._frozen = self._opened(), False
+                else:
+                    self._db, self._frozen = self._opened_for_reading(), True
+            if not self._frozen:
+                self._keep_room()
         return self._db
+
+    def _keep_room(self) -> None:
+        """What takes something away is written also on a disk that is full by then."""
+        self._reserve.keep()
+        with contextlib.suppress(OSError):
+            if reserve.has_room(os.path.dirname(self.path), _LOG_BYTES):
+                reserve.keep_beyond(f"{self.path}-wal", _LOG_BYTES)
+
+    def _be_full(self, error: sqlite3.Error) -> bool:
+        """Whether there is room now that was kept for a disk without any."""
+        if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_FULL or not self._reserve.give_up():
+            return False
+        reserve.keep_beyond(f"{self.path}-wal", _LOG_BYTES)
+        return True
 
     def _opened(self) -> sqlite3.Connection:
         db = sqlite3.connect(self.path, timeout=10, isolation_level=None, check_same_thread=False)
@@ -281,9 +305,11 @@ class Store:
                 yield
                 # A disk that is full says so here; an open transaction would swallow whatever comes next.
                 db.execute("COMMIT")
-            except BaseException:
+            except BaseException as error:
                 if db.in_transaction:
                     db.execute("ROLLBACK")
+                if isinstance(error, sqlite3.Error):
+                    self._be_full(error)  # for who asks again
                 raise
 
     def insert(
@@ -460,7 +486,13 @@ class Store:
 
     def _execute(self, statement: str, values: tuple[object, ...]) -> None:
         with self._lock, _explained(self.path):
-            self._database(writing=True).execute(statement, values)
+            db = self._database(writing=True)
+            try:
+                db.execute(statement, values)
+            except sqlite3.OperationalError as error:
+                if db.in_transaction or not self._be_full(error):
+                    raise
+                db.execute(statement, values)
 
 
 def _row(row: tuple[int, str, str, str, int, str, str, int, str]) -> Row:

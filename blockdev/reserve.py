@@ -1,0 +1,60 @@
+"""Room that is kept for what has to work on a full disk: taking things away.
+
+Everything that removes something writes first (a row, a record, a name), which a full disk refuses. So a few blocks are
+kept by a file that is given up then, and by blocks beyond the end of a file that grows (fallocate(2) with
+FALLOC_FL_KEEP_SIZE), where a pod that fills the disk cannot take them in the moment in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+from blockdev import syscalls
+
+# A disk with less free room than so many times what is kept is left alone.
+_TIMES = 16
+
+
+def keep_beyond(path: str, size: int) -> None:
+    """The file can grow to `size` bytes whatever else happens on its disk, where that can be kept."""
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            syscalls.fallocate(fd, syscalls.FALLOC_FL_KEEP_SIZE, 0, size)
+        finally:
+            os.close(fd)
+
+
+def has_room(directory: str, size: int) -> bool:
+    """Whether its disk has so much more free than that, that nobody misses it."""
+    facts = os.statvfs(directory)
+    return facts.f_bavail * facts.f_frsize >= _TIMES * size
+
+
+class Reserve:
+    """The file `path`, of so many bytes. Callers that have something of their own to say of a failure go on without."""
+
+    def __init__(self, path: str, size: int) -> None:
+        self._path, self._size = path, size
+
+    def keep(self) -> None:
+        """The file is there, if the disk has room to spare. No error: it is wanted on disks that have."""
+        with contextlib.suppress(OSError):
+            if os.path.exists(self._path) or not has_room(os.path.dirname(self._path), self._size):
+                return
+            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                os.posix_fallocate(fd, 0, self._size)
+            except OSError:
+                os.unlink(self._path)
+            finally:
+                os.close(fd)
+
+    def give_up(self) -> bool:
+        """What was kept is free; False where nothing was."""
+        try:
+            os.unlink(self._path)
+        except OSError:
+            return False
+        return True
