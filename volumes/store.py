@@ -164,7 +164,8 @@ class Store:
 
     def _be_full(self, error: sqlite3.Error) -> bool:
         """Whether there is room now that was kept for a disk without any."""
-        if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_FULL or not self._reserve.give_up():
+        code = getattr(error, "sqlite_errorcode", 0)
+        if code & 0xFF != sqlite3.SQLITE_FULL or not self._reserve.give_up():
             return False
         reserve.keep_beyond(f"{self.path}-wal", _LOG_BYTES)
         return True
