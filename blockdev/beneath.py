@@ -39,14 +39,14 @@ def same(one: int, other: int) -> bool:
     return os.path.samestat(os.fstat(one), os.fstat(other))
 
 
-def regular(directory: int, name: str) -> int | None:
-    """A descriptor for reading the file `name` of a directory; None for anything but a regular file, which is not
+def regular(directory: int, name: str, access: int = os.O_RDONLY) -> int | None:
+    """A descriptor of the file `name` of a directory; None for anything but a regular file, which is not
     opened: a FIFO would be waited for, a device would do something, a link leads elsewhere. OSError where it is not
     there, or another's lease is on it."""
     held = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
     try:
         if not stat.S_ISREG(os.fstat(held).st_mode):
             return None
-        return os.open(f"/proc/self/fd/{held}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        return os.open(f"/proc/self/fd/{held}", access | os.O_NONBLOCK | os.O_CLOEXEC)
     finally:
         os.close(held)

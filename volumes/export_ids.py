@@ -42,6 +42,12 @@ def id_of(export: nfs.Export, name: str, prefix: str) -> str:
     return whole if len(whole) <= _LONGEST else own
 
 
+def name_of(name: str, path: str = "") -> str:
+    """What an id's second part is made from. `path`: the export of the volume's directory, where its records, and so
+    its id, are of another one."""
+    return f"{name}\0{path}" if path else name
+
+
 def short(one_id: str) -> str:
     """What the volume or snapshot is called on its share."""
     return one_id.partition(".")[0]
@@ -53,7 +59,7 @@ def export_of(one_id: str) -> nfs.Export | None:
     text = _unpacked(packed) if packed else None
     if text is None or ":/" not in text:
         return None
-    server, _, path = text.rpartition(":/")
+    server, _, path = text.partition(":/")
     found = nfs.Export(server=server, path=f"/{path}", version=nfs.DEFAULT_VERSION)
     return found if is_of(one_id, found) else None
 

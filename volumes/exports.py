@@ -205,22 +205,23 @@ def _of_said(said: Sequence[Said]) -> list[nfs.Export]:
     found: dict[nfs.Export, None] = {}
     for one in said:
         try:
-            export: nfs.Export | None = of_class(nfs_parameters.of_export(one.parameters), one.mount_options)
+            export = of_class(nfs_parameters.of_export(one.parameters), one.mount_options)
         except InvalidParameter:
             continue
-        if one.handle and export is not None:
-            export = above(one.handle, export)
-        if export is not None:
-            found.setdefault(export)
+        records = dataclasses.replace(export, path=one.parameters.get(nfs_parameters.RECORDS_PATH) or export.path)
+        for other in (export, records):
+            its = above(one.handle, other) if one.handle else other
+            if its is not None:
+                found.setdefault(its)
     return [*found]
 
 
 def _named(text: str) -> nfs.Export:
     """`server:/path`, and mount options behind semicolons."""
     place, *options = text.split(";")
-    server, _, path = place.rpartition(":/")
+    server, _, path = place.removeprefix("[").partition(":/")
     version, rest = nfs.version_among(options)
-    return nfs.Export(server=server.strip("[]"), path=f"/{path}".rstrip("/") or "/",
+    return nfs.Export(server=server.removesuffix("]"), path=f"/{path}".rstrip("/") or "/",
                       version=version or nfs.DEFAULT_VERSION, options=rest)  # fmt: skip
 
 
@@ -274,6 +275,16 @@ def of_class(parameters: Mapping[str, str], flags: Sequence[str]) -> nfs.Export:
 def place(one_id: str) -> int:
     """A stable place in the list of all volumes, or of all snapshots, of NFS; below 2^56."""
     return int(digest(short(one_id))[:13], 16) + 1
+
+
+def order(export: nfs.Export, after: int) -> Callable[[str], int | None]:
+    """The places of what lies on the export; None for what comes before, or lies on another one by its name."""
+
+    def at(name: str) -> int | None:
+        found = place(name)
+        return found if found > after and is_of(name, export) else None
+
+    return at
 
 
 def part(numbered: list[tuple[int, T]], after: int, limit: int) -> Sequence[tuple[int, T]]:

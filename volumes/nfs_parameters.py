@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from blockdev import nfs
 from volumes.parameter import Parameter, one_of
 
+RECORDS_PATH = "recordsPath"
+
 
 def is_server(value: str) -> bool:
     """A DNS name, or an address as a number."""
@@ -72,6 +74,15 @@ PARAMETERS: tuple[Parameter, ...] = (
         accepts=is_path,
         in_context=True,
         aliases=("share",),
+    ),
+    Parameter(
+        key=RECORDS_PATH,
+        values="an absolute path",
+        default="(`path`)",
+        meaning="Backend `nfs`: another export of the same server, on which what runvol knows of the volumes lies, and "
+        "their snapshots. For a `path` that pods have whole: who can write there could change it.",
+        accepts=is_path,
+        in_context=True,
     ),
     Parameter(
         key="subDir",

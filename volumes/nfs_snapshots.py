@@ -8,19 +8,21 @@ from __future__ import annotations
 import builtins
 import contextlib
 import errno
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
-from blockdev import Deadline, nfs
-from volumes import exports, share
-from volumes.errors import VolumeConflict, VolumeNotFound, VolumeUnfinished
+from blockdev import BlockdevError, Deadline, nfs
+from volumes import exports, nfs_share, share, share_lock
+from volumes.errors import VolumeConflict, VolumeError, VolumeNotFound, VolumeUnfinished
 from volumes.export_ids import id_of, short
 from volumes.exports import Exports
 from volumes.jobs import PATIENCE, Jobs, Progress
 from volumes.model import Snapshot
+from volumes.nfs_share import Place, Share
 from volumes.share import NFS_SNAPSHOT, NFS_VOLUME, RECORDS, Record, SnapshotRecord
 from volumes.troubles import Trouble, logged
 
@@ -34,56 +36,71 @@ class NfsSnapshots:
     def take(self, name: str, volume_id: str, deadline: Deadline) -> Snapshot:
         """The snapshot called `name` of the volume; not `ready` while its archive is being made."""
         known = self._exports.of(volume_id, NFS_VOLUME)
-        handle = id_of(known[0], name, NFS_SNAPSHOT)
-        snapshot_id = short(handle)
-        with exports.opened_any(known) as (root, export), share.enough_space(f"snapshot {name}"):
-            volume = share.read(root, short(volume_id), Record)
-            if volume is None or not volume.ready:
-                raise VolumeNotFound(volume_id)
-            record = share.read(root, snapshot_id, SnapshotRecord)
-            if record is None:
-                record = SnapshotRecord(snapshot_id=snapshot_id, name=name, source=volume_id, capacity=volume.capacity,
-                                        created=time.time(), ready=False, handle=handle)  # fmt: skip
-                share.write(root, record)
+        with nfs_share.opened_of(known, volume_id) as one, share.enough_space(f"snapshot {name}"):
+            handle = id_of(one.place.records, name, NFS_SNAPSHOT)
+            with share_lock.changing(one.records):
+                volume = share.read(one.records, short(volume_id), Record)
+                if volume is None or not volume.ready:
+                    raise VolumeNotFound(volume_id)
+                record = share.read(one.records, short(handle), SnapshotRecord)
+                if record is None:
+                    record = SnapshotRecord(
+                        snapshot_id=short(handle), name=name, source=volume_id, capacity=volume.capacity,
+                        created=time.time(), ready=False, handle=handle, serial=os.urandom(6).hex(),
+                    )  # fmt: skip
+                    share.write(one.records, record)
             if (record.name, short(record.source)) != (name, short(volume_id)):
                 raise VolumeConflict(name, f"is a snapshot of {record.source}, not of {volume_id}")
             if not record.ready:
-                work = self._archiving(export, record, volume)
+                work = self._archiving(one.place, record, volume)
                 patience = max(0.0, min(PATIENCE, deadline.remaining() - 1))
                 with contextlib.suppress(VolumeUnfinished):
-                    self._jobs.finished(snapshot_id, f"snapshot {name} of {volume_id}", work, patience)
-                record = share.read(root, snapshot_id, SnapshotRecord) or record
+                    self._jobs.finished(record.snapshot_id, f"snapshot {name} of {volume_id}", work, patience)
+                record = share.read(one.records, record.snapshot_id, SnapshotRecord) or record
         return _snapshot(record)
 
-    def _archiving(self, export: nfs.Export, record: SnapshotRecord, volume: Record) -> Callable[[Progress], None]:
+    def _archiving(self, place: Place, record: SnapshotRecord, volume: Record) -> Callable[[Progress], None]:
         def work(progress: Progress) -> None:
-            # Most processes never copy anything.
-            from volumes import archives
-
-            new = f"{record.snapshot_id}.{self._own}.new"
-            with (
-                exports.opened(export) as root,
-                share.enough_space(f"snapshot {record.name}"),
-                _unless_tidied(f"snapshot {record.name}"),
-                share.unless_whole(root, f"{RECORDS}/{new}.tar"),
-            ):
-                with (
-                    share.opened(root, volume.directory or ".") as directory,
-                    open(share.new_archive(root, new), "wb") as archive,
-                ):
-                    archives.pack(directory, archive, progress, without=share.not_its_own(volume))
-                    os.fsync(archive.fileno())
-                with share.opened(root, RECORDS) as place:
-                    os.rename(f"{new}.tar", f"{record.snapshot_id}.tar", src_dir_fd=place, dst_dir_fd=place)
-                share.write(root, msgspec.structs.replace(record, ready=True))
-                share.tidy(root, f"{record.snapshot_id}.", ".new.tar")
+            with nfs_share.opened(place) as one, share.enough_space(f"snapshot {record.name}"):
+                try:
+                    with _unless_tidied(f"snapshot {record.name}"):
+                        self._archived(one, record, volume, progress)
+                except (OSError, VolumeError, BlockdevError):
+                    with contextlib.suppress(OSError, VolumeError, BlockdevError):
+                        _given_up(one, record)
+                    raise
 
         return work
 
+    def _archived(self, one: Share, record: SnapshotRecord, volume: Record, progress: Progress) -> None:
+        # Most processes never copy anything.
+        from volumes import archives
+
+        new = f"{record.snapshot_id}.{record.serial}.{self._own}.new"
+        with share.unless_whole(one.records, f"{RECORDS}/{new}.tar"):
+            with (
+                share.opened(one.root, volume.directory or ".") as directory,
+                open(share.new_archive(one.records, new), "wb") as archive,
+                share_lock.beating(archive.fileno()),
+            ):
+                archives.pack(directory, archive, progress, without=share.not_its_own(volume))
+                os.fsync(archive.fileno())
+            with share_lock.changing(one.records):
+                now = share.read(one.records, record.snapshot_id, SnapshotRecord)
+                if now is None or now.serial != record.serial:
+                    raise VolumeUnfinished(f"snapshot {record.name} was deleted meanwhile; ask again")
+                if now.ready:  # another controller was faster
+                    share.remove_tree(one.records, f"{RECORDS}/{new}.tar")
+                    return
+                with share.opened(one.records, RECORDS) as place:
+                    os.rename(f"{new}.tar", f"{record.snapshot_id}.tar", src_dir_fd=place, dst_dir_fd=place)
+                share.write(one.records, msgspec.structs.replace(record, ready=True))
+
     def get(self, snapshot_id: str) -> Snapshot:
         """VolumeNotFound where there is none; ExportUnknown where nobody can tell."""
-        with exports.opened_any(self._exports.of(snapshot_id, NFS_SNAPSHOT)) as (root, _export):
-            record = share.read(root, short(snapshot_id), SnapshotRecord)
+        known = self._exports.of(snapshot_id, NFS_SNAPSHOT)
+        with exports.opened_any(known) as (records, _export), share.readable(f"snapshot {snapshot_id}"):
+            record = share.read(records, short(snapshot_id), SnapshotRecord)
         if record is None:
             raise VolumeNotFound(snapshot_id)
         return _snapshot(record)
@@ -97,22 +114,36 @@ class NfsSnapshots:
             return
         self._jobs.cancel(snapshot_id, PATIENCE)
         with (
-            exports.opened_any(known) as (root, _export),
+            exports.opened_any(known) as (records, export),
             share.enough_space(f"the deletion of snapshot {snapshot_id}"),
+            share_lock.changing(records),
         ):
-            made = [one.volume_id for one in share.records(root, NFS_VOLUME, Record, logged)
-                    if not one.ready and short(one.source) == f"snapshot:{snapshot_id}"]  # fmt: skip
-            if made:
-                raise VolumeUnfinished(f"volume {made[0]} is being made from snapshot {snapshot_id}")
-            share.tidy(root, f"{snapshot_id}.", ".tar")
-            share.remove(root, snapshot_id)
+            for one in share.records(records, NFS_VOLUME, Record, logged):
+                if not one.ready and not one.gone and short(one.source) == f"snapshot:{snapshot_id}":
+                    self._check_abandoned(records, export, one, snapshot_id)
+            share.tidy(records, f"{snapshot_id}.", ".tar")
+            share.remove(records, snapshot_id)
+
+    def _check_abandoned(self, records: int, export: nfs.Export, made: Record, snapshot_id: str) -> None:
+        """VolumeUnfinished where somebody makes this volume from the snapshot. Half a copy that nobody works on any
+        more loses its source: its next call says that the snapshot is gone."""
+        working = self._jobs.progress(made.volume_id) is not None
+        place = nfs_share.of_record(made, export)
+        if not working and place.elsewhere:
+            with exports.opened(place.data) as root:
+                working = share_lock.is_worked_on(records, root, made.volume_id)
+        elif not working:
+            working = share_lock.is_worked_on(records, records, made.volume_id)
+        if working:
+            raise VolumeUnfinished(f"volume {made.volume_id} is being made from snapshot {snapshot_id}")
 
     def list(self, *, after: int, limit: int, source: str, trouble: Trouble) -> Sequence[tuple[int, Snapshot]]:
         """Those of the shares that answer, with their places; of one volume only, if `source` names it."""
 
-        def listed(root: int, _export: nfs.Export) -> builtins.list[Snapshot]:
-            known = share.records(root, NFS_SNAPSHOT, SnapshotRecord, trouble)
-            return [_snapshot(one) for one in known if not source or short(source) == short(one.source)]
+        def listed(root: int, export: nfs.Export) -> builtins.list[Snapshot]:
+            known = share.records(root, NFS_SNAPSHOT, SnapshotRecord, trouble, order=exports.order(export, after))
+            wanted = (_snapshot(one) for one in known if not source or short(source) == short(one.source))
+            return [*itertools.islice(wanted, limit if limit >= 0 else None)]
 
         found = self._exports.on_each(listed, trouble)
         return exports.part([(exports.place(one.snapshot_id), one) for one in found], after, limit)
@@ -137,3 +168,11 @@ def _unless_tidied(what: str) -> Iterator[None]:
         if error.errno in (errno.ENOENT, errno.ESTALE):
             raise VolumeUnfinished(f"{what}: another controller was at work on it; ask again") from None
         raise
+
+
+def _given_up(one: Share, record: SnapshotRecord) -> None:
+    """An archive that failed leaves nothing: whoever asks again begins anew, and nobody may."""
+    with share_lock.changing(one.records):
+        now = share.read(one.records, record.snapshot_id, SnapshotRecord)
+        if now is not None and now.serial == record.serial and not now.ready:
+            share.remove(one.records, record.snapshot_id)

@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
+import logging
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 import msgspec
@@ -21,9 +22,9 @@ import msgspec
 from blockdev import BlockdevError, Deadline, beneath, durable, trees
 from volumes import nfs_parameters, sizes
 from volumes.errors import NoSpace, StoreFailed, VolumeUnfinished
-from volumes.export_ids import short
+from volumes.export_ids import digest, name_of, short
 from volumes.model import VOLUME_ID
-from volumes.parameter import BACKEND, FILESYSTEM, RUNTIME
+from volumes.parameter import BACKEND, FILESYSTEM, RUNTIME, one_of
 from volumes.troubles import Trouble
 
 RECORDS = ".runvol"
@@ -35,8 +36,10 @@ _LONGEST = 65536
 # So many records of one share are looked at, and so many bytes of them; more than runvol ever makes there.
 _MOST, _MOST_BYTES = 100_000, 64 << 20
 _SOURCE = re.compile(r"(?:(?:volume|snapshot):[a-z0-9.-]{1,128})?")
-# The parameters that a record may keep.
-_KNOWN = frozenset({BACKEND, RUNTIME.key, FILESYSTEM.key, *(one.key for one in nfs_parameters.PARAMETERS)})
+# The parameters that a record may keep, and what they may be.
+_KNOWN: Mapping[str, Callable[[str], bool]] = {
+    BACKEND: one_of("nfs"), **{one.key: one.accepts for one in (RUNTIME, FILESYSTEM, *nfs_parameters.PARAMETERS)}
+}  # fmt: skip
 # No snapshot was taken later, in seconds since 1970.
 _LATEST = 1 << 33
 # Seconds that one call removes a tree; the next goes on.
@@ -47,7 +50,10 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """`<id>.json` of a volume. `directory` is below the share; empty for the share itself. `source`: what it was made
     from: its directory then appears with all its content, or not at all. `made`: whether runvol has made the directory;
     None in records of releases that did not write it down. `gone`: the volume was deleted, and its directory goes with
-    the last one that lies in it. `handle`: its whole id; empty where an older release gave it."""
+    the last one that lies in it. `deleting`: nobody makes it anew before its files are gone. `handle`: its whole id;
+    empty where an older release gave it. `serial`: no other volume of that name has, or had, the same; `inode`: of the
+    directory that was made for it; empty and 0 in older records. `path`: the export of its directory, where the records
+    lie on another one."""
 
     volume_id: str
     name: str
@@ -58,7 +64,11 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     source: str = ""
     made: bool | None = None
     gone: bool = False
+    deleting: bool = False
     handle: str = ""
+    serial: str = ""
+    inode: int = 0
+    path: str = ""
 
 
 class SnapshotRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,8 +82,10 @@ class SnapshotRecord(msgspec.Struct, frozen=True, kw_only=True):
     created: float
     ready: bool
     handle: str = ""
+    serial: str = ""
 
 
+log = logging.getLogger("runvol.volumes")
 R = TypeVar("R", Record, SnapshotRecord)
 
 
@@ -108,6 +120,8 @@ def _decoded(raw: bytes, name: str, kind: type[R]) -> R:
 
 def _wrong(record: Record | SnapshotRecord) -> str:
     """What no runvol can have written, in words; empty where there is nothing of the kind."""
+    if not _is_named(record):
+        return f"it says that it is {record.name[:200]!r}, which has another id"
     if not 0 < record.capacity <= sizes.LARGEST:
         return f"no volume has the capacity {record.capacity}"
     if isinstance(record, SnapshotRecord):
@@ -118,8 +132,19 @@ def _wrong(record: Record | SnapshotRecord) -> str:
         return f"its directory {record.directory[:200]!r} is no place below the share"
     if not _SOURCE.fullmatch(record.source):
         return f"its source {record.source[:200]!r} is neither volume nor snapshot"
-    unknown = [key for key in record.parameters if key not in _KNOWN]
-    return f"{unknown[0][:200]!r} is no parameter of this release" if unknown else ""
+    for key, value in record.parameters.items():
+        if key not in _KNOWN:
+            return f"{key[:200]!r} is no parameter of this release"
+        if not _KNOWN[key](value):
+            return f"its parameter {key} is {value[:200]!r}"
+    return ""
+
+
+def _is_named(record: Record | SnapshotRecord) -> bool:
+    """Whether its id is the one of its name, and of the export that it says: whoever can write a record cannot find
+    others that have the same."""
+    name, path = record.name, record.path if isinstance(record, Record) else ""
+    return digest(name_of(name, path))[:20] == _id_of(record).rpartition("-")[2]
 
 
 def is_place(path: str) -> bool:
@@ -149,6 +174,21 @@ def write(root: int, record: Record | SnapshotRecord) -> None:
         durable.replace(f"{name}.json", msgspec.json.encode(record), beside=f".{name}.", dir_fd=place)
 
 
+def write_over(root: int, record: Record) -> None:
+    """The same on a share that has no room for another file: in the blocks that the record has."""
+    content = msgspec.json.encode(record)
+    with opened(root, RECORDS) as place:
+        fd = beneath.regular(place, f"{record.volume_id}.json", os.O_RDWR)
+    if fd is None:
+        raise VolumeUnfinished(f"the share's {RECORDS}/{record.volume_id}.json is no regular file; remove it")
+    try:
+        os.pwrite(fd, content, 0)
+        os.ftruncate(fd, len(content))
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def make(root: int) -> None:
     with contextlib.suppress(FileExistsError):
         os.mkdir(RECORDS, 0o700, dir_fd=root)
@@ -161,14 +201,19 @@ def remove(root: int, name: str) -> None:
             os.unlink(left, dir_fd=place)
 
 
-def records(root: int, prefix: str, kind: type[R], trouble: Trouble) -> Iterator[R]:
-    """Those whose id begins with `prefix`. `trouble` is told of one that cannot be read.
+def records(
+    root: int, prefix: str, kind: type[R], trouble: Trouble, *, order: Callable[[str], int | None] = lambda _name: 0
+) -> Iterator[R]:
+    """Those whose id begins with `prefix`. `trouble` is told of one that cannot be read. `order`: where an id comes,
+    and None for one that is not wanted, which is not even read.
 
     A file whose name can be nobody's id is none, whatever it says: everybody on the share can put one there.
     """
-    found = names(root, prefix, _RECORD)
+    found = [
+        (at, file) for file in names(root, prefix, _RECORD) if (at := order(file.removesuffix(".json"))) is not None
+    ]
     left = _MOST_BYTES
-    for number, file in enumerate(sorted(found)):
+    for number, (_at, file) in enumerate(sorted(found)):
         name = file.removesuffix(".json")
         if number >= _MOST or left <= 0:
             trouble(f"the records on the share ({RECORDS}/{prefix}*.json) are too many, or too large: those from "
@@ -181,6 +226,13 @@ def records(root: int, prefix: str, kind: type[R], trouble: Trouble) -> Iterator
                 yield _decoded(raw, name, kind)
         except VolumeUnfinished as error:
             trouble(str(error))
+        except OSError as error:
+            trouble(f"the share's {RECORDS}/{file} cannot be read: {error.strerror}")
+
+
+def passed_over(sentence: str) -> None:
+    """A record that cannot be read, for who needs no more than those that can."""
+    log.debug("a record on a share is passed over", extra={"why": sentence})
 
 
 def names(root: int, prefix: str, pattern: re.Pattern[str] | None = None) -> list[str]:
@@ -304,10 +356,19 @@ def not_its_own(volume: Record) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
+def readable(what: str) -> Iterator[None]:
+    """StoreFailed, naming `what`, where the share does not let it be read."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreFailed(f"{what} cannot be read from its share: {error.strerror}") from error
+
+
+@contextlib.contextmanager
 def enough_space(what: str) -> Iterator[None]:
     """NoSpace, naming `what`, where the share has no room for what is written inside; StoreFailed where it refuses."""
     try:
         yield
     except OSError as error:
         kind = NoSpace if error.errno in (errno.ENOSPC, errno.EDQUOT) else StoreFailed
-        raise kind(f"{what} could not be written to its share: {error.strerror}") from error
+        raise kind(f"{what}: its share says {error.strerror}") from error

@@ -36,6 +36,7 @@ from volumes.nfs import NfsBackend
 MIB = 1 << 20
 CLASS = {"backend": "nfs", "server": "nas", "path": "/e"}
 REMOVED = {"archiveOnDelete": "false"}
+KEY = export_ids.key(nfs.Export(server="nas", path="/e"))
 
 
 @pytest.fixture
@@ -270,7 +271,7 @@ def test_what_runvol_has_made_is_removed_with_its_content(backend, share):
     (share / "one/data").write_text("x")
     backend.delete(volume.volume_id)
     assert os.listdir(share) == [".runvol"]
-    assert os.listdir(share / ".runvol") == []
+    assert os.listdir(share / ".runvol") == ["lock"]
 
 
 def test_a_record_that_does_not_say_who_made_the_directory_lets_nothing_be_removed(backend, share):
@@ -323,7 +324,7 @@ def test_a_removal_that_was_killed_is_finished(backend, share):
     volume = make(backend, **REMOVED)
     (share / ".runvol" / f"gone-{export_ids.short(volume.volume_id)}" / "deep").mkdir(parents=True)
     backend.delete(volume.volume_id)
-    assert os.listdir(share / ".runvol") == []
+    assert os.listdir(share / ".runvol") == ["lock"]
 
 
 def test_a_deep_volume_goes(backend, share):
@@ -343,7 +344,7 @@ def test_a_clone_that_was_deleted_while_nobody_asked_is_made_again(backend, shar
     source = make(backend, "source")
     (share / "source/data").write_text("precious")
     wanted = ContentSource(kind="volume", source_id=source.volume_id)
-    monkeypatch.setattr("volumes.nfs.PATIENCE", 0.0)
+    monkeypatch.setattr("volumes.nfs_filling.PATIENCE", 0.0)
     with pytest.raises(VolumeUnfinished):
         make(backend, "clone", wanted)
     until = time.monotonic() + 20
@@ -353,7 +354,7 @@ def test_a_clone_that_was_deleted_while_nobody_asked_is_made_again(backend, shar
     clone_id = export_ids.id_of(nfs.Export(server="nas", path="/e"), "clone", "nfs-")
     while backend._jobs.progress(export_ids.short(clone_id)) is not None:
         time.sleep(0.01)
-    monkeypatch.setattr("volumes.nfs.PATIENCE", 20.0)
+    monkeypatch.setattr("volumes.nfs_filling.PATIENCE", 20.0)
     backend.delete(clone_id)
     make(backend, "clone", wanted)
     assert (share / "clone/data").read_text() == "precious"
@@ -386,7 +387,7 @@ def test_records_that_lead_elsewhere_by_a_link_are_not_followed(backend, share, 
 def test_one_bad_record_stops_itself_only(backend, share, tmp_path, kind):
     one, two = make(backend, "one", **REMOVED), make(backend, "two", **REMOVED)
     (share / "two/data").write_text("x")
-    bad = share / ".runvol/nfs-0123456789ab-0123456789abcdef0123.json"
+    bad = share / f".runvol/nfs-{KEY}-0123456789abcdef0123.json"
     if kind == "fifo":
         os.mkfifo(bad)
     elif kind == "link":
@@ -399,7 +400,7 @@ def test_one_bad_record_stops_itself_only(backend, share, tmp_path, kind):
     said: list[str] = []
     assert {volume.volume_id for _place, volume in backend.list(trouble=said.append)} == {one.volume_id, two.volume_id}
     assert len(said) == 1
-    assert ".runvol/nfs-0123456789ab-0123456789abcdef0123.json cannot be read" in said[0]
+    assert f".runvol/nfs-{KEY}-0123456789abcdef0123.json cannot be read" in said[0]
     backend.delete(one.volume_id)
     backend.delete(two.volume_id)
     assert not (share / "two").exists()
@@ -409,8 +410,8 @@ def test_one_bad_record_stops_itself_only(backend, share, tmp_path, kind):
 
 def test_a_sub_directory_waits_for_the_record_that_cannot_be_read(backend, share):
     volume = make(backend, subDir="team/a")
-    (share / ".runvol/nfs-0123456789ab-0123456789abcdef0123.json").write_text("{")
-    with pytest.raises(VolumeUnfinished, match=r"nfs-0123456789ab-0123456789abcdef0123\.json"):
+    (share / f".runvol/nfs-{KEY}-0123456789abcdef0123.json").write_text("{")
+    with pytest.raises(VolumeUnfinished, match=rf"nfs-{KEY}-0123456789abcdef0123\.json"):
         backend.delete(volume.volume_id)
     assert (share / "team/a").is_dir()
 
@@ -511,7 +512,7 @@ def test_a_record_does_not_say_where_a_volume_lies_that_is_being_made(backend, s
         patched.setattr(backend._jobs, "finished", unfinished)
         with pytest.raises(VolumeUnfinished):
             make(backend, "clone", content)
-    (path,) = (one for one in (share / ".runvol").iterdir() if json.loads(one.read_text())["name"] == "clone")
+    (path,) = (one for one in (share / ".runvol").glob("*.json") if json.loads(one.read_text())["name"] == "clone")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"directory": place, "ready": True}))
     with pytest.raises(VolumeUnfinished, match="place"):
         make(backend, "clone", content)
@@ -540,7 +541,7 @@ def test_so_many_records_are_looked_at_and_no_more(backend, share, monkeypatch, 
     monkeypatch.setattr(f"volumes.share.{bound}", 3)
     volume = make(backend, **REMOVED)
     for number in range(5):
-        (share / f".runvol/nfs-0123456789ab-{number:020x}.json").write_text("{")
+        (share / f".runvol/nfs-{KEY}-{number:020x}.json").write_text("{")
     said: list[str] = []
     backend.list(trouble=said.append)
     assert "are not looked at" in said[-1]

@@ -72,7 +72,7 @@ def test_all_of_it_is_read_used_and_deleted(old):
     assert [volume for _place, volume in catalog.list()] == []
     assert sorted(os.listdir(old / "state/volumes")) == []
     assert os.listdir(old / "state/directories") == []
-    assert os.listdir(old / "share/.runvol") == []
+    assert os.listdir(old / "share/.runvol") == ["lock"]
     # Nothing says who made the directories, so all are kept under another name.
     kept = sorted(path.parent.name.rpartition("-")[0] for path in (old / "share").glob("archived-*/data"))
     assert kept == ["archived-pvc-kept", "archived-pvc-removed", "archived-team-a"]

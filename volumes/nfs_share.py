@@ -1,0 +1,137 @@
+"""A share as its volumes need it: the export of their directories, and that of their records, maybe another one."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from blockdev import nfs
+from volumes import exports, share
+from volumes.errors import InvalidParameter, VolumeConflict, VolumeUnfinished
+from volumes.export_ids import digest, short
+from volumes.nfs_parameters import RECORDS_PATH
+from volumes.share import RECORDS, Record
+
+ARCHIVE = "archived-"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a class has its volumes. `records` is the same export as `data`, unless the class names another."""
+
+    data: nfs.Export
+    records: nfs.Export
+
+    @property
+    def elsewhere(self) -> str:
+        """What a record has to say of the volume's export; empty where it lies on it."""
+        return "" if self.data.path == self.records.path else self.data.path
+
+
+@dataclass(frozen=True)
+class Share:
+    """The roots of both, as descriptors of directories."""
+
+    place: Place
+    root: int
+    records: int
+
+
+def of_class(parameters: Mapping[str, str], flags: Sequence[str]) -> Place:
+    """InvalidParameter."""
+    data = exports.of_class(parameters, flags)
+    path = parameters.get(RECORDS_PATH, "").rstrip("/") or data.path
+    return Place(data, dataclasses.replace(data, path=path))
+
+
+@contextlib.contextmanager
+def opened(place: Place) -> Iterator[Share]:
+    """ServerSilent, MountFailed."""
+    with contextlib.ExitStack() as stack:
+        records = stack.enter_context(exports.opened(place.records))
+        root = stack.enter_context(exports.opened(place.data)) if place.elsewhere else records
+        yield Share(place, root, records)
+
+
+@contextlib.contextmanager
+def opened_of(known: Sequence[nfs.Export], volume_id: str) -> Iterator[Share]:
+    """The share of a volume, by one of the exports that may have its record; what the record says of its directory's
+    export is believed, since the id proves it."""
+    with contextlib.ExitStack() as stack:
+        records, export = stack.enter_context(exports.opened_any(known))
+        record = share.read(records, short(volume_id), Record)
+        place = of_record(record, export)
+        root = stack.enter_context(exports.opened(place.data)) if place.elsewhere else records
+        yield Share(place, root, records)
+
+
+def of_record(record: Record | None, export: nfs.Export) -> Place:
+    """`export`: where the record lies."""
+    path = record.path if record is not None else ""
+    return Place(dataclasses.replace(export, path=path) if path else export, export)
+
+
+def directory_of(name: str, parameters: Mapping[str, str]) -> str:
+    """The volume's directory below the share; empty for the share itself. InvalidParameter."""
+    below = parameters.get("subDir", "")
+    if parameters.get("volumeAs") == "sharepath":
+        if below:
+            raise InvalidParameter("subDir", below, "means nothing with volumeAs: sharepath")
+        return ""
+    return below or _plain(name)
+
+
+def _plain(name: str) -> str:
+    """The name itself where it can be one; a person looks for it on the server."""
+    plain = name.replace("/", "-").replace("\0", "-")
+    if plain.startswith(".") or plain.startswith(ARCHIVE) or len(plain.encode()) > 200 or plain != name:
+        return f"v-{digest(name)[:32]}"
+    return plain
+
+
+def is_in(other: Record, record: Record) -> bool:
+    """Whether another volume has this one's directory too, or one in it: a subDir may be the same for several."""
+    return other.path == record.path and f"{other.directory}/".startswith(f"{record.directory}/")
+
+
+def in_the_same(one: Share, record: Record) -> list[Record]:
+    """Other volumes' records that speak of the same directory."""
+    found = share.records(one.records, share.NFS_VOLUME, Record, share.passed_over)
+    return [other for other in found if (other.path, other.directory) == (record.path, record.directory)
+            and other.volume_id != record.volume_id]  # fmt: skip
+
+
+def inode_of(one: Share, path: str) -> int:
+    """Of what lies at `path`, a link among it; 0 where nothing does."""
+    try:
+        with share.parent(one.root, path) as (fd, name):
+            return os.stat(name, dir_fd=fd, follow_symlinks=False).st_ino
+    except FileNotFoundError:
+        return 0
+
+
+def check_free(one: Share, record: Record) -> None:
+    """VolumeConflict if something of somebody else's lies where the content would go."""
+    if share.is_there(one.root, record.directory):
+        raise VolumeConflict(record.name, f"its directory {record.directory!r} is on the share already")
+
+
+def check_still(one: Share, record: Record) -> Record:
+    """The record as it stands now. VolumeUnfinished where it is another volume's, or nobody's."""
+    now = share.read(one.records, record.volume_id, Record)
+    if now is None or now.serial != record.serial or now.gone or now.deleting:
+        raise VolumeUnfinished(f"volume {record.name} was deleted meanwhile; ask again")
+    return now
+
+
+def new_name(record: Record) -> str:
+    """What the names begin with under which this volume's content is being made, among the records."""
+    return f"new-{record.volume_id}.{record.serial}"
+
+
+def gone_name(record: Record) -> str:
+    """Under which the removed directory of this volume lies until it is empty."""
+    return f"{RECORDS}/gone-{record.volume_id}.{record.serial or '0'}"
