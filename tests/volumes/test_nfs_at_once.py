@@ -1,0 +1,470 @@
+"""Controllers and calls beside each other on one share, killed at any moment, full shares, and records elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import json
+import os
+import random
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from blockdev import Deadline, nfs
+from blockdev.errors import MountFailed
+from tests.volumes.test_nfs_backend import CLASS, KEY, MIB, REMOVED, make, record
+from volumes import (
+    ContentSource,
+    InvalidParameter,
+    NoSpace,
+    SizeRange,
+    VolumeConflict,
+    VolumeNotFound,
+    VolumeUnfinished,
+    export_ids,
+    exports,
+    nfs_deletion,
+    nfs_filling,
+    share_lock,
+)
+from volumes import share as on_share
+from volumes.nfs import NfsBackend
+
+
+class Killed(BaseException):
+    """As a process that ends in this moment: nothing of it goes on."""
+
+
+@pytest.fixture
+def shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every path of the server `nas` below `tmp_path/nas`."""
+    top = tmp_path / "nas"
+    for name in ("e", "records", "other"):
+        (top / name).mkdir(parents=True)
+        (top / name).chmod(0o777)
+
+    @contextlib.contextmanager
+    def opened(export: nfs.Export) -> Iterator[int]:
+        if export.server != "nas" or not (top / export.path.lstrip("/")).is_dir():
+            raise MountFailed(export.source, "nowhere", "nobody answers")
+        fd = os.open(top / export.path.lstrip("/"), os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    monkeypatch.setattr(exports, "opened", opened)
+    return top
+
+
+@pytest.fixture
+def share(shares: Path) -> Path:
+    return shares / "e"
+
+
+@pytest.fixture
+def fresh(shares: Path, tmp_path: Path) -> Callable[..., NfsBackend]:
+    """A controller that remembers nothing."""
+    numbers = itertools.count()
+
+    def made(**more) -> NfsBackend:
+        state = tmp_path / f"state-{next(numbers)}"
+        state.mkdir()
+        return NfsBackend(str(state), **more)
+
+    return made
+
+
+def left(share: Path) -> list[str]:
+    """All but the lock."""
+    return sorted(str(path.relative_to(share)) for path in share.rglob("*")
+                  if path.name not in ("lock", ".runvol"))  # fmt: skip
+
+
+def until_done(call: Callable[[], object]) -> object:
+    """As a sidecar: asked again while it is under way."""
+    until = time.monotonic() + 20
+    while True:
+        try:
+            return call()
+        except VolumeUnfinished:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.005)
+
+
+# -- changes beside each other
+
+
+def test_a_deletion_takes_away_no_volume_that_was_made_meanwhile(fresh, share, monkeypatch):
+    """One controller's deletion stands still after the names are changed; another makes the volume anew."""
+    slow, quick = fresh(), fresh()
+    volume = make(slow, **REMOVED)
+    (share / "one/old").write_text("x")
+    stands, go = threading.Event(), threading.Event()
+    before = nfs_deletion._tidied
+
+    def tidied(*arguments):
+        if threading.current_thread().name.startswith("deleting") and not stands.is_set():
+            stands.set()
+            assert go.wait(20)
+        before(*arguments)
+
+    monkeypatch.setattr(nfs_deletion, "_tidied", tidied)
+    with ThreadPoolExecutor(1) as pool:
+        deletion = pool.submit(until_done, lambda: slow.delete(volume.volume_id))
+        assert stands.wait(20)
+        quick.delete(volume.volume_id)
+        again = make(quick, **REMOVED)
+        (share / "one/new").write_text("y")
+        go.set()
+        deletion.result()
+    assert again.volume_id == volume.volume_id
+    assert quick.get(volume.volume_id) is not None
+    assert os.listdir(share / "one") == ["new"]
+    quick.delete(volume.volume_id)
+    assert left(share) == []
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("RUNVOL_ROUNDS", "3"))))
+def test_everything_at_once_leaves_what_was_answered(fresh, share, seed):
+    """Two controllers, eight threads, few names, one in another: what was said to be there is, and in the end nothing."""
+    chance, controllers = random.Random(seed), [fresh(), fresh()]
+    names = {"a": "p", "b": "p/b", "c": "p/c", "d": "q", "e": "q"}
+
+    def deed(number: int) -> None:
+        dice = random.Random(number * 1000 + seed)
+        one, name = controllers[dice.randrange(2)], dice.choice([*names])
+        with contextlib.suppress(VolumeUnfinished, VolumeConflict, VolumeNotFound):
+            volume = make(one, name, subDir=names[name], **REMOVED)
+            if dice.random() < 0.5:
+                one.expand(volume.volume_id, SizeRange(required=dice.randrange(1, 9) * MIB))
+            if dice.random() < 0.7:
+                controllers[dice.randrange(2)].delete(volume.volume_id)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(deed, range(120)))
+    for _place, volume in fresh(exports_known=["nas:/e"]).list():
+        assert (share / volume.parameters["path"].removeprefix("/e/")).is_dir()
+    order = [*names]
+    chance.shuffle(order)
+    for name in order:
+        handle = export_ids.id_of(nfs.Export(server="nas", path="/e"), name, "nfs-")
+        until_done(lambda handle=handle: fresh().delete(handle))
+    # Directories on the way to a subDir were made by nobody's volume.
+    assert [name for name in left(share) if name not in ("p", "q")] == []
+
+
+def test_expansions_beside_each_other_never_shrink(fresh, share, monkeypatch):
+    one, two = fresh(), fresh()
+    volume = make(one)
+    before, held = on_share.read, threading.Barrier(2)
+
+    def read(*arguments):
+        found = before(*arguments)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            held.wait(0.3)
+        return found
+
+    monkeypatch.setattr(on_share, "read", read)
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(backend.expand, volume.volume_id, SizeRange(required=size * MIB))
+                 for backend, size in ((one, 8), (two, 2))]  # fmt: skip
+        for each in asked:
+            each.result()
+    monkeypatch.undo()
+
+
+def test_the_lock_is_waited_for_and_said(fresh, share, monkeypatch):
+    monkeypatch.setattr(share_lock, "_PATIENCE", 0.1)
+    volume = make(fresh())
+    root = os.open(share, os.O_RDONLY | os.O_DIRECTORY)
+    with share_lock.changing(root), pytest.raises(VolumeUnfinished, match="another controller"):
+        fresh().expand(volume.volume_id, SizeRange(required=4 * MIB))
+    os.close(root)
+    assert fresh().expand(volume.volume_id, SizeRange(required=4 * MIB)).capacity_bytes == 4 * MIB
+
+
+@pytest.mark.parametrize("kind", ["fifo", "link", "directory"])
+def test_what_lies_in_the_locks_place_is_neither_waited_for_nor_followed(fresh, share, tmp_path, kind):
+    make(fresh())
+    lock, outside = share / ".runvol/lock", tmp_path / "outside"
+    lock.unlink()
+    {"fifo": lambda: os.mkfifo(lock), "link": lambda: lock.symlink_to(outside), "directory": lock.mkdir}[kind]()
+    with pytest.raises(Exception, match=r"\.runvol/lock is no regular file"):
+        make(fresh(), "two")
+    assert not outside.exists()
+
+
+# -- what a killed or failed call leaves
+
+
+@pytest.mark.parametrize("at", range(12))
+def test_a_deletion_that_was_killed_anywhere_is_finished_by_the_next(fresh, share, monkeypatch, at):
+    """Three volumes in one another; the outer one was deleted before."""
+    volumes = [make(fresh(), name, subDir=place, **REMOVED)
+               for name, place in (("outer", "o"), ("middle", "o/m"), ("inner", "o/m/i"))]  # fmt: skip
+    fresh().delete(volumes[0].volume_id)
+    fresh().delete(volumes[1].volume_id)
+    count = itertools.count()
+
+    def killing(call):
+        def once(*arguments, **more):
+            if next(count) == at:
+                raise Killed
+            return call(*arguments, **more)
+
+        return once
+
+    with monkeypatch.context() as patched:
+        for name in ("rename", "unlink", "rmdir"):
+            patched.setattr(os, name, killing(getattr(os, name)))
+        with contextlib.suppress(Killed):
+            root = os.open(share, os.O_RDONLY | os.O_DIRECTORY)
+            export = nfs.Export(server="nas", path="/e")
+            from volumes.jobs import Jobs
+            from volumes.nfs_share import Place, Share
+
+            one = Share(Place(export, export), root, root)
+            nfs_deletion.delete(one, export_ids.short(volumes[2].volume_id), Jobs())
+    for volume in (volumes[2], *volumes):
+        fresh().delete(volume.volume_id)
+    monkeypatch.setattr(share_lock, "_ALIVE", -1.0)
+    fresh().delete(volumes[0].volume_id)  # what is nobody's any more goes with any deletion, once it is old
+    assert left(share) == []
+    make(fresh(), "outer", subDir="o")
+
+
+@pytest.mark.parametrize("what", ["snapshot", "clone"])
+def test_a_copy_that_failed_leaves_its_source_as_it_was(fresh, share, monkeypatch, what):
+    backend = fresh()
+    source = make(backend, "source", **REMOVED)
+    (share / "source/f").write_text("x")
+
+    def full(*_arguments, **_more):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("volumes.archives.pack", full)
+        patched.setattr("volumes.archives.copy", full)
+        for _again in range(2):
+            with pytest.raises(NoSpace):
+                if what == "snapshot":
+                    backend.take_snapshot("s", source.volume_id, Deadline.after(20))
+                else:
+                    make(backend, "clone", ContentSource(kind="volume", source_id=source.volume_id))
+    assert len(list((share / ".runvol").glob("*.json"))) == 1
+    fresh().delete(source.volume_id)
+    assert left(share) == []
+
+
+@pytest.mark.parametrize("what", ["snapshot", "clone"])
+def test_half_a_copy_keeps_its_source_while_somebody_works_on_it_and_no_longer(fresh, share, monkeypatch, what):
+    backend = fresh()
+    source = make(backend, "source", **REMOVED)
+    (share / "source/f").write_text("x")
+
+    def killed(*_arguments, **_more):
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        for name in ("pack", "copy"):
+            patched.setattr(f"volumes.archives.{name}", killed)
+        for module in (on_share,):
+            patched.setattr(module, "remove_tree", lambda *_arguments: None)
+        with pytest.raises((Killed, VolumeUnfinished)):
+            if what == "snapshot":
+                backend.take_snapshot("s", source.volume_id, Deadline.after(20))
+            else:
+                make(backend, "clone", ContentSource(kind="volume", source_id=source.volume_id))
+    other = fresh()
+    with pytest.raises(VolumeUnfinished, match="is being copied"):
+        other.delete(source.volume_id)
+    old = time.time() - 1000
+    for path in (share / ".runvol").iterdir():
+        os.utime(path, (old, old))
+    other.delete(source.volume_id)
+    assert left(share) == []
+
+
+def test_a_clone_is_nobody_elses_directory(fresh, share, monkeypatch):
+    backend = fresh()
+    source = make(backend, "source")
+    (share / "source/mine").write_text("x")
+    before = nfs_filling._copied
+
+    def copied(*arguments):
+        before(*arguments)
+        make(fresh(), "plain", subDir="team")
+
+    monkeypatch.setattr(nfs_filling, "_copied", copied)
+    with pytest.raises(VolumeConflict, match="somebody else"):
+        until_done(
+            lambda: make(backend, "clone", ContentSource(kind="volume", source_id=source.volume_id), subDir="team")
+        )
+    assert os.listdir(share / "team") == []
+    assert {one.name for _place, one in backend.list()} == {"source", "plain"}
+
+
+def test_one_volume_that_wants_it_kept_is_enough(fresh, share):
+    kept = make(fresh(), "kept", subDir="x")
+    dropped = make(fresh(), "dropped", subDir="x", **REMOVED)
+    (share / "x/data").write_text("precious")
+    fresh().delete(kept.volume_id)
+    fresh().delete(dropped.volume_id)
+    (archived,) = share.glob("archived-*")
+    assert (archived / "data").read_text() == "precious"
+
+
+# -- a full share
+
+
+@pytest.fixture
+def full(share: Path, tmp_path: Path) -> Iterator[Callable[[], None]]:
+    """The share lies on a disk of its own, which a call fills to the last byte."""
+    image = tmp_path / "image"
+    with image.open("wb") as file:
+        file.truncate(32 * MIB)
+    subprocess.run(["mkfs.ext4", "-q", "-m", "0", image], check=True)
+    subprocess.run(["mount", "-o", "loop", image, share], check=True)
+
+    def fill() -> None:
+        with (share / "fill").open("wb", buffering=0) as file:
+            for size in (MIB, 4096, 512, 1):
+                with contextlib.suppress(OSError):
+                    while True:
+                        file.write(b"x" * size)
+        with contextlib.suppress(OSError):
+            for number in range(10_000):
+                (share / f"n{number}").write_bytes(b"y" * 100)
+
+    yield fill
+    subprocess.run(["umount", "-l", share], check=True)
+
+
+@pytest.mark.parametrize("more", [REMOVED, {}], ids=["removed", "archived"])
+def test_volumes_and_snapshots_go_from_a_full_share(fresh, share, full, more):
+    backend = fresh()
+    volumes = [make(backend, name, subDir=place, **more) for name, place in (("a", "a"), ("b", "b"), ("c", "b/c"))]
+    for volume in volumes:
+        (share / volume.parameters["subDir"] / "data").write_text("x")
+    snapshot = backend.take_snapshot("s", volumes[0].volume_id, Deadline.after(20))
+    full()
+    with pytest.raises(NoSpace):
+        make(backend, "new")
+    backend.delete_snapshot(snapshot.snapshot_id)
+    for volume in volumes:
+        fresh().delete(volume.volume_id)
+    assert not list((share / ".runvol").glob("*.json"))
+    assert sorted({name[0] for name in os.listdir(share)} & {*"abc"}) == ([] if more else ["a"])  # archived-…
+    assert fresh(exports_known=["nas:/e"]).list() == []
+
+
+def test_a_directory_that_cannot_even_be_renamed_is_removed_where_it_lies(fresh, share, monkeypatch):
+    backend = fresh()
+    volume = make(backend, **REMOVED)
+    (share / "one/data").write_text("x")
+    before = os.rename
+
+    def rename(source, target, **more):
+        if str(target).startswith("gone-") or str(source).startswith("."):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return before(source, target, **more)
+
+    monkeypatch.setattr(os, "rename", rename)
+    backend.delete(volume.volume_id)
+    monkeypatch.undo()
+    assert not (share / "one").exists() and not list((share / ".runvol").glob("*.json"))
+
+
+# -- a stranger's records, and records elsewhere
+
+
+def test_a_share_lists_its_own_volumes_alone(fresh, share, shares):
+    theirs = make(fresh(), "theirs")
+    mine = fresh()
+    mine.create("mine", SizeRange(required=MIB), CLASS | {"path": "/other"}, [])
+    planted = record(share, theirs)
+    (shares / "other/.runvol" / planted.name).write_text(planted.read_text().replace("1048576", "4096"))
+    both = fresh(exports_known=["nas:/other", "nas:/e"])
+    assert sorted((one.name, one.capacity_bytes, one.parameters["path"]) for _place, one in both.list()) == [
+        ("mine", MIB, "/other/mine"), ("theirs", MIB, "/e/theirs")]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [{"name": "another"}, {"name": "n\x1b[2J"}, {"parameters": {**CLASS, "mode": "zz"}}, {"path": "/other"},
+     {"parameters": {**CLASS, "vers": "99"}}, {"parameters": {**CLASS, "options": "\n\x1b[31m"}}],
+)  # fmt: skip
+def test_a_record_says_nothing_that_no_class_could(fresh, share, facts):
+    volume = make(fresh())
+    path = record(share, volume)
+    path.write_text(json.dumps(json.loads(path.read_text()) | facts))
+    for call in (fresh().get, fresh().delete):
+        with pytest.raises(VolumeUnfinished, match="cannot be read"):
+            call(volume.volume_id)
+    assert (share / "one").is_dir()
+
+
+def test_one_record_that_cannot_be_read_stops_itself_only(fresh, share, monkeypatch):
+    backend = fresh()
+    one, two = make(backend, "one"), make(backend, "two")
+    before = on_share._raw
+
+    def raw(root, name):
+        if name == export_ids.short(one.volume_id):
+            raise OSError(errno.EIO, "Input/output error")
+        return before(root, name)
+
+    monkeypatch.setattr(on_share, "_raw", raw)
+    told: list[str] = []
+    assert [each.name for _place, each in backend.list(trouble=told.append)] == ["two"]
+    assert len(told) == 1 and "Input/output error" in told[0]
+    backend.delete(two.volume_id)
+
+
+def test_records_may_lie_where_no_pod_can_write(fresh, shares):
+    backend, more = fresh(), {"recordsPath": "/records"}
+    volume = make(backend, "one", **more)
+    (shares / "e/one/f").write_text("x")
+    assert volume.parameters["path"] == "/e/one"
+    assert not (shares / "e/.runvol").exists()
+    assert backend.attach(volume.volume_id).path == "/e/one"
+    # Freshly started, from the id alone.
+    assert fresh().get(volume.volume_id) == volume
+    assert fresh().expand(volume.volume_id, SizeRange(required=4 * MIB)).capacity_bytes == 4 * MIB
+    assert make(fresh(), "one", **more).volume_id == volume.volume_id
+    snapshot = fresh().take_snapshot("s", volume.volume_id, Deadline.after(20))
+    assert (shares / "records/.runvol" / f"{export_ids.short(snapshot.snapshot_id)}.tar").exists()
+    restored = make(fresh(), "two", ContentSource(kind="snapshot", source_id=snapshot.snapshot_id), **more)
+    cloned = make(fresh(), "three", ContentSource(kind="volume", source_id=volume.volume_id), **more)
+    assert (shares / "e/two/f").read_text() == (shares / "e/three/f").read_text() == "x"
+    listing = fresh(exports_known=["nas:/records"])
+    assert sorted(one.parameters["path"] for _place, one in listing.list()) == ["/e/one", "/e/three", "/e/two"]
+    assert [one.snapshot_id for _place, one in listing.snapshots()] == [snapshot.snapshot_id]
+    with pytest.raises(InvalidParameter, match="another share"):
+        make(fresh(), "four", ContentSource(kind="volume", source_id=volume.volume_id), path="/other", **more)
+    fresh().delete_snapshot(snapshot.snapshot_id)
+    for one in (volume, restored, cloned):
+        fresh().delete(one.volume_id)
+    assert not list((shares / "records/.runvol").glob("*.json"))
+    assert sorted(name.split("-")[0] for name in os.listdir(shares / "e")) == [".runvol", *["archived"] * 3]
+
+
+def test_nobody_leads_a_records_share_elsewhere(fresh, shares):
+    """Whoever can write the record of a volume without `recordsPath` would have another export's directory removed."""
+    volume = make(fresh(), **REMOVED)
+    (shares / "other/one").mkdir()
+    path = record(shares / "e", volume)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"path": "/other"}))
+    with pytest.raises(VolumeUnfinished, match="cannot be read"):
+        fresh().delete(volume.volume_id)
+    assert (shares / "other/one").is_dir()
+    assert KEY in volume.volume_id
