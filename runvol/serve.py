@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from guestmount import Node, boot, repair
 from runvol import assembly, version
 from runvol.config import Config
+from volumes import work
 
 log = logging.getLogger("runvol")
 
@@ -86,6 +87,11 @@ def csi_plugin(config: Config) -> None:
     if doubt is not None:
         log.error("mounts may not reach kubelet", extra={"why": doubt.why, "certain": doubt.certain})
     assembly.warm(node)
+    work.tell(config.text("paths.run_dir"))
+    if config.text("csi.metrics"):
+        from csi import metrics
+
+        metrics.serve(config.text("csi.metrics"))
     node.catalog.prepare()
     _tell(repair.before_serving(node))
     for server in servers:

@@ -12,7 +12,7 @@ from guestmount import Node, PodRef, repair
 from guestmount.claims import Claim
 from runvol import assembly, config, tables
 from runvol.cli import Loader, as_json_option
-from volumes import AccessMode, Capability, SizeRange, Volume, parameters
+from volumes import AccessMode, Capability, SizeRange, Volume, parameters, work
 
 _json = as_json_option
 _CALL = 60.0
@@ -59,6 +59,29 @@ def volumes(context: click.Context, as_json: bool) -> None:
     claims = {claim.volume: claim for claim in _claims(node)}
     rows = [_volume_row(volume, claims.get(volume.volume_id)) for _seq, volume in node.catalog.list(trouble=_warn)]
     tables.show(rows, ("volume", "name", "size", "used", "owner", "targets"), as_json=as_json, empty="no volumes")
+    if not as_json and (going_on := _work_rows(context.obj)):
+        click.echo()
+        tables.show(going_on, _WORK, as_json=False, empty="")
+
+
+_WORK = ("work", "done", "of", "percent", "seconds")
+
+
+@volumes.command("work")
+@_json
+@click.pass_obj
+def volumes_work(load: Loader, as_json: bool) -> None:
+    """Show what goes on behind calls: copies, deletions, groups of files."""
+    tables.show(_work_rows(load), _WORK, as_json=as_json, empty="nothing is under way")
+
+
+def _work_rows(load: Loader) -> list[dict[str, object]]:
+    return [
+        {"work": one.what, "done": tables.size(one.done) if one.done else "-", "done_bytes": one.done,
+         "of": tables.size(one.total) if one.total else "-", "total_bytes": one.total,
+         "percent": "-" if one.percent is None else one.percent, "seconds": one.seconds}
+        for one in work.seen(load().text("paths.run_dir"))
+    ]  # fmt: skip
 
 
 def _warn(sentence: str) -> None:

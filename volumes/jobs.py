@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from volumes.errors import VolumeUnfinished
+from volumes.work import running
 
 log = logging.getLogger("runvol.jobs")
 
@@ -149,6 +150,7 @@ class _Job:
 
     def _run(self) -> None:
         started = time.monotonic()
+        running.add(self, self.progress)
         try:
             self._work(self.progress)
             log.info("copied", extra={"what": self.progress.what, "bytes": self.progress.done,
@@ -157,6 +159,7 @@ class _Job:
             log.warning("not copied", extra={"what": self.progress.what, "why": str(error)})
             self.error = error
         finally:
+            running.remove(self)
             self._ended = time.monotonic()
             self._let_next()
             self.over.set()
