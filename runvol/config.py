@@ -167,6 +167,7 @@ _WORDS = {
     "node.guest_filesystems": ("checked", "trusted", "never"),
     "kata.rust_shared_block": ("refuse", "allow"),
 }
+_EXPORT = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^;/\[\]\s]+):/[^;\s]*(;[^;\s]+)*\Z")
 # A topology label's value (Kubernetes' limit).
 _NODE_ID = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?\Z")
 
@@ -290,6 +291,12 @@ def _check(config: Config) -> None:
         raise ConfigError(
             f"volumes.backends = {list(config.words('volumes.backends'))}: takes any of {', '.join(BACKENDS)}"
         )
+    for one in config.words("nfs.exports"):
+        if not _EXPORT.match(one):
+            raise ConfigError(
+                f"nfs.exports = {one!r} (from {config.sources['nfs.exports']}): takes `server:/path`, with mount "
+                "options behind semicolons"
+            )
     _check_snapshotter(config)
     if not _NODE_ID.match(config.node_id):
         raise ConfigError(

@@ -12,6 +12,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from guestmount import KubernetesApi, cluster_exports
+from runvol.config import ConfigError, load
 from tests.volumes.test_nfs_backend import make, record, share  # noqa: F401
 from volumes import StoreFailed, export_ids, exports
 from volumes.errors import ExportUnknown
@@ -187,3 +188,28 @@ def test_what_may_not_be_listed_is_said(api, path):
     api.refuse.append(path)
     with pytest.raises(StoreFailed, match="403"):
         cluster_exports.said(api)
+
+
+@pytest.mark.parametrize(
+    ("text", "server", "path"),
+    [
+        ("nas:/e", "nas", "/e"),
+        ("[fd00::1]:/e;port=2050", "fd00::1", "/e"),
+        ("nas:/a:/b", "nas", "/a:/b"),
+        ("nas:/", "nas", "/"),
+    ],
+)
+def test_the_setting_names_an_export(text, server, path):
+    found = exports._named(text)
+    assert (found.server, found.path) == (server, path)
+    assert load(environment={"RUNVOL_NFS_EXPORTS": text}).words("nfs.exports") == (text,)
+    # And an id of a volume there says the same.
+    said = export_ids.export_of(export_ids.id_of(found, "one", "nfs-"))
+    assert said is not None
+    assert (said.server, said.path) == (server, path)
+
+
+@pytest.mark.parametrize("text", ["nas", "nas:e", ":/e", "x;y:/z", "nas:/e;;", "nas :/e"])
+def test_what_names_no_export_is_refused(text):
+    with pytest.raises(ConfigError, match=r"nfs\.exports"):
+        load(environment={"RUNVOL_NFS_EXPORTS": text})
