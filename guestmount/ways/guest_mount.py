@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 
 import msgspec
 
-from blockdev import Deadline, nfs
+from blockdev import Deadline, mounts, nfs
+from blockdev.errors import FilesystemUnknown
 from guestmount import placeholder, preflight
 from guestmount.claims import Cell, Claim, Target
 from guestmount.errors import Refused
@@ -45,6 +47,8 @@ class GuestMount(AnyKernel):
         return claim, with_handler(arrival, dialect=runtime.dialect)
 
     def deliver(self, means: Means, _cell: Cell, claim: Claim, path: str, target: Target, deadline: Deadline) -> None:
+        if (group := claim.group_of(target)) and not mounts.in_table(path):
+            _give(means, claim, group, deadline)
         os.makedirs(path, mode=0o750, exist_ok=True)
         placeholder.be_placed(path, deadline)
         means.dialects.of(target.dialect, target.handler).deliver_nfs(_delivery(claim, path, target))
@@ -62,6 +66,22 @@ class GuestMount(AnyKernel):
 
     def problems(self, _claim: Claim, path: str, _handed: Mapping[str, Delivered]) -> list[Problem]:
         return no_placeholder(path)
+
+
+def _give(means: Means, claim: Claim, group: str, deadline: Deadline) -> None:
+    """The files belong to the pod's group before its guest mounts them: no guest does that. The host mounts the export
+    for that long, where nobody sees it. VolumeUnfinished while it goes on; Refused where the host cannot."""
+    if claim.nfs is None:
+        return
+    export = dataclasses.replace(claim.nfs.export, options=(*claim.nfs.options, *claim.use.mount_flags))
+    try:
+        with nfs.opened(export, deadline) as root:
+            means.giving.files(claim.volume, root, group, deadline)
+    except (nfs.ServerSilent, FilesystemUnknown) as error:
+        raise Refused(
+            f"volume {claim.volume}: its files cannot be given to the pod's group {group}, which this node does before "
+            f"a guest mounts them ({error}); leave fsGroup out, or let this node reach the server"
+        ) from error
 
 
 def is_of_kata(claim: Claim, target: Target) -> bool:

@@ -99,3 +99,17 @@ def test_what_a_dialect_cannot_carry_is_refused_by_name(driver, runtime, words):
     assert json.loads(driver.cli("handoffs", "--json").stdout) == []
     if runtime == "rund":
         driver.delete(volume)
+
+
+def test_a_group_that_this_node_cannot_give_is_said(driver):
+    """No guest gives files to a group, and this node does not reach the server."""
+    capability = mount_capability("MULTI_NODE_MULTI_WRITER", group="2000")
+    kubelets_file(driver, Static.volume_id)
+    driver.stage(Static, capability)
+    with pytest.raises(grpc.RpcError, match="cannot be given to the pod's group 2000") as caught:
+        driver.publish(Static, POD.format(1), runtime="rund", capability=capability)
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    # Who only reads needs none.
+    driver.publish(Static, POD.format(1), runtime="rund", capability=capability, read_only=True)
+    driver.unpublish(Static, POD.format(1))
+    driver.unstage(Static)

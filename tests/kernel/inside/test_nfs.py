@@ -592,3 +592,21 @@ def test_statistics_of_a_dead_server_cost_a_few_seconds_a_server(driver, nfs):
     gone(driver, local, POD.format(2), capability=None)
     for volume in volumes:
         gone(driver, volume, POD.format(1))
+
+
+def test_an_export_that_a_guest_mounts_is_given_to_its_pods_group(driver):
+    """Before the guest has it: runv's pods get a file to read, and the host mounts nothing that is seen."""
+    capability = mount_capability("MULTI_NODE_MULTI_WRITER", group="2000")
+    volume = create(driver, "grouped", capability=capability)
+    place = ROOT / "share/grouped"
+    (place / "deep").mkdir()
+    (place / "deep/f").write_text("x")
+    (place / "link").symlink_to("/etc/passwd")
+    driver.stage(volume, capability)
+    target = driver.publish(volume, POD.format(1), runtime="rund", capability=capability)
+    assert os.listdir(target) == ["RUNVOL-PLACEHOLDER"]
+    assert {path.lstat().st_gid for path in (place, place / "deep", place / "deep/f")} == {2000}
+    assert (place / "deep").stat().st_mode & 0o2770 == 0o2770
+    assert Path("/etc/passwd").stat().st_gid == 0
+    driver.publish(volume, POD.format(1), runtime="rund", capability=capability)
+    gone(driver, volume, POD.format(1), capability=capability)
