@@ -150,11 +150,9 @@ def _taken_away(one: Share, record: Record, *, archived: bool, sure: bool) -> No
     with (
         contextlib.suppress(FileNotFoundError),
         share.parent(one.root, record.directory) as (fd, name),
+        share.place_of_records(one.root) as records,
     ):
-        share.make(one.root)
-        with share.opened(one.root, RECORDS) as records:
-            gone = os.path.basename(gone_name(record))
-            os.rename(name, gone, src_dir_fd=fd, dst_dir_fd=records)
+        os.rename(name, os.path.basename(gone_name(record)), src_dir_fd=fd, dst_dir_fd=records)
 
 
 def _is_its_own(one: Share, record: Record) -> bool:

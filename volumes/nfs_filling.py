@@ -52,10 +52,9 @@ class Filling:
         name = f"{nfs_share.new_name(record)}.{self._own}"
         new = f"{RECORDS}/{name}"
         with share.unless_whole(one.root, new):
-            share.make(one.root)
             share.remove_tree(one.root, new)
-            with share.parent(one.root, new) as (place, last):
-                os.mkdir(last, 0o700, dir_fd=place)
+            with share.place_of_records(one.root) as place:
+                os.mkdir(name, 0o700, dir_fd=place)
             with share.opened(one.root, new) as target, share_lock.beating(target):
                 _copied(one, source, target, progress)
             with share_lock.changing(one.records):

@@ -133,5 +133,5 @@ def new_name(record: Record) -> str:
 
 
 def gone_name(record: Record) -> str:
-    """Under which the removed directory of this volume lies until it is empty."""
-    return f"{RECORDS}/gone-{record.volume_id}.{record.serial or '0'}"
+    """Under which the removed directory of this volume lies until it is empty; nobody can have put something there."""
+    return f"{RECORDS}/gone-{record.volume_id}.{os.urandom(6).hex()}"

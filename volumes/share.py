@@ -168,9 +168,8 @@ def _regular(place: int, name: str) -> int:
 
 def write(root: int, record: Record | SnapshotRecord) -> None:
     """Replace the record, whole or not at all."""
-    make(root)
     name = _id_of(record)
-    with opened(root, RECORDS) as place:
+    with place_of_records(root) as place:
         durable.replace(f"{name}.json", msgspec.json.encode(record), beside=f".{name}.", dir_fd=place)
 
 
@@ -189,9 +188,19 @@ def write_over(root: int, record: Record) -> None:
         os.close(fd)
 
 
-def make(root: int) -> None:
-    with contextlib.suppress(FileExistsError):
-        os.mkdir(RECORDS, 0o700, dir_fd=root)
+@contextlib.contextmanager
+def place_of_records(root: int) -> Iterator[int]:
+    """The directory of the records, which is there, as a descriptor."""
+    try:
+        fd = directory(root, RECORDS)
+    except FileNotFoundError:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(RECORDS, 0o700, dir_fd=root)
+        fd = directory(root, RECORDS)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def remove(root: int, name: str) -> None:
@@ -299,9 +308,8 @@ def archive(root: int, name: str) -> int:
 
 def new_archive(root: int, name: str) -> int:
     """A descriptor for writing an archive `<name>.tar` that is new among the records."""
-    make(root)
     remove_tree(root, f"{RECORDS}/{name}.tar")
-    with opened(root, RECORDS) as place:
+    with place_of_records(root) as place:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         return os.open(f"{name}.tar", flags, 0o600, dir_fd=place)
 

@@ -36,8 +36,7 @@ def changing(records: int) -> Iterator[None]:
     """Alone at work on what the records below the directory descriptor `records` speak of. VolumeUnfinished where
     others are for too long; StoreFailed."""
     until = time.monotonic() + _PATIENCE
-    share.make(records)
-    with share.opened(records, RECORDS) as place:
+    with share.place_of_records(records) as place:
         facts = os.fstat(place)
         with _guard:
             mine = _here.setdefault((facts.st_dev, facts.st_ino), threading.Lock())
@@ -63,10 +62,13 @@ def _others() -> VolumeUnfinished:
 
 
 def _lock_file(place: int) -> int:
-    with contextlib.suppress(FileExistsError):
+    try:
+        fd = beneath.regular(place, LOCK, os.O_RDWR)
+    except FileNotFoundError:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        return os.open(LOCK, flags, 0o600, dir_fd=place)
-    fd = beneath.regular(place, LOCK, os.O_RDWR)
+        with contextlib.suppress(FileExistsError):
+            return os.open(LOCK, flags, 0o600, dir_fd=place)
+        fd = beneath.regular(place, LOCK, os.O_RDWR)
     if fd is None:
         raise StoreFailed(f"the share's {RECORDS}/{LOCK} is no regular file; remove it")
     return fd

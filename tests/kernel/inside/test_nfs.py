@@ -603,6 +603,8 @@ def test_an_export_that_a_guest_mounts_is_given_to_its_pods_group(driver):
     (place / "deep/f").write_text("x")
     (place / "link").symlink_to("/etc/passwd")
     driver.stage(volume, capability)
+    # Kubelet's own, which RunD's hand-off stands in.
+    (Path(driver.target(volume.volume_id, POD.format(1))).parent / "vol_data.json").write_text('{"specVolID":"pv"}')
     target = driver.publish(volume, POD.format(1), runtime="rund", capability=capability)
     assert os.listdir(target) == ["RUNVOL-PLACEHOLDER"]
     assert {path.lstat().st_gid for path in (place, place / "deep", place / "deep/f")} == {2000}
