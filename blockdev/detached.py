@@ -18,6 +18,11 @@ from blockdev.ioctls import is_block
 
 # What waits for no device and no server; a thread for each mount would cost more than the mount.
 _IN_MEMORY = frozenset({"tmpfs"})
+# Of mounts that only runvol sees: nobody means to run anything there, and nothing goes through a link.
+PRIVATE = (
+    syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV | syscalls.MOUNT_ATTR_NOEXEC
+    | syscalls.MOUNT_ATTR_NOSYMFOLLOW
+)  # fmt: skip
 
 
 @contextmanager
@@ -26,7 +31,8 @@ def filesystem(
 ) -> Iterator[int]:
     """A detached mount as a descriptor of its root; MountFailed with the kernel's own words.
 
-    One that is `remote` may hang for ever, and is made by a process of its own.
+    One that is `remote` may hang for ever, and is made by a process of its own. A kernel before 5.14 follows links all
+    the same.
     """
     try:
         context = syscalls.fsopen(fstype)
@@ -43,7 +49,7 @@ def filesystem(
                 syscalls.fsconfig_create(context)
             else:
                 bounded(what, deadline, lambda: syscalls.fsconfig_create(context))
-            root = syscalls.fsmount(context, attributes)
+            root = _mounted(context, attributes)
         except OSError as error:
             said = syscalls.fs_messages(context)
             raise MountFailed(options.get("source") or fstype, "nowhere", said or str(error.strerror)) from error
@@ -53,6 +59,15 @@ def filesystem(
         yield root
     finally:
         os.close(root)
+
+
+def _mounted(context: int, attributes: int) -> int:
+    try:
+        return syscalls.fsmount(context, attributes)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not attributes & syscalls.MOUNT_ATTR_NOSYMFOLLOW:
+            raise
+        return syscalls.fsmount(context, attributes & ~syscalls.MOUNT_ATTR_NOSYMFOLLOW)
 
 
 @contextmanager
@@ -70,7 +85,7 @@ def private_mount(path: str, fstype: str, *, deadline: Deadline, held: bool = Fa
             source, keeper = loops.open_private(path, deadline=deadline)
             stack.callback(os.close, keeper)
         options: dict[str, str | None] = {"source": source, **mounts.SAFETY.get(fstype, {})}
-        root = stack.enter_context(filesystem(fstype, options, attributes=_SAFE, deadline=deadline))
+        root = stack.enter_context(filesystem(fstype, options, attributes=PRIVATE, deadline=deadline))
         yield root
         fd = os.open(".", os.O_RDONLY | os.O_CLOEXEC, dir_fd=root)
         try:
@@ -91,7 +106,7 @@ def would_be_replayed(path: str, fstype: str, *, deadline: Deadline) -> bool:
         stack.callback(os.close, keeper)
         options: dict[str, str | None] = {"source": source, "ro": None}
         try:
-            stack.enter_context(filesystem(fstype, options, attributes=_SAFE, deadline=deadline))
+            stack.enter_context(filesystem(fstype, options, attributes=PRIVATE, deadline=deadline))
         except MountFailed as error:
             if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EROFS:
                 return True
@@ -104,6 +119,3 @@ def _wait_until_gone(path: str, deadline: Deadline, *, held: bool) -> None:
         return not loops.find(path) if held and not is_block(path) else exclusivity.is_free(path, past_known=True)
 
     deadline.poll(f"unmounting {path}", gone, every=0.002)
-
-
-_SAFE = syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV | syscalls.MOUNT_ATTR_NOEXEC

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from blockdev import isolated
 from blockdev.deadlines import Deadline, bounded
-from blockdev.detached import filesystem
+from blockdev.detached import PRIVATE, filesystem
 from blockdev.errors import BlockdevError, FilesystemUnknown, MountFailed
 from blockdev.mounts import parse_options
 
@@ -174,7 +174,8 @@ def mount(export: Export, target: str, deadline: Deadline) -> None:
 
 @contextmanager
 def opened(export: Export, deadline: Deadline) -> Iterator[int]:
-    """An export's root as a descriptor, on a mount that hangs nowhere and gives up by itself; gone at the end."""
+    """An export's root as a descriptor, on a mount that hangs nowhere, follows no link and gives up by itself; gone at
+    the end."""
     address = resolve(export.server, deadline)
     client = probe(export.server, address, export.version, deadline, port=export.port)
     options: dict[str, str | None] = {"source": export.source}
@@ -185,7 +186,8 @@ def opened(export: Export, deadline: Deadline) -> Iterator[int]:
         options[key] = value if equals else None
     with ExitStack() as stack:
         try:
-            root = stack.enter_context(filesystem(export.fstype, options, deadline=deadline, remote=True))
+            mounted = filesystem(export.fstype, options, attributes=PRIVATE, deadline=deadline, remote=True)
+            root = stack.enter_context(mounted)
         except FilesystemUnknown:
             raise
         except MountFailed as error:

@@ -1,24 +1,27 @@
 """Trees of files copied by tar, with progress: into an archive, out of one, or from one directory to another.
 
-tar keeps owners, modes, times, links, sparse files and extended attributes, never follows a link on its way in, and is
-a process of its own: what hangs on a dead server is not this one. Directories come as descriptors, so that nobody can
-put a link in their place.
+tar keeps owners, modes, times, links, sparse files and extended attributes, and is a process of its own: what hangs on
+a dead server is not this one. Directories come as descriptors, so that nobody can put a link in their place. Below them
+tar goes by names, and somebody may put a link where it has just made a directory: the one that writes is confined to
+its directory, and the one that reads follows none.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import IO
 
+from blockdev import confined
 from volumes.errors import NoSpace, StoreFailed
 from volumes.jobs import Progress
 
-_TAR = ("tar", "--numeric-owner", "--xattrs", "--sparse", "--one-file-system", "-f", "-")
+_OPTIONS = ("--numeric-owner", "--xattrs", "--sparse", "--one-file-system", "-f", "-")
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 _PART = 1 << 20
 
@@ -48,27 +51,32 @@ def copy(source: int, target: int, progress: Progress, *, without: Sequence[str]
 
 
 def _reading(directory: int, without: Sequence[str]) -> _Tar:
+    place = ("-C", f"/proc/self/fd/{directory}")
     excluded = [f"--exclude=./{name}" for name in without]
-    return _Tar(directory, "-c", "--anchored", "--no-wildcards", *excluded, ".", stdout=subprocess.PIPE, tolerated=1)
+    command = ["tar", *_OPTIONS, *place, "-c", "--anchored", "--no-wildcards", *excluded, "."]
+    return _Tar(command, directory, stdout=subprocess.PIPE, tolerated=1)
 
 
 def _writing(directory: int) -> _Tar:
-    return _Tar(directory, "-x", "-p", stdin=subprocess.PIPE)
+    tar = shutil.which("tar", path=_ENVIRONMENT["PATH"])
+    if tar is None:
+        raise StoreFailed("the program tar is not installed on this node; install the package that has it")
+    return _Tar(confined.command(tar, directory, *_OPTIONS, "-x", "-p"), directory, stdin=subprocess.PIPE)
 
 
 class _Tar:
     """One tar in a directory; StoreFailed or NoSpace with its words at the end unless it ended well."""
 
     def __init__(
-        self, directory: int, *arguments: str, stdin: int = subprocess.DEVNULL, stdout: int = subprocess.DEVNULL,
-        tolerated: int = 0,
+        self, command: Sequence[str], directory: int, *, stdin: int = subprocess.DEVNULL,
+        stdout: int = subprocess.DEVNULL, tolerated: int = 0,
     ) -> None:  # fmt: skip
         self._tolerated = tolerated
         with ExitStack() as stack:
             self._said = stack.enter_context(tempfile.TemporaryFile())
             self.process = subprocess.Popen(
-                [*_TAR, "-C", f"/proc/self/fd/{directory}", *arguments], pass_fds=[directory], env=_ENVIRONMENT,
-                stdin=stdin, stdout=stdout, stderr=self._said, start_new_session=True,
+                command, pass_fds=[directory], env=_ENVIRONMENT, stdin=stdin, stdout=stdout, stderr=self._said,
+                start_new_session=True,
             )  # fmt: skip
             stack.pop_all()
 
@@ -99,6 +107,8 @@ class _Tar:
             if not 0 <= status <= self._tolerated or broken:
                 self._said.seek(0)
                 words = self._said.read(2000).decode("utf-8", "replace").strip()
+                if status == confined.FAILED:
+                    raise StoreFailed(f"tar: {words}")
                 if "No space left" in words or "quota exceeded" in words:
                     raise NoSpace(f"tar: {words}")
                 raise StoreFailed(f"tar ended with status {status}: {words}")

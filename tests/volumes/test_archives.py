@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import shutil
 import stat
+import tarfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from volumes import NoSpace, StoreFailed, VolumeUnfinished
+from blockdev import confined, syscalls
+from volumes import NoSpace, StoreFailed, VolumeUnfinished, archives
 from volumes.archives import copy, pack, unpack
 from volumes.jobs import Jobs, Progress
 
@@ -80,9 +87,6 @@ def test_only_the_name_at_the_top_is_left_out(tree, tmp_path):
 
 
 def test_an_archive_that_was_tampered_with_writes_nothing_outside(tmp_path):
-    import io
-    import tarfile
-
     outside, new = tmp_path / "outside", tmp_path / "new"
     outside.mkdir()
     new.mkdir()
@@ -100,6 +104,146 @@ def test_an_archive_that_was_tampered_with_writes_nothing_outside(tmp_path):
         unpack(archive, opened(new), Progress("u"))
     assert os.listdir(outside) == []
     assert sorted(os.listdir(tmp_path)) == ["a.tar", "new", "outside"]
+
+
+HOSTILE = {
+    "a link, and what lies behind it": [("way", "{outside}"), ("way/new", None), ("way/theirs", None)],
+    "a link upwards": [("up", "../outside"), ("up/new", None), ("up/theirs", None)],
+    "a link in two steps": [("one", ".."), ("one/two", None), ("three", "one/outside"), ("three/theirs", None)],
+    "a directory that becomes a link": [("d", ...), ("d/f", None), ("d", "{outside}"), ("d/theirs", None)],
+    "a hard link": [("hard", "={outside}/theirs"), ("hard", None)],
+    "a hard link upwards": [("hard", "=../outside/theirs"), ("hard", None)],
+    "a hard link behind a link": [("way", "{outside}"), ("hard", "=way/theirs"), ("hard", None)],
+    "upwards": [("../outside/theirs", None), ("d/../../outside/new", None), ("../outside", ...), ("..", ...)],
+    "absolute": [("{outside}/theirs", None), ("{outside}/new", None), ("{outside}", ...), ("/", ...)],
+}
+
+
+@pytest.mark.parametrize("members", HOSTILE.values(), ids=HOSTILE.keys())
+def test_a_hostile_archive_changes_nothing_outside(tmp_path, victim, members):
+    new, before = tmp_path / "new", whole(victim)
+    new.mkdir()
+    with tarfile.open(tmp_path / "a.tar", "w") as bad:
+        for name, what in members:
+            member = tarfile.TarInfo(name.format(outside=victim))
+            member.mode, member.uid, member.gid = 0o4777, 12, 13
+            if what is None:
+                member.size = 1
+            elif what is ...:
+                member.type = tarfile.DIRTYPE
+            else:
+                member.type = tarfile.LNKTYPE if what.startswith("=") else tarfile.SYMTYPE
+                member.linkname = what.format(outside=victim).lstrip("=")
+            bad.addfile(member, io.BytesIO(b"x") if what is None else None)
+    with (tmp_path / "a.tar").open("rb") as archive, contextlib.suppress(StoreFailed):
+        unpack(archive, opened(new), Progress("u"))
+    assert whole(victim) == before
+    assert sorted(os.listdir(tmp_path)) == ["a.tar", "new", "outside"]
+
+
+@pytest.fixture
+def victim(tmp_path: Path) -> Path:
+    """A directory of the host, with the names that a share's volume has too."""
+    outside = tmp_path / "outside"
+    (outside / "in/deep").mkdir(parents=True)
+    for name in ("theirs", "in/theirs", "in/deep/theirs", "in/deep/7"):
+        (outside / name).write_text("theirs")
+        (outside / name).chmod(0o600)
+    return outside
+
+
+def whole(root: Path) -> list[object]:
+    """All that can be seen of a tree from outside; the time of the last change tells of any other."""
+    return [(path, seen.st_ino, seen.st_mode, seen.st_nlink, seen.st_uid, seen.st_gid, seen.st_size, seen.st_ctime_ns)
+            for path in sorted((root, *root.rglob("*"))) for seen in [path.lstat()]]  # fmt: skip
+
+
+@pytest.fixture
+def nested(tmp_path: Path) -> Path:
+    root = tmp_path / "nested"
+    for top in range(8):
+        (root / f"d{top}/in/deep").mkdir(parents=True)
+        for place in ("", "in", "in/deep"):
+            for number in range(60):
+                file = root / f"d{top}" / place / str(number)
+                file.write_text("* * * * * root id\n")
+                os.chown(file, 12, 13)
+                file.chmod(0o4755)
+            os.chown(root / f"d{top}" / place, 12, 13)
+    return root
+
+
+@contextlib.contextmanager
+def swapped(new: Path, victim: Path) -> Iterator[list[int]]:
+    """Each directory at the top of `new` is a link to the victim half of the time; how often they were exchanged."""
+    stop, count = threading.Event(), [0]
+    links = new.parent / "links"
+    links.mkdir()
+    for top in range(8):
+        (links / f"d{top}").symlink_to(victim)
+
+    def swap() -> None:
+        while not stop.is_set():
+            for top in range(8):
+                with contextlib.suppress(FileNotFoundError):
+                    syscalls.exchange(str(new / f"d{top}"), str(links / f"d{top}"))
+                    count[0] += 1
+
+    thread = threading.Thread(target=swap)
+    thread.start()
+    try:
+        yield count
+    finally:
+        stop.set()
+        thread.join()
+        shutil.rmtree(links)
+
+
+@pytest.mark.parametrize("how", ["unpack", "copy"])
+@pytest.mark.parametrize("links", ["followed", "not followed"])
+def test_a_directory_that_becomes_a_link_meanwhile_leads_nowhere(tmp_path, nested, victim, how, links):
+    before, exchanged = whole(victim), 0
+    with (tmp_path / "a.tar").open("wb") as archive:
+        pack(opened(nested), archive, Progress("p"))
+    until = time.monotonic() + 2
+    while time.monotonic() < until:
+        new = tmp_path / "new"
+        new.mkdir()
+        target = opened(new)
+        if links == "not followed":
+            target = syscalls.open_tree_clone(str(new))
+            syscalls.mount_setattr(target, syscalls.MOUNT_ATTR_NOSYMFOLLOW)
+        with swapped(new, victim) as count, contextlib.suppress(StoreFailed):
+            if how == "copy":
+                copy(opened(nested), target, Progress("c"))
+            else:
+                with (tmp_path / "a.tar").open("rb") as archive:
+                    unpack(archive, target, Progress("u"))
+        exchanged += count[0]
+        os.close(target)
+        shutil.rmtree(new)
+        assert whole(victim) == before
+    assert exchanged > 100
+
+
+def test_a_tar_that_cannot_be_confined_is_not_run(tmp_path, tree, monkeypatch):
+    new, confined_ = tmp_path / "new", confined.command
+    new.mkdir()
+
+    def without_the_right(*arguments: Any) -> list[str]:
+        return ["setpriv", "--bounding-set=-sys_admin", *confined_(*arguments)]
+
+    monkeypatch.setattr(confined, "command", without_the_right)
+    with (tmp_path / "a.tar").open("wb") as archive:
+        pack(opened(tree), archive, Progress("p"))
+    with pytest.raises(StoreFailed, match="tar: it cannot be confined.*Operation not permitted"):
+        copy(opened(tree), opened(new), Progress("c"))
+    with (tmp_path / "a.tar").open("rb") as archive, pytest.raises(StoreFailed, match="tar: it cannot be confined"):
+        unpack(archive, opened(new), Progress("u"))
+    assert os.listdir(new) == []
+    monkeypatch.setitem(archives._ENVIRONMENT, "PATH", str(new))
+    with (tmp_path / "a.tar").open("rb") as archive, pytest.raises(StoreFailed, match="tar is not installed"):
+        unpack(archive, opened(new), Progress("u"))
 
 
 @pytest.mark.parametrize("content", [b"", b"no tar at all" * 1000])

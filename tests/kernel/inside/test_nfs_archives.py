@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from concurrent import futures
@@ -14,7 +16,10 @@ from typing import Any
 import grpc
 import pytest
 
-from volumes import export_ids
+from blockdev import Deadline, syscalls
+from blockdev.nfs import Export, opened
+from volumes import StoreFailed, archives, export_ids, share
+from volumes.jobs import Progress
 from tests.driver import POD, Driver, mount_capability
 from tests.kernel.inside.nfs import ROOT, KernelNfs
 
@@ -170,6 +175,52 @@ def test_a_link_in_a_volumes_place_leads_nowhere(driver):
     place.unlink()
     place.mkdir()
     assert snapshot(driver, "s", volume).ready_to_use
+
+
+def test_the_controllers_own_mount_follows_no_link(nfs, tmp_path):
+    (SHARE / "out").symlink_to(tmp_path)
+    export = Export(server="127.0.0.1", path=str(SHARE))
+    with opened(export, Deadline.after(20)) as root, pytest.raises(OSError, match="symbolic links"):
+        os.mkdir("out/new", dir_fd=root)
+    (SHARE / "out").unlink()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_tar_on_the_share_changes_nothing_of_this_machine(nfs, tmp_path):
+    """Whether or not the kernel can mount a directory of the export's mount alone."""
+    outside = tmp_path / "outside"
+    (outside / "d").mkdir(parents=True)
+    (SHARE / "packed/d").mkdir(parents=True)
+    for number in range(200):
+        (SHARE / "packed/d" / str(number)).write_text("root")
+        (SHARE / "packed/d" / str(number)).chmod(0o4755)
+    before = [(path.lstat().st_mode, path.lstat().st_ctime_ns) for path in (outside, outside / "d")]
+    stop, export = threading.Event(), Export(server="127.0.0.1", path=str(SHARE))
+    (SHARE / "link").symlink_to(outside / "d")
+
+    def swap() -> None:
+        while not stop.is_set():
+            with contextlib.suppress(FileNotFoundError):
+                syscalls.exchange(str(SHARE / "new/d"), str(SHARE / "link"))
+
+    hostile = threading.Thread(target=swap)
+    hostile.start()
+    until = time.monotonic() + 8
+    try:
+        while time.monotonic() < until:
+            (SHARE / "new").mkdir()
+            with opened(export, Deadline.after(20)) as root, share.opened(root, "packed") as source:
+                with share.opened(root, "new") as target, contextlib.suppress(StoreFailed):
+                    archives.copy(source, target, Progress("c"))
+            assert [(path.lstat().st_mode, path.lstat().st_ctime_ns) for path in (outside, outside / "d")] == before
+            (SHARE / "new").rename(SHARE / f"done-{time.monotonic()}")
+    finally:
+        stop.set()
+        hostile.join()
+        subprocess.run(
+            ["rm", "-rf", SHARE / "packed", SHARE / "link", SHARE / "new", *SHARE.glob("done-*")], check=True
+        )
+    assert os.listdir(outside / "d") == []
 
 
 def test_nothing_is_deleted_that_is_being_copied_and_a_killed_copy_is_begun_again(driver):
