@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections import Counter
+from concurrent import futures
 from functools import partial
 from pathlib import Path
 
@@ -100,3 +101,71 @@ def _is_helper(path: Path) -> bool:
         return b"one_syscall" in path.read_bytes()
     except OSError:
         return False
+
+
+def test_statistics_of_a_server_that_dies_and_freezes_hold_up_nobody(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Forty of them at a time, of ten volumes; beside them Probe, and a publish of a volume of the node."""
+    rounds, chance = int(os.environ.get("RUNVOL_ROUNDS", "3")), random.Random(20261127)
+    server, probes, publishes, outcomes = Ganesha(tmp_path / "server"), [], [], Counter[str]()
+    server.start()
+    try:
+        with Driver(tmp_path / "d") as driver:
+            parameters = {"backend": "nfs", "server": "127.0.0.1", "path": "/exp", "vers": "4.1"}
+            volumes = [driver.create(f"v{number}", capability=RWX, **parameters) for number in range(10)]
+            for volume in volumes:
+                driver.stage(volume, RWX)
+            targets = [driver.publish(volume, POD.format(1), runtime="runc", capability=RWX) for volume in volumes]
+            local = driver.create("local", backend="directory", quota="none")
+            driver.stage(local)
+
+            def asked(number: int) -> str:
+                try:
+                    driver.client.NodeGetVolumeStats(
+                        volume_id=volumes[number % 10].volume_id, volume_path=targets[number % 10], timeout=30
+                    )
+                    return "OK"
+                except grpc.RpcError as error:
+                    return str(error.code().name)
+
+            for _round in range(rounds):
+                deed = chance.choice([signal.SIGKILL, signal.SIGSTOP])
+                server.signal(deed)
+                with futures.ThreadPoolExecutor(40) as pool:
+                    answers = [pool.submit(asked, number) for number in range(40)]
+                    while not all(answer.done() for answer in answers):
+                        probes.append(_timed(partial(driver.client.Probe, timeout=10)))
+                        publishes.append(
+                            _timed(partial(driver.publish, local, POD.format(2), runtime="runc", timeout=10))
+                        )
+                        driver.unpublish(local, POD.format(2))
+                    outcomes.update(answer.result() for answer in answers)
+                if deed == signal.SIGKILL:
+                    server.start()
+                else:
+                    server.signal(signal.SIGCONT)
+                until = time.monotonic() + 60
+                while asked(0) != "OK":
+                    assert time.monotonic() < until, "its statistics do not come back"
+                    time.sleep(0.5)
+            driver.unstage(local)
+            driver.delete(local)
+            for volume in volumes:
+                driver.unpublish(volume, POD.format(1))
+                driver.unstage(volume)
+                driver.delete(volume)
+            assert set(outcomes) <= {"OK", "UNAVAILABLE"}
+    finally:
+        server.close()
+    worst = [sorted(one)[int(0.99 * (len(one) - 1))] for one in (probes, publishes)]
+    assert max(worst) < DEADLINE
+    with capsys.disabled():
+        print(f"\n  {rounds} rounds of 40 statistics: {dict(outcomes)}; beside them p99 of {len(probes)} Probes "
+              f"{worst[0] * 1000:.0f} ms, of {len(publishes)} publishes {worst[1] * 1000:.0f} ms ", end="")  # fmt: skip
+
+
+def _timed(call) -> float:
+    started = time.monotonic()
+    call()
+    return time.monotonic() - started
