@@ -73,12 +73,12 @@ def _renamed(one: Share, record: Record, jobs: Jobs) -> tuple[list[str], bool]:
     if record.gone:
         settle(one, record)
         return [], False
-    _check_not_copied(one, record, living, jobs)
+    waited += _without_half_copies(one, record, living, jobs)
     if damaged and record.parameters.get("subDir"):
         raise VolumeUnfinished(f"{damaged[0]}; it may be of a volume in the same subDir as {record.volume_id}")
     if any(is_in(other, record) for other in living) and record.directory and record.made is not False:
         _marked(one, msgspec.structs.replace(record, ready=False, gone=True))
-        return [], False
+        return waited, False
     try:
         _taken_away(one, record, archived=_is_archived(record, tombs), sure=not damaged)
         # What was deleted before, and only waited for this one.
@@ -121,9 +121,9 @@ def _marked(one: Share, record: Record) -> None:
         share.write_over(one.records, record)
 
 
-def _check_not_copied(one: Share, record: Record, living: Sequence[Record], jobs: Jobs) -> None:
+def _without_half_copies(one: Share, record: Record, living: Sequence[Record], jobs: Jobs) -> list[str]:
     """VolumeUnfinished while something is being made from this volume, or it from something. What nobody works on any
-    more is half a copy that its caller has given up: it goes."""
+    more is half a copy that its caller has given up: it goes, and its files are to be removed."""
     if jobs.progress(record.volume_id) is not None:
         raise VolumeUnfinished(f"volume {record.volume_id} is being filled from {record.source}")
     copies = [other.volume_id for other in living
@@ -134,9 +134,12 @@ def _check_not_copied(one: Share, record: Record, living: Sequence[Record], jobs
         if jobs.progress(made) is not None or share_lock.is_worked_on(one.records, one.root, made):
             raise VolumeUnfinished(f"volume {record.volume_id} is being copied to {made}; wait, or delete that")
         log.warning("half a copy that nobody works on is taken away", extra={"copy": made, "of": record.volume_id})
-        share.tidy(one.root, f"new-{made}.")
+        with share.place_of_records(one.root) as place:
+            for name in share.names(one.root, f"new-{made}."):
+                os.rename(name, f"gone-{made}.{os.urandom(6).hex()}", src_dir_fd=place, dst_dir_fd=place)
         share.tidy(one.records, f"{made}.", ".tar")
         share.remove(one.records, made)
+    return [*copies, *archives]
 
 
 def _taken_away(one: Share, record: Record, *, archived: bool, sure: bool) -> None:

@@ -128,7 +128,8 @@ def tidy_abandoned(records: int, root: int, prefix: str) -> None:
         now = _server_time(records)
         with share.opened(root, RECORDS) as place:
             facts = os.stat(name, dir_fd=place, follow_symlinks=False)
-        if now is not None and facts.st_mtime <= now - _ALIVE:
+        # Whoever gave it that name has it for a while, too, which its own time does not tell.
+        if now is not None and max(facts.st_mtime, facts.st_ctime) <= now - _ALIVE:
             share.remove_tree(root, f"{RECORDS}/{name}")
 
 
