@@ -76,7 +76,9 @@ class Attacker:
         elif kind == "fifo":
             os.mkfifo(path)
         elif kind == "directory":
-            (path / "deep/er").mkdir(parents=True)
+            made = path.with_name(f".made-{self._dice.randbytes(4).hex()}")
+            (made / "deep/er").mkdir(parents=True)
+            made.rename(path)
         elif kind == "file":
             with path.open("x") as file:
                 file.write("{")
@@ -193,8 +195,12 @@ def test_a_hostile_share_stops_itself_only(shares, tmp_path, capsys):
         volume = call("create", lambda: made(backend, f"v{number % 5}", "/hostile"))
         if volume is None:
             return
-        with contextlib.suppress(OSError):
-            (shares / "hostile" / f"v{number % 5}" / "file").write_text("x")
+        with contextlib.suppress(OSError):  # what a pod writes is in its volume
+            directory = os.open(shares / "hostile" / f"v{number % 5}", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                os.close(os.open("file", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory))
+            finally:
+                os.close(directory)
         call("get", lambda: backend.get(volume.volume_id))
         call("list", backend.list)
         call("expand", lambda: backend.expand(volume.volume_id, SizeRange(required=2 * MIB)))
