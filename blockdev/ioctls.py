@@ -5,6 +5,7 @@ Numbers come from linux/fs.h, linux/ext4.h and xfs_fs.h and are those of x86-64 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import stat
@@ -19,9 +20,12 @@ _XFS_IOC_FSGROWFSDATA, _XFS_IOC_FSGEOMETRY_V1 = 0x4010586E, 0x80705864
 
 @contextmanager
 def opened(path: str, flags: int = os.O_RDONLY) -> Iterator[int]:
-    """A descriptor that is closed with the block."""
-    fd = os.open(path, flags | os.O_CLOEXEC)
+    """A descriptor that is closed with the block. Nothing is waited for: OSError (ENODEV) for a FIFO, which somebody
+    has put in the place of something else."""
+    fd = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
+        if stat.S_ISFIFO(os.fstat(fd).st_mode):
+            raise OSError(errno.ENODEV, "no file and no device", path)
         yield fd
     finally:
         os.close(fd)

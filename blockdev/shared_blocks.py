@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 import struct
 
 from blockdev import sparse, syscalls
@@ -20,9 +21,12 @@ _CANNOT = (errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EINVAL)
 
 
 def shared_bytes(path: str) -> int:
-    """Bytes of the file's blocks that another file has too; none on a filesystem that shares no blocks."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    """Bytes of the file's blocks that another file has too; none on a filesystem that shares no blocks. OSError, for
+    what is no regular file as well, which is not waited for."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "no regular file", path)
         return _shared(fd)
     finally:
         os.close(fd)

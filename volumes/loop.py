@@ -10,6 +10,7 @@ import contextlib
 import errno
 import logging
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import NoReturn
@@ -87,7 +88,7 @@ class LoopBackend(Stored):
         self._room = Room()
         self._recovery = Recovery(self._store.path, self._busy, self._steps)
         self.image_snapshots = Snapshots(
-            self._store, self._directory, self._jobs, busy=self._busy, room=self.available_bytes,
+            self._store, self._directory, self._jobs, busy=self._busy, left=self.available_bytes,
             keeper=lambda: self.keeper,
         )  # fmt: skip
 
@@ -531,9 +532,11 @@ class LoopBackend(Stored):
     def _resize_file(self, volume: Volume) -> None:
         """For callers that are alone at work on the volume: who has read another size would shrink it."""
         path = self._path(volume.volume_id)
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         size = os.fstat(fd).st_size
         try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise OSError(errno.ENODEV, "no regular file", path)
             if size < volume.capacity_bytes:
                 if volume.parameters.get("preallocate") == "true":
                     os.posix_fallocate(fd, 0, volume.capacity_bytes)

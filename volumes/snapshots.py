@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from blockdev import Deadline, durable, flocks
-from volumes import copies, marks
+from volumes import copies, marks, room
 from volumes.backend import Keeper
 from volumes.busy import Busy
 from volumes.errors import NoSpace, VolumeConflict, VolumeNotFound, VolumeUnfinished
@@ -40,11 +40,11 @@ class Snapshots:
         jobs: Jobs,
         *,
         busy: Busy,
-        room: Callable[[], int],
+        left: Callable[[], int],
         keeper: Callable[[], Keeper],
     ) -> None:
-        """`busy` keeps recovery away, of other processes too; `room` tells how many bytes can still be promised."""
-        self._store, self._directory, self._jobs, self._busy, self._room = store, directory, jobs, busy, room
+        """`busy` keeps recovery away, of other processes too; `left` tells how many bytes can still be promised."""
+        self._store, self._directory, self._jobs, self._busy, self._left = store, directory, jobs, busy, left
         self._keeper = keeper
         self._lock, self._taking = threading.RLock(), dict[str, int]()
 
@@ -96,15 +96,16 @@ class Snapshots:
     def _copy(self, snapshot_id: str, source: str, source_path: str, progress: Progress) -> None:
         allocated = os.stat(source_path).st_blocks * 512
         new = os.path.join(self._directory, snapshot_id + NEW)
+
+        def check() -> None:
+            """Asked where the filesystem shares no blocks: then the copy takes as many as its source has."""
+            self._promise(snapshot_id, allocated)
+            self._keeper().check_copy(source)
+
         try:
-            with self._promised(snapshot_id, allocated), copies.being_made(new) as writer:
-                copies.copy(
-                    source_path,
-                    writer,
-                    Deadline.after(copies.LIMIT),
-                    check=lambda: self._keeper().check_copy(source),
-                    progress=progress,
-                )
+            # Where it shares them, the source will need others for those that are its own until now.
+            with self._promised(snapshot_id, room.own_bytes(source_path)), copies.being_made(new) as writer:
+                copies.copy(source_path, writer, Deadline.after(copies.LIMIT), check=check, progress=progress)
                 self._store.inherit_past(snapshot_id, source)
                 if marks.is_marked(source_path, marks.FOREIGN):
                     marks.be_marked(writer, marks.FOREIGN)
@@ -120,26 +121,27 @@ class Snapshots:
     @contextlib.contextmanager
     def _promised(self, snapshot_id: str, expected: int) -> Iterator[None]:
         """So many bytes are the snapshot's while it is taken. NoSpace where they are others' already."""
-        with self._lock:
-            room = self._room()
-            if expected > room:
-                raise NoSpace(f"a snapshot takes {expected} bytes; {room} can still be promised")
-            self._taking[snapshot_id] = expected
         try:
+            self._promise(snapshot_id, expected)
             yield
         finally:
             with self._lock:
-                del self._taking[snapshot_id]
+                self._taking.pop(snapshot_id, None)
+
+    def _promise(self, snapshot_id: str, expected: int) -> None:
+        """What it was promised before counts as its own. NoSpace."""
+        with self._lock:
+            before = self._taking.get(snapshot_id, 0)
+            left = self._left() + before
+            if expected > left:
+                raise NoSpace(f"a snapshot takes {expected} bytes; {left} can still be promised")
+            self._taking[snapshot_id] = max(before, expected)
 
     def files(self) -> list[File]:
         """What they have they keep, although what they were taken from is written over."""
-        found = []
-        for row in self._store.snapshots():
-            path = self.path(row.snapshot_id)
-            with contextlib.suppress(OSError):
-                has = os.stat(path).st_blocks * 512
-                found.append(File(one_id=row.snapshot_id, path=path, promised=has, source=row.source))
-        return found
+        rows = self._store.snapshots()
+        return [File(one_id=row.snapshot_id, path=self.path(row.snapshot_id), promised=0, source=row.source,
+                     is_snapshot=True) for row in rows]  # fmt: skip
 
     def owed(self) -> int:
         """Bytes that snapshots which are being taken are still to get."""

@@ -169,3 +169,42 @@ def test_a_file_of_very_many_pieces_costs_no_more_than_a_look_at_some(catalog, m
     taken = catalog.loop.take_snapshot("s", volume, Deadline.after(30))
     assert catalog.loop.available_bytes() > 0
     catalog.loop.delete_snapshot(taken.snapshot_id)
+
+
+def test_many_snapshots_owe_no_more_than_one(catalog, soon):
+    """Whatever is written over the volume afterwards has room, and the snapshots keep what they had."""
+    volume = make(catalog, "v", 150)
+    fill(catalog, volume, 150)
+    before = catalog.loop.available_bytes()
+    taken = [catalog.loop.take_snapshot(f"s{number}", volume, soon) for number in range(6)]
+    assert abs(before - catalog.loop.available_bytes() - 150 * MIB) < 8 * MIB
+    held = Path(catalog.loop.image_snapshots.path(taken[0].snapshot_id)).read_bytes()
+    rest = make(catalog, "rest", catalog.loop.available_bytes() // MIB - 8)
+    fill(catalog, rest, catalog.loop.get(rest).capacity_bytes // MIB)
+    fill(catalog, volume, 150)
+    assert Path(catalog.loop.image_snapshots.path(taken[-1].snapshot_id)).read_bytes() == held
+    for one in taken:
+        catalog.loop.delete_snapshot(one.snapshot_id)
+    fill(catalog, volume, 150)
+
+
+def test_a_snapshot_that_its_volume_could_not_afford_is_refused(catalog, soon):
+    volume = make(catalog, "v", 200)
+    fill(catalog, volume, 200)
+    make(catalog, "rest", catalog.loop.available_bytes() // MIB - 100)
+    with pytest.raises(NoSpace, match="a snapshot takes"):
+        catalog.loop.take_snapshot("s", volume, soon)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "link to itself", "directory"])
+def test_what_lies_in_an_images_place_holds_up_nobody_else(catalog, soon, kind):
+    volume, other = make(catalog, "v", 20), make(catalog, "o", 20)
+    catalog.loop.take_snapshot("s", volume, soon)
+    path = Path(catalog.loop.attach(volume).path)
+    path.unlink()
+    {"fifo": lambda: os.mkfifo(path), "link to itself": lambda: path.symlink_to(path), "directory": path.mkdir}[kind]()
+    assert catalog.loop.available_bytes() > 0
+    made = make(catalog, "more", 20)
+    assert {one.volume_id for _place, one in catalog.loop.list()} == {volume, other, made}
+    catalog.loop.take_snapshot("t", other, soon)
+    catalog.loop.delete(other)
