@@ -20,8 +20,8 @@ _SCARCE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errn
 _AWAY = frozenset(
     {
         errno.EROFS, errno.EIO, errno.ENODEV, errno.ENXIO, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH,
-        errno.ENETUNREACH, errno.ENETDOWN, errno.ENOTCONN, errno.ENOLCK, errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED,
-        errno.ESHUTDOWN, errno.EREMOTEIO, errno.EAGAIN,
+        errno.ENETUNREACH, errno.ENETDOWN, errno.ENOTCONN, errno.ENOLCK, errno.ECONNREFUSED, errno.ECONNRESET,
+        errno.ECONNABORTED, errno.ESHUTDOWN, errno.EREMOTEIO, errno.EAGAIN,
     }
 )  # fmt: skip
 _REFUSED = frozenset(
