@@ -81,6 +81,8 @@ def resolve(server: str, deadline: Deadline) -> str:
                         lambda: socket.getaddrinfo(server, PORT, type=socket.SOCK_STREAM))  # fmt: skip
     except OSError as error:
         raise ServerSilent(server, f"its name cannot be resolved ({error.strerror or error})") from error
+    except UnicodeError as error:
+        raise ServerSilent(server, "this is no name that a server can have") from error
     return str(found[0][4][0])
 
 

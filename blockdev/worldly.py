@@ -46,6 +46,7 @@ def in_words(error: BaseException) -> str | None:
     kind = kind_of(error)
     if kind is None or not isinstance(error, OSError):
         return None
-    where = error.filename if isinstance(error.filename, str) else "a file of the volume, or of the node"
+    named = isinstance(error.filename, str) and not error.filename.startswith("/proc/self/fd/")
+    where = error.filename if named else "a file of the volume, or of the node"
     ends = "is put right" if kind is Kind.REFUSED else "ends"
     return f"{where}: {os.strerror(error.errno or 0)}; the call can be repeated once that {ends}"

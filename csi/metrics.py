@@ -33,11 +33,12 @@ class _Work:
 def serve(address: str) -> None:
     """Serve `HOST:PORT`. BadRequest."""
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise BadRequest("csi.metrics", address, "takes HOST:PORT")
     registry = CollectorRegistry()
     registry.register(_Work())
     try:
         start_http_server(int(port), addr=host, registry=registry)
-    except OSError as error:
-        raise BadRequest("csi.metrics", address, f"cannot be listened on: {error.strerror}") from None
+    except (OSError, UnicodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "this is no host's name"
+        raise BadRequest("csi.metrics", address, f"cannot be listened on: {why}") from None

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from blockdev import Deadline
+from blockdev import Deadline, WaitExpired
 from guestmount.kubernetes_api import KubernetesApi
 from guestmount.pods import PodUnknown
 from volumes.errors import StoreFailed
@@ -25,14 +25,13 @@ def said(api: KubernetesApi) -> Sequence[Said]:
     """What the cluster says now. StoreFailed where it does not answer."""
     deadline = Deadline.after(_SECONDS)
     try:
-        classes = [*api.listed("StorageClasses", "/apis/storage.k8s.io/v1/storageclasses", deadline)]
-        return [*_of_classes(classes), *_of_volumes(api, deadline)]
-    except PodUnknown as error:
+        return [*_of_classes(api, deadline), *_of_volumes(api, deadline)]
+    except (PodUnknown, WaitExpired) as error:
         raise StoreFailed(f"which NFS exports the cluster names is not known: {error}") from error
 
 
-def _of_classes(classes: Sequence[dict[str, Any]]) -> Iterator[Said]:
-    for one in classes:
+def _of_classes(api: KubernetesApi, deadline: Deadline) -> Iterator[Said]:
+    for one in api.listed("StorageClasses", "/apis/storage.k8s.io/v1/storageclasses", deadline):
         parameters = one.get("parameters")
         if one.get("provisioner") in _DRIVERS and isinstance(parameters, dict):
             yield Said(parameters=_texts(parameters), mount_options=_list(one.get("mountOptions")))

@@ -33,7 +33,7 @@ _READING = 20.0
 _REMEMBERED = 60.0
 _MOST = 10_000
 # Objects of a list that come in one answer: far below what an answer may have.
-_PAGE = 250
+_PAGE, _PAGES = 250, 400
 SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
 
 # A DNS subdomain; nothing else becomes a part of an address.
@@ -101,9 +101,10 @@ class KubernetesApi:
         return known
 
     def listed(self, what: str, path: str, deadline: Deadline) -> Iterator[dict[str, Any]]:
-        """The objects of one kind, page by page, each page in the time that all have. PodUnknown."""
+        """The objects of one kind, page by page, all in the time of the deadline. PodUnknown, WaitExpired."""
         more = ""
-        while True:
+        for _page in range(_PAGES):
+            deadline.check(f"asking the API server for {what}")
             found = self._read(what, f"{path}?limit={_PAGE}{more}", deadline, longest=deadline.remaining())
             items, metadata = found.get("items"), found.get("metadata")
             if not isinstance(items, list) or not isinstance(metadata, dict):
@@ -113,6 +114,7 @@ class KubernetesApi:
             if not token:
                 return
             more = f"&continue={quote(str(token), safe='')}"
+        raise PodUnknown(f"the API server has more than {_PAGES * _PAGE} {what}, or says so")
 
     def warm(self) -> None:
         """Begin what the first question would wait for. For processes that will be asked."""

@@ -51,8 +51,8 @@ _REMOVAL, _REMOVAL_AT_START = 86400.0, 10.0
 _BIND = frozenset({"ro", "rw", "defaults"})
 # Projects are numbers that a whole filesystem shares; others count from 1 (projid files, container runtimes).
 FIRST_PROJECT = 1 << 30
-# So many of them that somebody else has taken are passed over.
-_MOST_FOREIGN = 100_000
+# So many of them that somebody else has taken are passed over by one call; and so many while others wait for it.
+_MOST_FOREIGN, _FEW_FOREIGN = 10_000, 100
 
 PARAMETERS = (
     Parameter(
@@ -128,9 +128,10 @@ class DirectoryBackend(Stored):
                     return self._same(settled, size, parameters, source)
             volume_id = self._store.new_id(PREFIX)
             self._be_ours()
+            self._check_projects(name, _MOST_FOREIGN)
             with self._store.transaction():
                 self._reserve(capacity)
-                self._pass_over_foreign_projects()
+                self._check_projects(name, _FEW_FOREIGN)
                 self._store.insert(volume_id=volume_id, name=name, backend=self.name, capacity=capacity,
                                    parameters=parameters, state=State.CREATING)  # fmt: skip
             row = self._row(volume_id)
@@ -142,8 +143,17 @@ class DirectoryBackend(Stored):
             self._store.set_state(volume_id, State.READY)
         return self._known(volume_id)
 
-    def _pass_over_foreign_projects(self) -> None:
-        """A store that was lost began to count anew, and its directories still count for the projects that they had."""
+    def _check_projects(self, name: str, most: int) -> None:
+        """VolumeUnfinished where so many numbers are somebody else's that the next call has to go on."""
+        if not self._pass_over_foreign_projects(most):
+            raise VolumeUnfinished(
+                f"volume {name}: very many projects have files on the filesystem of {self._directory}, which are no "
+                "volume's; they are passed over, ask again"
+            )
+
+    def _pass_over_foreign_projects(self, most: int) -> bool:
+        """A store that was lost began to count anew, and its directories still count for the projects that they had.
+        False where there are more than `most`; the next goes on."""
         numbers = [quotas.project_of(path) - FIRST_PROJECT for path in self.unknown_files() if _is_directory(path)]
         highest = max((number for number in numbers if 0 < number < FIRST_PROJECT), default=0)
         if highest:
@@ -152,13 +162,11 @@ class DirectoryBackend(Stored):
         number = first = self._store.next_number()
         while self._counts(FIRST_PROJECT + number):
             number += 1
-            if number - first > _MOST_FOREIGN:
-                raise NoSpace(
-                    f"the projects from {FIRST_PROJECT + first} on all have files in {self._directory}, which "
-                    "nobody of runvol's made; look for them with `xfs_quota -x -c report` or `repquota -P`"
-                )
+            if number - first > most:
+                break
         if number > first:
             self._store.number_above(number - 1)
+        return number - first <= most
 
     def _counts(self, project: int) -> bool:
         """Whether the filesystem has files, or a limit, for that project."""

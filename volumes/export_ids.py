@@ -72,13 +72,14 @@ def is_of(one_id: str, export: nfs.Export) -> bool:
 def above(one_id: str, export: nfs.Export) -> nfs.Export | None:
     """Of a directory that a volume has on an export: the export. None where it is of another."""
     path = export.path
-    while True:
+    while len(path) <= _MOST:
         found = dataclasses.replace(export, path=path)
         if is_of(one_id, found):
             return found
         if path == "/":
-            return None
+            break
         path = path.rpartition("/")[0] or "/"
+    return None
 
 
 def _packed(text: str) -> str:

@@ -129,11 +129,18 @@ class Exports:
         """What `look` finds on every share; `trouble` is told of one that cannot be looked at. No share waits for
         another's server, but for a few."""
 
+        silent: dict[tuple[str, int], str] = {}
+
         def looked(share: list[nfs.Export]) -> tuple[list[T], str]:
+            server = share[0].server, share[0].port
+            if server in silent:  # and is not asked for each of its exports
+                return [], f"what lies on the export {share[0].source}: {silent[server]}"
             try:
                 with opened_any(share) as (root, export):
                     return look(root, export), ""
             except EXPECTED as error:
+                if isinstance(error, nfs.ServerSilent):
+                    silent[server] = str(error)
                 return [], f"what lies on the export {share[0].source}: {error}"
 
         shares = self._all(trouble)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -53,7 +54,11 @@ class Jobs:
     At most `running` works go on at a time, and at most `waiting` callers wait for any; all others are told at once.
     """
 
-    def __init__(self, *, running: int = 4, waiting: int = 12) -> None:
+    def __init__(
+        self, *, running: int = 4, waiting: int = 12, of_one: int = 0, family: Callable[[str], str] = lambda _key: ""
+    ) -> None:
+        """`of_one`: works of one `family` that go on at a time; 0 for as many as of all."""
+        self._of_one, self._family, self._families = of_one, family, Counter[str]()
         self._lock = threading.Lock()
         self._jobs: dict[str, _Job] = {}
         self._running = threading.BoundedSemaphore(running)
@@ -84,6 +89,10 @@ class Jobs:
         known = self._known(key)
         if known is not None:
             return known
+        family = self._family(key)
+        with self._lock:
+            if self._of_one and self._families[family] >= self._of_one:
+                raise VolumeUnfinished(f"{what}: others of its share go first; ask again")
         if not self._running.acquire(timeout=max(0.0, until - time.monotonic())):
             raise VolumeUnfinished(f"{what}: other copies go first; ask again")
         with self._lock:
@@ -98,12 +107,14 @@ class Jobs:
                 self._running.release()
                 raise
             self._jobs[key] = job
+            self._families[family] += 1
             return job
 
     def _ended(self, key: str) -> None:
         """Room for the next; who waits has the job itself, and of one that ended well nobody else needs to hear."""
         self._running.release()
         with self._lock:
+            self._families[self._family(key)] -= 1
             job = self._jobs.get(key)
             if job is not None and job.error is None:
                 del self._jobs[key]

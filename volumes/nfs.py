@@ -7,8 +7,10 @@ ended. Work on the share goes through a mount that hangs nowhere.
 from __future__ import annotations
 
 import builtins
+import contextlib
 import itertools
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
@@ -25,7 +27,7 @@ from volumes.nfs_filling import Filling
 from volumes.nfs_share import Share
 from volumes.nfs_snapshots import NfsSnapshots
 from volumes.share import NFS_SNAPSHOT, NFS_VOLUME, RECORDS, Record, SnapshotRecord
-from volumes.troubles import Trouble, Unfinished, logged
+from volumes.troubles import EXPECTED, Trouble, Unfinished, logged
 
 _SMALLEST = 4096
 
@@ -49,7 +51,7 @@ class NfsBackend:
         `cluster`: who says what a cluster's objects name."""
         self._exports = Exports(state_dir, exports_known, cluster)
         # Many, as each may wait for a server of its own.
-        self._jobs = Jobs(running=16)
+        self._jobs = Jobs(running=16, of_one=12, family=_share_of)
         self.keeper: Keeper = Unkept()
         # In the names of what is being made, so that two controllers never write to the same.
         own = os.urandom(6).hex()
@@ -118,6 +120,8 @@ class NfsBackend:
             serial=os.urandom(6).hex(), path=one.place.elsewhere,
         )  # fmt: skip
         record = msgspec.structs.replace(record, made=_made_by_us(one, record))
+        if parameters.get("subDir") or not record.made:  # otherwise its directory is its own, and new
+            nfs_share.check_place(one, record)
         if source is not None:
             nfs_share.check_free(one, record)
         share.write(one.records, record)
@@ -151,7 +155,10 @@ class NfsBackend:
         """As `_deleted`, behind the call where that takes long: VolumeUnfinished, and who asks again waits for it."""
         self._jobs.cancel(short(volume_id), PATIENCE)
         what = f"deleting volume {volume_id}"
-        self._jobs.finished(what, what, lambda _progress: self._deleted(volume_id), PATIENCE)
+        # Who joins a deletion that had begun may have made the volume anew meanwhile: that one is to go, too.
+        joined = self._jobs.progress(what) is not None
+        for _turn in range(2 if joined else 1):
+            self._jobs.finished(what, what, lambda _progress: self._deleted(volume_id), PATIENCE)
 
     def _deleted(self, volume_id: str) -> None:
         """ExportUnknown where nobody can look."""
@@ -164,6 +171,10 @@ class NfsBackend:
             share.enough_space(f"the deletion of volume {volume_id}"),
         ):
             nfs_deletion.delete(one, volume_id, self._jobs)
+            place = one.place
+        what = f"tidying {place.data.source}"
+        with contextlib.suppress(*EXPECTED):  # behind: of calls that were killed, and whose callers do not come again
+            self._jobs.finished(what, what, lambda _progress: _tidied(place), 0.0)
 
     # -- snapshots
 
@@ -207,7 +218,13 @@ class NfsBackend:
         def listed(records: int, export: nfs.Export) -> builtins.list[Volume]:
             order = exports.order(export, after)
             ready = (one for one in share.records(records, NFS_VOLUME, Record, trouble, order=order) if one.ready)
-            return [_volume(one, export) for one in itertools.islice(ready, limit if limit >= 0 else None)]
+            some = [*itertools.islice(ready, limit if limit >= 0 else None)]
+            if any(one.path for one in some) and _has_volumes(records):
+                # Pods may have the share whole, and any of them could say that of another tenant's.
+                trouble(f"records on {export.source} speak of another export, and there are volumes on this one; "
+                        "exports for records are for nothing else")  # fmt: skip
+                some = [one for one in some if not one.path]
+            return [_volume(one, export) for one in some]
 
         found = self._exports.on_each(listed, trouble)
         return exports.part([(exports.place(one.volume_id), one) for one in found], after, limit)
@@ -281,6 +298,22 @@ class NfsBackend:
         return found
 
 
+def _has_volumes(records: int) -> bool:
+    """Whether volumes lie on the export itself."""
+    return any(not one.path for one in share.records(records, NFS_VOLUME, Record, share.passed_over))
+
+
+def _share_of(work: str) -> str:
+    """Of which share a work is, by the ids in its key: one share's trouble leaves places for the others."""
+    found = re.search(r"nfs(?:snap)?-([0-9a-f]{12})-", work)
+    return found[1] if found else work
+
+
+def _tidied(place: nfs_share.Place) -> None:
+    with nfs_share.opened(place) as one:
+        share_lock.tidy_abandoned(one.records, one.root, "gone-")
+
+
 def _as_it_stands(one: Share, volume_id: str) -> Record | None:
     """The record; None for a volume that is not there. VolumeUnfinished for one that is not gone yet."""
     record = share.read(one.records, volume_id, Record)
@@ -332,8 +365,10 @@ def _with_directory(one: Share, record: Record) -> tuple[Record, bool]:
         with share.opened(fd, name) as there:
             empty, inode = not os.listdir(there), os.fstat(there).st_ino
     now = share.read(one.records, record.volume_id, Record) or record
-    if now.ready or nfs_share.in_the_same(one, record):
-        return now, False  # another controller was faster, or another volume has it too
+    if now.ready:
+        return now, False  # another controller was faster
+    if sharing := nfs_share.in_the_same(one, record):
+        return msgspec.structs.replace(now, inode=inode if sharing[0].made else 0), False
     if empty:
         ours = record.made is not False  # a process that was killed then has made it
         return msgspec.structs.replace(record, inode=inode if ours else 0), ours

@@ -19,8 +19,8 @@ from volumes.errors import StoreFailed, VolumeUnfinished
 from volumes.export_ids import short
 from volumes.jobs import Jobs
 from volumes.nfs_share import ARCHIVE, Share, gone_name, is_in, new_name
-from volumes.share import NFS_SNAPSHOT, NFS_VOLUME, RECORDS, Record, SnapshotRecord
-from volumes.troubles import EXPECTED, log, logged
+from volumes.share import NFS_SNAPSHOT, RECORDS, Record, SnapshotRecord
+from volumes.troubles import log, logged
 
 # How often a name may be archived.
 _ARCHIVES = 1000
@@ -33,6 +33,8 @@ def delete(one: Share, volume_id: str, jobs: Jobs) -> None:
     with share_lock.changing(one.records):
         record = share.read(one.records, volume_id, Record)
         waited, in_place = _renamed(one, record, jobs) if record is not None else ([], False)
+        if record is None:
+            share.remove(one.records, volume_id)  # what a kill has left of its first record
     _tidied(one, volume_id, record)
     for other in waited:
         remove_gone(one, other)
@@ -42,8 +44,6 @@ def delete(one: Share, volume_id: str, jobs: Jobs) -> None:
             now = share.read(one.records, volume_id, Record)
             if now is not None and now.serial == record.serial:
                 share.remove(one.records, volume_id)
-    with contextlib.suppress(*EXPECTED):  # of calls that were killed, and whose callers do not come again
-        share_lock.tidy_abandoned(one.records, one.root, "gone-")
 
 
 def remove_gone(one: Share, volume_id: str) -> None:
@@ -56,9 +56,9 @@ def settle(one: Share, record: Record) -> Record | None:
     """A deleted volume whose directory waited for others: None once it is gone, as none of them is left. To be called
     while nobody else changes the share."""
     living, tombs, damaged = _others(one, record)
-    if damaged or any(is_in(other, record) for other in living):
+    if damaged or any(is_in(one, other, record) for other in living):
         return record
-    _taken_away(one, record, archived=_is_archived(record, tombs), sure=True)
+    _taken_away(one, record, archived=_is_archived(one, record, tombs), sure=True)
     share.remove(one.records, record.volume_id)
     return None
 
@@ -76,20 +76,20 @@ def _renamed(one: Share, record: Record, jobs: Jobs) -> tuple[list[str], bool]:
     waited += _without_half_copies(one, record, living, jobs)
     if damaged and record.parameters.get("subDir"):
         raise VolumeUnfinished(f"{damaged[0]}; it may be of a volume in the same subDir as {record.volume_id}")
-    if any(is_in(other, record) for other in living) and record.directory and record.made is not False:
+    if any(is_in(one, other, record) for other in living) and record.directory and record.made is not False:
         _marked(one, msgspec.structs.replace(record, ready=False, gone=True))
         return waited, False
     try:
-        _taken_away(one, record, archived=_is_archived(record, tombs), sure=not damaged)
+        _taken_away(one, record, archived=_is_archived(one, record, tombs), sure=not damaged)
         # What was deleted before, and only waited for this one.
         for other in sorted(tombs, key=lambda tomb: len(tomb.directory), reverse=True):
-            if is_in(record, other) and not any(is_in(third, other) for third in living):
-                archived = _is_archived(other, [*tombs, record])
+            if is_in(one, record, other) and not any(is_in(one, third, other) for third in living):
+                archived = _is_archived(one, other, [*tombs, record])
                 _taken_away(one, other, archived=archived, sure=not damaged)
                 share.remove(one.records, other.volume_id)
                 waited.append(other.volume_id)
     except OSError as error:
-        if error.errno not in _FULL or record.directory == "" or _is_archived(record, tombs):
+        if error.errno not in _FULL or record.directory == "" or _is_archived(one, record, tombs):
             raise
         # Not even for another name. Nobody makes it anew meanwhile.
         _marked(one, msgspec.structs.replace(record, ready=False, deleting=True))
@@ -101,14 +101,13 @@ def _renamed(one: Share, record: Record, jobs: Jobs) -> tuple[list[str], bool]:
 def _others(one: Share, record: Record) -> tuple[list[Record], list[Record], list[str]]:
     """The volumes beside this one: those that live, those whose directories wait; and what could not be read."""
     damaged: list[str] = []
-    found = [other for other in share.records(one.records, NFS_VOLUME, Record, damaged.append)
-             if other.volume_id != record.volume_id]  # fmt: skip
+    found = [other for other in nfs_share.all_records(one, damaged.append) if other.volume_id != record.volume_id]
     return [other for other in found if not other.gone], [other for other in found if other.gone], damaged
 
 
-def _is_archived(record: Record, tombs: Sequence[Record]) -> bool:
+def _is_archived(one: Share, record: Record, tombs: Sequence[Record]) -> bool:
     """Of volumes that had one directory together, one that wants it kept is enough."""
-    had = [record, *(tomb for tomb in tombs if (tomb.path, tomb.directory) == (record.path, record.directory))]
+    had = [record, *(tomb for tomb in tombs if nfs_share.is_same(one, tomb, record))]
     return any(other.parameters.get("archiveOnDelete", "true") == "true" or other.made is None for other in had)
 
 
@@ -147,6 +146,11 @@ def _taken_away(one: Share, record: Record, *, archived: bool, sure: bool) -> No
     stays. Where not all is known (`sure`), nothing is removed that might be somebody's."""
     if not record.directory or record.made is False:
         return
+    if record.serial and not record.inode:
+        # Its creation ended before anything was made that is known to be ours.
+        with contextlib.suppress(OSError), share.parent(one.root, record.directory) as (fd, name):
+            os.rmdir(name, dir_fd=fd)
+        return
     if archived or not sure or not _is_its_own(one, record):
         _archive(one, record)
         return
@@ -165,7 +169,8 @@ def _is_its_own(one: Share, record: Record) -> bool:
 
 def _archive(one: Share, record: Record) -> None:
     """The directory has another name, which tells what it was."""
-    first = f"{ARCHIVE}{record.directory.replace('/', '-')[:200]}-{record.volume_id[-8:]}"
+    was = os.fsencode(record.directory.replace("/", "-"))[:200].decode("utf-8", "ignore")
+    first = f"{ARCHIVE}{was}-{record.volume_id[-8:]}"
     with contextlib.suppress(FileNotFoundError), share.parent(one.root, record.directory) as (fd, name):
         for number in range(1, _ARCHIVES + 1):
             archived = first if number == 1 else f"{first}-{number}"

@@ -58,9 +58,8 @@ class Filling:
             with share.opened(one.root, new) as target, share_lock.beating(target):
                 _copied(one, source, target, progress)
             with share_lock.changing(one.records):
-                placed = _placed(one, record, new)
-        if not placed:
-            share.remove_tree(one.root, new)
+                _placed(one, record, new)
+        share.tidy(one.root, nfs_share.new_name(record))  # this one, where another was faster, and what kills have left
 
 
 def _copied(one: Share, source: ContentSource, target: int, progress: Progress) -> None:
@@ -79,15 +78,15 @@ def _copied(one: Share, source: ContentSource, target: int, progress: Progress) 
         archives.copy(directory, target, progress, without=share.not_its_own(old))
 
 
-def _placed(one: Share, record: Record, new: str) -> bool:
-    """The whole content is the volume's directory; False where another controller was faster."""
+def _placed(one: Share, record: Record, new: str) -> None:
+    """The whole content is the volume's directory, unless another controller was faster."""
     now = nfs_share.check_still(one, record)
     if now.ready:
-        return False
+        return
     there, inode = nfs_share.inode_of(one, record.directory), nfs_share.inode_of(one, new)
     if there and there == now.inode:
         share.write(one.records, msgspec.structs.replace(now, ready=True))  # who was killed then had put it there
-        return False
+        return
     if there:
         raise _taken(record)
     now = msgspec.structs.replace(now, inode=inode, made=True)
@@ -102,7 +101,6 @@ def _placed(one: Share, record: Record, new: str) -> bool:
         if "mode" in now.parameters:
             share.chmod(fd, name, int(now.parameters["mode"], 8))
     share.write(one.records, msgspec.structs.replace(now, ready=True))
-    return True
 
 
 def _taken(record: Record) -> VolumeConflict:

@@ -10,6 +10,7 @@ from blockdev import nfs
 from volumes.parameter import Parameter, one_of
 
 RECORDS_PATH = "recordsPath"
+_LABEL = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9]{0,61}[A-Za-z0-9])?")
 
 
 def is_server(value: str) -> bool:
@@ -17,7 +18,7 @@ def is_server(value: str) -> bool:
     try:
         ipaddress.ip_address(value)
     except ValueError:
-        return re.fullmatch(r"[A-Za-z0-9]([-A-Za-z0-9.]{0,251}[A-Za-z0-9])?", value) is not None
+        return len(value) <= 253 and all(_LABEL.fullmatch(label) for label in value.split("."))
     return True
 
 

@@ -8,12 +8,15 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from blockdev import nfs
 from volumes import exports, share
 from volumes.errors import InvalidParameter, VolumeConflict, VolumeUnfinished
 from volumes.export_ids import digest, short
 from volumes.nfs_parameters import RECORDS_PATH
 from volumes.share import RECORDS, Record
+from volumes.troubles import Trouble
 
 ARCHIVE = "archived-"
 
@@ -44,6 +47,9 @@ def of_class(parameters: Mapping[str, str], flags: Sequence[str]) -> Place:
     """InvalidParameter."""
     data = exports.of_class(parameters, flags)
     path = parameters.get(RECORDS_PATH, "").rstrip("/") or data.path
+    whole = os.path.normpath(f"/{data.path}").rstrip("/")
+    if path != data.path and f"{os.path.normpath(f'/{path}')}/".startswith(f"{whole}/"):
+        raise InvalidParameter(RECORDS_PATH, path, "lies in the volumes' own export, where pods could come at it")
     return Place(data, dataclasses.replace(data, path=path))
 
 
@@ -58,8 +64,8 @@ def opened(place: Place) -> Iterator[Share]:
 
 @contextlib.contextmanager
 def opened_of(known: Sequence[nfs.Export], volume_id: str) -> Iterator[Share]:
-    """The share of a volume, by one of the exports that may have its record; what the record says of its directory's
-    export is believed, since the id proves it."""
+    """The share of a volume, by one of the exports that may have its record. What the record says of its directory's
+    export is of one origin with the id, which is made from both."""
     with contextlib.ExitStack() as stack:
         records, export = stack.enter_context(exports.opened_any(known))
         record = share.read(records, short(volume_id), Record)
@@ -92,16 +98,49 @@ def _plain(name: str) -> str:
     return plain
 
 
-def is_in(other: Record, record: Record) -> bool:
+def place_on_server(one: Share, record: Record) -> str:
+    """The path of the volume's directory on its server, however its export is spelled."""
+    return os.path.normpath(f"/{record.path or one.place.records.path}/{record.directory}")
+
+
+def is_in(one: Share, other: Record, record: Record) -> bool:
     """Whether another volume has this one's directory too, or one in it: a subDir may be the same for several."""
-    return other.path == record.path and f"{other.directory}/".startswith(f"{record.directory}/")
+    outer = place_on_server(one, record)
+    return f"{place_on_server(one, other)}/".startswith(outer if outer == "/" else f"{outer}/")
+
+
+def is_same(one: Share, other: Record, record: Record) -> bool:
+    """Whether the two have one directory."""
+    return place_on_server(one, other) == place_on_server(one, record)
+
+
+def all_records(one: Share, trouble: Trouble) -> Iterator[Record]:
+    """Of all volumes on the share: also those whose records lie on the export of the directories itself, although this
+    one's do not."""
+    yield from share.records(one.records, share.NFS_VOLUME, Record, trouble)
+    if one.place.elsewhere:
+        for other in share.records(one.root, share.NFS_VOLUME, Record, trouble):
+            if not other.path:
+                yield msgspec.structs.replace(other, path=one.place.data.path)
 
 
 def in_the_same(one: Share, record: Record) -> list[Record]:
     """Other volumes' records that speak of the same directory."""
     found = share.records(one.records, share.NFS_VOLUME, Record, share.passed_over)
-    return [other for other in found if (other.path, other.directory) == (record.path, record.directory)
-            and other.volume_id != record.volume_id]  # fmt: skip
+    return [other for other in found if is_same(one, other, record) and other.volume_id != record.volume_id]
+
+
+def check_place(one: Share, record: Record) -> None:
+    """VolumeUnfinished while what lies where the new volume's directory would be, or around it, is being removed;
+    VolumeConflict where it belongs to volumes that keep their records elsewhere than this class."""
+    for other in all_records(one, share.passed_over):
+        if not is_in(one, other, record) and not is_in(one, record, other):
+            continue
+        if other.deleting:
+            raise VolumeUnfinished(f"volume {other.name}, which lies in the same place, is being deleted; ask again")
+        if one.place.elsewhere and not share.is_record(one.records, other.volume_id):
+            raise VolumeConflict(record.name, f"its directory {record.directory!r} is in one with that of volume "
+                                 f"{other.name}, whose records lie on the export itself")  # fmt: skip
 
 
 def inode_of(one: Share, path: str) -> int:

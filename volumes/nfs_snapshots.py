@@ -95,6 +95,7 @@ class NfsSnapshots:
                 with share.opened(one.records, RECORDS) as place:
                     os.rename(f"{new}.tar", f"{record.snapshot_id}.tar", src_dir_fd=place, dst_dir_fd=place)
                 share.write(one.records, msgspec.structs.replace(record, ready=True))
+                share.tidy(one.records, f"{record.snapshot_id}.", ".new.tar")  # what kills have left
 
     def get(self, snapshot_id: str) -> Snapshot:
         """VolumeNotFound where there is none; ExportUnknown where nobody can tell."""
@@ -130,7 +131,7 @@ class NfsSnapshots:
         working = self._jobs.progress(made.volume_id) is not None
         place = nfs_share.of_record(made, export)
         if not working and place.elsewhere:
-            with exports.opened(place.data) as root:
+            with contextlib.suppress(BlockdevError), exports.opened(place.data) as root:
                 working = share_lock.is_worked_on(records, root, made.volume_id)
         elif not working:
             working = share_lock.is_worked_on(records, records, made.volume_id)

@@ -42,17 +42,27 @@ class Left:
         )
 
 
+@dataclass(frozen=True)
+class Unseen:
+    """Why it is not known whether all its files count for the volume's quota."""
+
+    why: str
+
+    def __str__(self) -> str:
+        return f"whether all its files count for its size is not known: {self.why}"
+
+
 class QuotaWatch:
     """Looks at one volume after the other, behind whoever asks."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._seen: dict[str, Left | None] = {}
+        self._seen: dict[str, Left | Unseen | None] = {}
         self._next: dict[str, float] = {}
         self._waiting: dict[str, tuple[str, int]] = {}
         self._at_work = False
 
-    def left(self, volume_id: str, path: str, project: int) -> Left | None:
+    def left(self, volume_id: str, path: str, project: int) -> Left | Unseen | None:
         """What the last look has found; the next one is begun where it is time for it."""
         with self._lock:
             now = time.monotonic()
@@ -78,11 +88,13 @@ class QuotaWatch:
                     return
                 volume_id = next(iter(self._waiting))
                 path, project = self._waiting.pop(volume_id)
+            found: Left | Unseen | None = None
             try:
                 found = look(path, project)
             except (OSError, BlockdevError) as error:
                 log.info("a volume's quota was not looked at", extra={"volume": volume_id, "why": str(error)})
-                continue
+                # A pod can see to that, to hide what it does.
+                found = Unseen(str(error)) if isinstance(error, BlockdevError) else None
             except Exception:
                 log.exception("a volume's quota was not looked at")
                 continue
@@ -97,25 +109,27 @@ def look(path: str, project: int) -> Left | None:
     count, first = 0, ""
     try:
         for number, (name, other) in enumerate(_projects(root)):
-            if other != project:
+            if other not in (None, project):
                 count, first = count + 1, first or name
             if number % _STRIDE == 0:
                 time.sleep(_PAUSE)
             if number >= _MOST:
                 break
+    except (OSError, BlockdevError):
+        if not count:
+            raise
     finally:
         os.close(root)
     return Left(count, first) if count else None
 
 
-def _projects(root: int) -> Iterator[tuple[str, int]]:
-    """Every directory and regular file with its project. Nothing else is opened, and nothing is waited for."""
+def _projects(root: int) -> Iterator[tuple[str, int | None]]:
+    """Every name, with its project if it is a directory or a regular file. Nothing else is opened; nothing is waited
+    for."""
     for fd, _directories, others in trees.walk(root, "looking at a volume's quota", Deadline.after(_LONGEST)):
         yield "a directory", quotas.project_at(fd)
         for name in others:
-            project = _of_file(fd, name)
-            if project is not None:
-                yield name, project
+            yield name, _of_file(fd, name)
 
 
 def _of_file(directory: int, name: str) -> int | None:

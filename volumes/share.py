@@ -255,6 +255,11 @@ def names(root: int, prefix: str, pattern: re.Pattern[str] | None = None) -> lis
         return []
 
 
+def is_record(root: int, name: str) -> bool:
+    """Whether there is a record of this id, readable or not."""
+    return is_there(root, f"{RECORDS}/{name}.json")
+
+
 def directory(root: int, path: str) -> int:
     """A directory of the share as a descriptor; a link in the path is none. FileNotFoundError, or StoreFailed."""
     with parent(root, path) as (fd, name):

@@ -43,22 +43,42 @@ def changing(records: int) -> Iterator[None]:
         if not mine.acquire(timeout=_PATIENCE):
             raise _others()
         try:
-            fd = _lock_file(place)
+            fd = _locked(place, until)
             try:
-                while not _set(fd, fcntl.F_WRLCK):
-                    if time.monotonic() > until:
-                        raise _others()
-                    time.sleep(_STEP)
                 yield
             finally:
-                _set(fd, fcntl.F_UNLCK)
-                os.close(fd)
+                try:
+                    _set(fd, fcntl.F_UNLCK)
+                finally:
+                    os.close(fd)
         finally:
             mine.release()
 
 
+def _locked(place: int, until: float) -> int:
+    """The lock's file, locked, and still the one of that name."""
+    while True:
+        fd = _lock_file(place)
+        try:
+            while not _set(fd, fcntl.F_WRLCK):
+                if time.monotonic() > until:
+                    raise _others()
+                time.sleep(_STEP)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(fd), os.stat(LOCK, dir_fd=place, follow_symlinks=False)):
+                    return fd
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)  # somebody has removed it: what others lock is another file
+        if time.monotonic() > until:
+            raise _others()
+
+
 def _others() -> VolumeUnfinished:
-    return VolumeUnfinished("another controller, or another call, is at work on the share; ask again")
+    return VolumeUnfinished(
+        f"another controller, or another call, is at work on the share (its {RECORDS}/{LOCK} is locked); ask again"
+    )
 
 
 def _lock_file(place: int) -> int:
@@ -117,7 +137,8 @@ def is_worked_on(records: int, root: int, one_id: str) -> bool:
         looked += [(base, name) for name in parts if name not in (f"{one_id}.json", f"{one_id}.tar")]
     for base, name in looked:
         with contextlib.suppress(OSError), share.opened(base, RECORDS) as place:
-            if os.stat(name, dir_fd=place, follow_symlinks=False).st_mtime > now - _ALIVE:
+            # A time to come is nobody's touch.
+            if now - _ALIVE < os.stat(name, dir_fd=place, follow_symlinks=False).st_mtime < now + _ALIVE:
                 return True
     return False
 

@@ -468,3 +468,190 @@ def test_nobody_leads_a_records_share_elsewhere(fresh, shares):
         fresh().delete(volume.volume_id)
     assert (shares / "other/one").is_dir()
     assert KEY in volume.volume_id
+
+
+# -- what belongs to somebody else
+
+
+def test_a_creation_that_ended_before_it_made_anything_owns_nothing(fresh, share, monkeypatch):
+    def killed(*_arguments, **_more):
+        raise Killed
+
+    (share / ".runvol").mkdir(mode=0o700)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "mkdir", killed)
+        with contextlib.suppress(Killed):
+            make(fresh(), "one", subDir="team", **REMOVED)
+    (share / "team").mkdir(exist_ok=True)
+    (share / "team/data").write_text("precious")
+    handle = export_ids.id_of(nfs.Export(server="nas", path="/e"), "one", "nfs-")
+    fresh().delete(handle)
+    assert (share / "team/data").read_text() == "precious"
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_exports_within_one_another_are_one_place(fresh, shares, order):
+    """Two classes with one records export: `/e` and a directory of it."""
+    (shares / "e/p").mkdir()
+    more = {"recordsPath": "/records", **REMOVED}
+    volumes = [make(fresh(), "outer", subDir="p/x", **more), make(fresh(), "inner", path="/e/p", subDir="x", **more)]
+    (shares / "e/p/x/data").write_text("precious")
+    fresh().delete(volumes[order[0]].volume_id)
+    assert (shares / "e/p/x/data").read_text() == "precious"
+    fresh().delete(volumes[order[1]].volume_id)
+    assert not (shares / "e/p/x").exists()
+
+
+def test_volumes_whose_records_lie_here_and_there_share_no_directory(fresh, shares):
+    """An operator turns `recordsPath` on for a class."""
+    before = make(fresh(), "before", subDir="team", **REMOVED)
+    with pytest.raises(VolumeConflict, match="records lie on the export itself"):
+        make(fresh(), "after", subDir="team/x", recordsPath="/records", **REMOVED)
+    assert not list((shares / "records").rglob("*.json"))
+    fresh().delete(before.volume_id)
+    make(fresh(), "after", subDir="team/x", recordsPath="/records", **REMOVED)
+
+
+@pytest.mark.parametrize("path", ["/e/records", "/e/", "/e/./x", "/e//y"])
+def test_records_do_not_lie_where_pods_have_all(fresh, shares, path):
+    if path.rstrip("/") == "/e":
+        make(fresh(), recordsPath=path)  # the same export
+        return
+    with pytest.raises(InvalidParameter, match="recordsPath"):
+        make(fresh(), recordsPath=path)
+
+
+def test_nothing_is_made_in_what_is_being_removed(fresh, share, monkeypatch):
+    outer = make(fresh(), "outer", subDir="p", **REMOVED)
+    (share / "p/data").write_text("x")
+    before, stands, go = os.rename, threading.Event(), threading.Event()
+
+    def rename(source, target, **more):
+        if str(target).startswith("gone-"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return before(source, target, **more)
+
+    removed = on_share.remove_tree
+
+    def remove_tree(root, path):
+        if path == "p":
+            stands.set()
+            assert go.wait(20)
+        removed(root, path)
+
+    monkeypatch.setattr(os, "rename", rename)
+    monkeypatch.setattr(on_share, "remove_tree", remove_tree)
+    with ThreadPoolExecutor(1) as pool:
+        deletion = pool.submit(until_done, lambda: fresh().delete(outer.volume_id))
+        assert stands.wait(20)
+        for place in ("p", "p/i"):
+            with pytest.raises(VolumeUnfinished, match="is being deleted"):
+                make(fresh(), f"new-{place.replace('/', '-')}", subDir=place)
+        go.set()
+        deletion.result()
+    assert make(fresh(), "new", subDir="p/i")
+
+
+def test_who_joins_a_deletion_is_not_told_of_another_volume(fresh, share, monkeypatch):
+    backend = fresh()
+    volume = make(backend, **REMOVED)
+    before, stands, go = nfs_deletion._tidied, threading.Event(), threading.Event()
+
+    def tidied(*arguments):
+        if not stands.is_set():
+            stands.set()
+            assert go.wait(20)
+        before(*arguments)
+
+    monkeypatch.setattr(nfs_deletion, "_tidied", tidied)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(backend.delete, volume.volume_id)
+        assert stands.wait(20)
+        make(backend, **REMOVED)
+        second = pool.submit(backend.delete, volume.volume_id)
+        time.sleep(0.1)
+        go.set()
+        first.result()
+        second.result()
+    assert backend.get(volume.volume_id) is None
+    assert not (share / "one").exists()
+
+
+def test_a_long_name_can_be_archived(fresh, share):
+    volume = make(fresh(), "one", subDir=f"{'ä' * 90}/{'ö' * 90}")
+    fresh().delete(volume.volume_id)
+    (archived,) = share.glob("archived-*")
+    assert len(os.fsencode(archived.name)) < 256
+
+
+def test_what_kills_have_left_goes_with_the_success(fresh, share, monkeypatch):
+    source = make(fresh(), "source")
+    (share / "source/f").write_text("x")
+    wanted = ContentSource(kind="volume", source_id=source.volume_id)
+
+    def killed(*_arguments, **_more):
+        raise Killed
+
+    for _again in range(2):
+        with monkeypatch.context() as patched:
+            patched.setattr(nfs_filling, "_placed", killed)
+            patched.setattr("volumes.archives.pack", killed)
+            patched.setattr(on_share, "remove_tree", lambda *_arguments: None)
+            for call in (lambda: make(fresh(), "clone", wanted),
+                         lambda: fresh().take_snapshot("s", source.volume_id, Deadline.after(20))):  # fmt: skip
+                with contextlib.suppress(Killed, VolumeUnfinished):
+                    call()
+    assert len([name for name in os.listdir(share / ".runvol") if "new" in name]) >= 2
+    make(fresh(), "clone", wanted)
+    fresh().take_snapshot("s", source.volume_id, Deadline.after(20))
+    assert not [name for name in os.listdir(share / ".runvol") if "new" in name]
+
+
+def test_a_lock_whose_name_was_taken_away_is_none(fresh, share):
+    make(fresh())
+    root = os.open(share, os.O_RDONLY | os.O_DIRECTORY)
+    place = os.open(share / ".runvol", os.O_RDONLY | os.O_DIRECTORY)
+    old = share_lock._lock_file(place)
+    before, seen = share_lock._lock_file, []
+
+    def lock_file(where):
+        fd = before(where) if seen else os.dup(old)
+        if not seen:
+            (share / ".runvol/lock").unlink()
+        seen.append(fd)
+        return fd
+
+    share_lock._lock_file = lock_file
+    try:
+        with share_lock.changing(root):
+            assert len(seen) == 2
+    finally:
+        share_lock._lock_file = before
+        for fd in (old, place, root):
+            os.close(fd)
+
+
+def test_a_name_that_no_server_has_stops_no_list(fresh, share, monkeypatch):
+    """Said by a class that somebody has misspelt."""
+    volume = make(fresh())
+    told: list[str] = []
+    said = [exports.Said(parameters={"server": server, "path": "/e"}) for server in ("nas..local", "x" * 64, "nas")]
+    listed = fresh(cluster=lambda: said).list(trouble=told.append)
+    assert [one.volume_id for _place, one in listed] == [volume.volume_id]
+    with pytest.raises(nfs.ServerSilent, match="no name that a server can have"):
+        nfs.resolve("nas..local", Deadline.after(3))
+
+
+def test_no_list_shows_what_a_stranger_says_of_another_export(fresh, shares):
+    """Whoever can write to a share may choose a name and a path, and compute the id that belongs to both."""
+    mine = make(fresh(), "mine")
+    (shares / "other/secret").mkdir()
+    facts = json.loads(record(shares / "e", mine).read_text())
+    name, path = "any", "/other"
+    planted = f"nfs-{KEY}-{export_ids.digest(export_ids.name_of(name, path))[:20]}"
+    facts |= {"volume_id": planted, "handle": planted, "name": name, "path": path, "directory": "secret"}
+    (shares / "e/.runvol" / f"{planted}.json").write_text(json.dumps(facts))
+    told: list[str] = []
+    listed = fresh(exports_known=["nas:/e"]).list(trouble=told.append)
+    assert [one.volume_id for _place, one in listed] == [mine.volume_id]
+    assert "exports for records are for nothing else" in told[0]
