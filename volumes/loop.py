@@ -88,8 +88,8 @@ class LoopBackend(Stored):
         self._room = Room()
         self._recovery = Recovery(self._store.path, self._busy, self._steps)
         self.image_snapshots = Snapshots(
-            self._store, self._directory, self._jobs, busy=self._busy, left=self.available_bytes,
-            keeper=lambda: self.keeper,
+            self._store, self._directory, self._jobs, busy=self._busy, left=self._left,
+            forget=self._room.forget, keeper=lambda: self.keeper,
         )  # fmt: skip
 
     def close(self) -> None:
@@ -257,14 +257,15 @@ class LoopBackend(Stored):
 
     def _left(self) -> int:
         """The same; less than nothing where more is promised than there is."""
-        facts = os.statvfs(nearest(self._directory))
-        free = facts.f_bavail * facts.f_frsize
         promised, files = 0, list[File]()
         for row, may_have in self._promised():
             promised += may_have
             source = row.source.partition(":")[2]
             files.append(File(one_id=row.volume_id, path=self._path(row.volume_id), promised=may_have, source=source))
-        left = free - self._room.owed([*files, *self.image_snapshots.files()]) - self.image_snapshots.owed()
+        owed = self._room.owed([*files, *self.image_snapshots.files()]) + self.image_snapshots.owed()
+        # After what is owed: what is written in between counts as owed, and not as free.
+        facts = os.statvfs(nearest(self._directory))
+        left = facts.f_bavail * facts.f_frsize - owed
         return min(left, self._limit - promised) if self._limit else left
 
     def expand(self, volume_id: str, size: SizeRange) -> Volume:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from blockdev import Deadline, durable, flocks
-from volumes import copies, marks, room
+from volumes import copies, marks
 from volumes.backend import Keeper
 from volumes.busy import Busy
 from volumes.errors import NoSpace, VolumeConflict, VolumeNotFound, VolumeUnfinished
@@ -30,6 +30,15 @@ SUFFIX, NEW = ".snap", ".snap-new"
 _SPARE = 0.5
 
 
+@dataclass(frozen=True)
+class _Taken:
+    """Of what a snapshot is being taken. `copied`: bytes that it gets, where it shares none."""
+
+    source: str
+    source_path: str
+    copied: int = 0
+
+
 class Snapshots:
     """Rows in the backend's store, files in its directory."""
 
@@ -41,12 +50,14 @@ class Snapshots:
         *,
         busy: Busy,
         left: Callable[[], int],
+        forget: Callable[[], None],
         keeper: Callable[[], Keeper],
     ) -> None:
-        """`busy` keeps recovery away, of other processes too; `left` tells how many bytes can still be promised."""
+        """`busy` keeps recovery away, of other processes too; `left` tells how many bytes can still be promised, less
+        than nothing among it, and `forget` lets it look anew."""
         self._store, self._directory, self._jobs, self._busy, self._left = store, directory, jobs, busy, left
-        self._keeper = keeper
-        self._lock, self._taking = threading.RLock(), dict[str, int]()
+        self._forget, self._keeper = forget, keeper
+        self._taking = dict[str, _Taken]()
 
     def create(self, name: str, source: str, source_path: str, deadline: Deadline) -> Snapshot:
         """The snapshot called `name`, taken now or before. VolumeConflict if the name is another volume's."""
@@ -94,17 +105,15 @@ class Snapshots:
         return snapshot_id
 
     def _copy(self, snapshot_id: str, source: str, source_path: str, progress: Progress) -> None:
-        allocated = os.stat(source_path).st_blocks * 512
         new = os.path.join(self._directory, snapshot_id + NEW)
 
         def check() -> None:
-            """Asked where the filesystem shares no blocks: then the copy takes as many as its source has."""
-            self._promise(snapshot_id, allocated)
+            """Asked where no blocks are shared."""
+            self._promise(snapshot_id, _Taken(source, source_path, os.stat(source_path).st_blocks * 512))
             self._keeper().check_copy(source)
 
         try:
-            # Where it shares them, the source will need others for those that are its own until now.
-            with self._promised(snapshot_id, room.own_bytes(source_path)), copies.being_made(new) as writer:
+            with self._promised(snapshot_id, _Taken(source, source_path)), copies.being_made(new) as writer:
                 copies.copy(source_path, writer, Deadline.after(copies.LIMIT), check=check, progress=progress)
                 self._store.inherit_past(snapshot_id, source)
                 if marks.is_marked(source_path, marks.FOREIGN):
@@ -119,38 +128,55 @@ class Snapshots:
             raise
 
     @contextlib.contextmanager
-    def _promised(self, snapshot_id: str, expected: int) -> Iterator[None]:
-        """So many bytes are the snapshot's while it is taken. NoSpace where they are others' already."""
+    def _promised(self, snapshot_id: str, taken: _Taken) -> Iterator[None]:
+        """What it takes is the snapshot's, or its source's, until it has its file. NoSpace."""
         try:
-            self._promise(snapshot_id, expected)
+            self._promise(snapshot_id, taken)
             yield
         finally:
-            with self._lock:
-                self._taking.pop(snapshot_id, None)
+            self._taking.pop(snapshot_id, None)
 
-    def _promise(self, snapshot_id: str, expected: int) -> None:
-        """What it was promised before counts as its own. NoSpace."""
-        with self._lock:
-            before = self._taking.get(snapshot_id, 0)
-            left = self._left() + before
-            if expected > left:
-                raise NoSpace(f"a snapshot takes {expected} bytes; {left} can still be promised")
-            self._taking[snapshot_id] = max(before, expected)
+    def _promise(self, snapshot_id: str, taken: _Taken) -> None:
+        """NoSpace where what it takes is others' already, which are promised nothing meanwhile.
+
+        A snapshot that shares its source's blocks takes none. But what its source had to itself until then, the source
+        needs once more when it is written over: by so much more is owed. Where they are copied it is the same number.
+        """
+        with self._store.transaction():
+            for looks in (1, 2):
+                self._taking.pop(snapshot_id, None)
+                left = self._left()
+                self._taking[snapshot_id] = taken
+                takes = left - self._left()
+                if takes <= max(0, left):
+                    return
+                if looks == 1:
+                    self._forget()
+        raise NoSpace(f"a snapshot takes {takes} bytes; {max(0, left)} can still be promised")
 
     def files(self) -> list[File]:
-        """What they have they keep, although what they were taken from is written over."""
+        """What they have they keep, although what they were taken from is written over. One that is being taken has
+        what its source has."""
+        # Before the rows are read: what is taken no more has a file by then.
+        taking = [
+            File(one_id=one, path=taken.source_path, promised=0, source=taken.source, is_snapshot=True)
+            for one, taken in list(self._taking.items())
+            if not taken.copied
+        ]
         rows = self._store.snapshots()
-        return [File(one_id=row.snapshot_id, path=self.path(row.snapshot_id), promised=0, source=row.source,
-                     is_snapshot=True) for row in rows]  # fmt: skip
+        return taking + [
+            File(one_id=row.snapshot_id, path=self.path(row.snapshot_id), promised=0, source=row.source,
+                 is_snapshot=True) for row in rows
+        ]  # fmt: skip
 
     def owed(self) -> int:
-        """Bytes that snapshots which are being taken are still to get."""
-        return sum(max(0, expected - self._written(one)) for one, expected in list(self._taking.items()))
+        """Bytes that snapshots which are being copied are still to get."""
+        return sum(max(0, taken.copied - self._written(one)) for one, taken in list(self._taking.items()))
 
     def _written(self, snapshot_id: str) -> int:
         try:
             return os.stat(os.path.join(self._directory, snapshot_id + NEW)).st_blocks * 512
-        except FileNotFoundError:
+        except OSError:
             return 0
 
     def create_group(self, name: str, sources: Sequence[tuple[str, str]], deadline: Deadline) -> SnapshotGroup:

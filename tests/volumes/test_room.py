@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
+from array import array
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import pytest
 
 from blockdev import Deadline, shared_blocks, syscalls
-from volumes import AccessMode, Capability, Catalog, ContentSource, NoSpace, SizeRange, room
+from blockdev.shared_blocks import Shared
+from volumes import AccessMode, Capability, Catalog, ContentSource, NoSpace, SizeRange, copies, room
 from volumes.room import File, Room
 
 pytestmark = pytest.mark.kernel
@@ -146,14 +152,29 @@ def test_more_promises_than_there_is_room_are_kept_and_told(catalog, disk):
     fill(catalog, volume, 300)
 
 
-def test_families_are_what_was_made_from_the_same(tmp_path):
+def test_only_what_may_share_blocks_is_looked_at(tmp_path):
     def file(one: str, source: str = "") -> File:
         return File(one_id=one, path=str(tmp_path / one), promised=1, source=source)
 
-    files = [file("a"), file("s", "a"), file("b", "s"), file("c", "gone"), file("d", "gone"), file("e")]
-    assert sorted(sorted(one.one_id for one in family) for family in room._families(files)) == [
-        ["a", "b", "s"], ["c", "d"], ["e"]]  # fmt: skip
-    assert Room().owed(files) == 6
+    files = [file("a"), file("s", "a"), file("b", "s"), file("e")]
+    assert room._sharing(files) == {"a", "s", "b"}
+    assert room._sharing([*files, file("c", "gone")]) == {"a", "s", "b", "c", "e"}, "what is gone was made of any"
+    assert room._sharing([file("a"), file("e")]) == set()
+    assert Room().owed(files) == 4
+
+
+def test_a_block_counts_once_among_volumes_and_never_where_a_snapshot_has_it():
+    """By the blocks themselves, for pieces at random."""
+    for seed in range(300):
+        random = Random(seed)
+        have = [[random.sample(range(40), 2) for _ in range(random.randint(0, 4))] for _ in range(5)]
+        files = [Shared(1, array("Q", [at for piece in pieces for at in sorted(piece)])) for pieces in have]
+        blocks = [Counter(at for piece in pieces for at in range(*sorted(piece))) for pieces in have]
+        volumes, kept = sum(blocks[:3], Counter()), sum(blocks[3:], Counter())
+        once = sum(count > 1 and at not in kept for at, count in volumes.items())
+        assert room._once(files[:3], files[3:]) == once
+        assert room._once(files[:3], [*files[3:], None]) == 0, "one that cannot be told may have them all"
+        assert room._once(files[:3], [*files[3:], Shared(1, array("Q"), (0, 40))]) == 0
 
 
 def test_a_file_of_very_many_pieces_costs_no_more_than_a_look_at_some(catalog, monkeypatch, soon):
@@ -208,3 +229,93 @@ def test_what_lies_in_an_images_place_holds_up_nobody_else(catalog, soon, kind):
     assert {one.volume_id for _place, one in catalog.loop.list()} == {volume, other, made}
     catalog.loop.take_snapshot("t", other, soon)
     catalog.loop.delete(other)
+
+
+def test_volumes_whose_common_snapshot_is_deleted_still_share_its_blocks(catalog, soon):
+    volume = make(catalog, "v", 100)
+    fill(catalog, volume, 100)
+    before = catalog.loop.available_bytes()
+    taken = catalog.loop.take_snapshot("s", volume, soon)
+    restored = make(catalog, "r", 100, ContentSource(kind="snapshot", source_id=taken.snapshot_id))
+    assert abs(before - catalog.loop.available_bytes() - 200 * MIB) < 8 * MIB
+    catalog.loop.delete_snapshot(taken.snapshot_id)
+    catalog.loop._room.forget()
+    assert abs(before - catalog.loop.available_bytes() - 100 * MIB) < 8 * MIB
+    make(catalog, "rest", catalog.loop.available_bytes() // MIB - 8, preallocate="true")
+    fill(catalog, volume, 100)
+    fill(catalog, restored, 100)
+
+
+def test_a_snapshot_costs_what_its_volume_had_together_with_a_clone(catalog, soon):
+    volume = make(catalog, "v", 150)
+    fill(catalog, volume, 150)
+    clone = make(catalog, "c", 150, ContentSource(kind="volume", source_id=volume))
+    rest = make(catalog, "rest", catalog.loop.available_bytes() // MIB - 100)
+    with pytest.raises(NoSpace, match="a snapshot takes 1[45]"):
+        catalog.loop.take_snapshot("s", volume, soon)
+    catalog.loop.delete(rest)
+    catalog.loop.take_snapshot("s", volume, soon)
+    make(catalog, "rest", catalog.loop.available_bytes() // MIB - 8, preallocate="true")
+    for one in (volume, clone):
+        fill(catalog, one, 150)
+
+
+def test_clones_share_once_what_was_written_after_a_snapshot(catalog, soon):
+    volume = make(catalog, "v", 60)
+    fill(catalog, volume, 60)
+    catalog.loop.take_snapshot("s", volume, soon)
+    fill(catalog, volume, 60)
+    before = catalog.loop.available_bytes()
+    clone = make(catalog, "c", 60, ContentSource(kind="volume", source_id=volume))
+    assert abs(before - catalog.loop.available_bytes() - 60 * MIB) < 4 * MIB
+    make(catalog, "rest", catalog.loop.available_bytes() // MIB - 8, preallocate="true")
+    for one in (clone, volume):
+        fill(catalog, one, 60)
+
+
+def test_nobody_is_promised_what_a_snapshots_source_will_need_while_it_is_taken(catalog, soon, monkeypatch):
+    volume = make(catalog, "v", 150)
+    fill(catalog, volume, 150)
+    before, seen, copy = catalog.loop.available_bytes(), [], copies.copy
+
+    def watched(source: str, writer: int, deadline: Deadline, **more: Any) -> None:
+        seen.append(catalog.loop.available_bytes())
+        copy(source, writer, deadline, **more)
+        seen.append(catalog.loop.available_bytes())
+
+    monkeypatch.setattr(copies, "copy", watched)
+    catalog.loop.take_snapshot("s", volume, soon)
+    seen.append(catalog.loop.available_bytes())
+    assert all(abs(before - left - 150 * MIB) < 4 * MIB for left in seen), (before, seen)
+
+
+def test_a_snapshot_that_is_copied_is_promised_its_bytes_once(tmp_path, monkeypatch, soon):
+    """Where no blocks are shared."""
+    monkeypatch.setattr(copies, "_reflink", lambda *_: False)
+    with contextlib.closing(Catalog.open(str(tmp_path / "state"))) as catalog:
+        volume = make(catalog, "v", 16)
+        fill(catalog, volume, 16)
+        before, seen, copy = catalog.loop._left(), [], copies._copy_data
+
+        def watched(*arguments: Any) -> None:
+            seen.append(before - catalog.loop._left())
+            copy(*arguments)
+
+        monkeypatch.setattr(copies, "_copy_data", watched)
+        catalog.loop.take_snapshot("s", volume, soon)
+        assert 8 * MIB < seen[0] < 24 * MIB
+
+
+def test_looks_that_take_long_are_spread_over_questions(catalog, monkeypatch):
+    """What there was no time for counts as shared; what was seen before is believed."""
+    first = make(catalog, "v", 40)
+    fill(catalog, first, 40)
+    second = make(catalog, "c", 40, ContentSource(kind="volume", source_id=first))
+    fill(catalog, second, 40)
+    catalog.loop._room.forget()
+    before = catalog.loop.available_bytes()
+    monkeypatch.setattr(room, "_LONGEST", -1.0)
+    catalog.loop._room.forget()
+    assert abs(catalog.loop.available_bytes() - before) < 4 * MIB
+    monkeypatch.setattr(catalog.loop, "_room", Room())
+    assert abs(before - catalog.loop.available_bytes() - 80 * MIB) < 4 * MIB
