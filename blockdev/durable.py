@@ -26,8 +26,19 @@ def sync_directory(path: str) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from error
     finally:
         os.close(fd)
+
+
+def make_directories(path: str, mode: int) -> None:
+    """The directory is there. OSError says what a disk does, of which mkdir(2) only says that the name is there."""
+    try:
+        os.makedirs(path, mode=mode, exist_ok=True)
+    except FileExistsError:
+        os.listdir(path)
+        raise
 
 
 def read(path: str, most: int = 1 << 20) -> bytes:

@@ -99,6 +99,13 @@ class FilesystemUnknown(MountFailed):
         super().__init__(source, "nowhere", f"this kernel has no {fstype} ({reason}); load its module")
 
 
+class NoFile(BlockdevError):
+    """Something lies in the place of a file: a FIFO, a directory, a node."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(f"{path} is no regular file; put the file back that belongs there, or remove what lies there")
+
+
 class TooDeep(BlockdevError):
     """Directories are nested deeper than anything is looked for."""
 

@@ -123,4 +123,4 @@ def _control(path: str, fd: int, command: int, project: int, buffer: bytearray) 
 def _explained(path: str, error: OSError) -> BlockdevError | OSError:
     if error.errno in (errno.ESRCH, errno.ENOSYS, errno.ENOTTY, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTBLK):
         return QuotaUnavailable(path, str(error.strerror))
-    return error
+    return OSError(error.errno, error.strerror, path)

@@ -11,6 +11,7 @@ import struct
 import time
 from collections.abc import Iterator
 
+from blockdev import durable
 from volumes.errors import StoreFailed, VolumeUnfinished
 
 # Seconds.
@@ -38,10 +39,7 @@ class Busy:
         """Alone at work on `what`. VolumeUnfinished where somebody else is for so many seconds; StoreFailed where
         nothing can be written."""
         try:
-            try:
-                os.makedirs(os.path.dirname(self._path), mode=0o700, exist_ok=True)
-            except FileExistsError:
-                os.stat(os.path.dirname(self._path))  # a disk that gives errors says which one here
+            durable.make_directories(os.path.dirname(self._path), 0o700)
             fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise StoreFailed(f"{self._path} cannot be locked: {error.strerror}") from error

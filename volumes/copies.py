@@ -6,11 +6,13 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
 from collections.abc import Callable, Iterator
 
 from blockdev import Deadline, exclusivity, flocks, sparse
-from blockdev.errors import DeviceBusy
+from blockdev.errors import DeviceBusy, NoFile
 from blockdev.ioctls import opened
+from volumes import place
 from volumes.errors import VolumeUnfinished
 from volumes.jobs import Progress
 
@@ -23,9 +25,12 @@ _NO_REFLINK = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.
 
 @contextlib.contextmanager
 def being_made(path: str) -> Iterator[int]:
-    """A new, empty file as a descriptor, locked while it is made. VolumeUnfinished if somebody else makes it."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    """A new, empty file as a descriptor, locked while it is made. VolumeUnfinished if somebody else makes it;
+    NoFile where something else lies there."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
     try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise NoFile(path)
         if not flocks.locked(fd, fcntl.LOCK_EX, 0):
             raise VolumeUnfinished(f"{path} is being made; ask again")
         os.ftruncate(fd, 0)
@@ -36,6 +41,8 @@ def being_made(path: str) -> Iterator[int]:
 
 def check_not_made(path: str) -> None:
     """VolumeUnfinished while somebody, of another process too, makes the file."""
+    if not place.is_file(path):
+        return  # nobody makes that
     with contextlib.suppress(FileNotFoundError), opened(path) as fd:
         if not flocks.locked(fd, fcntl.LOCK_SH, 0):
             raise VolumeUnfinished(f"{path} is being made; ask again")

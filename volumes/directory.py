@@ -36,10 +36,10 @@ from volumes.model import (
     VolumeKind,
 )
 from volumes.parameter import Parameter, one_of
-from volumes.place import Place, Stored, nearest
+from volumes.place import Place, Stored, is_directory, nearest
 from volumes.quota_watch import QuotaWatch
 from volumes.store import Row, State, Store
-from volumes.troubles import Recovery, Step, Trouble, Unfinished, logged
+from volumes.troubles import Recovery, Step, Trouble, Unfinished, logged, speaking_of, told_before, without_name
 
 PREFIX = "dir-"
 QUOTA = "quota"
@@ -137,8 +137,13 @@ class DirectoryBackend(Stored):
             row = self._row(volume_id)
             try:
                 self._make(row)
+            except OSError as error:
+                with told_before(volume_id):
+                    self._drop(row)
+                raise without_name(error, volume_id, self._directory) from error
             except BaseException:
-                self._drop(row)
+                with told_before(volume_id):
+                    self._drop(row)
                 raise
             self._store.set_state(volume_id, State.READY)
         return self._known(volume_id)
@@ -154,7 +159,7 @@ class DirectoryBackend(Stored):
     def _pass_over_foreign_projects(self, most: int) -> bool:
         """A store that was lost began to count anew, and its directories still count for the projects that they had.
         False where there are more than `most`; the next goes on."""
-        numbers = [quotas.project_of(path) - FIRST_PROJECT for path in self.unknown_files() if _is_directory(path)]
+        numbers = [_project_of(path) - FIRST_PROJECT for path in self.unknown_files() if _is_directory(path)]
         highest = max((number for number in numbers if 0 < number < FIRST_PROJECT), default=0)
         if highest:
             self._store.number_above(highest)
@@ -231,27 +236,28 @@ class DirectoryBackend(Stored):
         NotRemoved; WaitExpired after so many seconds, and the next call goes on.
         """
         deadline, gone = Deadline.after(seconds), _OLD + row.volume_id
-        for name in (_NEW + row.volume_id, row.volume_id):
-            path, old = os.path.join(self._directory, name), os.path.join(self._directory, gone)
-            try:
-                os.rename(path, old)
-            except FileNotFoundError:
-                continue
-            except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    # Not even for another name; where it lies it can be removed as well.
-                    trees.remove(self._directory, name, deadline)
+        with speaking_of(self._path(row.volume_id)):
+            for name in (_NEW + row.volume_id, row.volume_id):
+                path, old = os.path.join(self._directory, name), os.path.join(self._directory, gone)
+                try:
+                    os.rename(path, old)
+                except FileNotFoundError:
                     continue
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
-                trees.remove(self._directory, gone, deadline)
-                os.rename(path, old)
-        trees.remove(self._directory, gone, deadline)
-        if _limited(row):
-            # Where there are no quotas there was never a limit.
-            with contextlib.suppress(QuotaUnavailable):
-                quotas.limit(self._directory, _project(row), 0)
-        durable.sync_directory(self._directory)
+                except OSError as error:
+                    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                        # Not even for another name; where it lies it can be removed as well.
+                        trees.remove(self._directory, name, deadline)
+                        continue
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                        raise
+                    trees.remove(self._directory, gone, deadline)
+                    os.rename(path, old)
+            trees.remove(self._directory, gone, deadline)
+            if _limited(row):
+                # Where there are no quotas there was never a limit.
+                with contextlib.suppress(QuotaUnavailable):
+                    quotas.limit(self._directory, _project(row), 0)
+            durable.sync_directory(self._directory)
         self._store.remove(row.volume_id)
         self._watch.forget(row.volume_id)
 
@@ -298,7 +304,7 @@ class DirectoryBackend(Stored):
     def attach(self, volume_id: str, _context: Mapping[str, str] | None = None) -> Source:
         self._known(volume_id)
         path = self._path(volume_id)
-        if not os.path.isdir(path):
+        if not is_directory(path):
             self._be_ours()
             raise VolumeNotFound(f"{volume_id} (its directory {path} is gone)")
         return DirectorySource(path=path)
@@ -319,14 +325,14 @@ class DirectoryBackend(Stored):
         return self._settle(row) if row is not None else None
 
     def _settle(self, row: Row) -> str | None:
-        if row.state is State.CREATING and os.path.isdir(self._path(row.volume_id)):
+        if row.state is State.CREATING and is_directory(self._path(row.volume_id)):
             # It took its name in the last step but one. If the row is of an older store, pods have it by now.
             self._store.set_state(row.volume_id, State.READY)
             return f"finished creating volume {row.volume_id}"
         if row.state is not State.READY:
             self._drop(row, _REMOVAL_AT_START)
             return f"removed volume {row.volume_id}, which was {row.state.value} when the process ended"
-        if _limited(row) and os.path.isdir(self._path(row.volume_id)):
+        if _limited(row) and is_directory(self._path(row.volume_id)):
             quotas.limit(self._path(row.volume_id), _project(row), row.capacity)
         return None
 
@@ -370,8 +376,8 @@ class DirectoryBackend(Stored):
             return 0
         try:
             return quotas.read(self._path(row.volume_id), _project(row)).used
-        except QuotaUnavailable:
-            return 0
+        except (QuotaUnavailable, OSError):
+            return 0  # as if it were still owed everything
 
     def _path(self, volume_id: str) -> str:
         return os.path.join(self._directory, volume_id)
@@ -387,6 +393,14 @@ class DirectoryBackend(Stored):
 
 def _is_directory(path: str) -> bool:
     return os.path.isdir(path) and not os.path.islink(path)
+
+
+def _project_of(path: str) -> int:
+    """0 where it cannot be told; what counts for a number is asked besides."""
+    try:
+        return quotas.project_of(path)
+    except OSError:
+        return 0
 
 
 def _limited(row: Row) -> bool:

@@ -16,7 +16,7 @@ from functools import partial
 from typing import NoReturn
 
 from blockdev import Deadline, blankness, durable, exclusivity, filesystems, flocks, ioctls, shared_blocks, superblocks
-from blockdev.errors import WrongFilesystem
+from blockdev.errors import NoFile, WrongFilesystem
 from volumes import copies, marks, sizes
 from volumes.backend import Keeper, Unkept
 from volumes.busy import Busy, of_volume
@@ -44,12 +44,12 @@ from volumes.model import (
     VolumeKind,
 )
 from volumes.parameter import FSTYPE, Parameter, one_of
-from volumes.place import Place, Stored, nearest
+from volumes.place import Place, Stored, is_file, nearest
 from volumes.room import File, Room
 from volumes.snapshots import GROUP_PREFIX, Snapshots, taking
 from volumes.snapshots import PREFIX as SNAPSHOT_PREFIX
 from volumes.store import Row, SnapshotRow, State, Store
-from volumes.troubles import Recovery, Step, Trouble, Unfinished, logged
+from volumes.troubles import Recovery, Step, Trouble, Unfinished, logged, speaking_of, told_before, without_name
 
 log = logging.getLogger("runvol.loop")
 
@@ -184,10 +184,12 @@ class LoopBackend(Stored):
                 preallocate = parameters.get("preallocate") == "true"
                 self._make_file(volume_id, capacity, source, progress, preallocate=preallocate)
             except OSError as error:
-                self._drop(volume_id)
-                _raise_no_space(error, capacity)
+                with told_before(volume_id):
+                    self._drop(volume_id)
+                _raise_no_space(without_name(error, volume_id, self._directory), capacity)
             except BaseException:
-                self._drop(volume_id)
+                with told_before(volume_id):
+                    self._drop(volume_id)
                 raise
             if source is not None and self.past(source.source_id).foreign_written:
                 self._store.note(volume_id, foreign_written=True)  # a guest may have come in the middle
@@ -213,7 +215,10 @@ class LoopBackend(Stored):
         if source is None:
             return ""
         if source.kind == "snapshot":
-            return self.image_snapshots.path(self.image_snapshots.get(source.source_id).snapshot_id)
+            path = self.image_snapshots.path(self.image_snapshots.get(source.source_id).snapshot_id)
+            if not is_file(path):
+                raise NoFile(path)
+            return path
         return self.attach(source.source_id).path
 
     def delete(self, volume_id: str) -> None:
@@ -232,7 +237,7 @@ class LoopBackend(Stored):
                 return
             self._be_ours()
             path = self._path(volume_id)
-            if row.state is State.READY and os.path.exists(path):
+            if row.state is State.READY and is_file(path):
                 exclusivity.prove_free(path, past_known=False)
             self._store.set_state(volume_id, State.DELETING)
             self._drop(volume_id)
@@ -293,11 +298,13 @@ class LoopBackend(Stored):
     def attach(self, volume_id: str, _context: Mapping[str, str] | None = None) -> BlockSource:
         volume, path = self._known(volume_id), self._path(volume_id)
         try:
-            size = os.stat(path).st_size
+            facts = os.stat(path)
         except FileNotFoundError:
             self._be_ours()
             raise VolumeNotFound(f"{volume_id} (its file {path} is gone)") from None
-        if size < volume.capacity_bytes:  # an expansion was killed in the middle
+        if not stat.S_ISREG(facts.st_mode):
+            raise NoFile(path)
+        if facts.st_size < volume.capacity_bytes:  # an expansion was killed in the middle
             try:
                 with self._busy(of_volume(volume.name), seconds=0):  # or one is at work in this moment
                     self._resize_file(self._known(volume_id))
@@ -445,12 +452,12 @@ class LoopBackend(Stored):
     def _settle(self, row: Row) -> str | None:
         path = self._path(row.volume_id)
         if row.state is State.ADOPTING:
-            if os.path.exists(path):
+            if is_file(path):
                 self._store.set_state(row.volume_id, State.READY)
                 return f"finished adopting volume {row.volume_id}"
             self._store.remove(row.volume_id)
             return f"forgot volume {row.volume_id}, whose file was never moved here"
-        if row.state is State.CREATING and os.path.exists(path):
+        if row.state is State.CREATING and is_file(path):
             # Its file took its name in the last step but one. If the row is of an older store, pods have it by now.
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(os.path.join(self._directory, row.volume_id + _NEW))
@@ -458,14 +465,14 @@ class LoopBackend(Stored):
                 self._resize_file(self._volume(row))
             self._store.set_state(row.volume_id, State.READY)
             return f"finished creating volume {row.volume_id}"
-        if row.state is State.DELETING and os.path.exists(path):
+        if row.state is State.DELETING and is_file(path):
             exclusivity.prove_free(path, past_known=False)
         if row.state is State.CREATING:
             copies.check_not_made(os.path.join(self._directory, row.volume_id + _NEW))
         if row.state in (State.CREATING, State.DELETING):
             self._drop(row.volume_id)
             return f"removed volume {row.volume_id}, which was {row.state.value} when the process ended"
-        if os.path.exists(path) and os.stat(path).st_size < row.capacity:
+        if is_file(path) and os.stat(path).st_size < row.capacity:
             self._resize_file(self._volume(row))
             return f"finished growing volume {row.volume_id}"
         return None
@@ -526,7 +533,7 @@ class LoopBackend(Stored):
             os.ftruncate(fd, capacity)
             os.fsync(fd)
             if self._store.get(volume_id) is None or not flocks.is_still(fd, new):
-                raise VolumeUnfinished(f"volume {volume_id} was taken back while it was made; ask again")
+                raise VolumeUnfinished("the volume was taken back while it was made; ask again")
             os.rename(new, self._path(volume_id))
             durable.sync_directory(self._directory)
 
@@ -537,7 +544,7 @@ class LoopBackend(Stored):
         size = os.fstat(fd).st_size
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise OSError(errno.ENODEV, "no regular file", path)
+                raise NoFile(path)
             if size < volume.capacity_bytes:
                 if volume.parameters.get("preallocate") == "true":
                     os.posix_fallocate(fd, 0, volume.capacity_bytes)
@@ -546,15 +553,16 @@ class LoopBackend(Stored):
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.ftruncate(fd, size)  # what a preallocation got before there was no more is everybody's again
-            _raise_no_space(error, volume.capacity_bytes)
+            _raise_no_space(OSError(error.errno, error.strerror, path), volume.capacity_bytes)
         finally:
             os.close(fd)
 
     def _drop(self, volume_id: str) -> None:
-        for suffix in (_NEW, _SUFFIX):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(os.path.join(self._directory, volume_id + suffix))
-        durable.sync_directory(self._directory)
+        with speaking_of(self._path(volume_id)):
+            for suffix in (_NEW, _SUFFIX):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(self._directory, volume_id + suffix))
+            durable.sync_directory(self._directory)
         self._store.remove(volume_id)
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Iterable, Iterator
 
+from blockdev import durable
 from volumes import sizes
 from volumes.errors import StoreAway
 from volumes.model import SizeRange, Volume
@@ -40,7 +42,7 @@ class Place:
                 f"none of the {len(expected)} volumes of {self._store.path} lies in {self._directory}: its filesystem "
                 "may not be mounted; mount it and try again"
             )
-        os.makedirs(self._directory, mode=self._mode, exist_ok=True)
+        durable.make_directories(self._directory, self._mode)
         try:
             os.setxattr(self._directory, _MARK, self._store.identity.encode())
         except OSError as error:
@@ -117,3 +119,25 @@ def nearest(path: str) -> str:
     while not os.path.isdir(path) and path != "/":
         path = os.path.dirname(path)
     return path
+
+
+def is_file(path: str) -> bool:
+    """Whether a regular file, or a link to one, is there. OSError where it cannot be told: what is not seen on a disk
+    that gives errors is not gone."""
+    facts = _facts(path)
+    return facts is not None and stat.S_ISREG(facts.st_mode)
+
+
+def is_directory(path: str) -> bool:
+    """The same for a directory."""
+    facts = _facts(path)
+    return facts is not None and stat.S_ISDIR(facts.st_mode)
+
+
+def _facts(path: str) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            return None
+        raise

@@ -21,8 +21,10 @@ from volumes.busy import Busy
 from volumes.errors import NoSpace, VolumeConflict, VolumeNotFound, VolumeUnfinished
 from volumes.jobs import PATIENCE, Jobs, Progress
 from volumes.model import VOLUME_ID, Snapshot, SnapshotGroup
+from volumes.place import is_file
 from volumes.room import File
 from volumes.store import SnapshotRow, State, Store
+from volumes.troubles import speaking_of, told_before, without_name
 
 PREFIX, GROUP_PREFIX = "snap-", "group-"
 SUFFIX, NEW = ".snap", ".snap-new"
@@ -86,13 +88,14 @@ class Snapshots:
             again = self._store.snapshot_by_name(name)
             if again is not None and again.state is State.READY:
                 return
-        if not os.path.exists(source_path):
+        if not is_file(source_path):
             raise VolumeNotFound(source)  # it was deleted before its turn came
         snapshot_id = self._begin(name, source, source_path, "")
         try:
             self._copy(snapshot_id, source, source_path, progress)
         except BaseException:
-            self._drop(snapshot_id)
+            with told_before(snapshot_id):
+                self._drop(snapshot_id)
             raise
         self._store.set_snapshot_state(snapshot_id, State.READY)
 
@@ -125,7 +128,7 @@ class Snapshots:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise NoSpace(f"the snapshot of {source} could not be written: {error.strerror}") from error
-            raise
+            raise without_name(error, snapshot_id, self._directory) from error
 
     @contextlib.contextmanager
     def _promised(self, snapshot_id: str, taken: _Taken) -> Iterator[None]:
@@ -231,7 +234,8 @@ class Snapshots:
             for volume, path in sources:
                 self._copy(made[volume], volume, path, progress)
         except BaseException:
-            self._drop_group(group_id)
+            with told_before(group_id):
+                self._drop_group(group_id)
             raise
         with self._store.transaction():
             for snapshot_id in made.values():
@@ -298,7 +302,7 @@ class Snapshots:
             return None
         if row.group:
             return self._settle_group(row.group)
-        if row.state is State.CREATING and os.path.exists(self.path(snapshot_id)):
+        if row.state is State.CREATING and is_file(self.path(snapshot_id)):
             # Its file took its name in the last step but one; the store may be an older copy of itself.
             self._store.set_snapshot_state(snapshot_id, State.READY)
             return f"finished snapshot {snapshot_id}"
@@ -310,7 +314,7 @@ class Snapshots:
         members = self._store.snapshots(group=group_id)
         if all(one.state is State.READY for one in members):
             return None
-        made = all(os.path.exists(self.path(one.snapshot_id)) for one in members)
+        made = all(is_file(self.path(one.snapshot_id)) for one in members)
         if made and not any(one.state is State.DELETING for one in members):
             with self._store.transaction():
                 for one in members:
@@ -325,11 +329,12 @@ class Snapshots:
 
     def _drop(self, snapshot_id: str) -> None:
         """VolumeUnfinished while it is being taken, by another process too."""
-        copies.check_not_made(os.path.join(self._directory, snapshot_id + NEW))
-        for suffix in (NEW, SUFFIX):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(os.path.join(self._directory, snapshot_id + suffix))
-        durable.sync_directory(self._directory)
+        with speaking_of(self.path(snapshot_id)):
+            copies.check_not_made(os.path.join(self._directory, snapshot_id + NEW))
+            for suffix in (NEW, SUFFIX):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(self._directory, snapshot_id + suffix))
+            durable.sync_directory(self._directory)
         self._store.remove_snapshot(snapshot_id)
 
 

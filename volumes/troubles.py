@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from blockdev.errors import BlockdevError
@@ -22,6 +23,34 @@ EXPECTED = (OSError, VolumeError, BlockdevError)
 def logged(sentence: str) -> None:
     """For callers that have nobody to tell."""
     log.warning("left out of a list", extra={"why": sentence})
+
+
+@contextlib.contextmanager
+def told_before(what: str) -> Iterator[None]:
+    """For undoing what has failed: that is what the caller is told. What cannot be undone, the next call undoes."""
+    try:
+        yield
+    except EXPECTED as error:
+        log.warning(
+            "not undone; tried again by the next call and the next start", extra={"what": what, "why": str(error)}
+        )
+
+
+@contextlib.contextmanager
+def speaking_of(path: str) -> Iterator[None]:
+    """OSError inside speaks of `path`: of what the caller knows, not of a name that its files had on the way."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from error
+
+
+def without_name(error: OSError, name: str, place: str) -> OSError:
+    """The same error, of `place` if it speaks of no path or of one with `name` in it, which only this attempt has: the
+    same trouble is always the same sentence."""
+    if isinstance(error.filename, str) and name not in error.filename:
+        return error
+    return OSError(error.errno, error.strerror, place)
 
 
 @dataclass(frozen=True, kw_only=True)
