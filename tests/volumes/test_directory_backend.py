@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -184,3 +185,13 @@ def test_a_list_over_all_backends_has_stable_pages(tmp_path):
         assert len(str(place)) < 19
     assert found == made
     assert [volume.volume_id for _place, volume in catalog.list()] == made
+
+
+def test_sizes_that_nothing_counts_stay_promised_besides_what_is_used(backend, monkeypatch):
+    """Less is promised to others than there is, and never more."""
+    volume = make(backend, size=64 * MIB)
+    for used in (0, 32, 64):
+        Path(backend.attach(volume.volume_id).path, "file").write_bytes(bytes(used))
+        free = SimpleNamespace(f_bavail=(500 - used) * MIB, f_frsize=1)
+        monkeypatch.setattr(os, "statvfs", lambda _path, free=free: free)
+        assert backend.available_bytes() == (500 - used - 64) * MIB
