@@ -16,6 +16,8 @@ from guestmount.ways.base import Problem, Usage, of_mount
 
 # Seconds that a look waits for a server, and for which it then counts as silent for all looks at its other mounts.
 _PATIENCE, _REMEMBERED = 3.0, 10.0
+# Seconds for which a mount that has answered needs no other look, and how many are kept in mind.
+_MOMENT, _MOST_SEEN = 0.5, 1000
 
 
 class _Silence:
@@ -24,6 +26,20 @@ class _Silence:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._until: dict[str, float] = {}
+        # When each mount was last seen to answer.
+        self._seen: dict[str, float] = {}
+
+    def see(self, path: str) -> None:
+        with self._lock:
+            now = time.monotonic()
+            if len(self._seen) > _MOST_SEEN:
+                self._seen = {one: at for one, at in self._seen.items() if now - at < _MOMENT}
+            self._seen[path] = now
+
+    def was_seen(self, path: str) -> bool:
+        """A moment ago: whoever measures asks for what is wrong as well."""
+        with self._lock:
+            return time.monotonic() - self._seen.get(path, -_MOMENT) < _MOMENT
 
     def check(self, server: str) -> None:
         with self._lock:
@@ -47,7 +63,9 @@ def usage(claim: Claim, path: str, deadline: Deadline) -> Usage:
     server = claim.nfs.server
     _silence.check(server)
     try:
-        return of_mount(path, Deadline.after(min(_PATIENCE, deadline.remaining())))
+        measured = of_mount(path, Deadline.after(min(_PATIENCE, deadline.remaining())))
+        _silence.see(path)
+        return measured
     except WaitExpired as error:
         _silence.note(server)
         raise nfs.ServerSilent(server, f"the mount at {path} hangs") from error
@@ -59,7 +77,7 @@ def usage(claim: Claim, path: str, deadline: Deadline) -> Usage:
 
 def problems(claim: Claim, path: str) -> list[Problem]:
     """What is wrong with the mount at `path`, as far as its server tells."""
-    if claim.nfs is None:
+    if claim.nfs is None or _silence.was_seen(path):
         return []
     try:
         usage(claim, path, Deadline.after(_PATIENCE))
