@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import struct
 import time
 
 from blockdev import durable
@@ -55,10 +56,20 @@ def locked(fd: int, operation: int, seconds: float) -> bool:
             time.sleep(_STEP)
 
 
-def is_still(fd: int, path: str) -> bool:
+def byte(fd: int, at: int, kind: int) -> bool:
+    """Whether this open file has that lock (F_WRLCK, F_RDLCK, or F_UNLCK for none) on one byte of its file; it is not
+    waited for. Open file description locks of fcntl(2): threads exclude each other as processes do. OSError."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", kind, os.SEEK_SET, at, 1, 0))
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+def is_still(fd: int, path: str, *, dir_fd: int | None = None, through_links: bool = True) -> bool:
     """Whether the name is still that of the open file."""
     try:
-        return os.path.samestat(os.fstat(fd), os.stat(path))
+        return os.path.samestat(os.fstat(fd), os.stat(path, dir_fd=dir_fd, follow_symlinks=through_links))
     except FileNotFoundError:
         return False
 

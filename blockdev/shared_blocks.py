@@ -41,13 +41,9 @@ class Shared:
     rest: tuple[int, int] = (0, 0)
 
 
-def shared_bytes(path: str) -> int:
-    """Bytes of the file's blocks that another file has too; none on a filesystem that shares no blocks. As `look`."""
-    return look(path).total
-
-
 def look(path: str) -> Shared:
-    """What the file shares. OSError, for what is no regular file as well, which is not waited for."""
+    """What the file shares; nothing on a filesystem that shares no blocks. OSError, for what is no regular file as
+    well, which is not waited for."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
+from blockdev import scraped
 from guestmount import BadRequest
 from volumes import work
 
@@ -32,13 +33,9 @@ class _Work:
 
 def serve(address: str) -> None:
     """Serve `HOST:PORT`. BadRequest."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise BadRequest("csi.metrics", address, "takes HOST:PORT")
     registry = CollectorRegistry()
     registry.register(_Work())
     try:
-        start_http_server(int(port), addr=host, registry=registry)
-    except (OSError, UnicodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "this is no host's name"
-        raise BadRequest("csi.metrics", address, f"cannot be listened on: {why}") from None
+        scraped.listen(address, registry)
+    except ValueError as error:
+        raise BadRequest("csi.metrics", address, str(error)) from None

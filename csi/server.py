@@ -11,7 +11,7 @@ import grpc
 
 from csi.calls import service_handler
 from csi.controller import Controller
-from csi.drivers import CsiDriver, of_nodes
+from csi.drivers import CsiDriver
 from csi.identity import Identity
 from csi.node import NodeService
 from csi.snapshots import GroupController
@@ -45,10 +45,8 @@ class Server:
         endpoint: str,
         version: str,
         services: Collection[str],
-        driver: CsiDriver | None = None,
+        driver: CsiDriver,
     ) -> None:
-        """`driver`: the one of all backends, if none is given."""
-        driver = driver or of_nodes(node)
         unknown = sorted(set(services) - set(SERVICES))
         if unknown:
             raise BadRequest("--services", ",".join(unknown), f"takes {', '.join(SERVICES)}")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
+from blockdev import scraped
 from snapshotter.errors import BadRequest, SnapshotterError
 from snapshotter.node import Node
 from snapshotter.service import Observer
@@ -78,9 +79,6 @@ class _Pool:
 
 def serve(node: Node, address: str) -> Observer:
     """Serve `HOST:PORT`; what to call with (rpc, code, seconds) after each call."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
-        raise BadRequest("snapshotter.metrics", address, "takes HOST:PORT")
     registry = CollectorRegistry()
     calls = Histogram(
         "runvol_snapshotter_call_seconds", "Duration of containerd's calls.", ["rpc", "code"], buckets=_SECONDS,
@@ -88,7 +86,7 @@ def serve(node: Node, address: str) -> Observer:
     )  # fmt: skip
     registry.register(_Pool(node))
     try:
-        start_http_server(int(port), addr=host, registry=registry)
-    except OSError as error:
-        raise BadRequest("snapshotter.metrics", address, f"cannot be listened on: {error.strerror}") from None
+        scraped.listen(address, registry)
+    except ValueError as error:
+        raise BadRequest("snapshotter.metrics", address, str(error)) from None
     return lambda rpc, code, seconds: calls.labels(rpc, code).observe(seconds)

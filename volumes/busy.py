@@ -7,11 +7,10 @@ import contextlib
 import fcntl
 import hashlib
 import os
-import struct
 import time
 from collections.abc import Iterator
 
-from blockdev import durable
+from blockdev import durable, flocks
 from volumes.errors import StoreFailed, VolumeUnfinished
 
 # Seconds.
@@ -46,21 +45,12 @@ class Busy:
         at = int.from_bytes(hashlib.blake2b(os.fsencode(what), digest_size=7).digest(), "big")
         try:
             until = time.monotonic() + seconds
-            while not _set(fd, at, fcntl.F_WRLCK):
+            while not flocks.byte(fd, at, fcntl.F_WRLCK):
                 if time.monotonic() >= until:
                     raise VolumeUnfinished(f"another call, or another process, is at work on {what}; ask again")
                 time.sleep(_STEP)
             yield
         finally:
             # Said, not left to close(2): a child between fork and exec has a copy of the descriptor.
-            _set(fd, at, fcntl.F_UNLCK)
+            flocks.byte(fd, at, fcntl.F_UNLCK)
             os.close(fd)
-
-
-def _set(fd: int, at: int, kind: int) -> bool:
-    """Whether the byte has that lock; struct flock of fcntl(2)."""
-    try:
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", kind, os.SEEK_SET, at, 1, 0))
-    except (BlockingIOError, PermissionError):
-        return False
-    return True

@@ -171,10 +171,11 @@ class NfsBackend:
             share.enough_space(f"the deletion of volume {volume_id}"),
         ):
             nfs_deletion.delete(one, volume_id, self._jobs)
-            place = one.place
+            place, left = one.place, share.names(one.root, "gone-")
         what = f"tidying {place.data.source}"
-        with contextlib.suppress(*EXPECTED):  # behind: of calls that were killed, and whose callers do not come again
-            self._jobs.finished(what, what, lambda _progress: _tidied(place), 0.0)
+        if left:  # by calls that were killed, and whose callers do not come again
+            with contextlib.suppress(*EXPECTED):
+                self._jobs.finished(what, what, lambda _progress: _without_abandoned(place), 0.0)
 
     # -- snapshots
 
@@ -309,7 +310,7 @@ def _share_of(work: str) -> str:
     return found[1] if found else work
 
 
-def _tidied(place: nfs_share.Place) -> None:
+def _without_abandoned(place: nfs_share.Place) -> None:
     with nfs_share.opened(place) as one:
         share_lock.tidy_abandoned(one.records, one.root, "gone-")
 

@@ -86,7 +86,7 @@ def _renamed(one: Share, record: Record, jobs: Jobs) -> tuple[list[str], bool]:
             if is_in(one, record, other) and not any(is_in(one, third, other) for third in living):
                 archived = _is_archived(one, other, [*tombs, record])
                 _taken_away(one, other, archived=archived, sure=not damaged)
-                share.remove(one.records, other.volume_id)
+                nfs_share.forget(one, other)
                 waited.append(other.volume_id)
     except OSError as error:
         if error.errno not in _FULL or record.directory == "" or _is_archived(one, record, tombs):
@@ -135,7 +135,7 @@ def _without_half_copies(one: Share, record: Record, living: Sequence[Record], j
         log.warning("half a copy that nobody works on is taken away", extra={"copy": made, "of": record.volume_id})
         with share.place_of_records(one.root) as place:
             for name in share.names(one.root, f"new-{made}."):
-                os.rename(name, f"gone-{made}.{os.urandom(6).hex()}", src_dir_fd=place, dst_dir_fd=place)
+                os.rename(name, gone_name(made), src_dir_fd=place, dst_dir_fd=place)
         share.tidy(one.records, f"{made}.", ".tar")
         share.remove(one.records, made)
     return [*copies, *archives]
@@ -159,7 +159,7 @@ def _taken_away(one: Share, record: Record, *, archived: bool, sure: bool) -> No
         share.parent(one.root, record.directory) as (fd, name),
         share.place_of_records(one.root) as records,
     ):
-        os.rename(name, os.path.basename(gone_name(record)), src_dir_fd=fd, dst_dir_fd=records)
+        os.rename(name, gone_name(record.volume_id), src_dir_fd=fd, dst_dir_fd=records)
 
 
 def _is_its_own(one: Share, record: Record) -> bool:

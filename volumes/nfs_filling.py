@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
-from collections.abc import Callable
+from functools import partial
 
 import msgspec
 
-from blockdev import BlockdevError
 from volumes import nfs_share, share, share_lock
-from volumes.errors import VolumeConflict, VolumeError, VolumeNotFound, VolumeUnfinished
+from volumes.errors import VolumeConflict, VolumeNotFound, VolumeUnfinished
 from volumes.export_ids import short
 from volumes.jobs import PATIENCE, Jobs, Progress
 from volumes.model import ContentSource
-from volumes.nfs_share import Place, Share
+from volumes.nfs_share import Share
 from volumes.share import RECORDS, Record
 
 
@@ -29,26 +27,16 @@ class Filling:
         """The record of the whole volume. VolumeUnfinished while its content is being copied; VolumeConflict where
         somebody else's things lie in its place by now."""
         what = f"volume {record.name} from {source}"
-        self._jobs.finished(record.volume_id, what, self._work(one.place, record, source), PATIENCE)
+        filled, given_up = partial(self._filled, record, source), partial(_given_up, record)
+        work = nfs_share.behind(one.place, f"volume {record.name}", filled, given_up)
+        self._jobs.finished(record.volume_id, what, work, PATIENCE)
         # That work may have been an earlier volume's, or have ended before somebody deleted this one.
         now = share.read(one.records, record.volume_id, Record)
         if now is None or now.serial != record.serial or not now.ready or not share.is_there(one.root, now.directory):
             raise VolumeUnfinished(f"{what}: its content is gone; ask again")
         return now
 
-    def _work(self, place: Place, record: Record, source: ContentSource) -> Callable[[Progress], None]:
-        def work(progress: Progress) -> None:
-            with nfs_share.opened(place) as one, share.enough_space(f"volume {record.name}"):
-                try:
-                    self._filled(one, record, source, progress)
-                except (OSError, VolumeError, BlockdevError):
-                    with contextlib.suppress(OSError, VolumeError, BlockdevError):
-                        _given_up(one, record)
-                    raise
-
-        return work
-
-    def _filled(self, one: Share, record: Record, source: ContentSource, progress: Progress) -> None:
+    def _filled(self, record: Record, source: ContentSource, one: Share, progress: Progress) -> None:
         name = f"{nfs_share.new_name(record)}.{self._own}"
         new = f"{RECORDS}/{name}"
         with share.unless_whole(one.root, new):
@@ -107,10 +95,10 @@ def _taken(record: Record) -> VolumeConflict:
     return VolumeConflict(record.name, f"its directory {record.directory!r} was made by somebody else meanwhile")
 
 
-def _given_up(one: Share, record: Record) -> None:
-    """A copy that failed leaves nothing: whoever asks again begins anew, and nobody may."""
-    with share_lock.changing(one.records):
-        now = share.read(one.records, record.volume_id, Record)
-        half = now is not None and now.serial == record.serial and not now.ready
-        if half and not (now and now.inode and now.inode == nfs_share.inode_of(one, record.directory)):
-            share.remove(one.records, record.volume_id)
+def _given_up(record: Record, one: Share) -> None:
+    now = share.read(one.records, record.volume_id, Record)
+    if now is None or now.serial != record.serial or now.ready:
+        return
+    if now.inode and now.inode == nfs_share.inode_of(one, record.directory):
+        return  # it stands in its place, and the next call says so
+    share.remove(one.records, record.volume_id)

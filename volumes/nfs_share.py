@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
 from blockdev import nfs
-from volumes import exports, share
+from volumes import exports, share, share_lock
 from volumes.errors import InvalidParameter, VolumeConflict, VolumeUnfinished
 from volumes.export_ids import digest, short
+from volumes.jobs import Progress
 from volumes.nfs_parameters import RECORDS_PATH
-from volumes.share import RECORDS, Record
-from volumes.troubles import Trouble
+from volumes.share import Record
+from volumes.troubles import EXPECTED, Trouble
 
 ARCHIVE = "archived-"
 
@@ -57,9 +59,7 @@ def of_class(parameters: Mapping[str, str], flags: Sequence[str]) -> Place:
 def opened(place: Place) -> Iterator[Share]:
     """ServerSilent, MountFailed."""
     with contextlib.ExitStack() as stack:
-        records = stack.enter_context(exports.opened(place.records))
-        root = stack.enter_context(exports.opened(place.data)) if place.elsewhere else records
-        yield Share(place, root, records)
+        yield _with_data(stack, place, stack.enter_context(exports.opened(place.records)))
 
 
 @contextlib.contextmanager
@@ -69,9 +69,12 @@ def opened_of(known: Sequence[nfs.Export], volume_id: str) -> Iterator[Share]:
     with contextlib.ExitStack() as stack:
         records, export = stack.enter_context(exports.opened_any(known))
         record = share.read(records, short(volume_id), Record)
-        place = of_record(record, export)
-        root = stack.enter_context(exports.opened(place.data)) if place.elsewhere else records
-        yield Share(place, root, records)
+        yield _with_data(stack, of_record(record, export), records)
+
+
+def _with_data(stack: contextlib.ExitStack, place: Place, records: int) -> Share:
+    root = stack.enter_context(exports.opened(place.data)) if place.elsewhere else records
+    return Share(place, root, records)
 
 
 def of_record(record: Record | None, export: nfs.Export) -> Place:
@@ -124,6 +127,12 @@ def all_records(one: Share, trouble: Trouble) -> Iterator[Record]:
                 yield msgspec.structs.replace(other, path=one.place.data.path)
 
 
+def forget(one: Share, record: Record) -> None:
+    """No record of the volume, on whichever of the two exports it lies (see `all_records`)."""
+    for root in {one.records, one.root}:
+        share.remove(root, record.volume_id)
+
+
 def in_the_same(one: Share, record: Record) -> list[Record]:
     """Other volumes' records that speak of the same directory."""
     found = share.records(one.records, share.NFS_VOLUME, Record, share.passed_over)
@@ -171,6 +180,36 @@ def new_name(record: Record) -> str:
     return f"new-{record.volume_id}.{record.serial}"
 
 
-def gone_name(record: Record) -> str:
-    """Under which the removed directory of this volume lies until it is empty; nobody can have put something there."""
-    return f"{RECORDS}/gone-{record.volume_id}.{os.urandom(6).hex()}"
+def gone_name(volume_id: str) -> str:
+    """Under which what was a volume's lies among the records until it is empty; nobody can have put something there."""
+    return f"gone-{volume_id}.{os.urandom(6).hex()}"
+
+
+def behind(
+    place: Place, what: str, work: Callable[[Share, Progress], None], given_up: Callable[[Share], None]
+) -> Callable[[Progress], None]:
+    """Work that a call need not wait for, on a mount of its own. Where it fails `given_up` takes back what says that it
+    goes on, while nobody else changes the share: whoever asks again begins anew, and nobody may."""
+
+    def whole(progress: Progress) -> None:
+        with opened(place) as one, share.enough_space(what):
+            try:
+                with _unless_tidied(what):
+                    work(one, progress)
+            except EXPECTED:
+                with contextlib.suppress(*EXPECTED), share_lock.changing(one.records):
+                    given_up(one)
+                raise
+
+    return whole
+
+
+@contextlib.contextmanager
+def _unless_tidied(what: str) -> Iterator[None]:
+    """VolumeUnfinished where another controller was faster, and has removed what was being written here."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ESTALE):
+            raise VolumeUnfinished(f"{what}: another controller was at work on it; ask again") from None
+        raise

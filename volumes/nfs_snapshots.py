@@ -7,22 +7,22 @@ from __future__ import annotations
 
 import builtins
 import contextlib
-import errno
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import msgspec
 
 from blockdev import BlockdevError, Deadline, nfs
 from volumes import exports, nfs_share, share, share_lock
-from volumes.errors import VolumeConflict, VolumeError, VolumeNotFound, VolumeUnfinished
+from volumes.errors import VolumeConflict, VolumeNotFound, VolumeUnfinished
 from volumes.export_ids import id_of, short
 from volumes.exports import Exports
 from volumes.jobs import PATIENCE, Jobs, Progress
 from volumes.model import Snapshot
-from volumes.nfs_share import Place, Share
+from volumes.nfs_share import Share
 from volumes.share import NFS_SNAPSHOT, NFS_VOLUME, RECORDS, Record, SnapshotRecord
 from volumes.troubles import Trouble, logged
 
@@ -52,27 +52,15 @@ class NfsSnapshots:
             if (record.name, short(record.source)) != (name, short(volume_id)):
                 raise VolumeConflict(name, f"is a snapshot of {record.source}, not of {volume_id}")
             if not record.ready:
-                work = self._archiving(one.place, record, volume)
+                archived, given_up = partial(self._archived, record, volume), partial(_given_up, record)
+                work = nfs_share.behind(one.place, f"snapshot {name}", archived, given_up)
                 patience = max(0.0, min(PATIENCE, deadline.remaining() - 1))
                 with contextlib.suppress(VolumeUnfinished):
                     self._jobs.finished(record.snapshot_id, f"snapshot {name} of {volume_id}", work, patience)
                 record = share.read(one.records, record.snapshot_id, SnapshotRecord) or record
         return _snapshot(record)
 
-    def _archiving(self, place: Place, record: SnapshotRecord, volume: Record) -> Callable[[Progress], None]:
-        def work(progress: Progress) -> None:
-            with nfs_share.opened(place) as one, share.enough_space(f"snapshot {record.name}"):
-                try:
-                    with _unless_tidied(f"snapshot {record.name}"):
-                        self._archived(one, record, volume, progress)
-                except (OSError, VolumeError, BlockdevError):
-                    with contextlib.suppress(OSError, VolumeError, BlockdevError):
-                        _given_up(one, record)
-                    raise
-
-        return work
-
-    def _archived(self, one: Share, record: SnapshotRecord, volume: Record, progress: Progress) -> None:
+    def _archived(self, record: SnapshotRecord, volume: Record, one: Share, progress: Progress) -> None:
         # Most processes never copy anything.
         from volumes import archives
 
@@ -160,20 +148,7 @@ def _snapshot(record: SnapshotRecord) -> Snapshot:
     )
 
 
-@contextlib.contextmanager
-def _unless_tidied(what: str) -> Iterator[None]:
-    """VolumeUnfinished where another controller was faster, and has removed what was being written here."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ESTALE):
-            raise VolumeUnfinished(f"{what}: another controller was at work on it; ask again") from None
-        raise
-
-
-def _given_up(one: Share, record: SnapshotRecord) -> None:
-    """An archive that failed leaves nothing: whoever asks again begins anew, and nobody may."""
-    with share_lock.changing(one.records):
-        now = share.read(one.records, record.snapshot_id, SnapshotRecord)
-        if now is not None and now.serial == record.serial and not now.ready:
-            share.remove(one.records, record.snapshot_id)
+def _given_up(record: SnapshotRecord, one: Share) -> None:
+    now = share.read(one.records, record.snapshot_id, SnapshotRecord)
+    if now is not None and now.serial == record.serial and not now.ready:
+        share.remove(one.records, record.snapshot_id)

@@ -11,12 +11,11 @@ import contextlib
 import errno
 import fcntl
 import os
-import struct
 import threading
 import time
 from collections.abc import Iterator
 
-from blockdev import beneath
+from blockdev import beneath, flocks
 from volumes import share
 from volumes.errors import StoreFailed, VolumeUnfinished
 from volumes.share import RECORDS
@@ -64,9 +63,8 @@ def _locked(place: int, until: float) -> int:
                 if time.monotonic() > until:
                     raise _others()
                 time.sleep(_STEP)
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(fd), os.stat(LOCK, dir_fd=place, follow_symlinks=False)):
-                    return fd
+            if flocks.is_still(fd, LOCK, dir_fd=place, through_links=False):
+                return fd
         except BaseException:
             os.close(fd)
             raise
@@ -97,13 +95,11 @@ def _lock_file(place: int) -> int:
 def _set(fd: int, kind: int) -> bool:
     """Whether this descriptor has the lock; true where the server has none to give."""
     try:
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", kind, os.SEEK_SET, 0, 1, 0))
-    except (BlockingIOError, PermissionError):
-        return False
+        return flocks.byte(fd, 0, kind)
     except OSError as error:
         if error.errno not in _NONE:
             raise
-    return True
+        return True
 
 
 @contextlib.contextmanager
@@ -145,8 +141,9 @@ def is_worked_on(records: int, root: int, one_id: str) -> bool:
 
 def tidy_abandoned(records: int, root: int, prefix: str) -> None:
     """Nothing that nobody works on is left under such names."""
-    for name in share.names(root, prefix):
-        now = _server_time(records)
+    names = share.names(root, prefix)
+    now = _server_time(records) if names else None
+    for name in names:
         with share.opened(root, RECORDS) as place:
             facts = os.stat(name, dir_fd=place, follow_symlinks=False)
         # Whoever gave it that name has it for a while, too, which its own time does not tell.

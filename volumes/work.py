@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from typing import Protocol
 
 import msgspec
 
@@ -39,15 +40,23 @@ class _Written(msgspec.Struct, frozen=True):
     items: list[Item]
 
 
+class Told(Protocol):
+    """What tells how far a work is, as `Item` has it."""
+
+    what: str
+    total: int
+    done: int
+
+
 class _Running:
     """The work of this process. `begun` is set while there is any."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._items: dict[object, tuple[float, object]] = {}
+        self._items: dict[object, tuple[float, Told]] = {}
         self.begun = threading.Event()
 
-    def add(self, key: object, progress: object) -> None:
+    def add(self, key: object, progress: Told) -> None:
         with self._lock:
             self._items[key] = time.monotonic(), progress
             self.begun.set()
@@ -63,10 +72,8 @@ class _Running:
             known = list(self._items.values())
         now = time.monotonic()
         return [
-            Item(what=str(getattr(one, "what", "")), done=int(getattr(one, "done", 0)),
-                 total=int(getattr(one, "total", 0)), seconds=round(now - began, 1))
-            for began, one in known
-        ]  # fmt: skip
+            Item(what=one.what, done=one.done, total=one.total, seconds=round(now - began, 1)) for began, one in known
+        ]
 
 
 running = _Running()

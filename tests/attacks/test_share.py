@@ -14,16 +14,16 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
 import pytest
 
-from blockdev import Deadline, nfs
-from blockdev.errors import MountFailed
+from blockdev import Deadline
 from csi.errors import code_of
-from volumes import ContentSource, SizeRange, exports
+from tests.nas_of_directories import below, serve
+from volumes import ContentSource, SizeRange
 from volumes.nfs import NfsBackend
 
 MIB = 1 << 20
@@ -139,17 +139,7 @@ def shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (top / name).mkdir(parents=True)
         (top / name).chmod(0o777)
 
-    @contextlib.contextmanager
-    def opened(export: nfs.Export) -> Iterator[int]:
-        if export.server != "nas":
-            raise MountFailed(export.source, "nowhere", "nobody answers")
-        fd = os.open(top / export.path.lstrip("/"), os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            yield fd
-        finally:
-            os.close(fd)
-
-    monkeypatch.setattr(exports, "opened", opened)
+    serve(monkeypatch, below(top))
     return top
 
 

@@ -7,7 +7,9 @@ import os
 
 import grpc
 import pytest
+from prometheus_client import CollectorRegistry
 
+from blockdev import scraped
 from csi.errors import code_of, sentence_of
 
 FOREIGN = ("EPERM", "EACCES", "EROFS", "ENOENT", "ENOTEMPTY", "ENODEV", "ESTALE", "EIO", "ENOSPC", "EDQUOT", "ENOTCONN",
@@ -30,3 +32,9 @@ def test_no_trouble_of_the_world_is_a_mistake_of_ours(name):
 def test_a_mistake_of_ours_is_one():
     for error in (OSError(errno.EBADF, "bad"), OSError(errno.EINVAL, "bad"), TypeError("x"), OSError("no number")):
         assert code_of(error) is grpc.StatusCode.INTERNAL
+
+
+@pytest.mark.parametrize("address", ["x", ":1", "127.0.0.1:0", "127.0.0.1:99999", "a..b:9100", "192.0.2.1:9100"])
+def test_an_address_for_metrics_is_refused_in_words(address):
+    with pytest.raises(ValueError, match=r"takes HOST:PORT|cannot be listened on"):
+        scraped.listen(address, CollectorRegistry())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import grpc
 import pytest
 
 from tests.csi.helpers import PODS
+from tests.disks import fill_bytes, fill_inodes, mounted
 from tests.driver import Driver
 
 pytestmark = pytest.mark.kernel
@@ -22,32 +22,9 @@ MAKE = {"ext4": ["mkfs.ext4", "-q", "-N", "2000"], "xfs": ["mkfs.xfs", "-q"]}
 
 @pytest.fixture
 def disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
-    image, place = tmp_path / "image", tmp_path / "disk"
-    with image.open("wb") as opened:
-        opened.truncate(600 * MIB)
-    subprocess.run([*MAKE[request.param], str(image)], check=True)
-    place.mkdir()
-    subprocess.run(["mount", "-o", "loop", str(image), str(place)], check=True)
-    (place / "fill").mkdir()
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
-
-
-def fill_bytes(place: Path) -> None:
-    with (place / "fill/f").open("ab", buffering=0) as file:
-        for size in (MIB, 4096, 512, 1):
-            with contextlib.suppress(OSError):
-                while True:
-                    file.write(b"x" * size)
-    with contextlib.suppress(OSError):
-        for number in range(10_000):
-            (place / f"fill/x{number}").write_bytes(b"y" * 4000)
-
-
-def fill_inodes(place: Path) -> None:
-    with contextlib.suppress(OSError):
-        for number in range(10_000):
-            (place / f"fill/i{number}").touch()
+    with mounted(tmp_path / "image", tmp_path / "disk", MAKE[request.param], size=600 * MIB) as place:
+        (place / "fill").mkdir()
+        yield place
 
 
 @contextlib.contextmanager
@@ -88,7 +65,7 @@ def test_what_is_to_go_goes(disk: Path, tmp_path: Path, fill, restarted: bool, b
         driver.stage(others[0])
         target = driver.publish(others[0], PODS[0], runtime="runc")
         (Path(target) / "f").write_bytes(b"x" * 4096)
-        fill(disk)
+        fill(disk / "fill")
         if restarted:
             driver.stop()
             driver.start()

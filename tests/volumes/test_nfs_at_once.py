@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import random
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from blockdev import Deadline, nfs
-from blockdev.errors import MountFailed
+from tests.disks import fill_bytes, mounted
+from tests.nas_of_directories import below, serve
 from tests.volumes.test_nfs_backend import CLASS, KEY, MIB, REMOVED, make, record
 from volumes import (
     ContentSource,
@@ -50,17 +50,7 @@ def shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (top / name).mkdir(parents=True)
         (top / name).chmod(0o777)
 
-    @contextlib.contextmanager
-    def opened(export: nfs.Export) -> Iterator[int]:
-        if export.server != "nas" or not (top / export.path.lstrip("/")).is_dir():
-            raise MountFailed(export.source, "nowhere", "nobody answers")
-        fd = os.open(top / export.path.lstrip("/"), os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            yield fd
-        finally:
-            os.close(fd)
-
-    monkeypatch.setattr(exports, "opened", opened)
+    serve(monkeypatch, below(top))
     return top
 
 
@@ -329,24 +319,8 @@ def test_one_volume_that_wants_it_kept_is_enough(fresh, share):
 @pytest.fixture
 def full(share: Path, tmp_path: Path) -> Iterator[Callable[[], None]]:
     """The share lies on a disk of its own, which a call fills to the last byte."""
-    image = tmp_path / "image"
-    with image.open("wb") as file:
-        file.truncate(32 * MIB)
-    subprocess.run(["mkfs.ext4", "-q", "-m", "0", image], check=True)
-    subprocess.run(["mount", "-o", "loop", image, share], check=True)
-
-    def fill() -> None:
-        with (share / "fill").open("wb", buffering=0) as file:
-            for size in (MIB, 4096, 512, 1):
-                with contextlib.suppress(OSError):
-                    while True:
-                        file.write(b"x" * size)
-        with contextlib.suppress(OSError):
-            for number in range(10_000):
-                (share / f"n{number}").write_bytes(b"y" * 100)
-
-    yield fill
-    subprocess.run(["umount", "-l", share], check=True)
+    with mounted(tmp_path / "image", share, ["mkfs.ext4", "-q", "-m", "0"], size=32 * MIB):
+        yield lambda: fill_bytes(share)
 
 
 @pytest.mark.parametrize("more", [REMOVED, {}], ids=["removed", "archived"])

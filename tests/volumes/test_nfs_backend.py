@@ -8,13 +8,13 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from blockdev import Deadline, nfs
 from blockdev.errors import MountFailed
+from tests.nas_of_directories import serve
 from volumes import (
     VOLUME_ID,
     AccessMode,
@@ -26,7 +26,6 @@ from volumes import (
     VolumeNotFound,
     VolumeUnfinished,
     export_ids,
-    exports,
     parameters,
 )
 from volumes.errors import ExportUnknown
@@ -46,17 +45,7 @@ def share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root.mkdir(mode=0o777)
     root.chmod(0o777)
 
-    @contextlib.contextmanager
-    def opened(export: nfs.Export) -> Iterator[int]:
-        if export.server != "nas" or export.version == "3":
-            raise MountFailed(export.source, "nowhere", "nobody answers")
-        fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            yield fd
-        finally:
-            os.close(fd)
-
-    monkeypatch.setattr(exports, "opened", opened)
+    serve(monkeypatch, lambda export: root if export.server == "nas" and export.version != "3" else None)
     return root
 
 

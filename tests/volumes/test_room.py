@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
 from array import array
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import pytest
 
 from blockdev import Deadline, shared_blocks, syscalls
 from blockdev.shared_blocks import Shared
+from tests.disks import mounted
 from volumes import AccessMode, Capability, Catalog, ContentSource, NoSpace, SizeRange, copies, room
 from volumes.room import File, Room
 
@@ -27,14 +27,8 @@ USE = [Capability(mode=AccessMode.SINGLE_NODE_WRITER, raw=True)]
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A filesystem of 600 MiB that shares blocks."""
-    image, place = tmp_path / "disk.img", tmp_path / "disk"
-    with image.open("wb") as file:
-        file.truncate(600 * MIB)
-    place.mkdir()
-    subprocess.run(["mkfs.xfs", "-q", image], check=True)
-    subprocess.run(["mount", "-o", "loop", image, place], check=True)
-    yield place
-    subprocess.run(["umount", place], check=True)
+    with mounted(tmp_path / "disk.img", tmp_path / "disk", ["mkfs.xfs", "-q"], size=600 * MIB) as place:
+        yield place
 
 
 @pytest.fixture
@@ -92,7 +86,7 @@ def test_a_preallocated_clone_has_blocks_of_its_own(catalog, disk):
     fill(catalog, volume, 100)
     clone = make(catalog, "c", 100, ContentSource(kind="volume", source_id=volume), preallocate="true")
     path = catalog.loop.attach(clone).path
-    assert shared_blocks.shared_bytes(path) == 0 and os.stat(path).st_blocks * 512 >= 100 * MIB
+    assert shared_blocks.look(path).total == 0 and os.stat(path).st_blocks * 512 >= 100 * MIB
     with pytest.raises(OSError, match="No space"), open(disk / "others", "wb", buffering=0) as file:
         while file.write(bytes(MIB)):
             pass
@@ -105,7 +99,7 @@ def test_a_clone_is_unshared_by_writing_it_again_where_the_filesystem_has_no_cal
     monkeypatch.setattr(syscalls, "FALLOC_FL_UNSHARE_RANGE", 0x1000)  # a mode that no filesystem knows
     clone = make(catalog, "c", 24, ContentSource(kind="volume", source_id=volume), preallocate="true")
     one, other = (catalog.loop.attach(each).path for each in (volume, clone))
-    assert shared_blocks.shared_bytes(other) == 0 and os.stat(other).st_size == 24 * MIB
+    assert shared_blocks.look(other).total == 0 and os.stat(other).st_size == 24 * MIB
     assert Path(one).read_bytes() == Path(other).read_bytes()[: 20 * MIB]
 
 
@@ -184,9 +178,9 @@ def test_a_file_of_very_many_pieces_costs_no_more_than_a_look_at_some(catalog, m
         for number in range(0, 64 * MIB, 64 << 10):
             os.pwrite(file.fileno(), b"x" * 4096, number)
         os.fsync(file.fileno())
-    assert shared_blocks.shared_bytes(catalog.loop.attach(volume).path) == 0
+    assert shared_blocks.look(catalog.loop.attach(volume).path).total == 0
     monkeypatch.setattr(shared_blocks, "_MOST", 512)
-    assert shared_blocks.shared_bytes(catalog.loop.attach(volume).path) > 16 * MIB
+    assert shared_blocks.look(catalog.loop.attach(volume).path).total > 16 * MIB
     taken = catalog.loop.take_snapshot("s", volume, Deadline.after(30))
     assert catalog.loop.available_bytes() > 0
     catalog.loop.delete_snapshot(taken.snapshot_id)
