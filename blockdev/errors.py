@@ -113,6 +113,16 @@ class TooDeep(BlockdevError):
         super().__init__(f"{what}: it nests more than {deepest} directories in one another")
 
 
+class PathTooLong(BlockdevError):
+    """A directory's path is longer than programs can take that go by names."""
+
+    def __init__(self, what: str, path: str, most: int) -> None:
+        super().__init__(
+            f"{what}: the path of the directory {path[:100]!r}... in it is longer than {most} bytes, which tar cannot "
+            "unpack again; move what lies there to a shorter path, or remove it"
+        )
+
+
 class NotRemoved(BlockdevError):
     """Something in a directory tree that is to go does not."""
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from blockdev import syscalls
 from blockdev.deadlines import Deadline
-from blockdev.errors import NotRemoved, TooDeep
+from blockdev.errors import NotRemoved, PathTooLong, TooDeep
 
 # Names of directories that are kept in mind for one level, so that a wide one need not be read anew for each of them,
 # and for all levels together.
@@ -53,13 +53,13 @@ def remove(parent: int | str, name: str, deadline: Deadline) -> None:
         os.close(top)
 
 
-def walk(root: int, what: str, deadline: Deadline) -> Iterator[tuple[int, list[str], list[str]]]:
+def walk(root: int, what: str, deadline: Deadline, *, longest: int = 0) -> Iterator[tuple[int, list[str], list[str]]]:
     """Every directory of the tree below the directory descriptor `root`, itself first.
 
     A descriptor of it, which is good until the next step, the names of the directories in it, and all its other names.
     A name may mean something else already when it is used. Mounts are not entered, nor what root may not look into. A
     directory of very many entries comes in parts, between which its directories are walked. WaitExpired, naming `what`;
-    TooDeep.
+    TooDeep; PathTooLong for a directory whose path from here has more than `longest` bytes, unless that is 0.
     """
     place = _Place(os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root))
     try:
@@ -70,6 +70,8 @@ def walk(root: int, what: str, deadline: Deadline) -> Iterator[tuple[int, list[s
                 _entered(place, place.next())
                 if place.depth > _DEEPEST:
                     raise TooDeep(what, _DEEPEST)
+                if longest and place.bytes > longest:
+                    raise PathTooLong(what, place.path, longest)
             elif not level.read:
                 directories, others = _part(place.here, level, max(_FEWEST, min(_PART, _AHEAD_IN_ALL - place.ahead)))
                 if directories or others or level.read:
@@ -118,6 +120,16 @@ class _Place:
     @property
     def depth(self) -> int:
         return len(self._levels)
+
+    @property
+    def path(self) -> str:
+        """From the top."""
+        return "/".join(level.name for level in self._levels[1:])
+
+    @property
+    def bytes(self) -> int:
+        """Of that path."""
+        return sum(len(os.fsencode(level.name)) + 1 for level in self._levels[1:])
 
     def keep(self, names: list[str]) -> None:
         """Directories in this one that are still to be gone into, the last one first."""

@@ -285,8 +285,10 @@ def _check(config: Config) -> None:
             raise ConfigError(f"{key} = {config.number(key)}: must not be negative")
     if config.text("directory.path") and not config.text("directory.path").startswith("/"):
         raise ConfigError(f"directory.path = {config.text('directory.path')!r}: must be an absolute path")
-    if not config.text("csi.endpoint") and not config.text("csi.nfs_endpoint"):
-        raise ConfigError("csi.endpoint and csi.nfs_endpoint are both empty; one of them has to be served")
+    if config.text("csi.endpoint") == config.text("csi.nfs_endpoint"):
+        both = repr(config.text("csi.endpoint")) if config.text("csi.endpoint") else "empty"
+        why = "each driver has a socket of its own, and one of them has to be served"
+        raise ConfigError(f"csi.endpoint and csi.nfs_endpoint are both {both}: {why}")
     if not config.words("volumes.backends") or set(config.words("volumes.backends")) - {*BACKENDS}:
         raise ConfigError(
             f"volumes.backends = {list(config.words('volumes.backends'))}: takes any of {', '.join(BACKENDS)}"

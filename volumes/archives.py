@@ -9,6 +9,7 @@ its directory, and the one that reads follows none.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import subprocess
@@ -17,20 +18,25 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import IO
 
-from blockdev import confined
+from blockdev import Deadline, confined, trees
+from blockdev.errors import PathTooLong
 from volumes.errors import NoSpace, StoreFailed
 from volumes.jobs import Progress
 
 _OPTIONS = ("--numeric-owner", "--xattrs", "--sparse", "--one-file-system", "-f", "-")
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 _PART = 1 << 20
+# Bytes of a directory's path, so that each file in it still has a path that the kernel takes: 4096 with the end, less
+# the longest name. It bounds what an archive may spend on names, too.
+_LONGEST = 4096 - 256 - len("./")
 
 
 def pack(source: int, archive: IO[bytes], progress: Progress, *, without: Sequence[str] = ()) -> None:
     """All that is in the directory `source`, as an archive. Files that change meanwhile are as they were when read.
 
-    `without` are names at the top that are left out.
+    `without` are names at the top that are left out. PathTooLong for what could not be unpacked again.
     """
+    _check_paths(source, progress)
     progress.total = _size(source)
     with _reading(source, without) as tar:
         _pump(tar.pipe, archive, progress)
@@ -44,7 +50,8 @@ def unpack(archive: IO[bytes], target: int, progress: Progress) -> None:
 
 
 def copy(source: int, target: int, progress: Progress, *, without: Sequence[str] = ()) -> None:
-    """All that is in the directory `source`, into the empty directory `target`."""
+    """All that is in the directory `source`, into the empty directory `target`. PathTooLong."""
+    _check_paths(source, progress)
     progress.total = _size(source)
     with _writing(target) as writing, _reading(source, without) as reading:
         _pump(reading.pipe, writing.pipe, progress)
@@ -111,6 +118,8 @@ class _Tar:
                     raise StoreFailed(f"tar: {words}")
                 if "No space left" in words or "quota exceeded" in words:
                     raise NoSpace(f"tar: {words}")
+                if "File name too long" in words:  # in an archive that an earlier release has made
+                    raise PathTooLong("unpacking", words, _LONGEST)
                 raise StoreFailed(f"tar ended with status {status}: {words}")
 
 
@@ -119,6 +128,12 @@ def _pump(source: IO[bytes], target: IO[bytes], progress: Progress) -> None:
         target.write(data)
         progress.add(len(data))
     target.flush()
+
+
+def _check_paths(directory: int, progress: Progress) -> None:
+    # It ends with whoever wants it, not after some time: the work goes on behind the calls.
+    for _part in trees.walk(directory, progress.what, Deadline.after(math.inf), longest=_LONGEST):
+        progress.add(0)
 
 
 def _size(directory: int) -> int:

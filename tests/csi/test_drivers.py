@@ -122,11 +122,12 @@ def test_a_central_controller_serves_the_one_name_alone(tmp_path: Path):
         driver.remove()
 
 
-def test_no_endpoint_at_all_is_refused(tmp_path: Path):
+@pytest.mark.parametrize("endpoint", ["", "unix:///run/x.sock"])
+def test_two_equal_endpoints_are_refused(tmp_path: Path, endpoint: str):
     done = subprocess.run(
-        [sys.executable, "-m", "runvol", "csi", "--endpoint", ""], capture_output=True, text=True, check=False,
+        [sys.executable, "-m", "runvol", "csi", "--endpoint", endpoint, "--nfs-endpoint", endpoint], capture_output=True, text=True, check=False,
         env={"PATH": "/usr/bin:/bin", "RUNVOL_PATHS_STATE_DIR": str(tmp_path), "RUNVOL_PATHS_RUN_DIR": str(tmp_path)},
         cwd=Path(__file__).resolve().parents[2],
     )  # fmt: skip
     assert done.returncode == 1
-    assert "csi.nfs_endpoint" in done.stderr
+    assert (f"are both {endpoint!r}" if endpoint else "are both empty") in done.stderr

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
+import time
+import urllib.request
 
 import grpc
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Gauge
 
 from blockdev import scraped
 from csi.errors import code_of, sentence_of
@@ -38,3 +41,29 @@ def test_a_mistake_of_ours_is_one():
 def test_an_address_for_metrics_is_refused_in_words(address):
     with pytest.raises(ValueError, match=r"takes HOST:PORT|cannot be listened on"):
         scraped.listen(address, CollectorRegistry())
+
+
+def test_nobody_holds_the_metrics(monkeypatch):
+    monkeypatch.setattr(scraped, "_SECONDS", 0.5)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    registry = CollectorRegistry()
+    Gauge("one", "A metric.", registry=registry).set(7)
+    scraped.listen(f"127.0.0.1:{port}", registry)
+
+    def scrape() -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+            return answer.read().decode()
+
+    assert "one 7.0" in scrape()
+    idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(scraped._MOST)]
+    idle[0].sendall(b"GET / HT")
+    time.sleep(0.1)
+    with pytest.raises(OSError):
+        scrape()
+    for one in idle:
+        one.settimeout(5)
+        assert one.recv(1) == b""
+        one.close()
+    assert "one 7.0" in scrape()

@@ -7,6 +7,7 @@ import io
 import os
 import shutil
 import stat
+import subprocess
 import tarfile
 import threading
 import time
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 from blockdev import confined, syscalls
+from blockdev.errors import PathTooLong
 from volumes import NoSpace, StoreFailed, VolumeUnfinished, archives
 from volumes.archives import copy, pack, unpack
 from volumes.jobs import Jobs, Progress
@@ -84,6 +86,51 @@ def test_only_the_name_at_the_top_is_left_out(tree, tmp_path):
     new.mkdir()
     copy(opened(tree), opened(new), Progress("c"), without=("er",))
     assert (new / "deep/er/file").exists()
+
+
+def deep(root: Path, levels: int, name: str) -> None:
+    """Directories in one another, deeper than a path can say."""
+    here = os.open(root, os.O_RDONLY)
+    for _ in range(levels):
+        os.mkdir(name, dir_fd=here)
+        below = os.open(name, os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = below
+    os.close(os.open("f" * 255, os.O_CREAT | os.O_WRONLY, dir_fd=here))
+    os.close(here)
+
+
+@pytest.mark.parametrize("how", ["archive", "copy"])
+def test_what_cannot_be_unpacked_again_is_not_packed(tmp_path, how):
+    source, new = tmp_path / "source", tmp_path / "new"
+    source.mkdir()
+    new.mkdir()
+    deep(source, 20, "d" * 200)
+    try:
+        with (
+            (tmp_path / "a.tar").open("wb") as archive,
+            pytest.raises(PathTooLong, match="'dddd.*longer than 3838 bytes"),
+        ):
+            (pack if how == "archive" else copy)(
+                opened(source), archive if how == "archive" else opened(new), Progress("p")
+            )
+        assert (tmp_path / "a.tar").stat().st_size == 0
+        assert os.listdir(new) == []
+    finally:
+        subprocess.run(["rm", "-rf", source], check=True)
+
+
+def test_the_longest_path_that_is_packed_comes_out_again(tmp_path):
+    source, new = tmp_path / "source", tmp_path / "new"
+    source.mkdir()
+    new.mkdir()
+    deep(source, 19, "d" * 201)  # 3838 bytes, and a file with the longest of names in it
+    with (tmp_path / "a.tar").open("w+b") as archive:
+        pack(opened(source), archive, Progress("p"))
+        archive.seek(0)
+        unpack(archive, opened(new), Progress("u"))
+    found = subprocess.run(["find", new, "-type", "f", "-printf", "%P"], check=True, capture_output=True).stdout
+    assert len(found) == 19 * 202 + 255
 
 
 def test_an_archive_that_was_tampered_with_writes_nothing_outside(tmp_path):

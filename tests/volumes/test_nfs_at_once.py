@@ -390,14 +390,14 @@ def test_a_record_says_nothing_that_no_class_could(fresh, share, facts):
 def test_one_record_that_cannot_be_read_stops_itself_only(fresh, share, monkeypatch):
     backend = fresh()
     one, two = make(backend, "one"), make(backend, "two")
-    before = on_share._raw
+    before = on_share._content
 
-    def raw(root, name):
-        if name == export_ids.short(one.volume_id):
+    def content(place, name):
+        if name == f"{export_ids.short(one.volume_id)}.json":
             raise OSError(errno.EIO, "Input/output error")
-        return before(root, name)
+        return before(place, name)
 
-    monkeypatch.setattr(on_share, "_raw", raw)
+    monkeypatch.setattr(on_share, "_content", content)
     told: list[str] = []
     assert [each.name for _place, each in backend.list(trouble=told.append)] == ["two"]
     assert len(told) == 1 and "Input/output error" in told[0]
@@ -629,3 +629,25 @@ def test_no_list_shows_what_a_stranger_says_of_another_export(fresh, shares):
     listed = fresh(exports_known=["nas:/e"]).list(trouble=told.append)
     assert [one.volume_id for _place, one in listed] == [mine.volume_id]
     assert "exports for records are for nothing else" in told[0]
+
+
+def test_many_records_are_read_side_by_side(fresh, share, monkeypatch):
+    """Each costs round trips; all others of the share wait for a deletion, which reads them all."""
+    backend = fresh()
+    made = [make(backend, f"v-{number}") for number in range(100)]
+    record(share, made[7]).write_text("{")
+    before, at_once, most = on_share._content, [], []
+
+    def content(place, name):
+        at_once.append(name)
+        most.append(len(at_once))
+        time.sleep(0.002)
+        at_once.remove(name)
+        return before(place, name)
+
+    monkeypatch.setattr(on_share, "_content", content)
+    told: list[str] = []
+    listed = [each.name for _place, each in backend.list(trouble=told.append)]
+    assert sorted(listed) == sorted(one.name for one in made if one is not made[7])
+    assert len(told) == 1
+    assert max(most) > 2
