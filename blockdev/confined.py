@@ -7,6 +7,7 @@ read-only view of the root's own filesystem, at most: the program has a mount na
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 
 from blockdev import one_directory
@@ -25,3 +26,17 @@ def command(program: str, directory: int, *arguments: str) -> list[str]:
     name = os.path.basename(program)
     return [sys.executable, "-I", "-S", one_directory.__file__, str(os.getpid()), str(directory),
             os.path.realpath(program), name, *arguments]  # fmt: skip
+
+
+def doubt(directory: str) -> str:
+    """Why this node cannot confine a program to a directory, which is tried; empty where it can."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        done = subprocess.run(
+            command("/bin/true", fd), pass_fds=[fd], capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    finally:
+        os.close(fd)
+    return done.stderr.strip()[-500:] if done.returncode else ""

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 
-from blockdev import Deadline
+from blockdev import Deadline, confined
 from guestmount import Node, guest_kernel, kata_config, preflight, repair, runtimes
 from guestmount.errors import TROUBLE
 from guestmount.usage import problems
@@ -73,6 +73,15 @@ def _kernel() -> Iterator[Diagnosis]:
         has = bool(effective >> number & 1)
         state = OK if has else (BROKEN if needed else WARNING)
         yield Diagnosis(state=state, subject=name, finding="granted" if has else f"missing: {cost}")
+    doubt = confined.doubt("/")
+    yield Diagnosis(
+        state=WARNING if doubt else OK,
+        subject="confined copies",
+        finding=f"volumes with the content of others cannot be made here: {doubt} (it takes Linux 5.14 and "
+        "CAP_SYS_ADMIN)"
+        if doubt
+        else "tar is held in the directory that it writes to",
+    )
 
 
 def _directories(config: Config) -> Iterator[Diagnosis]:

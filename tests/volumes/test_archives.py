@@ -280,7 +280,9 @@ def test_a_tar_that_cannot_be_confined_is_not_run(tmp_path, tree, monkeypatch):
     def without_the_right(*arguments: Any) -> list[str]:
         return ["setpriv", "--bounding-set=-sys_admin", *confined_(*arguments)]
 
+    assert confined.doubt("/") == ""
     monkeypatch.setattr(confined, "command", without_the_right)
+    assert "Operation not permitted" in confined.doubt("/")
     with (tmp_path / "a.tar").open("wb") as archive:
         pack(opened(tree), archive, Progress("p"))
     with pytest.raises(StoreFailed, match="tar: it cannot be confined.*Operation not permitted"):
