@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 from collections.abc import Collection
 
 import grpc
 
+from blockdev import daemon
 from csi.calls import service_handler
 from csi.controller import Controller
 from csi.drivers import CsiDriver
@@ -78,16 +78,9 @@ class Server:
 
     def start(self) -> None:
         """BadRequest if another process answers on the socket; a socket that nobody serves is replaced."""
-        os.makedirs(os.path.dirname(self._path), mode=0o750, exist_ok=True)
-        if _answers(self._path):
+        if daemon.answers(self._path):
             raise BadRequest("--endpoint", f"unix://{self._path}", "another process serves this socket; stop it first")
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._path)
-        before = os.umask(0o077)
-        try:
-            self._server.add_insecure_port(f"unix:{self._path}")
-        finally:
-            os.umask(before)
+        daemon.listen(self._server, self._path)
         self._server.start()
 
     def stop(self) -> None:
@@ -98,12 +91,3 @@ class Server:
             workers.close()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._path)
-
-
-def _answers(path: str) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(path)
-        except OSError:
-            return False
-        return True

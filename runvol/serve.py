@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import signal
-import socket
 import threading
 import time
 from collections.abc import Sequence
 
+from blockdev import daemon
 from guestmount import Node, boot, repair
 from runvol import assembly, version
 from runvol.config import Config
@@ -20,20 +19,6 @@ log = logging.getLogger("runvol")
 
 # Seconds that threads without work have to end.
 _MOMENT, _STEP = 1.0, 0.01
-
-
-def signals() -> socket.socket:
-    """Readable once SIGTERM or SIGINT has come.
-
-    The kernel may hand a signal to any thread; Python's handlers run in the main one, which a wait on a lock would
-    never wake for them. The wake-up descriptor is written by the C handler, in whichever thread it runs.
-    """
-    told, tell = socket.socketpair()
-    tell.setblocking(False)
-    signal.set_wakeup_fd(tell.detach())
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
-    return told
 
 
 def leave() -> None:
@@ -69,7 +54,7 @@ def csi_plugin(config: Config) -> None:
     from csi import Server, drivers
     from flexvolume.service import Service
 
-    told = signals()
+    told = daemon.signals()
     node = assembly.build(config)
     servers = [
         Server(

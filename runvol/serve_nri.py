@@ -6,9 +6,9 @@ import os
 import select
 import threading
 
+from blockdev import daemon
 from runvol import assembly
 from runvol.config import Config
-from runvol.serve import signals
 
 # Seconds between two looks at whether the plugin's thread still runs.
 _LOOK = 5.0
@@ -20,7 +20,7 @@ def serve(config: Config) -> None:
 
     run_dir = config.text("paths.run_dir")
     os.makedirs(run_dir, mode=0o700, exist_ok=True)
-    told, stop = signals(), threading.Event()
+    told, stop = daemon.signals(), threading.Event()
     plugin = nri.Plugin(assembly.claims(config), assembly.detector(config).of_handler)
     serving = threading.Thread(target=nri.serve, args=(plugin, run_dir, config.text("nri.socket"), stop), name="plugin")
     serving.start()

@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import signal
-import socket
 
 import grpc
 
+from blockdev import daemon
 from snapshotter.errors import BadRequest
 from snapshotter.node import Node
 from snapshotter.service import Observer, Service
@@ -34,7 +33,7 @@ def socket_path(endpoint: str) -> str:
 
 def serve(node: Node, *, endpoint: str, limit: float, observe: Observer | None = None) -> None:
     """Serve until SIGTERM or SIGINT; calls under way then have ten seconds."""
-    path, told = socket_path(endpoint), _signals()
+    path, told = socket_path(endpoint), daemon.signals()
     workers = Workers(_WORKERS)
     service = Service(node, workers, limit=limit, observe=observe, background=node.background)
     server = grpc.server(
@@ -45,27 +44,17 @@ def serve(node: Node, *, endpoint: str, limit: float, observe: Observer | None =
         ],
     )
     server.add_generic_rpc_handlers((service.handler(), service.health()))
-    _listen(server, path)
+    daemon.listen(server, path)
     server.start()
     node.start()
-    notify("READY=1")
+    daemon.notify("READY=1")
     told.recv(1)
-    notify("STOPPING=1")
+    daemon.notify("STOPPING=1")
     server.stop(_GRACE).wait()
     service.close()
     node.stop()
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
-
-
-def _signals() -> socket.socket:
-    """Readable once SIGTERM or SIGINT has come, whichever thread the kernel gave it to."""
-    told, tell = socket.socketpair()
-    tell.setblocking(False)
-    signal.set_wakeup_fd(tell.detach())
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
-    return told
 
 
 def alone(endpoint: str, state_dir: str, identity: str = "") -> list[int]:
@@ -74,7 +63,7 @@ def alone(endpoint: str, state_dir: str, identity: str = "") -> list[int]:
 
     BadRequest if there is one.
     """
-    if _answers(socket_path(endpoint)):
+    if daemon.answers(socket_path(endpoint)):
         raise BadRequest("--endpoint", endpoint, "another process serves this socket; stop it first")
     held = [_locked(os.path.join(state_dir, "lock"), state_dir, "another process uses it; stop that first")]
     if identity:
@@ -92,35 +81,3 @@ def _locked(path: str, state_dir: str, why_not: str) -> int:
         os.close(lock)
         raise BadRequest("snapshotter.state_dir", state_dir, why_not) from None
     return lock
-
-
-def _answers(path: str) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(path)
-        except OSError:
-            return False
-        return True
-
-
-def _listen(server: grpc.Server, path: str) -> None:
-    os.makedirs(os.path.dirname(path), mode=0o750, exist_ok=True)
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-    before = os.umask(0o077)
-    try:
-        server.add_insecure_port(f"unix:{path}")
-    finally:
-        os.umask(before)
-
-
-def notify(state: str) -> None:
-    """Tell systemd, where it asked (sd_notify)."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address:
-        return
-    if address.startswith("@"):
-        address = "\0" + address[1:]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out, contextlib.suppress(OSError):
-        out.connect(address)
-        out.send(state.encode())
