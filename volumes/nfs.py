@@ -10,13 +10,12 @@ import builtins
 import contextlib
 import itertools
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
 from blockdev import Deadline, nfs
-from volumes import exports, nfs_deletion, nfs_share, share, share_lock, sizes
+from volumes import exports, nfs_deletion, nfs_records_place, nfs_share, share, share_lock, sizes
 from volumes.backend import Keeper, Unkept
 from volumes.errors import InvalidParameter, VolumeConflict, VolumeNotFound, VolumeUnfinished
 from volumes.export_ids import id_of, key, name_of, short
@@ -51,7 +50,7 @@ class NfsBackend:
         `cluster`: who says what a cluster's objects name."""
         self._exports = Exports(state_dir, exports_known, cluster)
         # Many, as each may wait for a server of its own.
-        self._jobs = Jobs(running=16, of_one=12, family=_share_of)
+        self._jobs = Jobs(running=16, of_one=12, family=self._exports.server_of)
         self.keeper: Keeper = Unkept()
         # In the names of what is being made, so that two controllers never write to the same.
         own = os.urandom(6).hex()
@@ -96,7 +95,7 @@ class NfsBackend:
                 record = _as_it_stands(one, short(handle))
                 if record is None:
                     record = self._begun(one, handle, name, size, parameters, source)
-                _check_same(record, name, size, parameters, source)
+                _check_same(record, name, place.elsewhere, size, parameters, source)
                 if not record.ready and source is None:
                     record = _made(one, record)
             if not record.ready and source is not None:
@@ -112,6 +111,7 @@ class NfsBackend:
         source: ContentSource | None,
     ) -> Record:  # fmt: skip
         """The record of a new volume, of which nothing is there yet."""
+        nfs_records_place.check(one)
         smallest = _SMALLEST if source is None else self._size_of(one, source, parameters)
         where = nfs_share.directory_of(name, parameters)
         record = Record(
@@ -122,6 +122,8 @@ class NfsBackend:
         record = msgspec.structs.replace(record, made=_made_by_us(one, record))
         if parameters.get("subDir") or not record.made:  # otherwise its directory is its own, and new
             nfs_share.check_place(one, record)
+        if record.made is not False:
+            nfs_share.check_one_filesystem(one, record)
         if source is not None:
             nfs_share.check_free(one, record)
         share.write(one.records, record)
@@ -171,7 +173,7 @@ class NfsBackend:
             share.enough_space(f"the deletion of volume {volume_id}"),
         ):
             nfs_deletion.delete(one, volume_id, self._jobs)
-            place, left = one.place, share.names(one.root, "gone-")
+            place, left = one.place, share_lock.half_names(one.root)
         what = f"tidying {place.data.source}"
         if left:  # by calls that were killed, and whose callers do not come again
             with contextlib.suppress(*EXPECTED):
@@ -304,15 +306,10 @@ def _has_volumes(records: int) -> bool:
     return any(not one.path for one in share.records(records, NFS_VOLUME, Record, share.passed_over))
 
 
-def _share_of(work: str) -> str:
-    """Of which share a work is, by the ids in its key: one share's trouble leaves places for the others."""
-    found = re.search(r"nfs(?:snap)?-([0-9a-f]{12})-", work)
-    return found[1] if found else work
-
-
 def _without_abandoned(place: nfs_share.Place) -> None:
     with nfs_share.opened(place) as one:
-        share_lock.tidy_abandoned(one.records, one.root, "gone-")
+        for prefix in share_lock.HALF:
+            share_lock.tidy_abandoned(one.records, one.root, prefix)
 
 
 def _as_it_stands(one: Share, volume_id: str) -> Record | None:
@@ -377,8 +374,11 @@ def _with_directory(one: Share, record: Record) -> tuple[Record, bool]:
 
 
 def _check_same(
-    old: Record, name: str, size: SizeRange, parameters: Mapping[str, str], source: ContentSource | None
+    old: Record, name: str, path: str, size: SizeRange, parameters: Mapping[str, str], source: ContentSource | None
 ) -> None:
+    """`path`: the export of its directory, where the records lie elsewhere."""
+    if (old.name, old.path) != (name, path):
+        raise VolumeUnfinished(f"the share's {RECORDS}/{old.volume_id}.json is the record of another volume; remove it")
     if old.parameters != dict(parameters):
         raise VolumeConflict(name, f"was made with the parameters {old.parameters}")
     if short(old.source) != short(str(source or "")):

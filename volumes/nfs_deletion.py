@@ -14,11 +14,12 @@ from collections.abc import Sequence
 
 import msgspec
 
+from blockdev import BlockdevError
 from volumes import nfs_share, share, share_lock
 from volumes.errors import StoreFailed, VolumeUnfinished
 from volumes.export_ids import short
 from volumes.jobs import Jobs
-from volumes.nfs_share import ARCHIVE, Share, gone_name, is_in, new_name
+from volumes.nfs_share import ARCHIVE, Share, gone_name, is_in, new_name, place_on_server
 from volumes.share import NFS_SNAPSHOT, RECORDS, Record, SnapshotRecord
 from volumes.troubles import log, logged
 
@@ -32,18 +33,16 @@ def delete(one: Share, volume_id: str, jobs: Jobs) -> None:
     VolumeUnfinished, NotRemoved, WaitExpired: the next call goes on."""
     with share_lock.changing(one.records):
         record = share.read(one.records, volume_id, Record)
-        waited, in_place = _renamed(one, record, jobs) if record is not None else ([], False)
+        copies, in_place = _renamed(one, record, jobs) if record is not None else ([], False)
         if record is None:
             share.remove(one.records, volume_id)  # what a kill has left of its first record
     _tidied(one, volume_id, record)
-    for other in waited:
-        remove_gone(one, other)
+    for copy in copies:
+        remove_gone(one, copy)
     if record is not None and in_place:
-        share.remove_tree(one.root, record.directory)
-        with share_lock.changing(one.records):
-            now = share.read(one.records, volume_id, Record)
-            if now is not None and now.serial == record.serial:
-                share.remove(one.records, volume_id)
+        _removed_where_it_lies(one, record)
+    if record is not None:
+        _without_tombs(one, record)
 
 
 def remove_gone(one: Share, volume_id: str) -> None:
@@ -56,46 +55,92 @@ def settle(one: Share, record: Record) -> Record | None:
     """A deleted volume whose directory waited for others: None once it is gone, as none of them is left. To be called
     while nobody else changes the share."""
     living, tombs, damaged = _others(one, record)
-    if damaged or any(is_in(one, other, record) for other in living):
+    if record.deleting or damaged or any(is_in(one, other, record) for other in living):
         return record
-    _taken_away(one, record, archived=_is_archived(one, record, tombs), sure=True)
+    if not _taken_away(one, record, archived=_is_archived(one, record, tombs), sure=True):
+        record = msgspec.structs.replace(record, deleting=True)
+        _marked(one, record)
+        return record
     share.remove(one.records, record.volume_id)
     return None
 
 
 def _renamed(one: Share, record: Record, jobs: Jobs) -> tuple[list[str], bool]:
-    """What of the volume has a name has another one, or none. Other volumes that only waited for it, whose files are to
-    be removed, too; and whether its own have to be removed where they lie."""
+    """What of the volume has a name has another one, or none. Half copies of it, whose files are to be removed, too;
+    and whether its own have to be removed where they lie."""
+    if record.gone:
+        return [], False  # it waits for others, and goes with the last of them
     if record.deleting:
         return [], True
-    waited: list[str] = []
     living, tombs, damaged = _others(one, record)
-    if record.gone:
-        settle(one, record)
-        return [], False
-    waited += _without_half_copies(one, record, living, jobs)
+    copies = _without_half_copies(one, record, living, jobs)
     if damaged and record.parameters.get("subDir"):
         raise VolumeUnfinished(f"{damaged[0]}; it may be of a volume in the same subDir as {record.volume_id}")
     if any(is_in(one, other, record) for other in living) and record.directory and record.made is not False:
         _marked(one, msgspec.structs.replace(record, ready=False, gone=True))
-        return waited, False
-    try:
-        _taken_away(one, record, archived=_is_archived(one, record, tombs), sure=not damaged)
-        # What was deleted before, and only waited for this one.
-        for other in sorted(tombs, key=lambda tomb: len(tomb.directory), reverse=True):
-            if is_in(one, record, other) and not any(is_in(one, third, other) for third in living):
-                archived = _is_archived(one, other, [*tombs, record])
-                _taken_away(one, other, archived=archived, sure=not damaged)
-                nfs_share.forget(one, other)
-                waited.append(other.volume_id)
-    except OSError as error:
-        if error.errno not in _FULL or record.directory == "" or _is_archived(one, record, tombs):
-            raise
-        # Not even for another name. Nobody makes it anew meanwhile.
+        return copies, False
+    if not _taken_away(one, record, archived=_is_archived(one, record, tombs), sure=not damaged):
+        # Nobody makes it anew meanwhile.
         _marked(one, msgspec.structs.replace(record, ready=False, deleting=True))
-        return waited, True
-    share.remove(one.records, record.volume_id)
-    return waited, False
+        return copies, True
+    _forgotten(one, record)
+    return copies, False
+
+
+def _forgotten(one: Share, record: Record) -> None:
+    """No record of a volume whose directory is gone; it stays, as one of them, where others waited for this one, until
+    `_without_tombs` is done with all."""
+    if any(tomb.gone and is_in(one, record, tomb) for tomb in nfs_share.all_records(one, share.passed_over)):
+        _marked(one, msgspec.structs.replace(record, ready=False, gone=True, deleting=False))
+    else:
+        share.remove(one.records, record.volume_id)
+
+
+def _removed_where_it_lies(one: Share, record: Record) -> None:
+    """The files of a volume that could get no other name, and then its record. What lies there by now and is not what
+    was made for it is archived. NotRemoved, WaitExpired."""
+    if _is_its_own(one, record):
+        share.remove_tree(one.root, record.directory)
+    with share_lock.changing(one.records):
+        now = share.read(one.records, record.volume_id, Record)
+        if now is not None and now.serial == record.serial and now.deleting:
+            if share.is_there(one.root, record.directory):
+                _archive(one, record)
+            if record.gone:
+                share.remove(one.records, record.volume_id)
+            else:
+                _forgotten(one, record)
+
+
+def _without_tombs(one: Share, record: Record) -> None:
+    """Volumes that were deleted, and whose directories waited for this one that lay in them, are gone where no other
+    does. After everything else, when there is room again. NotRemoved, WaitExpired."""
+    for tomb in _waiting(one, record):
+        with contextlib.ExitStack() as stack:
+            try:
+                there = stack.enter_context(nfs_share.at(one, tomb))
+            except BlockdevError as error:  # another export, which may be no more
+                log.warning("a deleted volume stays on its share", extra={"volume": tomb.volume_id, "why": str(error)})
+                continue
+            with share_lock.changing(one.records):
+                now = share.read(one.records, tomb.volume_id, Record)
+                if now is None or not now.gone or now.serial != tomb.serial:
+                    continue
+                now = settle(there, now)
+            remove_gone(there, tomb.volume_id)
+            if now is not None and now.deleting:
+                _removed_where_it_lies(there, now)
+
+
+def _waiting(one: Share, record: Record) -> list[Record]:
+    """The deleted volumes around this one in which nobody lives, those inside others first, and this one at the end: as
+    long as it is there a repeated deletion goes on."""
+    found = [*nfs_share.all_records(one, share.passed_over)]
+    living = [other for other in found if not other.gone]
+    around = [tomb for tomb in found if tomb.gone and is_in(one, record, tomb)]
+    waiting = [tomb for tomb in around if not any(is_in(one, other, tomb) for other in living)]
+    own = record.volume_id
+    return sorted(waiting, key=lambda tomb: (tomb.volume_id == own, -len(place_on_server(one, tomb))))
 
 
 def _others(one: Share, record: Record) -> tuple[list[Record], list[Record], list[str]]:
@@ -141,25 +186,32 @@ def _without_half_copies(one: Share, record: Record, living: Sequence[Record], j
     return [*copies, *archives]
 
 
-def _taken_away(one: Share, record: Record, *, archived: bool, sure: bool) -> None:
+def _taken_away(one: Share, record: Record, *, archived: bool, sure: bool) -> bool:
     """The directory of a deleted volume is archived, or out of everybody's sight; what was there before the volume
-    stays. Where not all is known (`sure`), nothing is removed that might be somebody's."""
+    stays. Where not all is known (`sure`), nothing is removed that might be somebody's. False where it is to be
+    removed, and the share has no room for another name, or none on that filesystem."""
     if not record.directory or record.made is False:
-        return
+        return True
     if record.serial and not record.inode:
         # Its creation ended before anything was made that is known to be ours.
         with contextlib.suppress(OSError), share.parent(one.root, record.directory) as (fd, name):
             os.rmdir(name, dir_fd=fd)
-        return
+        return True
     if archived or not sure or not _is_its_own(one, record):
         _archive(one, record)
-        return
+        return True
     with (
         contextlib.suppress(FileNotFoundError),
         share.parent(one.root, record.directory) as (fd, name),
         share.place_of_records(one.root) as records,
     ):
-        os.rename(name, gone_name(record.volume_id), src_dir_fd=fd, dst_dir_fd=records)
+        try:
+            os.rename(name, gone_name(record.volume_id), src_dir_fd=fd, dst_dir_fd=records)
+        except OSError as error:
+            if error.errno not in (*_FULL, errno.EXDEV):
+                raise
+            return False
+    return True
 
 
 def _is_its_own(one: Share, record: Record) -> bool:
@@ -172,10 +224,12 @@ def _archive(one: Share, record: Record) -> None:
     was = os.fsencode(record.directory.replace("/", "-"))[:200].decode("utf-8", "ignore")
     first = f"{ARCHIVE}{was}-{record.volume_id[-8:]}"
     with contextlib.suppress(FileNotFoundError), share.parent(one.root, record.directory) as (fd, name):
+        # Beside it, where that is another filesystem of the server's than the share.
+        target = fd if os.fstat(fd).st_dev != os.fstat(one.root).st_dev else one.root
         for number in range(1, _ARCHIVES + 1):
             archived = first if number == 1 else f"{first}-{number}"
             try:
-                os.rename(name, archived, src_dir_fd=fd, dst_dir_fd=one.root)
+                os.rename(name, archived, src_dir_fd=fd, dst_dir_fd=target)
                 return
             except OSError as error:
                 # An earlier volume of this name was archived, too; or somebody has put something of this name there.
@@ -188,7 +242,7 @@ def _tidied(one: Share, volume_id: str, record: Record | None) -> None:
     """No files are left of volumes of this id that have no record any more, nor of this one that never got whole. What
     somebody makes for another one of that name in this moment is not touched."""
     remove_gone(one, volume_id)
-    if record is not None:
+    if record is not None and record.serial:
         share.tidy(one.root, new_name(record))
     else:
         share_lock.tidy_abandoned(one.records, one.root, f"new-{volume_id}.")

@@ -9,8 +9,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import msgspec
-
 from blockdev import nfs
 from volumes import exports, share, share_lock
 from volumes.errors import InvalidParameter, VolumeConflict, VolumeUnfinished
@@ -118,19 +116,21 @@ def is_same(one: Share, other: Record, record: Record) -> bool:
 
 
 def all_records(one: Share, trouble: Trouble) -> Iterator[Record]:
-    """Of all volumes on the share: also those whose records lie on the export of the directories itself, although this
-    one's do not."""
-    yield from share.records(one.records, share.NFS_VOLUME, Record, trouble)
-    if one.place.elsewhere:
-        for other in share.records(one.root, share.NFS_VOLUME, Record, trouble):
-            if not other.path:
-                yield msgspec.structs.replace(other, path=one.place.data.path)
+    """Of all volumes whose directories may lie on the share. What lies on the export of the directories itself is
+    believed in nothing where the records are kept elsewhere: pods may have that whole (see `nfs_records_place`)."""
+    return share.records(one.records, share.NFS_VOLUME, Record, trouble)
 
 
-def forget(one: Share, record: Record) -> None:
-    """No record of the volume, on whichever of the two exports it lies (see `all_records`)."""
-    for root in {one.records, one.root}:
-        share.remove(root, record.volume_id)
+@contextlib.contextmanager
+def at(one: Share, record: Record) -> Iterator[Share]:
+    """The share as another record of the same place has it: its directory may lie on another export. ServerSilent,
+    MountFailed."""
+    place = of_record(record, one.place.records)
+    if place.data.path == one.place.data.path:
+        yield one
+        return
+    with exports.opened(place.data) as root:
+        yield Share(place, root, one.records)
 
 
 def in_the_same(one: Share, record: Record) -> list[Record]:
@@ -140,16 +140,31 @@ def in_the_same(one: Share, record: Record) -> list[Record]:
 
 
 def check_place(one: Share, record: Record) -> None:
-    """VolumeUnfinished while what lies where the new volume's directory would be, or around it, is being removed;
-    VolumeConflict where it belongs to volumes that keep their records elsewhere than this class."""
+    """VolumeUnfinished while what lies where the new volume's directory would be, or around it, is being removed."""
     for other in all_records(one, share.passed_over):
         if not is_in(one, other, record) and not is_in(one, record, other):
             continue
         if other.deleting:
             raise VolumeUnfinished(f"volume {other.name}, which lies in the same place, is being deleted; ask again")
-        if one.place.elsewhere and not share.is_record(one.records, other.volume_id):
-            raise VolumeConflict(record.name, f"its directory {record.directory!r} is in one with that of volume "
-                                 f"{other.name}, whose records lie on the export itself")  # fmt: skip
+
+
+def check_one_filesystem(one: Share, record: Record) -> None:
+    """InvalidParameter where the volume's directory would be made on another filesystem of the server's than the
+    export: from there it could not be archived, nor its content come from a copy."""
+    fd, there = os.dup(one.root), os.fstat(one.root).st_dev
+    try:
+        for part in record.directory.split("/")[:-1]:
+            try:
+                below = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+            except OSError:
+                return  # it is to be made, or says itself what is wrong
+            os.close(fd)
+            fd = below
+            if os.fstat(fd).st_dev != there:
+                why = f"{part!r} is another filesystem of the server than {one.place.data.path}; name that as `path`"
+                raise InvalidParameter("subDir", record.directory, why)
+    finally:
+        os.close(fd)
 
 
 def inode_of(one: Share, path: str) -> int:

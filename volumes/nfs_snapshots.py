@@ -119,6 +119,7 @@ class NfsSnapshots:
         working = self._jobs.progress(made.volume_id) is not None
         place = nfs_share.of_record(made, export)
         if not working and place.elsewhere:
+            working = True  # unless it can be looked at
             with contextlib.suppress(BlockdevError), exports.opened(place.data) as root:
                 working = share_lock.is_worked_on(records, root, made.volume_id)
         elif not working:

@@ -32,10 +32,12 @@ RECORDS = ".runvol"
 # What the ids of volumes and of snapshots begin with.
 NFS_VOLUME, NFS_SNAPSHOT = "nfs-", "nfssnap-"
 # What is called so: see `export_ids.id_of`.
-_RECORD = re.compile(r"nfs(?:snap)?-[0-9a-f]{12}-[0-9a-f]{20}\.json")
+A_RECORD = re.compile(r"nfs(?:snap)?-[0-9a-f]{12}-[0-9a-f]{20}\.json")
 _LONGEST = 65536
 # So many records of one share are looked at, and so many bytes of them; more than runvol ever makes there.
 _MOST, _MOST_BYTES = 100_000, 64 << 20
+# What the specification allows of a name; a NUL would part it where an id puts its own (`export_ids.name_of`).
+NAME = re.compile(r"[^\x00-\x1f\x7f-\x9f]{1,1000}")
 _SOURCE = re.compile(r"(?:(?:volume|snapshot):[a-z0-9.-]{1,128})?")
 # The parameters that a record may keep, and what they may be.
 _KNOWN: Mapping[str, Callable[[str], bool]] = {
@@ -94,14 +96,15 @@ R = TypeVar("R", Record, SnapshotRecord)
 
 def read(root: int, name: str, kind: type[R]) -> R | None:
     """The record of this id; VolumeUnfinished if it cannot be read."""
-    raw = _raw(root, name)
+    raw = content(root, f"{name}.json")
     return None if raw is None else _decoded(raw, name, kind)
 
 
-def _raw(root: int, name: str) -> bytes | None:
+def content(root: int, name: str) -> bytes | None:
+    """Of the file among the records, as much as a record may have; None where it is not there. VolumeUnfinished."""
     try:
         with opened(root, RECORDS) as place:
-            return _content(place, f"{name}.json")
+            return _content(place, name)
     except FileNotFoundError:
         return None
 
@@ -130,6 +133,8 @@ def _decoded(raw: bytes, name: str, kind: type[R]) -> R:
 
 def _wrong(record: Record | SnapshotRecord) -> str:
     """What no runvol can have written, in words; empty where there is nothing of the kind."""
+    if not NAME.fullmatch(record.name):
+        return f"no volume is called {record.name[:200]!r}"
     if not _is_named(record):
         return f"it says that it is {record.name[:200]!r}, which has another id"
     if not 0 < record.capacity <= sizes.LARGEST:
@@ -191,8 +196,8 @@ def write_over(root: int, record: Record) -> None:
     if fd is None:
         raise VolumeUnfinished(f"the share's {RECORDS}/{record.volume_id}.json is no regular file; remove it")
     try:
-        os.pwrite(fd, content, 0)
-        os.ftruncate(fd, len(content))
+        # Never shorter, and in one piece: whoever is killed here leaves the one record or the other.
+        durable.write_all(fd, content.ljust(os.fstat(fd).st_size))
         os.fsync(fd)
     finally:
         os.close(fd)
@@ -229,7 +234,7 @@ def records(
     A file whose name can be nobody's id is none, whatever it says: everybody on the share can put one there.
     """
     found = [
-        (at, file) for file in names(root, prefix, _RECORD) if (at := order(file.removesuffix(".json"))) is not None
+        (at, file) for file in names(root, prefix, A_RECORD) if (at := order(file.removesuffix(".json"))) is not None
     ]
     left = _MOST_BYTES
     for number, (file, raw) in enumerate(_read_ahead(root, [file for _at, file in sorted(found)])):

@@ -15,12 +15,14 @@ import threading
 import time
 from collections.abc import Iterator
 
-from blockdev import beneath, flocks
+from blockdev import BlockdevError, beneath, flocks
 from volumes import share
 from volumes.errors import StoreFailed, VolumeUnfinished
 from volumes.share import RECORDS
 
 LOCK = "lock"
+# What the names of half-made, and of half-removed, directories begin with.
+HALF = ("new-", "gone-")
 # Seconds: for others' changes, which take milliseconds; between two looks; between two touches; and after the last one.
 _PATIENCE, _STEP, _BEAT, _ALIVE = 8.0, 0.02, 20.0, 120.0
 # What a server says that has no locks to give.
@@ -139,16 +141,30 @@ def is_worked_on(records: int, root: int, one_id: str) -> bool:
     return False
 
 
+def half_names(root: int) -> list[str]:
+    """What lies there half-made, or half-removed, by whomever."""
+    return [name for prefix in HALF for name in share.names(root, prefix)]
+
+
 def tidy_abandoned(records: int, root: int, prefix: str) -> None:
-    """Nothing that nobody works on is left under such names."""
+    """Nothing that nobody works on is left under such names. What cannot be removed keeps none of the others: OSError or
+    BlockdevError of the first, at the end."""
     names = share.names(root, prefix)
     now = _server_time(records) if names else None
+    first: OSError | BlockdevError | None = None
     for name in names:
-        with share.opened(root, RECORDS) as place:
-            facts = os.stat(name, dir_fd=place, follow_symlinks=False)
-        # Whoever gave it that name has it for a while, too, which its own time does not tell.
-        if now is not None and max(facts.st_mtime, facts.st_ctime) <= now - _ALIVE:
-            share.remove_tree(root, f"{RECORDS}/{name}")
+        try:
+            with share.opened(root, RECORDS) as place:
+                facts = os.stat(name, dir_fd=place, follow_symlinks=False)
+            # Whoever gave it that name has it for a while, too, which its own time does not tell.
+            if now is not None and max(facts.st_mtime, facts.st_ctime) <= now - _ALIVE:
+                share.remove_tree(root, f"{RECORDS}/{name}")
+        except FileNotFoundError:
+            continue  # another controller was faster
+        except (OSError, BlockdevError) as error:
+            first = first or error
+    if first is not None:
+        raise first
 
 
 def _server_time(records: int) -> float | None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from blockdev import Deadline, nfs
@@ -32,6 +33,7 @@ from volumes import (
     exports,
     nfs_deletion,
     nfs_filling,
+    nfs_share,
     share_lock,
 )
 from volumes import share as on_share
@@ -409,7 +411,7 @@ def test_records_may_lie_where_no_pod_can_write(fresh, shares):
     volume = make(backend, "one", **more)
     (shares / "e/one/f").write_text("x")
     assert volume.parameters["path"] == "/e/one"
-    assert not (shares / "e/.runvol").exists()
+    assert sorted(os.listdir(shares / "e/.runvol")) == ["lock", "records-path"]
     assert backend.attach(volume.volume_id).path == "/e/one"
     # Freshly started, from the id alone.
     assert fresh().get(volume.volume_id) == volume
@@ -479,7 +481,7 @@ def test_exports_within_one_another_are_one_place(fresh, shares, order):
 def test_volumes_whose_records_lie_here_and_there_share_no_directory(fresh, shares):
     """An operator turns `recordsPath` on for a class."""
     before = make(fresh(), "before", subDir="team", **REMOVED)
-    with pytest.raises(VolumeConflict, match="records lie on the export itself"):
+    with pytest.raises(InvalidParameter, match="volumes on /e whose records lie there; delete them first"):
         make(fresh(), "after", subDir="team/x", recordsPath="/records", **REMOVED)
     assert not list((shares / "records").rglob("*.json"))
     fresh().delete(before.volume_id)
@@ -651,3 +653,184 @@ def test_many_records_are_read_side_by_side(fresh, share, monkeypatch):
     assert sorted(listed) == sorted(one.name for one in made if one is not made[7])
     assert len(told) == 1
     assert max(most) > 2
+
+
+# -- a share without room for another name, or of several filesystems
+
+
+def no_names(*_arguments: object, **_more: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_what_would_be_archived_is_not_removed_for_want_of_room(fresh, share, monkeypatch):
+    volume = make(fresh(), "a", **REMOVED)
+    os.rename(share / "a", share / "a.bak")
+    (share / "a").mkdir()
+    (share / "a/precious").write_text("from a backup")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", no_names)
+        with pytest.raises(NoSpace):
+            fresh().delete(volume.volume_id)
+    assert (share / "a/precious").read_text() == "from a backup"
+    fresh().delete(volume.volume_id)
+    assert [path.read_text() for path in share.glob("archived-a-*/precious")] == ["from a backup"]
+
+
+def test_what_is_put_in_the_place_of_a_volume_that_goes_is_archived(fresh, share, monkeypatch):
+    """On a full share it goes where it lies, and takes its time."""
+    volume, real, rename = make(fresh(), "a", **REMOVED), share_lock.changing, os.rename
+    (share / "restored").mkdir()
+    turns = itertools.count()
+
+    def changing(records: int) -> object:
+        if next(turns) == 1:
+            rename(share / "restored", share / "a")
+            (share / "a/precious").write_text("new")
+        return real(records)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", no_names)
+        patched.setattr(share_lock, "changing", changing)
+        with pytest.raises(NoSpace):
+            fresh().delete(volume.volume_id)
+    fresh().delete(volume.volume_id)
+    assert [path.read_text() for path in share.glob("archived-a-*/precious")] == ["new"]
+    assert os.listdir(share / ".runvol") == ["lock"]
+
+
+def test_what_waited_for_others_goes_on_a_full_share_too(fresh, share, monkeypatch):
+    outer = make(fresh(), "outer", subDir="team", **REMOVED)
+    (share / "team/big").write_text("x")
+    inner = make(fresh(), "inner", subDir="team/i", **REMOVED)
+    fresh().delete(outer.volume_id)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", no_names)
+        fresh().delete(inner.volume_id)
+    assert not (share / "team").exists()
+    assert os.listdir(share / ".runvol") == ["lock"]
+
+
+@pytest.mark.parametrize("after", range(1, 9))
+def test_a_deletion_that_was_killed_leaves_nothing_that_waited(fresh, share, monkeypatch, after):
+    volumes = [make(fresh(), name, subDir=where, **REMOVED) for name, where in
+               (("outer", "team"), ("middle", "team/m"), ("inner", "team/m/i"))]  # fmt: skip
+    for volume in volumes[:2]:
+        fresh().delete(volume.volume_id)
+    steps = itertools.count(1)
+
+    def killing(call: Callable[..., object]) -> Callable[..., object]:
+        def step(*arguments: object, **more: object) -> object:
+            if next(steps) == after:
+                raise Killed
+            return call(*arguments, **more)
+
+        return step
+
+    with monkeypatch.context() as patched:
+        for where, name in ((os, "rename"), (on_share, "write"), (on_share, "remove"), (on_share, "remove_tree")):
+            patched.setattr(where, name, killing(getattr(where, name)))
+        with contextlib.suppress(Killed):
+            fresh().delete(volumes[2].volume_id)
+    fresh().delete(volumes[2].volume_id)
+    assert sorted(os.listdir(share)) == [".runvol"]
+    assert not list(share.glob(".runvol/*.json"))
+    monkeypatch.setattr(share_lock, "_ALIVE", -1.0)
+    fresh().delete(make(fresh(), "another", **REMOVED).volume_id)
+    until = time.monotonic() + 10
+    while os.listdir(share / ".runvol") != ["lock"]:
+        assert time.monotonic() < until, os.listdir(share / ".runvol")
+        time.sleep(0.02)
+
+
+def test_a_directory_on_another_filesystem_of_the_server_is_refused(fresh, share, tmp_path):
+    (share / "team").mkdir()
+    with mounted(tmp_path / "image", share / "team", ["mkfs.ext4", "-q"], size=8 << 20):
+        with pytest.raises(InvalidParameter, match="'team' is another filesystem of the server than /e"):
+            make(fresh(), "one", subDir="team/x", **REMOVED)
+        assert not list(share.glob(".runvol/*.json"))
+        (share / "team/old").mkdir()
+        found = make(fresh(), "found", subDir="team/old", **REMOVED)
+        fresh().delete(found.volume_id)
+        assert (share / "team/old").is_dir()
+
+
+@pytest.mark.parametrize("keeps", ["true", "false"])
+def test_a_volume_that_was_made_on_another_filesystem_can_be_deleted(fresh, share, tmp_path, monkeypatch, keeps):
+    """By a release that did not refuse it."""
+    (share / "team").mkdir()
+    with mounted(tmp_path / "image", share / "team", ["mkfs.ext4", "-q"], size=8 << 20):
+        with monkeypatch.context() as patched:
+            patched.setattr(nfs_share, "check_one_filesystem", lambda *_: None)
+            volume = make(fresh(), "one", subDir="team/x", archiveOnDelete=keeps)
+        (share / "team/x/f").write_text("x")
+        fresh().delete(volume.volume_id)
+        left = sorted(name.split("-")[0] for name in os.listdir(share / "team"))
+        assert left == (["archived", "lost+found"] if keeps == "true" else ["lost+found"])
+    assert os.listdir(share / ".runvol") == ["lock"]
+
+
+def test_one_leftover_that_stays_keeps_no_other(fresh, share, monkeypatch):
+    volume, removed = make(fresh(), **REMOVED), on_share.remove_tree
+    for name in ("gone-nfs-1", "gone-nfs-2", "gone-nfs-3", "new-nfs-4"):
+        (share / ".runvol" / name).mkdir()
+
+    def stays(root: int, path: str) -> None:
+        if path.endswith("gone-nfs-2"):
+            raise OSError(errno.EPERM, "no")
+        removed(root, path)
+
+    monkeypatch.setattr(share_lock, "_ALIVE", -1.0)
+    monkeypatch.setattr(on_share, "remove_tree", stays)
+    fresh().delete(volume.volume_id)
+    until = time.monotonic() + 10
+    while sorted(os.listdir(share / ".runvol")) != ["gone-nfs-2", "lock"]:
+        assert time.monotonic() < until, os.listdir(share / ".runvol")
+        time.sleep(0.02)
+
+
+def test_a_leftover_that_another_controller_removes_meanwhile_is_none(fresh, share, monkeypatch):
+    make(fresh(), **REMOVED)
+    root = os.open(share, os.O_RDONLY)
+    monkeypatch.setattr(on_share, "names", lambda *_: ["gone-nfs-away"])
+    share_lock.tidy_abandoned(root, root, "gone-")
+    os.close(root)
+
+
+def test_a_record_that_is_written_over_is_whole_at_each_moment(fresh, share, monkeypatch):
+    volume = make(fresh(), "one", **REMOVED)
+    path, root = record(share, volume), os.open(share, os.O_RDONLY)
+    before = on_share.read(root, export_ids.short(volume.volume_id), on_share.Record)
+    monkeypatch.setattr(os, "fsync", lambda _fd: (_ for _ in ()).throw(Killed()))
+    for facts in ({"ready": False, "deleting": True}, {"deleting": False, "ready": True}, {"serial": ""}):
+        changed = msgspec.structs.replace(before, **facts)
+        with contextlib.suppress(Killed):
+            on_share.write_over(root, changed)
+        assert on_share.read(root, changed.volume_id, on_share.Record) == changed, path.read_text()
+    os.close(root)
+
+
+def test_a_snapshot_stays_where_nobody_can_look_who_copies_it(fresh, shares, monkeypatch):
+    more = {"recordsPath": "/records"}
+    volume = make(fresh(), "one", **more)
+    snapshot = fresh().take_snapshot("s", volume.volume_id, Deadline.after(20))
+    known = export_ids.short(snapshot.snapshot_id)
+    half = json.loads(next((shares / "records/.runvol").glob("nfs-*.json")).read_text())
+    other = export_ids.short(export_ids.id_of(nfs.Export(server="nas", path="/records"), "two\0/e", "nfs-"))
+    half |= {"name": "two", "volume_id": other, "ready": False, "source": f"snapshot:{known}", "handle": ""}
+    file = shares / "records/.runvol" / f"{other}.json"
+    file.write_text(json.dumps(half))
+    os.utime(file, (0, 0))
+    opened = exports.opened
+
+    @contextlib.contextmanager
+    def silent(export: nfs.Export) -> Iterator[int]:
+        if export.path == "/e":
+            raise nfs.ServerSilent(export.source, 1)
+        with opened(export) as root:
+            yield root
+
+    with monkeypatch.context() as patched:
+        patched.setattr(exports, "opened", silent)
+        with pytest.raises(VolumeUnfinished, match="being made from"):
+            fresh().delete_snapshot(snapshot.snapshot_id)
+    fresh().delete_snapshot(snapshot.snapshot_id)
