@@ -17,11 +17,14 @@ from csi.node import NodeService
 from csi.snapshots import GroupController
 from csi.workers import Workers
 from guestmount import BadRequest, Node
+from runvol_proto import csi_pb2
 
 SERVICES = ("identity", "controller", "node")
 _WORKERS, _LOOKING, _PROBING = 32, 16, 4
 _GRACE, _AFTER = 10.0, 1.0
 _SUFFIX = ".sock"
+# Seconds for one answer about nothing.
+_ANSWER = 3.0
 
 
 def socket_path(endpoint: str) -> str:
@@ -50,7 +53,7 @@ class Server:
         unknown = sorted(set(services) - set(SERVICES))
         if unknown:
             raise BadRequest("--services", ",".join(unknown), f"takes {', '.join(SERVICES)}")
-        self._path = socket_path(endpoint)
+        self.path, self.name = socket_path(endpoint), driver.name
         probing, looking = Workers("identity", _PROBING), Workers("looking", _LOOKING)
         self._workers = [probing, looking, Workers("controller", _WORKERS), Workers("node", _WORKERS)]
         _, _, controller, nodes = self._workers
@@ -78,10 +81,14 @@ class Server:
 
     def start(self) -> None:
         """BadRequest if another process answers on the socket; a socket that nobody serves is replaced."""
-        if daemon.answers(self._path):
-            raise BadRequest("--endpoint", f"unix://{self._path}", "another process serves this socket; stop it first")
-        daemon.listen(self._server, self._path)
+        if daemon.answers(self.path):
+            raise BadRequest("--endpoint", f"unix://{self.path}", "another process serves this socket; stop it first")
+        daemon.listen(self._server, self.path)
         self._server.start()
+
+    def answers(self) -> bool:
+        """Whether a caller gets an answer at the socket now."""
+        return answers(self.path, self.name)
 
     def stop(self) -> None:
         """Let the calls under way end (ten seconds at most), then remove the socket. A call that hangs in the kernel is
@@ -90,4 +97,18 @@ class Server:
         for workers in self._workers:
             workers.close()
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._path)
+            os.unlink(self.path)
+
+
+def answers(path: str, name: str) -> bool:
+    """Whether the driver of this name answers at the socket."""
+    with grpc.insecure_channel(f"unix:{path}") as channel:
+        ask = channel.unary_unary(
+            "/csi.v1.Identity/GetPluginInfo",
+            request_serializer=csi_pb2.GetPluginInfoRequest.SerializeToString,
+            response_deserializer=csi_pb2.GetPluginInfoResponse.FromString,
+        )
+        try:
+            return bool(ask(csi_pb2.GetPluginInfoRequest(), timeout=_ANSWER).name == name)
+        except grpc.RpcError:
+            return False

@@ -126,6 +126,11 @@ TABLE: Mapping[str, Setting] = {
         default="",
         meaning="the CSI socket of the driver nfs.csi.runvol.io, which serves volumes on NFS; empty for none",
     ),
+    "csi.plugins_registry": Setting(
+        default="auto",
+        meaning="where kubelet looks for plugins, and runvol introduces itself; `auto` is `plugins_registry` in the "
+        "first of node.roots; empty for not at all (a node-driver-registrar does it)",
+    ),
     "csi.metrics": Setting(default="", meaning="HOST:PORT of the plugin's metrics (loopback); empty for none"),
     "csi.services": Setting(default=("identity", "controller", "node"), meaning="the CSI services to serve"),
     "snapshotter.endpoint": Setting(default="unix:///run/runvol/snapshotter.sock", meaning="the socket for containerd"),

@@ -7,13 +7,18 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from blockdev import daemon
 from guestmount import Node, boot, repair
 from runvol import assembly, version
 from runvol.config import Config
 from volumes import work
+
+if TYPE_CHECKING:
+    from csi import Server
+    from csi.kubelet import Registration
 
 log = logging.getLogger("runvol")
 
@@ -45,6 +50,17 @@ def _repair(node: Node, state_dir: str) -> None:
 def _tell(done: Sequence[str]) -> None:
     for one in done:
         log.warning("repaired", extra={"what": one})
+
+
+def _registrations(config: Config, servers: Sequence[Server]) -> Iterator[Registration]:
+    from csi import kubelet
+
+    registry = kubelet.registry(config.text("csi.plugins_registry"), config.words("node.roots"))
+    for server in servers if registry else ():
+        told = kubelet.told_at(config.text("paths.run_dir"), server.name)
+        yield kubelet.Registration(
+            server.name, endpoint=server.path, registry=registry, alive=server.answers, told=told
+        )
 
 
 def csi_plugin(config: Config) -> None:
@@ -88,12 +104,20 @@ def csi_plugin(config: Config) -> None:
     )
     if flexvolume is not None:
         flexvolume.start()
+    registrations = [*_registrations(config, servers)] if "node" in config.words("csi.services") else []
+    for registration in registrations:
+        registration.start()
+    daemon.notify("READY=1")
+    daemon.watched(lambda: all(server.answers() for server in servers))
     endpoints = [config.text(key) for key in ("csi.endpoint", "csi.nfs_endpoint") if config.text(key)]
     log.info("serving", extra={"endpoint": ", ".join(endpoints), "node": config.node_id,
                                "services": list(config.words("csi.services")), "version": version()})  # fmt: skip
     threading.Thread(target=_repair, args=(node, config.text("paths.state_dir")), name="repair", daemon=True).start()
     told.recv(1)
     log.info("stopping")
+    daemon.notify("STOPPING=1")
+    for registration in registrations:
+        registration.stop()
     if flexvolume is not None:
         flexvolume.stop()
     for server in servers:

@@ -147,8 +147,8 @@ def half_names(root: int) -> list[str]:
 
 
 def tidy_abandoned(records: int, root: int, prefix: str) -> None:
-    """Nothing that nobody works on is left under such names. What cannot be removed keeps none of the others: OSError or
-    BlockdevError of the first, at the end."""
+    """Nothing that nobody works on is left under such names. What cannot be removed keeps none of the others: OSError,
+    or BlockdevError, of the first at the end."""
     names = share.names(root, prefix)
     now = _server_time(records) if names else None
     first: OSError | BlockdevError | None = None

@@ -1,0 +1,90 @@
+"""The plugin under systemd: told when it serves and as long as it does, with the capabilities that its unit leaves."""
+
+from __future__ import annotations
+
+import configparser
+import os
+import re
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.driver import POD, Driver, mount_capability
+from tests.kernel.__main__ import ROOT
+
+UNITS = sorted((ROOT / "deploy/systemd").glob("*.service"))
+# Each gives the service mounts of its own, from which none of ours would reach kubelet.
+OWN_MOUNTS = re.compile(
+    r"(Private(Tmp|Devices|Mounts|IPC)|Protect\w+|ReadOnlyPaths|ReadWritePaths|InaccessiblePaths|ExecPaths|NoExecPaths|"
+    r"TemporaryFileSystem|BindPaths|BindReadOnlyPaths|RootDirectory|RootImage|MountFlags|DynamicUser|RestrictSUIDSGID)"
+)
+
+
+def unit(name: str) -> configparser.ConfigParser:
+    read = configparser.ConfigParser(strict=False, interpolation=None)
+    read.optionxform = str  # type: ignore[assignment, method-assign]
+    read.read(ROOT / "deploy/systemd" / name)
+    return read
+
+
+@pytest.mark.parametrize("path", UNITS, ids=lambda path: path.name)
+def test_systemd_understands_the_unit(path: Path):
+    tool = shutil.which("systemd-analyze")
+    if tool is None:
+        pytest.skip("systemd-analyze is not installed on this machine")
+    done = subprocess.run([tool, "verify", path], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_unit_leaves_mounts_as_they_are():
+    service = unit("runvol-csi.service")["Service"]
+    assert service["ExecStart"].endswith("runvol csi")
+    assert [key for key in service if OWN_MOUNTS.fullmatch(key)] == []
+
+
+def test_the_capabilities_of_the_unit_are_enough(tmp_path: Path):
+    names = unit("runvol-csi.service")["Service"]["CapabilityBoundingSet"].lower().replace("cap_", "").split()
+    with open("/proc/self/status") as status:
+        had = next(int(line.split()[1], 16) for line in status if line.startswith("CapBnd"))
+    known = subprocess.run(["setpriv", "--list-caps"], capture_output=True, text=True, check=True).stdout.split()
+    mine = [name for name in names if had >> known.index(name) & 1]
+    assert set(names) <= {*known}
+    bounded = ("setpriv", "--bounding-set", ",".join(["-all", *(f"+{name}" for name in mine)]), "--no-new-privs")
+    with Driver(prefix=bounded) as driver:
+        pod = POD.format(0)
+        volume = driver.create("one")
+        capability = mount_capability(group="1234")
+        driver.stage(volume, capability)
+        target = Path(driver.publish(volume, pod, runtime="runc", capability=capability))
+        (target / "f").write_text("x")
+        os.chown(target / "f", 12, 13)
+        driver.unpublish(volume, pod)
+        driver.unstage(volume)
+        snapshot = driver.client.CreateSnapshot(name="s", source_volume_id=volume.volume_id).snapshot
+        driver.client.DeleteSnapshot(snapshot_id=snapshot.snapshot_id)
+        driver.delete(volume)
+
+
+def test_systemd_hears_that_it_serves_and_as_long_as_it_does(tmp_path: Path):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as heard:
+        heard.bind(str(tmp_path / "notify"))
+        heard.settimeout(20)
+        environment = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "400000"}
+        driver = Driver(environment=environment)
+        driver.start()
+        assert heard.recv(100) == b"READY=1"
+        assert {heard.recv(100) for _ in range(5)} == {b"WATCHDOG=1"}
+        # Nobody gets an answer any more: systemd hears nothing, and starts it anew.
+        driver.socket.unlink()
+        until = time.monotonic() + 10
+        heard.settimeout(2)
+        with pytest.raises(TimeoutError):
+            while time.monotonic() < until:
+                heard.recv(100)
+        driver.stop()
+        assert heard.recv(100) == b"STOPPING=1"
+        driver.remove()
