@@ -17,7 +17,18 @@ from csi.snapshots import SnapshotCalls
 from guestmount import BadRequest, Busy, Node, Refused
 from guestmount.requests import check_capability, check_options
 from runvol_proto import csi_pb2
-from volumes import Capability, Catalog, ContentSource, OfAnotherDriver, StoreAway, Volume, VolumeNotFound, parameters
+from volumes import (
+    Capability,
+    Catalog,
+    ContentSource,
+    OfANode,
+    OfAnotherDriver,
+    StoreAway,
+    Volume,
+    VolumeNotFound,
+    parameters,
+    sizes,
+)
 from volumes.backend import Backend
 from volumes.sizes import LARGEST
 
@@ -217,16 +228,22 @@ class Controller(SnapshotCalls):
     ) -> csi_pb2.ControllerExpandVolumeResponse:
         """Keeps room for it; the node that has the volume does the work (resizing has no node-deployment mode).
 
-        Where no node has anything of it, the controller does all of it."""
+        Where no node has anything of it, the controller does all of it. One that serves no node cannot look: the node
+        refuses what it has no room for."""
         volume_id = checks.volume_id(request.volume_id)
         if not request.HasField("capacity_range"):
             raise BadRequest("capacity_range", None, "must be given")
         checks.bounded_map("secrets", request.secrets, secret=True)
-        backend = self._catalog.of(volume_id)
+        size = checks.size_range(request.capacity_range)
+        try:
+            backend = self._catalog.of(volume_id)
+        except OfANode:
+            granted = sizes.grown(volume_id, 0, size)
+            return csi_pb2.ControllerExpandVolumeResponse(capacity_bytes=granted, node_expansion_required=True)
         if request.HasField("volume_capability"):
             use = checks.capability("volume_capability", request.volume_capability)
             check_capability(use, backend)
-        capacity = backend.promise(volume_id, checks.size_range(request.capacity_range))
+        capacity = backend.promise(volume_id, size)
         return csi_pb2.ControllerExpandVolumeResponse(
             capacity_bytes=capacity, node_expansion_required=not backend.multi_node
         )

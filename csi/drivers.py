@@ -23,10 +23,11 @@ class CsiDriver:
     on_nodes: bool = True
 
 
-def of_nodes(node: Node) -> CsiDriver:
-    """Every backend, NFS among them: volumes on NFS were made under this name before the other was there."""
-    return CsiDriver(name=NODES, catalog=node.catalog)
+def of_nodes(node: Node, *, central: bool) -> CsiDriver:
+    """Every backend, NFS among them: volumes on NFS were made under this name before the other was there. `central`:
+    for a controller that serves no node, which only grants those of nodes a larger size."""
+    return CsiDriver(name=NODES, catalog=node.catalog.central() if central else node.catalog)
 
 
-def of_nfs(node: Node) -> CsiDriver:
+def of_nfs(node: Node, *, central: bool) -> CsiDriver:  # noqa: ARG001  (it is the same anywhere)
     return CsiDriver(name=NFS, catalog=node.catalog.only("nfs", others_driver=NODES), on_nodes=False)

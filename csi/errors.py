@@ -23,6 +23,7 @@ _CODES: tuple[tuple[type[BaseException], grpc.StatusCode], ...] = (
     (volumes.SizeNotAllowed, grpc.StatusCode.OUT_OF_RANGE),
     (volumes.NoSpace, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (volumes.VolumeUnfinished, grpc.StatusCode.ABORTED),
+    (volumes.OfANode, grpc.StatusCode.FAILED_PRECONDITION),
     (volumes.OfAnotherDriver, grpc.StatusCode.FAILED_PRECONDITION),
     (volumes.StoreAway, grpc.StatusCode.FAILED_PRECONDITION),
     (volumes.StoreFailed, grpc.StatusCode.UNAVAILABLE),

@@ -79,7 +79,7 @@ def csi_plugin(config: Config) -> None:
             endpoint=config.text(key),
             version=version(),
             services=config.words("csi.services"),
-            driver=driver(node),
+            driver=driver(node, central="node" not in config.words("csi.services")),
         )
         for key, driver in (("csi.endpoint", drivers.of_nodes), ("csi.nfs_endpoint", drivers.of_nfs))
         if config.text(key)

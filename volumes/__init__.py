@@ -5,6 +5,7 @@ from volumes.catalog import Catalog
 from volumes.errors import (
     InvalidParameter,
     NoSpace,
+    OfANode,
     OfAnotherDriver,
     SizeNotAllowed,
     StoreAway,
@@ -42,6 +43,7 @@ __all__ = [
     "InvalidParameter",
     "NfsSource",
     "NoSpace",
+    "OfANode",
     "OfAnotherDriver",
     "SizeNotAllowed",
     "SizeRange",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import builtins
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, TypeVar
 
 from volumes.backend import Backend, GroupBackend, ImageBackend, Keeper, SnapshotBackend, StoredBackend
-from volumes.errors import InvalidParameter, OfAnotherDriver, VolumeConflict, VolumeNotFound
+from volumes.errors import InvalidParameter, OfANode, OfAnotherDriver, VolumeConflict, VolumeError, VolumeNotFound
 from volumes.model import VOLUME_ID, Snapshot, Volume
 from volumes.registry import DESCRIBING, NAMES, REGISTRY, Settings
 from volumes.troubles import EXPECTED, Trouble, Unfinished, log, logged
@@ -18,6 +19,16 @@ _SHIFT = 56
 E_co = TypeVar("E_co", covariant=True)
 
 
+@dataclass(frozen=True)
+class _Others:
+    """What a part of the backends says of the rest: what their ids begin with, the error for one, and why a class
+    cannot name one of them."""
+
+    prefixes: tuple[str, ...]
+    of_id: Callable[[str], VolumeError]
+    of_backend: str
+
+
 class Catalog:
     """The enabled backends; the first is the one of classes that name none. Lookups never make anything."""
 
@@ -25,9 +36,7 @@ class Catalog:
         self._backends = tuple(backends)
         self._by_name = {backend.name: backend for backend in self._backends}
         self._enabled = [name for name in enabled if name in self._by_name]
-        # What the ids of others begin with, whose driver has another name; and that name.
-        self._others: tuple[str, ...] = ()
-        self._others_driver = ""
+        self._others: _Others | None = None
 
     @classmethod
     def open(cls, settings: Settings | str, *, enabled: Sequence[str] = NAMES) -> Catalog:
@@ -40,10 +49,25 @@ class Catalog:
 
     def only(self, name: str, *, others_driver: str) -> Catalog:
         """One backend alone, enabled or not, for a driver of its own: OfAnotherDriver for the ids of all others."""
-        made = Catalog([self._by_name[name]], enabled=[name])
-        others = [backend for backend in self._backends if backend.name != name]
-        made._others = tuple(prefix for one in others for prefix in _prefixes(one))
-        made._others_driver = others_driver
+        return self._part(
+            [name],
+            lambda one_id: OfAnotherDriver(one_id, others_driver),
+            f"is one of the driver {others_driver}; name that as the StorageClass's provisioner",
+        )
+
+    def central(self) -> Catalog:
+        """What any controller can make, for one that serves no node: OfANode for the ids of all others."""
+        return self._part(
+            [backend.name for backend in self._backends if backend.multi_node],
+            OfANode,
+            "makes volumes of one node, and this controller serves none; its provisioner runs on each node "
+            "(--node-deployment)",
+        )
+
+    def _part(self, names: Sequence[str], of_id: Callable[[str], VolumeError], of_backend: str) -> Catalog:
+        made = Catalog([self._by_name[name] for name in names], enabled=names)
+        others = [backend for backend in self._backends if backend.name not in names]
+        made._others = _Others(tuple(prefix for one in others for prefix in _prefixes(one)), of_id, of_backend)
         return made
 
     def close(self) -> None:
@@ -139,9 +163,8 @@ class Catalog:
         for backend in self.backends:
             if backend.name == name:
                 return backend
-        if self._others_driver:
-            raise InvalidParameter("backend", name, f"is one of the driver {self._others_driver}; name that as the "
-                                   "StorageClass's provisioner")  # fmt: skip
+        if self._others is not None:
+            raise InvalidParameter("backend", name, self._others.of_backend)
         raise InvalidParameter("backend", name, f"is not enabled here (setting volumes.backends: {self._enabled})")
 
     def of(self, volume_id: str, context: Mapping[str, str] | None = None) -> Backend:
@@ -159,8 +182,9 @@ class Catalog:
         raise self._not_found(volume_id)
 
     def _not_found(self, one_id: str) -> Exception:
-        other = self._others_driver and VOLUME_ID.match(one_id) and one_id.startswith(self._others)
-        return OfAnotherDriver(one_id, self._others_driver) if other else VolumeNotFound(one_id)
+        others = self._others
+        is_other = others is not None and VOLUME_ID.match(one_id) and one_id.startswith(others.prefixes)
+        return others.of_id(one_id) if others is not None and is_other else VolumeNotFound(one_id)
 
     def get(self, volume_id: str) -> Volume:
         """VolumeNotFound where there is none."""

@@ -57,6 +57,16 @@ class OfAnotherDriver(VolumeError):
         )
 
 
+class OfANode(VolumeError):
+    """An id of a volume that lives on a node, for a controller that serves none: only that node knows more."""
+
+    def __init__(self, one_id: str) -> None:
+        super().__init__(
+            f"{one_id!r} lives on a node: the controller there makes and deletes it (provisioner and snapshotter with "
+            "--node-deployment); this one serves no node"
+        )
+
+
 class ExportUnknown(StoreFailed):
     """An id that names an export which this controller has never worked on: what lies there cannot be looked at."""
 

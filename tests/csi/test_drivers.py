@@ -131,3 +131,40 @@ def test_two_equal_endpoints_are_refused(tmp_path: Path, endpoint: str):
     )  # fmt: skip
     assert done.returncode == 1
     assert (f"are both {endpoint!r}" if endpoint else "are both empty") in done.stderr
+
+
+def test_a_controller_without_a_node_grants_growth_and_touches_nothing(tmp_path: Path):
+    """The resizer that was elected asks its own controller, wherever the volume lives."""
+    with Driver() as node:
+        volume = node.create("one")
+        snapshot = node.client.CreateSnapshot(name="s", source_volume_id=volume.volume_id).snapshot
+        central = Driver(tmp_path / "d", {"RUNVOL_CSI_SERVICES": "identity,controller"})
+        central.start()
+        try:
+            call = central.client
+            bigger = call.ControllerExpandVolume(
+                volume_id=volume.volume_id,
+                capacity_range={"required_bytes": 128 << 20},
+                volume_capability=mount_capability(),
+            )
+            assert (bigger.capacity_bytes, bigger.node_expansion_required) == (128 << 20, True)
+            with pytest.raises(grpc.RpcError) as wrong:
+                call.ControllerExpandVolume(volume_id=volume.volume_id, capacity_range={"required_bytes": -1})
+            assert wrong.value.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE)
+            for refused in (lambda: call.DeleteVolume(volume_id=volume.volume_id),
+                            lambda: call.DeleteSnapshot(snapshot_id=snapshot.snapshot_id),
+                            lambda: call.CreateSnapshot(name="t", source_volume_id=volume.volume_id)):  # fmt: skip
+                with pytest.raises(grpc.RpcError) as away:
+                    refused()
+                assert away.value.code() is grpc.StatusCode.FAILED_PRECONDITION, away.value.details()
+                assert "this one serves no node" in away.value.details()
+            with pytest.raises(grpc.RpcError) as made:
+                central.create("two", backend="loop")
+            assert made.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert "--node-deployment" in made.value.details()
+            assert not [*call.ListVolumes().entries]
+        finally:
+            central.stop()
+            central.remove()
+        node.client.DeleteSnapshot(snapshot_id=snapshot.snapshot_id)
+        node.delete(volume)
