@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import socket
 import threading
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,13 +20,14 @@ log = logging.getLogger("runvol.metrics")
 _MOST, _SECONDS = 8, 10.0
 
 
-def listen(address: str, registry: CollectorRegistry) -> None:
-    """Serve the registry at `HOST:PORT`. ValueError, with what is wrong in words."""
+def listen(address: str, registry: CollectorRegistry, alive: Callable[[], bool] = lambda: True) -> None:
+    """Serve the registry at `HOST:PORT`, and at the path /healthz whether the process is `alive`. ValueError, with what
+    is wrong in words."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ValueError("takes HOST:PORT")
     try:
-        server = _server(host.removeprefix("[").removesuffix("]"), int(port), registry)
+        server = _server(host.removeprefix("[").removesuffix("]"), int(port), registry, alive)
     except OSError as error:
         raise ValueError(f"cannot be listened on: {error.strerror}") from None
     except UnicodeError:
@@ -33,7 +35,7 @@ def listen(address: str, registry: CollectorRegistry) -> None:
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
 
 
-def _server(host: str, port: int, registry: CollectorRegistry) -> Any:
+def _server(host: str, port: int, registry: CollectorRegistry, alive: Callable[[], bool]) -> Any:
     # Most processes are asked for no metrics.
     import socketserver
     from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
@@ -78,7 +80,17 @@ def _server(host: str, port: int, registry: CollectorRegistry) -> Any:
             log.debug("a request for metrics ended early", exc_info=True)
 
     server = Server((host, port), Handler)
-    server.set_app(make_wsgi_app(registry))
+    metrics = make_wsgi_app(registry)
+
+    def answered(asked: dict[str, Any], begin: Callable[..., Any]) -> Iterable[bytes]:
+        if asked.get("PATH_INFO") != "/healthz":
+            page: Iterable[bytes] = metrics(asked, begin)
+            return page
+        well = alive()
+        begin("200 OK" if well else "503 Service Unavailable", [("Content-Type", "text/plain")])
+        return [b"ok\n" if well else b"the CSI socket does not answer\n"]
+
+    server.set_app(answered)
     return server
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import GaugeMetricFamily
@@ -31,11 +31,11 @@ class _Work:
             yield family
 
 
-def serve(address: str) -> None:
-    """Serve `HOST:PORT`. BadRequest."""
+def serve(address: str, alive: Callable[[], bool]) -> None:
+    """Serve `HOST:PORT`, and there whether the plugin is `alive`. BadRequest."""
     registry = CollectorRegistry()
     registry.register(_Work())
     try:
-        scraped.listen(address, registry)
+        scraped.listen(address, registry, alive)
     except ValueError as error:
         raise BadRequest("csi.metrics", address, str(error)) from None

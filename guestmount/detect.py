@@ -31,6 +31,7 @@ class Settings:
     sandbox_handler: str = "kata"
     rund: str = "rund2"
     root: str = "/"
+    host_root: str = "/"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ class Detector:
 
         RuntimeUnknown if nobody can tell; Refused where the attribute contradicts what is known for certain.
         """
-        containerd = runtimes.read_containerd(self._settings.containerd_config)
+        containerd = runtimes.read_containerd(self._settings.containerd_config, self._settings.host_root)
         answer = self._ask(ref, attribute, containerd, deadline)
         log.info("runtime detected", extra={"pod": str(ref), "handler": answer.handler, "kind": answer.kind,
                                             "source": answer.source})  # fmt: skip
@@ -74,7 +75,7 @@ class Detector:
 
     def of_handler(self, handler: str) -> Runtime:
         """What this handler is, the empty one for containerd's default. RuntimeUnknown if nobody can tell."""
-        containerd = runtimes.read_containerd(self._settings.containerd_config)
+        containerd = runtimes.read_containerd(self._settings.containerd_config, self._settings.host_root)
         if not handler and containerd is None:
             raise RuntimeUnknown(f"the default handler is not known: {self._settings.containerd_config} cannot be read")
         name = handler or (containerd.default_handler if containerd is not None else "")

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from guestmount.runtimes import Handler
+from guestmount.runtimes import Handler, in_root
 
 GO, RUST = "go", "rust"
 _RUST_DIRS = (
@@ -208,12 +208,7 @@ def _find(handler: Handler, shim: str, root: str) -> str | None:
 
 def _real(path: str, root: str) -> str:
     """Where the links of a path lead, below `root`."""
-    for _ in range(16):
-        if not os.path.islink(path):
-            return path
-        to = os.readlink(path)
-        path = os.path.join(root, to.lstrip("/")) if os.path.isabs(to) else os.path.join(os.path.dirname(path), to)
-    return path
+    return in_root(f"/{os.path.relpath(path, root)}", root)
 
 
 def _load(path: str, root: str) -> tuple[dict[str, Any], str]:

@@ -5,6 +5,7 @@ Tables: containerd's docs/cri/config.md; `imports` are followed as containerd do
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import glob
 import os
@@ -13,6 +14,8 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from blockdev import syscalls
 
 # runtime_type values whose shims start a virtual machine. gVisor's (runsc) is none.
 _SANDBOX_TYPE = re.compile(r"io\.containerd\.(kata|runv|rund)([-.][a-z0-9.-]+)?\.v\d+\Z")
@@ -63,10 +66,11 @@ class ContainerdConfig:
         return any(handler.is_sandbox or handler.is_unknown for handler in self.handlers.values())
 
 
-def read_containerd(path: str) -> ContainerdConfig | None:
-    """None if the file does not exist or is not TOML: then nothing is known, which is not the same as no sandbox."""
+def read_containerd(path: str, root: str = "/") -> ContainerdConfig | None:
+    """None if the file does not exist or is not TOML: then nothing is known, which is not the same as no sandbox.
+    `root`: where the node's own root is, which all paths begin at."""
     try:
-        documents = list(_documents(path, set()))
+        documents = list(_documents(path, set(), root))
     except (OSError, tomllib.TOMLDecodeError):
         return None
     handlers: dict[str, Handler] = {}
@@ -84,25 +88,46 @@ def read_containerd(path: str) -> ContainerdConfig | None:
     return ContainerdConfig(handlers=handlers, default_handler=default)
 
 
-def tables(path: str, *names: str) -> list[Mapping[str, Any]]:
+def tables(path: str, *names: str, root: str = "/") -> list[Mapping[str, Any]]:
     """The table of these names in each of containerd's files, in their order; later ones win. Empty if unreadable."""
     try:
-        return [_table(document, *names) for document in _documents(path, set())]
+        return [_table(document, *names) for document in _documents(path, set(), root)]
     except (OSError, tomllib.TOMLDecodeError):
         return []
 
 
-def _documents(path: str, seen: set[str]) -> Iterator[dict[str, Any]]:
-    real = os.path.realpath(path)
+def _documents(path: str, seen: set[str], root: str) -> Iterator[dict[str, Any]]:
+    """`path` and what it imports are the node's names; one that is not absolute lies beside the file that says it."""
+    real = os.path.realpath(in_root(path, root))
     if real in seen or len(seen) > _MAX_IMPORTS:
         return
     seen.add(real)
-    with open(path, "rb") as file:
+    with open(in_root(path, root), "rb") as file:
         document = tomllib.load(file)
     yield document
     for pattern in document.get("imports", []):
-        for imported in sorted(glob.glob(os.path.join(os.path.dirname(path), str(pattern)))):
-            yield from _documents(imported, seen)
+        place, names = os.path.split(os.path.join(os.path.dirname(path), str(pattern)))
+        found = in_root(place, root)
+        for imported in sorted(glob.glob(os.path.join(found if glob.has_magic(place) else glob.escape(found), names))):
+            beside = f"/{os.path.relpath(os.path.dirname(imported), root)}" if glob.has_magic(place) else place
+            yield from _documents(os.path.join(beside, os.path.basename(imported)), seen, root)
+
+
+def in_root(path: str, root: str) -> str:
+    """Where a file of the node's is found whose own root is mounted at `root`: all links lead where the node's do, also
+    those of directories on the way. The plain path where there is nothing."""
+    if not os.path.isabs(path):
+        return path
+    plain = os.path.join(root, path.lstrip("/"))
+    if root == "/":
+        return os.path.realpath(plain)
+    with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+        top = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        stack.callback(os.close, top)
+        found = syscalls.openat2(top, path.lstrip("/") or ".", os.O_PATH, syscalls.RESOLVE_IN_ROOT)
+        stack.callback(os.close, found)
+        return os.readlink(f"/proc/self/fd/{found}")
+    return plain
 
 
 def _handler(name: str, runtime: Mapping[str, Any]) -> Handler:

@@ -101,6 +101,11 @@ def claims(config: Config) -> Claims:
     return Claims(run_dir, place)
 
 
+def kata_root(config: Config) -> str:
+    """Where the search for Kata's configuration starts, as this process sees it."""
+    return os.path.join(config.text("paths.host_root"), config.text("paths.kata_root").lstrip("/"))
+
+
 def detector(config: Config, pods: KubernetesApi | None = None) -> Detector:
     """Who tells which runtime runs a pod; `pods`: the API, if somebody has it already."""
     return Detector(
@@ -111,7 +116,8 @@ def detector(config: Config, pods: KubernetesApi | None = None) -> Detector:
             default_runtime=config.text("detect.default_runtime"),
             sandbox_handler=config.text("detect.sandbox_handler"),
             rund=config.text("detect.rund"),
-            root=config.text("paths.kata_root"),
+            root=kata_root(config),
+            host_root=config.text("paths.host_root"),
         ),
         pods or _pods(config),
     )

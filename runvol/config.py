@@ -60,6 +60,9 @@ TABLE: Mapping[str, Setting] = {
         default="/run/kata-containers/shared/direct-volumes", meaning="where Kata's shims look for direct volumes"
     ),
     "paths.containerd_config": Setting(default="/etc/containerd/config.toml", meaning="containerd's configuration"),
+    "paths.host_root": Setting(
+        default="/", meaning="the node's root, as runvol sees it: where containerd's and Kata's configuration is read"
+    ),
     "paths.kata_root": Setting(default="/", meaning="where the search for Kata's configuration starts"),
     "detect.sandbox_handlers": Setting(
         default=("kata*", "runv*", "rund*"), meaning="names of runtime handlers that are sandboxes"
@@ -278,7 +281,7 @@ def _typed(key: str, value: Any, source: str) -> Any:
 
 
 def _check(config: Config) -> None:
-    for key in ("paths.state_dir", "paths.run_dir", "paths.direct_volumes", "paths.kata_root"):
+    for key in ("paths.state_dir", "paths.run_dir", "paths.direct_volumes", "paths.host_root", "paths.kata_root"):
         if not config.text(key).startswith("/"):
             raise ConfigError(f"{key} = {config.text(key)!r} (from {config.sources[key]}): must be an absolute path")
     _check_node(config)

@@ -10,7 +10,7 @@ from blockdev import Deadline, confined
 from guestmount import Node, guest_kernel, kata_config, preflight, repair, runtimes
 from guestmount.errors import TROUBLE
 from guestmount.usage import problems
-from runvol import doctor_kubelet, doctor_snapshots
+from runvol import assembly, doctor_kubelet, doctor_snapshots
 from runvol.config import Config
 from runvol.diagnosis import BROKEN, OK, WARNING, Diagnosis
 from volumes import VolumeError
@@ -95,7 +95,7 @@ def _directories(config: Config) -> Iterator[Diagnosis]:
 
 def _runtimes(config: Config) -> Iterator[Diagnosis]:
     path = config.text("paths.containerd_config")
-    containerd = runtimes.read_containerd(path)
+    containerd = runtimes.read_containerd(path, config.text("paths.host_root"))
     if containerd is None:
         yield Diagnosis(state=WARNING, subject=path, finding="cannot be read: runtimes are known by name only")
         return
@@ -103,7 +103,7 @@ def _runtimes(config: Config) -> Iterator[Diagnosis]:
         if not handler.is_sandbox:
             yield Diagnosis(state=OK, subject=f"handler {handler.name}", finding="runs pods on the host's kernel")
             continue
-        kata = kata_config.read(handler, root=config.text("paths.kata_root"))
+        kata = kata_config.read(handler, root=assembly.kata_root(config))
         if kata is None:
             yield Diagnosis(
                 state=WARNING, subject=f"handler {handler.name}", finding="a sandbox whose configuration was not found"

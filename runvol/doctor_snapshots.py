@@ -83,8 +83,8 @@ def _store(state: str) -> Iterator[Diagnosis]:
 
 
 def _containerd(config: Config) -> Iterator[Diagnosis]:
-    path = config.text("paths.containerd_config")
-    plugins = [table for table in runtimes.tables(path, "proxy_plugins", _NAME) if table]
+    path, root = config.text("paths.containerd_config"), config.text("paths.host_root")
+    plugins = [table for table in runtimes.tables(path, "proxy_plugins", _NAME, root=root) if table]
     address = config.text("snapshotter.endpoint").removeprefix("unix://")
     if not plugins:
         yield Diagnosis(state=WARNING, subject=path, finding=f"has no [proxy_plugins.{_NAME}]: containerd does not "
@@ -94,19 +94,19 @@ def _containerd(config: Config) -> Iterator[Diagnosis]:
     if said != address:
         yield Diagnosis(state=BROKEN, subject=path, finding=f"proxy_plugins.{_NAME}.address is {said!r}, but the "
                         f"snapshotter listens on {address!r}")  # fmt: skip
-    users = sorted(_users(path))
+    users = sorted(_users(path, root))
     yield Diagnosis(
         state=OK if users else WARNING,
         subject="runtimes on it",
         finding=", ".join(users) if users else f"none: set snapshotter = {_NAME!r} in a runtime's table of {path}",
     )
     if config.text("snapshotter.images"):
-        yield from _annotations(path, plugins[-1])
+        yield from _annotations(path, root, plugins[-1])
 
 
-def _users(path: str) -> Iterator[str]:
+def _users(path: str, root: str) -> Iterator[str]:
     for plugin in runtimes.CRI_PLUGINS:
-        for table in runtimes.tables(path, "plugins", plugin, "containerd"):
+        for table in runtimes.tables(path, "plugins", plugin, "containerd", root=root):
             if table.get("snapshotter") == _NAME:
                 yield "every runtime"
             for name, runtime in table.get("runtimes", {}).items():
@@ -114,11 +114,11 @@ def _users(path: str) -> Iterator[str]:
                     yield str(name)
 
 
-def _annotations(path: str, plugin: Mapping[str, Any]) -> Iterator[Diagnosis]:
+def _annotations(path: str, root: str, plugin: Mapping[str, Any]) -> Iterator[Diagnosis]:
     """Without the labels containerd asks for no chain by name, and every image is pulled."""
     disabled = True
     for names in (("io.containerd.cri.v1.images",), ("io.containerd.grpc.v1.cri", "containerd")):
-        for table in runtimes.tables(path, "plugins", *names):
+        for table in runtimes.tables(path, "plugins", *names, root=root):
             disabled = bool(table.get("disable_snapshot_annotations", disabled))
     remote = str(dict(plugin.get("exports", {})).get("enable_remote_snapshot_annotations", "")) == "true"
     wanted = (

@@ -92,7 +92,7 @@ def csi_plugin(config: Config) -> None:
     if config.text("csi.metrics"):
         from csi import metrics
 
-        metrics.serve(config.text("csi.metrics"))
+        metrics.serve(config.text("csi.metrics"), lambda: all(server.answers() for server in servers))
     node.catalog.prepare()
     _tell(repair.before_serving(node))
     for server in servers:

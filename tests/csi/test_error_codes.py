@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 import time
+import urllib.error
 import urllib.request
 
 import grpc
@@ -44,13 +45,19 @@ def test_an_address_for_metrics_is_refused_in_words(address):
 
 
 def test_nobody_holds_the_metrics(monkeypatch):
-    monkeypatch.setattr(scraped, "_SECONDS", 0.5)
+    monkeypatch.setattr(scraped, "_SECONDS", 2.0)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     registry = CollectorRegistry()
     Gauge("one", "A metric.", registry=registry).set(7)
-    scraped.listen(f"127.0.0.1:{port}", registry)
+    well = [True]
+    scraped.listen(f"127.0.0.1:{port}", registry, lambda: well[0])
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=5) as answer:
+        assert answer.status == 200
+    well[0] = False
+    with pytest.raises(urllib.error.HTTPError, match="503"):
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=5)
 
     def scrape() -> str:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from blockdev import Deadline
-from guestmount import Detector, DetectSettings, KubernetesApi, PodRef, Refused, RuntimeUnknown
+from guestmount import Detector, DetectSettings, KubernetesApi, PodRef, Refused, RuntimeUnknown, kata_config, runtimes
 from guestmount.pods import PodUnknown, facts_from
 
 REF = PodRef(namespace="default", name="web", uid="uid-1")
@@ -161,7 +161,6 @@ def test_the_handler_selects_the_dialect(detect, handler, dialect):
 
 
 def test_imports_and_older_tables_of_containerd_are_read(tmp_path):
-    from guestmount import runtimes
 
     (tmp_path / "conf.d").mkdir()
     (tmp_path / "conf.d" / "kata.toml").write_text(
@@ -506,3 +505,24 @@ def waited(true, seconds=20.0):
     while not true():
         assert time.monotonic() < until
         time.sleep(0.05)
+
+
+def test_the_nodes_files_are_read_where_its_root_is_mounted(tmp_path):
+    """As a pod sees them: links, those of directories on the way among them, lead where the node's do."""
+    host = tmp_path / "host"
+    (host / "var/lib/agent/conf.d").mkdir(parents=True)
+    (host / "etc").mkdir()
+    (host / "etc/containerd").symlink_to("/var/lib/agent")
+    (host / "var/lib/agent/config.toml").write_text('version = 3\nimports = ["/etc/containerd/conf.d/*.toml"]\n')
+    (host / "var/lib/agent/conf.d/kata.toml").write_text(
+        '[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.k]\nruntime_type = "io.containerd.kata.v2"\n'
+        '[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.k.options]\nConfigPath = "/opt/kata.toml"\n'
+    )
+    (host / "opt").mkdir()
+    (host / "opt/real.toml").write_text("[hypervisor.qemu]\ndisable_block_device_use = true\n")
+    (host / "opt/kata.toml").symlink_to("/opt/real.toml")
+    found = runtimes.read_containerd("/etc/containerd/config.toml", str(host))
+    assert found.handlers["k"].is_sandbox
+    kata = kata_config.read(found.handlers["k"], root=str(host))
+    assert kata is not None and kata.disable_block_device_use
+    assert runtimes.read_containerd("/etc/absent.toml", str(host)) is None

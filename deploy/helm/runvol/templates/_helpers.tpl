@@ -1,0 +1,32 @@
+{{- define "runvol.name" -}}
+{{ .Release.Name | trunc 40 | trimSuffix "-" }}
+{{- end }}
+{{- define "runvol.labels" -}}
+app.kubernetes.io/name: runvol
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+{{- end }}
+{{- define "runvol.selector" -}}
+app.kubernetes.io/name: runvol
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+{{- define "runvol.image" -}}
+{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{- end }}
+{{- define "runvol.sidecar" -}}
+securityContext:
+  allowPrivilegeEscalation: false
+  readOnlyRootFilesystem: true
+  capabilities: {drop: [ALL]}
+  seccompProfile: {type: RuntimeDefault}
+{{- end }}
+{{/* Settings as TOML: a section a table, keys as JSON writes them, which TOML reads. */}}
+{{- define "runvol.toml" -}}
+{{- range $section, $keys := . }}
+[{{ $section }}]
+{{- range $key, $value := $keys }}
+{{ $key }} = {{ $value | toJson }}
+{{- end }}
+{{- end }}
+{{- end }}
