@@ -7,6 +7,7 @@ Source: nfs(5) and fs/nfs/fs_context.c. The kernel takes `addr=` as a number and
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
 import struct
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,7 @@ PATIENCE = 3.0
 # Set from the server, the version and the node; an option of these would contradict them.
 OWN_OPTIONS = frozenset({"addr", "clientaddr", "minorversion", "mountaddr", "v3", "v4", "fscontext"})
 _VERSION_KEYS = frozenset({"vers", "nfsvers"})
+_PORT_KEYS = frozenset({"port", "mountport"})
 # A controller's mount gives up: 5 s a try, two tries, then EIO.
 _GIVES_UP = ("soft", "timeo=50", "retrans=1")
 
@@ -229,6 +231,21 @@ def version_among(options: Sequence[str]) -> tuple[str, tuple[str, ...]]:
 
 
 def port_among(options: Sequence[str]) -> int:
-    """The port that `port=` names, the last one counting; the usual one otherwise."""
+    """The port that `port=` names, the last one counting; the usual one otherwise, also for one that is no port."""
     named = [option.partition("=")[2] for option in options if option.startswith("port=")]
-    return int(named[-1]) if named and named[-1].isdecimal() and 0 < int(named[-1]) < 65536 else PORT
+    return (_port(named[-1]) if named else None) or PORT
+
+
+def wrong_port(options: Sequence[str]) -> str | None:
+    """The first option that names a port, and no number of one; None if there is none."""
+    for option in options:
+        key, _, value = option.partition("=")
+        if key in _PORT_KEYS and _port(value) is None:
+            return option
+    return None
+
+
+def _port(text: str) -> int | None:
+    """As the kernel reads it (kstrtouint), in decimals; 0 asks the server's portmapper. What is long is not even tried:
+    Python refuses to, by ValueError."""
+    return int(text) if re.fullmatch(r"0|[1-9][0-9]{0,4}", text) and int(text) < 65536 else None

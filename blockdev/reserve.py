@@ -39,11 +39,12 @@ class Reserve:
         self._path, self._size = path, size
 
     def keep(self) -> None:
-        """The file is there, if the disk has room to spare. No error: it is wanted on disks that have."""
+        """The file is there and has its room, if the disk has room to spare. No error: it is wanted on disks that have.
+        What a killed process has begun is made whole: what is too small keeps nothing."""
         with contextlib.suppress(OSError):
-            if os.path.exists(self._path) or not has_room(os.path.dirname(self._path), self._size):
+            if self._is_kept() or not has_room(os.path.dirname(self._path), self._size):
                 return
-            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             try:
                 os.posix_fallocate(fd, 0, self._size)
             except OSError:
@@ -51,10 +52,18 @@ class Reserve:
             finally:
                 os.close(fd)
 
+    def _is_kept(self) -> bool:
+        """A file gets its size with its room, or after it."""
+        try:
+            return os.lstat(self._path).st_size >= self._size
+        except FileNotFoundError:
+            return False
+
     def give_up(self) -> bool:
         """What was kept is free; False where nothing was."""
         try:
+            kept = os.lstat(self._path).st_blocks > 0
             os.unlink(self._path)
         except OSError:
             return False
-        return True
+        return kept

@@ -42,6 +42,14 @@ class _Until(Deadline):
         super().check(what)
 
 
+@dataclass(frozen=True, eq=False)
+class _Walk:
+    """`stop` tells it to end."""
+
+    group: str
+    stop: threading.Event = field(default_factory=threading.Event)
+
+
 class Giving:
     """The walks of a process. `patience`: seconds that a call waits for one."""
 
@@ -49,8 +57,8 @@ class Giving:
         self._patience = patience
         self._jobs = Jobs(running=4, waiting=12)
         self._lock = threading.Lock()
-        # Of each volume that has a walk: its group, and what tells it to end.
-        self._walks: dict[str, tuple[str, threading.Event]] = {}
+        # Of each volume that has a walk, or is about to: until it has ended, whoever asks for its end.
+        self._walks: dict[str, _Walk] = {}
 
     def files(self, volume: str, root: int, group: str, deadline: Deadline) -> None:
         """The tree below the directory descriptor `root` belongs to the group. VolumeUnfinished while that goes on."""
@@ -64,48 +72,67 @@ class Giving:
     ) -> None:  # fmt: skip
         """The same for the tree that `opened` opens; `done` is called once it is given.
 
-        `held`: a descriptor that keeps the volume in use meanwhile, closed here in any case.
+        `held`: a descriptor that keeps the volume in use meanwhile, closed here in any case. For callers that have the
+        volume's lock.
         """
         what = f"giving the files of volume {volume} to group {group}"
         owned = Held(held)
 
         def work(_progress: Progress) -> None:
-            if not owned.begin():
-                raise VolumeUnfinished(f"{what} did not begin; ask again")
             try:
+                if not owned.begin():
+                    raise VolumeUnfinished(f"{what} did not begin; ask again")
                 with opened() as root:
                     groups.apply(root, int(group), until)
                 done()
             finally:
                 owned.close()
+                self._has_ended(volume, walk)
 
         try:
-            with self._lock:
-                other, stop = self._walks.get(volume, (group, threading.Event()))
-                if not self.is_at_work(volume):
-                    other, stop = self._walks[volume] = group, threading.Event()
-            if other != group:
-                raise VolumeUnfinished(f"{what}: they are being given to group {other} first; ask again")
-            until = _Until(*_ends(), stop=stop)
-            patience = max(0.0, min(self._patience, deadline.remaining() - _SPARE))
-            self._jobs.finished(volume, what, work, patience)
+            walk = self._joined(volume, group, what)
+            try:
+                until = _Until(*_ends(), stop=walk.stop)
+                patience = max(0.0, min(self._patience, deadline.remaining() - _SPARE))
+                self._jobs.finished(volume, what, work, patience)
+            finally:
+                if not self.is_at_work(volume):  # it may never have begun
+                    self._has_ended(volume, walk)
         finally:
             owned.abandon()
+
+    def _joined(self, volume: str, group: str, what: str) -> _Walk:
+        """The walk that goes on, or a new one. VolumeUnfinished where another has to end first."""
+        with self._lock:
+            known = self._walks.get(volume)
+            if self.is_at_work(volume):
+                if known is None:  # in this moment
+                    raise VolumeUnfinished(f"{what}: an earlier walk has just ended; ask again")
+                if known.group != group:
+                    raise VolumeUnfinished(f"{what}: they are being given to group {known.group} first; ask again")
+                return known
+            walk = self._walks[volume] = _Walk(group)
+            return walk
+
+    def _has_ended(self, volume: str, walk: _Walk) -> None:
+        with self._lock:
+            if self._walks.get(volume) is walk:
+                del self._walks[volume]
 
     def is_at_work(self, volume: str) -> bool:
         """Whether a walk has the volume open."""
         return self._jobs.progress(volume) is not None
 
     def end(self, volume: str) -> None:
-        """Nobody gives the volume's files to anybody; what was given stays so."""
+        """Nobody gives the volume's files to anybody; what was given stays so. A walk that hangs ends when it can, and
+        until then no other begins."""
         with self._lock:
-            walk = self._walks.pop(volume, None)
-        if walk is None:
-            return
-        walk[1].set()
-        until = Deadline.after(_END)
-        while self.is_at_work(volume) and until.remaining():
-            time.sleep(0.005)
+            walk = self._walks.get(volume)
+        if walk is not None:
+            walk.stop.set()
+            until = Deadline.after(_END)
+            while self.is_at_work(volume) and until.remaining():
+                time.sleep(0.005)
         self._jobs.forget(volume)
 
 

@@ -335,6 +335,7 @@ class Node:
         mounts.be_absent(path, deadline)
 
     def _drop_unclaimed(self, volume_id: str, deadline: Deadline) -> None:
+        self.means.giving.end(volume_id)
         with contextlib.suppress(VolumeNotFound):
             ways.drop_unclaimed(self.catalog.of(volume_id), volume_id, deadline)
 

@@ -11,13 +11,15 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 import msgspec
 
-from blockdev import BlockdevError, Deadline, durable, flocks, nfs
+from blockdev import BlockdevError, Deadline, MountFailed, WaitExpired, durable, flocks, nfs
+from blockdev.deadlines import bounded
 from volumes import nfs_parameters
 from volumes.errors import ExportUnknown, InvalidParameter, StoreFailed, VolumeNotFound
 from volumes.export_ids import above, digest, export_of, is_of, key, short
@@ -29,8 +31,16 @@ _CALL = 60.0
 _PATIENCE = 10.0
 # Seconds for which it holds what a cluster says, and that it says nothing.
 _MINUTE, _MOMENT = 60.0, 10.0
-# Servers that are asked at once for a list.
-_AT_ONCE = 8
+# Servers that are asked at once for a list, and seconds for all of them together; one that got fewer than `_FAIR` of
+# these, and did not answer in them, may be as well as any. How many of such are named.
+_AT_ONCE, _LONGEST_LIST, _FAIR, _NAMED = 8, 15.0, 5.0, 3
+# What one export can do to a list: somebody else's words among it, which a kernel or a codec takes for none.
+_OF_ONE = (*EXPECTED, ValueError)
+# Servers of ids that are kept in mind.
+_MOST_SERVERS = 10_000
+# An id in the words of a work, and the source of an export.
+_ID = re.compile(r"nfs(?:snap)?-([0-9a-f]{12})-[0-9a-f]{20}(?:\.[a-z2-7]{1,90})?")
+_SOURCE = re.compile(r" (\S+?):/")
 # Mount options without which a server may not be reached.
 _REACHING = frozenset(
     {"port", "proto", "sec", "xprtsec", "mountport", "mountproto", "mountvers", "resvport", "noresvport"}
@@ -61,6 +71,9 @@ class Exports:
         self._configured = [_named(one) for one in configured]
         self._cluster = Remembered(cluster) if cluster is not None else None
         self._path, self._lock = os.path.join(state_dir, "exports.json"), os.path.join(state_dir, "exports.lock")
+        self._silent = _Silent()
+        # By the export's key, of those that were worked with or looked for here.
+        self._servers: dict[str, str] = {}
 
     def known(self) -> list[nfs.Export]:
         """Raises StoreFailed."""
@@ -76,6 +89,7 @@ class Exports:
 
     def remember(self, export: nfs.Export) -> None:
         """To be called once something has worked on it: what never did would be asked for ever. Raises StoreFailed."""
+        self._note([export])
         if export in self.known():
             return
         try:
@@ -127,32 +141,75 @@ class Exports:
 
     def on_each(self, look: Callable[[int, nfs.Export], list[T]], trouble: Trouble) -> list[T]:
         """What `look` finds on every share; `trouble` is told of one that cannot be looked at. No share waits for
-        another's server, but for a few."""
-
-        silent: dict[tuple[str, int], str] = {}
-
-        def looked(share: list[nfs.Export]) -> tuple[list[T], str]:
-            server = share[0].server, share[0].port
-            if server in silent:  # and is not asked for each of its exports
-                return [], f"what lies on the export {share[0].source}: {silent[server]}"
-            try:
-                with opened_any(share) as (root, export):
-                    return look(root, export), ""
-            except EXPECTED as error:
-                if isinstance(error, nfs.ServerSilent):
-                    silent[server] = str(error)
-                return [], f"what lies on the export {share[0].source}: {error}"
-
-        shares = self._all(trouble)
+        another's server, but for a few; those of servers that did not answer the last time come last, and all looks
+        together end within `_LONGEST_LIST` seconds. One that goes on still is left behind, and its share is looked at
+        by no other until it has come back."""
+        shares = self._silent.last(self._all(trouble))
+        deadline, silent = Deadline.after(_LONGEST_LIST), dict[tuple[str, int], str]()
+        one = partial(self._looked, look, deadline=deadline, silent=silent)
         if len(shares) < 2:
-            answers = [looked(one) for one in shares]
+            answers = [one(share) for share in shares]
         else:
             with ThreadPoolExecutor(_AT_ONCE, "exports") as pool:
-                answers = list(pool.map(looked, shares))
+                answers = list(pool.map(one, shares))
         for _found, wrong in answers:
             if wrong:
                 trouble(wrong)
-        return [one for found, _wrong in answers for one in found]
+        missed = [share[0].source for share, (found, _wrong) in zip(shares, answers, strict=True) if found is None]
+        if missed:
+            trouble(f"what lies on exports that were not reached within {_LONGEST_LIST:.0f} s, as others did not "
+                    f"answer: {', '.join(sorted(missed)[:_NAMED])}{', …' if len(missed) > _NAMED else ''}")  # fmt: skip
+        return [one for found, _wrong in answers for one in found or ()]
+
+    def _looked(
+        self, look: Callable[[int, nfs.Export], list[T]], share: list[nfs.Export], *, deadline: Deadline,
+        silent: dict[tuple[str, int], str],
+    ) -> tuple[list[T] | None, str]:  # fmt: skip
+        """What was found, or what is wrong; None where there was no time to look."""
+        server, given = _server(share), deadline.remaining()
+        if server in silent:  # and is not asked for each of its exports
+            return [], f"what lies on the export {share[0].source}: {silent[server]}"
+        if not given:
+            return None, ""
+
+        def looked() -> list[T]:
+            with opened_any(share) as (root, export):
+                return look(root, export)
+
+        try:
+            found = bounded(f"looking at the export {share[0].source}", deadline, looked)
+        except _OF_ONE as error:
+            if isinstance(error, WaitExpired) and given < _FAIR:
+                return None, ""
+            if isinstance(error, nfs.ServerSilent):
+                silent[server] = str(error)
+            if isinstance(error, nfs.ServerSilent | WaitExpired):
+                self._silent.note(server)
+            return [], f"what lies on the export {share[0].source}: {error}"
+        self._silent.forget(server)
+        return found, ""
+
+    def server_of(self, work: str) -> str:
+        """For which server a work waits, by what its words name; the export's key where nobody knows that. One that has
+        two names is two. Asks nobody, and raises nothing."""
+        found = _ID.search(work)
+        if found is None:
+            source = _SOURCE.search(work)
+            return source[1].strip("[]") if source else work
+        said = export_of(found[0])
+        if said is not None:
+            return said.server
+        if (known := self._servers.get(found[1])) is None:
+            with contextlib.suppress(StoreFailed):
+                self._note(share[0] for share in self.shares())
+            known = self._servers.get(found[1])
+        return known or found[1]
+
+    def _note(self, found: Iterable[nfs.Export]) -> None:
+        for export in found:
+            if len(self._servers) >= _MOST_SERVERS:
+                self._servers.clear()
+            self._servers[key(export)] = export.server
 
     def of(self, one_id: str, prefix: str) -> list[nfs.Export]:
         """How the share is mounted on which the volume or snapshot of this id lies. ExportUnknown; VolumeNotFound for
@@ -178,7 +235,33 @@ class Exports:
             known = [*known, *(dataclasses.replace(said, version=one) for one in versions)]
         if not known:
             raise ExportUnknown(one_id, self._path, unasked)
+        self._note(known[:1])
         return known
+
+
+def _server(share: list[nfs.Export]) -> tuple[str, int]:
+    return share[0].server, share[0].port
+
+
+class _Silent:
+    """The servers that did not answer when they were last asked for a list."""
+
+    def __init__(self) -> None:
+        self._lock, self._servers = threading.Lock(), set[tuple[str, int]]()
+
+    def last(self, shares: list[list[nfs.Export]]) -> list[list[nfs.Export]]:
+        """The same, with those of these servers behind all others."""
+        with self._lock:
+            self._servers &= {_server(share) for share in shares}
+            return sorted(shares, key=lambda share: _server(share) in self._servers)
+
+    def note(self, server: tuple[str, int]) -> None:
+        with self._lock:
+            self._servers.add(server)
+
+    def forget(self, server: tuple[str, int]) -> None:
+        with self._lock:
+            self._servers.discard(server)
 
 
 class Remembered:
@@ -211,16 +294,22 @@ def _of_said(said: Sequence[Said]) -> list[nfs.Export]:
     """What is no export, or nobody's volume of ours, is left out."""
     found: dict[nfs.Export, None] = {}
     for one in said:
-        try:
-            export = of_class(nfs_parameters.of_export(one.parameters), one.mount_options)
-        except InvalidParameter:
-            continue
-        records = dataclasses.replace(export, path=one.parameters.get(nfs_parameters.RECORDS_PATH) or export.path)
-        for other in (export, records):
-            its = above(one.handle, other) if one.handle else other
-            if its is not None:
-                found.setdefault(its)
+        # ValueError: somebody wrote what no codec takes, and what others wrote counts nevertheless.
+        with contextlib.suppress(InvalidParameter, ValueError):
+            found.update(dict.fromkeys(_of_one(one)))
     return [*found]
+
+
+def _of_one(one: Said) -> list[nfs.Export]:
+    """InvalidParameter, ValueError."""
+    export = of_class(nfs_parameters.of_export(one.parameters), one.mount_options)
+    path = one.parameters.get(nfs_parameters.RECORDS_PATH, "")
+    records = dataclasses.replace(export, path=path if nfs_parameters.is_path(path) else export.path)
+    if one.handle:
+        return [its for other in (export, records) if (its := above(one.handle, other)) is not None]
+    for other in (export, records):
+        key(other)
+    return [export, records]
 
 
 def _named(text: str) -> nfs.Export:
@@ -257,7 +346,12 @@ def opened_any(share: Sequence[nfs.Export]) -> Iterator[tuple[int, nfs.Export]]:
 @contextlib.contextmanager
 def opened(export: nfs.Export) -> Iterator[int]:
     """Its root, through a mount that hangs nowhere; ServerSilent, MountFailed."""
-    with nfs.opened(export, Deadline.after(_CALL)) as root:
+    with contextlib.ExitStack() as stack:
+        try:
+            root = stack.enter_context(nfs.opened(export, Deadline.after(_CALL)))
+        except ValueError as error:
+            # What somebody wrote, and no system call takes: a NUL, half a character, a number without an end.
+            raise MountFailed(export.source, "nowhere", f"its words are none that can be mounted ({error})") from error
         yield root
 
 
@@ -266,7 +360,11 @@ def of_class(parameters: Mapping[str, str], flags: Sequence[str]) -> nfs.Export:
     for name in ("server", "path"):
         if not parameters.get(name):
             raise InvalidParameter(name, "", "must be given with the backend nfs")
-    asked, options = nfs.version_among([*flags, *parameters.get("options", "").split(",")])
+    own = parameters.get("options", "").split(",")
+    for name, words in (("mountOptions", flags), ("options", own)):
+        if (wrong := nfs.wrong_port(words)) is not None:
+            raise InvalidParameter(name, wrong, "names a port, and no number from 0 to 65535")
+    asked, options = nfs.version_among([*flags, *own])
     named = parameters.get("vers", "")
     if asked and named and asked != named:
         raise InvalidParameter("vers", named, f"contradicts the mount option for version {asked}")

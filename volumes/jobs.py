@@ -57,11 +57,13 @@ class Jobs:
     def __init__(
         self, *, running: int = 4, waiting: int = 12, of_one: int = 0, family: Callable[[str], str] = lambda _key: ""
     ) -> None:
-        """`of_one`: works of one `family` that go on at a time; 0 for as many as of all."""
+        """`of_one`: works of one `family` that go on at a time; 0 for as many as of all. `family` is asked by each
+        call, outside of any lock, and may answer otherwise later."""
         self._of_one, self._family, self._families = of_one, family, Counter[str]()
         self._lock = threading.Lock()
+        self._room = threading.Condition(self._lock)
         self._jobs: dict[str, _Job] = {}
-        self._running = threading.BoundedSemaphore(running)
+        self._running, self._most = 0, running
         self._waiting = threading.BoundedSemaphore(waiting)
 
     def finished(self, key: str, what: str, work: Callable[[Progress], None], patience: float) -> None:
@@ -86,46 +88,45 @@ class Jobs:
             raise job.error
 
     def _begun(self, key: str, what: str, work: Callable[[Progress], None], until: float) -> _Job:
-        known = self._known(key)
-        if known is not None:
-            return known
+        """Looked at and counted under one lock, however many come at once."""
         family = self._family(key)
-        with self._lock:
-            if self._of_one and self._families[family] >= self._of_one:
-                raise VolumeUnfinished(f"{what}: others of its share go first; ask again")
-        if not self._running.acquire(timeout=max(0.0, until - time.monotonic())):
-            raise VolumeUnfinished(f"{what}: other copies go first; ask again")
-        with self._lock:
-            job = self._jobs.get(key)
-            if job is not None:
-                self._running.release()
-                return job
-            job = _Job(Progress(what), work, lambda: self._ended(key))
-            try:
-                job.thread.start()
-            except BaseException:
-                self._running.release()
-                raise
+        with self._room:
+            while True:
+                self._drop_stale()
+                if (known := self._jobs.get(key)) is not None:
+                    return known
+                if self._of_one and self._families[family] >= self._of_one:
+                    raise VolumeUnfinished(f"{what}: others of its server go first; ask again")
+                if self._running < self._most:
+                    break
+                left = until - time.monotonic()
+                if left <= 0:
+                    raise VolumeUnfinished(f"{what}: other copies go first; ask again")
+                self._room.wait(left)
+            job = _Job(Progress(what), work, lambda: self._ended(key, family))
+            job.thread.start()  # it cannot end before it is counted: that takes the lock
             self._jobs[key] = job
+            self._running += 1
             self._families[family] += 1
             return job
 
-    def _ended(self, key: str) -> None:
+    def _ended(self, key: str, family: str) -> None:
         """Room for the next; who waits has the job itself, and of one that ended well nobody else needs to hear."""
-        self._running.release()
-        with self._lock:
-            self._families[self._family(key)] -= 1
+        with self._room:
+            self._running -= 1
+            self._families[family] -= 1
+            if not self._families[family]:
+                del self._families[family]
             job = self._jobs.get(key)
             if job is not None and job.error is None:
                 del self._jobs[key]
+            self._room.notify_all()
 
-    def _known(self, key: str) -> _Job | None:
-        with self._lock:
-            job = self._jobs.get(key)
-            if job is not None and job.failed_before(time.monotonic() - _STALE):
-                del self._jobs[key]
-                return None
-            return job
+    def _drop_stale(self) -> None:
+        """Failures that nobody has asked for: their callers do not come again."""
+        moment = time.monotonic() - _STALE
+        for key in [key for key, job in self._jobs.items() if job.failed_before(moment)]:
+            del self._jobs[key]
 
     def cancel(self, key: str, patience: float) -> None:
         """The work under `key` ends at its next step, and is waited for so many seconds."""

@@ -7,6 +7,7 @@ him; it can be seen.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
@@ -23,6 +24,10 @@ log = logging.getLogger("runvol.volumes")
 _EVERY, _LONGEST = 600.0, 120.0
 # Files of one look; after so many of them it makes way for others for so many seconds.
 _MOST, _STRIDE, _PAUSE = 500_000, 200, 0.001
+# In the place of a project: the file cannot be opened.
+_CLOSED = -1
+# What a node has too little of, which says nothing of a file.
+_SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 # Characters of a name, which a pod has chosen.
 _SHOWN = 80
 
@@ -69,10 +74,25 @@ class QuotaWatch:
             if now > self._next.get(volume_id, 0.0):
                 self._next[volume_id] = now + _EVERY
                 self._waiting[volume_id] = path, project
-                if not self._at_work:
-                    self._at_work = True
-                    threading.Thread(target=self._work, name="quota watch", daemon=True).start()
+                self._be_at_work(volume_id)
             return self._seen.get(volume_id)
+
+    def _be_at_work(self, volume_id: str) -> None:
+        """For who has the lock. Where no thread can be started, the next who asks tries it again."""
+        if self._at_work:
+            return
+        try:
+            threading.Thread(target=self._work, name="quota watch", daemon=True).start()
+        except RuntimeError as error:
+            self._next[volume_id] = 0.0
+            self._note(volume_id, Unseen(f"no thread can be started ({error})"))
+        else:
+            self._at_work = True
+
+    def _note(self, volume_id: str, found: Left | Unseen | None) -> None:
+        """For who has the lock. That a look did not come to its end takes nothing back of what one has found."""
+        if not (isinstance(found, Unseen) and isinstance(self._seen.get(volume_id), Left)):
+            self._seen[volume_id] = found
 
     def forget(self, volume_id: str) -> None:
         """It was deleted."""
@@ -88,39 +108,46 @@ class QuotaWatch:
                     return
                 volume_id = next(iter(self._waiting))
                 path, project = self._waiting.pop(volume_id)
-            found: Left | Unseen | None = None
+            found: Left | Unseen | None
             try:
                 found = look(path, project)
             except (OSError, BlockdevError) as error:
                 log.info("a volume's quota was not looked at", extra={"volume": volume_id, "why": str(error)})
                 # A pod can see to that, to hide what it does.
-                found = Unseen(str(error)) if isinstance(error, BlockdevError) else None
-            except Exception:
+                found = Unseen(error.strerror or str(error) if isinstance(error, OSError) else str(error))
+            except Exception as error:
                 log.exception("a volume's quota was not looked at")
-                continue
+                found = Unseen(f"the look ended with {type(error).__name__}; see the log")
             with self._lock:
                 if volume_id in self._next:
-                    self._seen[volume_id] = found
+                    self._note(volume_id, found)
 
 
-def look(path: str, project: int) -> Left | None:
-    """The files below `path` that do not belong to the project; None if all do. Bounded in files and time."""
+def look(path: str, project: int) -> Left | Unseen | None:
+    """The files below `path` that do not belong to the project; None if all do. Bounded in files and time: Unseen for
+    what could not be looked at in these bounds. OSError, BlockdevError where the look ends before them, and has found
+    nothing by then."""
     root = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    count, first = 0, ""
+    count, first, unseen = 0, "", ""
     try:
         for number, (name, other) in enumerate(_projects(root)):
-            if other not in (None, project):
+            if number >= _MOST:
+                unseen = f"it has more than {_MOST} files, and no more are looked at"
+                break
+            if other == _CLOSED:
+                unseen = "a file of it cannot be opened; a process may have a lease on it"
+            elif other not in (None, project):
                 count, first = count + 1, first or name
             if number % _STRIDE == 0:
                 time.sleep(_PAUSE)
-            if number >= _MOST:
-                break
     except (OSError, BlockdevError):
         if not count:
             raise
     finally:
         os.close(root)
-    return Left(count, first) if count else None
+    if count:
+        return Left(count, first)
+    return Unseen(unseen) if unseen else None
 
 
 def _projects(root: int) -> Iterator[tuple[str, int | None]]:
@@ -133,10 +160,13 @@ def _projects(root: int) -> Iterator[tuple[str, int | None]]:
 
 
 def _of_file(directory: int, name: str) -> int | None:
+    """None where there is no such file (any more); OSError where the node can open no file at all."""
     try:
         file = beneath.regular(directory, name)
-    except OSError:
-        return None  # it has gone, or has another holder's lease
+    except OSError as error:
+        if error.errno in _SCARCE:
+            raise
+        return None if error.errno in trees.NOT_THERE else _CLOSED
     if file is None:
         return None
     try:

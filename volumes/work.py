@@ -1,24 +1,29 @@
 """What goes on behind the calls of a process, told to others: copies, walks and deletions, with how far they are.
 
-Each process that has such work keeps a file of it in the run directory, which is a tmpfs; who looks believes the files
-of processes that live.
+Each process that has such work keeps a file of it in the run directory, which is a tmpfs, under a random name, and
+holds a lock beside it: processes of containers see each other's files, and not each other's numbers. Who looks believes
+what is held, and removes what nobody holds.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import itertools
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import msgspec
 
-from blockdev import durable
+from blockdev import durable, flocks
 
 # Seconds between two lines of the same work, and the bytes of a file.
 _EVERY, _MOST = 1.0, 4 << 20
+# Seconds for a lock of one's own, which who looks may have for a moment; and how the names end.
+_PATIENCE, _FILE, _LOCK = 1.0, ".json", ".lock"
 
 
 class Item(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,8 +40,6 @@ class Item(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Written(msgspec.Struct, frozen=True):
-    pid: int
-    started: int
     items: list[Item]
 
 
@@ -85,17 +88,40 @@ def tell(run_dir: str) -> None:
 
 
 def _told(directory: str) -> None:
-    path = os.path.join(directory, f"{os.getpid()}.json")
     while True:
         running.begun.wait()
-        while items := running.items():
-            with contextlib.suppress(OSError):  # there is no room for it, or not this moment
-                os.makedirs(directory, mode=0o700, exist_ok=True)
-                content = msgspec.json.encode(_Written(os.getpid(), _started(os.getpid()), items))
-                durable.replace(path, content, synced=False)
+        try:
+            _tell(directory)
+        except (OSError, ValueError):  # there is no room for it, or not this moment
             time.sleep(_EVERY)
+
+
+def _tell(directory: str) -> None:
+    """Until there is no work, or somebody has removed what says so. OSError; ValueError for words that are no text."""
+    os.makedirs(directory, mode=0o700, exist_ok=True)
+    stem = os.path.join(directory, os.urandom(8).hex())
+    with _held(stem + _LOCK) as lock:
+        try:
+            while (items := running.items()) and flocks.is_still(lock, stem + _LOCK):
+                durable.replace(stem + _FILE, msgspec.json.encode(_Written(items)), synced=False)
+                time.sleep(_EVERY)
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(stem + _FILE)
+
+
+@contextlib.contextmanager
+def _held(path: str) -> Iterator[int]:
+    """A lock of this process's own, gone at the end. OSError."""
+    lock = flocks.take(path, _PATIENCE)
+    if lock is None:
+        raise BlockingIOError(path)
+    try:
+        yield lock
+    finally:
         with contextlib.suppress(OSError):
             os.unlink(path)
+        flocks.release(lock)
 
 
 def seen(run_dir: str) -> list[Item]:
@@ -105,26 +131,42 @@ def seen(run_dir: str) -> list[Item]:
 
 def _read(directory: str) -> Iterator[_Written]:
     try:
-        names = os.listdir(directory)
+        names = sorted(os.listdir(directory), key=_stem)
     except OSError:
         return
-    for name in names:
-        path = os.path.join(directory, name)
+    for stem, group in itertools.groupby(names, key=_stem):
+        own = [os.path.join(directory, name) for name in group]
+        path = os.path.join(directory, stem)
+        if _are_nobodys(path + _LOCK, own) or path + _FILE not in own:
+            continue
         try:
-            written = msgspec.json.decode(durable.read(path, _MOST), type=_Written)
+            written = msgspec.json.decode(durable.read(path + _FILE, _MOST), type=_Written)
         except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
-            continue  # it has just been removed, or is being written
-        if _started(written.pid) == written.started:
-            yield written
+            continue  # it has just been removed, or is no file of ours
+        yield written
+
+
+def _stem(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _are_nobodys(lock: str, files: Sequence[str]) -> bool:
+    """Whether nobody holds the lock, who need not be in sight; then the files are gone. What cannot be found out is
+    somebody's."""
+    with contextlib.ExitStack() as stack:
+        try:
+            fd = os.open(lock, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            pass  # it is made before all other files of its name
+        except OSError:
+            return False
         else:
+            stack.callback(os.close, fd)
+            # Shared, as others who look are no holders; and kept until the files are gone.
+            if not flocks.locked(fd, fcntl.LOCK_SH, 0):
+                return False
+            stack.callback(fcntl.flock, fd, fcntl.LOCK_UN)
+        for path in files:
             with contextlib.suppress(OSError):
                 os.unlink(path)
-
-
-def _started(pid: int) -> int:
-    """When the process began, in ticks since the boot (proc(5)); 0 for none: numbers are used again."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return int(file.read().rpartition(")")[2].split()[19])
-    except (OSError, ValueError, IndexError):
-        return 0
+    return True

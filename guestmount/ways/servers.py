@@ -14,8 +14,9 @@ from guestmount.claims import Claim
 from guestmount.errors import Refused
 from guestmount.ways.base import Problem, Usage, of_mount
 
-# Seconds that a look waits for a server, and for which it then counts as silent for all looks at its other mounts.
-_PATIENCE, _REMEMBERED = 3.0, 10.0
+# Seconds that a look waits for a server, and for which it then counts as silent for all looks at its other mounts. One
+# whose caller had fewer says nothing of the server. Between two tries where an earlier look has not come back.
+_PATIENCE, _REMEMBERED, _STEP = 3.0, 10.0, 0.05
 # Seconds for which a mount that has answered needs no other look, and how many are kept in mind.
 _MOMENT, _MOST_SEEN = 0.5, 1000
 
@@ -57,22 +58,40 @@ _silence = _Silence()
 
 
 def usage(claim: Claim, path: str, deadline: Deadline) -> Usage:
-    """Of the mount at `path`. ServerSilent; Refused for a directory that its server has no more."""
+    """Of the mount at `path`. ServerSilent; WaitExpired for a caller who cannot wait for so long that the server is
+    known to be silent; Refused for a directory that its server has no more."""
     if claim.nfs is None:
         return of_mount(path, deadline)
-    server = claim.nfs.server
-    _silence.check(server)
+    return _asked(claim, path, claim.nfs.server, min(_PATIENCE, deadline.remaining()))
+
+
+def _asked(claim: Claim, path: str, server: str, patience: float) -> Usage:
     try:
-        measured = of_mount(path, Deadline.after(min(_PATIENCE, deadline.remaining())))
-        _silence.see(path)
-        return measured
+        measured = _measured(path, server, Deadline.after(patience))
     except WaitExpired as error:
+        if patience < _PATIENCE:
+            raise
         _silence.note(server)
         raise nfs.ServerSilent(server, f"the mount at {path} hangs") from error
     except OSError as error:
         if error.errno != errno.ESTALE:
             raise
         raise Refused(stale(claim)) from None
+    _silence.see(path)
+    return measured
+
+
+def _measured(path: str, server: str, deadline: Deadline) -> Usage:
+    """WaitExpired at the deadline, not before: an earlier look that has not come back yet may have had a moment only,
+    and is waited for as the own one would be."""
+    while True:
+        _silence.check(server)
+        try:
+            return of_mount(path, deadline)
+        except WaitExpired:
+            if not deadline.remaining():
+                raise
+            time.sleep(min(_STEP, deadline.remaining()))
 
 
 def problems(claim: Claim, path: str) -> list[Problem]:
@@ -80,7 +99,7 @@ def problems(claim: Claim, path: str) -> list[Problem]:
     if claim.nfs is None or _silence.was_seen(path):
         return []
     try:
-        usage(claim, path, Deadline.after(_PATIENCE))
+        _asked(claim, path, claim.nfs.server, _PATIENCE)
     except nfs.ServerSilent as error:
         return [Problem(reason="ServerSilent", message=str(error), unreachable=True)]
     except Refused as error:
