@@ -266,7 +266,7 @@ class NfsBackend:
     def refuses(self, flag: str) -> str | None:
         wrong = nfs.check_options([flag])
         if wrong is None:
-            return None
+            return "names a port, and no number from 0 to 65535" if nfs.wrong_port([flag]) is not None else None
         if "vers" in wrong:
             return f"takes {', '.join(nfs.VERSIONS)}"
         return "is set by runvol from the server, the version and the node"

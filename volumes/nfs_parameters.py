@@ -11,19 +11,23 @@ from volumes.parameter import Parameter, one_of
 
 RECORDS_PATH = "recordsPath"
 _LABEL = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9]{0,61}[A-Za-z0-9])?")
+# The interface that an IPv6 address is of, and bytes that no path has.
+_SCOPE, _LONGEST = re.compile(r"[A-Za-z0-9_.-]{1,64}"), 4096
 
 
 def is_server(value: str) -> bool:
     """A DNS name, or an address as a number."""
     try:
-        ipaddress.ip_address(value)
+        address, percent, scope = value.partition("%")
+        ipaddress.ip_address(address)
+        return not percent or _SCOPE.fullmatch(scope) is not None
     except ValueError:
         return len(value) <= 253 and all(_LABEL.fullmatch(label) for label in value.split("."))
-    return True
 
 
 def is_path(value: str) -> bool:
-    return value.startswith("/") and value.isprintable() and "," not in value and ".." not in value.split("/")
+    fits = len(value.encode(errors="replace")) < _LONGEST
+    return fits and value.startswith("/") and value.isprintable() and "," not in value and ".." not in value.split("/")
 
 
 def is_relative(value: str) -> bool:

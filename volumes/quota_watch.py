@@ -21,9 +21,9 @@ from blockdev.errors import BlockdevError
 log = logging.getLogger("runvol.volumes")
 
 # Seconds between two looks at a volume, and for one.
-_EVERY, _LONGEST = 600.0, 120.0
+_EVERY, _LONGEST = 600.0, 600.0
 # Files of one look; after so many of them it makes way for others for so many seconds.
-_MOST, _STRIDE, _PAUSE = 500_000, 200, 0.001
+_MOST, _STRIDE, _PAUSE = 10_000_000, 200, 0.001
 # In the place of a project: the file cannot be opened.
 _CLOSED = -1
 # What a node has too little of, which says nothing of a file.

@@ -26,6 +26,7 @@ from volumes import (
     VolumeNotFound,
     VolumeUnfinished,
     export_ids,
+    nfs_parameters,
     parameters,
 )
 from volumes.errors import ExportUnknown
@@ -604,3 +605,17 @@ def test_what_a_share_is_reached_by_goes_with_it(tmp_path, monkeypatch):
         backend.delete(one)
     asked = [(export.port, export.version) for export in seen]
     assert asked == [(2051, "4.2"), (2049, "4.1"), (2049, "3")], "a silent server is not asked in each version"
+
+
+@pytest.mark.parametrize(
+    ("server", "is_one"),
+    [("fe80::1%eth0.5", True), ("fd00::7", True), ("nas-1.example.com", True), ("fe80::1%x,addr=127.0.0.1", False),
+     ("fe80::1%", False), ("fe80::1%a b", False), ("nas,addr=1", False), ("a" * 300, False)],
+)  # fmt: skip
+def test_a_server_is_a_name_or_an_address_and_no_option(server, is_one):
+    assert nfs_parameters.is_server(server) is is_one
+
+
+def test_a_port_that_is_none_is_refused_at_stage_too(backend):
+    assert "no number from 0 to 65535" in backend.refuses("port=99999999999")
+    assert backend.refuses("port=2050") is None
