@@ -30,3 +30,9 @@ securityContext:
 {{- end }}
 {{- end }}
 {{- end }}
+{{/* Not empty where the snapshotters run: as said, or where the cluster has the API. */}}
+{{- define "runvol.snapshots" -}}
+{{- if eq (toString .Values.snapshots.enabled) "auto" }}
+{{- if .Capabilities.APIVersions.Has "snapshot.storage.k8s.io/v1" }}yes{{ end }}
+{{- else if .Values.snapshots.enabled }}yes{{ end }}
+{{- end }}
