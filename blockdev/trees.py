@@ -53,6 +53,11 @@ def remove(parent: int | str, name: str, deadline: Deadline) -> None:
         os.close(top)
 
 
+def remove_content(fd: int, name: str, deadline: Deadline) -> None:
+    """Nothing is in the directory `fd`, called `name` in errors; the descriptor is closed. NotRemoved; WaitExpired."""
+    _empty(fd, name, deadline)
+
+
 def walk(root: int, what: str, deadline: Deadline, *, longest: int = 0) -> Iterator[tuple[int, list[str], list[str]]]:
     """Every directory of the tree below the directory descriptor `root`, itself first.
 

@@ -238,6 +238,9 @@ class Controller(SnapshotCalls):
         try:
             backend = self._catalog.of(volume_id)
         except OfANode:
+            if not size.required:
+                why = "must be given where no node is asked: the volume's own size is known there alone"
+                raise BadRequest("capacity_range.required_bytes", size.required, why) from None
             granted = sizes.grown(volume_id, 0, size)
             return csi_pb2.ControllerExpandVolumeResponse(capacity_bytes=granted, node_expansion_required=True)
         if request.HasField("volume_capability"):

@@ -126,7 +126,12 @@ def in_root(path: str, root: str) -> str:
         stack.callback(os.close, top)
         found = syscalls.openat2(top, path.lstrip("/") or ".", os.O_PATH, syscalls.RESOLVE_IN_ROOT)
         stack.callback(os.close, found)
-        return os.readlink(f"/proc/self/fd/{found}")
+        link = os.readlink(f"/proc/self/fd/{found}")
+        # In another mount namespace (/proc/<pid>/root) it is told as from there.
+        for path in (link, os.path.join(root, link.lstrip("/"))):
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.stat(path), os.fstat(found)):
+                    return path
     return plain
 
 

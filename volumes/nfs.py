@@ -102,7 +102,8 @@ class NfsBackend:
                 record = self._filling.finished(one, record, source)
             if record.directory and not share.is_there(one.root, record.directory):
                 raise VolumeUnfinished(
-                    f"volume {name} has lost its directory {record.directory!r} on the share; delete it"
+                    f"volume {name} has no directory {record.directory!r} on the share any more; delete it, or, while "
+                    "it is being deleted, ask again"
                 )
             return _volume(record, place.records)
 
@@ -111,7 +112,6 @@ class NfsBackend:
         source: ContentSource | None,
     ) -> Record:  # fmt: skip
         """The record of a new volume, of which nothing is there yet."""
-        nfs_records_place.check(one)
         smallest = _SMALLEST if source is None else self._size_of(one, source, parameters)
         where = nfs_share.directory_of(name, parameters)
         record = Record(
@@ -120,12 +120,14 @@ class NfsBackend:
             serial=os.urandom(6).hex(), path=one.place.elsewhere,
         )  # fmt: skip
         record = msgspec.structs.replace(record, made=_made_by_us(one, record))
-        if parameters.get("subDir") or not record.made:  # otherwise its directory is its own, and new
+        there = bool(where) and share.is_there(one.root, where)
+        if parameters.get("subDir") or there or not where:  # otherwise its directory is its own, and new
             nfs_share.check_place(one, record)
         if record.made is not False:
             nfs_share.check_one_filesystem(one, record)
         if source is not None:
             nfs_share.check_free(one, record)
+        nfs_records_place.check(one)
         share.write(one.records, record)
         return record
 
@@ -316,8 +318,10 @@ def _as_it_stands(one: Share, volume_id: str) -> Record | None:
     """The record; None for a volume that is not there. VolumeUnfinished for one that is not gone yet."""
     record = share.read(one.records, volume_id, Record)
     if record is not None and record.gone:
-        record = nfs_deletion.settle(one, record)
-        if record is not None:
+        if nfs_deletion.settle(one, record) is None:
+            share.remove(one.records, volume_id)  # its files go with the next of this name
+            return None
+        if not record.deleting:
             raise VolumeUnfinished(
                 f"an earlier volume {record.name} was deleted, and its directory {record.directory!r} stays until the "
                 "volumes that lie in it are deleted, too"
@@ -346,7 +350,7 @@ def _made_by_us(one: Share, record: Record) -> bool | None:
     """Whether the directory of a new volume will be, or was, made by runvol; None where older records do not say."""
     if not record.directory or not share.is_there(one.root, record.directory):
         return bool(record.directory)
-    sharing = nfs_share.in_the_same(one, record)
+    sharing = nfs_share.in_the_same(one, record, nfs_share.inode_of(one, record.directory))
     return sharing[0].made if sharing else False
 
 
@@ -365,7 +369,7 @@ def _with_directory(one: Share, record: Record) -> tuple[Record, bool]:
     now = share.read(one.records, record.volume_id, Record) or record
     if now.ready:
         return now, False  # another controller was faster
-    if sharing := nfs_share.in_the_same(one, record):
+    if sharing := nfs_share.in_the_same(one, record, inode):
         return msgspec.structs.replace(now, inode=inode if sharing[0].made else 0), False
     if empty:
         ours = record.made is not False  # a process that was killed then has made it

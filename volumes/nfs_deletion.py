@@ -1,8 +1,8 @@
-"""How a volume on a share goes: its directory takes another name, its record goes, and then its files.
+"""How a volume on a share goes: its directory takes another name, its files go, and then its record.
 
 The names change while no other controller changes any; the files, of which a pod may have made millions, are removed
-after it. Nothing is written first, so that a full share is no hindrance. A killed deletion is finished by the next
-call: the record is there until all names are changed, and files without a record lie under a name that says whose.
+after it, and then the record: a deletion that was killed, or had no more time, is finished by the next call. Nothing
+needs room on the share.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from blockdev import BlockdevError
+from blockdev import Deadline, trees
 from volumes import nfs_share, share, share_lock
 from volumes.errors import StoreFailed, VolumeUnfinished
 from volumes.export_ids import short
@@ -39,35 +39,41 @@ def delete(one: Share, volume_id: str, jobs: Jobs) -> None:
     _tidied(one, volume_id, record)
     for copy in copies:
         remove_gone(one, copy)
-    if record is not None and in_place:
+    if record is None:
+        return
+    if in_place:
         _removed_where_it_lies(one, record)
-    if record is not None:
-        _without_tombs(one, record)
+    with share_lock.changing(one.records):
+        now = share.read(one.records, volume_id, Record)
+        if now is not None and now.serial == record.serial and not now.gone:
+            _forgotten(one, now)
+    _without_tombs(one, record)
 
 
 def remove_gone(one: Share, volume_id: str) -> None:
-    """The files of volumes of this id that have no record any more are removed. NotRemoved, WaitExpired."""
+    """The files of the volume of this id that is being deleted are removed. NotRemoved, WaitExpired."""
     for name in share.names(one.root, f"gone-{volume_id}"):
         share.remove_tree(one.root, f"{RECORDS}/{name}")
 
 
 def settle(one: Share, record: Record) -> Record | None:
-    """A deleted volume whose directory waited for others: None once it is gone, as none of them is left. To be called
-    while nobody else changes the share."""
+    """A deleted volume whose directory waited for others: None where that is out of the way, as none of them is left.
+    To be called while nobody else changes the share; the record stays for whoever removes the files."""
     living, tombs, damaged = _others(one, record)
     if record.deleting or damaged or any(is_in(one, other, record) for other in living):
         return record
+    if not _is_its_own(one, record):
+        return None  # what lies there by now is somebody's who does not know of it
     if not _taken_away(one, record, archived=_is_archived(one, record, tombs), sure=True):
         record = msgspec.structs.replace(record, deleting=True)
         _marked(one, record)
         return record
-    share.remove(one.records, record.volume_id)
     return None
 
 
 def _renamed(one: Share, record: Record, jobs: Jobs) -> tuple[list[str], bool]:
-    """What of the volume has a name has another one, or none. Half copies of it, whose files are to be removed, too;
-    and whether its own have to be removed where they lie."""
+    """What of the volume has a name has another one. Half copies of it, whose files are to be removed, too; and whether
+    its own have to be removed where they lie. The record stays until they are: it is what a repeated call goes by."""
     if record.gone:
         return [], False  # it waits for others, and goes with the last of them
     if record.deleting:
@@ -83,12 +89,11 @@ def _renamed(one: Share, record: Record, jobs: Jobs) -> tuple[list[str], bool]:
         # Nobody makes it anew meanwhile.
         _marked(one, msgspec.structs.replace(record, ready=False, deleting=True))
         return copies, True
-    _forgotten(one, record)
     return copies, False
 
 
 def _forgotten(one: Share, record: Record) -> None:
-    """No record of a volume whose directory is gone; it stays, as one of them, where others waited for this one, until
+    """No record of a volume that is gone; it stays, as one of them, where others waited for this one, until
     `_without_tombs` is done with all."""
     if any(tomb.gone and is_in(one, record, tomb) for tomb in nfs_share.all_records(one, share.passed_over)):
         _marked(one, msgspec.structs.replace(record, ready=False, gone=True, deleting=False))
@@ -97,39 +102,67 @@ def _forgotten(one: Share, record: Record) -> None:
 
 
 def _removed_where_it_lies(one: Share, record: Record) -> None:
-    """The files of a volume that could get no other name, and then its record. What lies there by now and is not what
-    was made for it is archived. NotRemoved, WaitExpired."""
-    if _is_its_own(one, record):
-        share.remove_tree(one.root, record.directory)
-    with share_lock.changing(one.records):
-        now = share.read(one.records, record.volume_id, Record)
-        if now is not None and now.serial == record.serial and now.deleting:
-            if share.is_there(one.root, record.directory):
+    """The files of a volume that could get no other name. What lies there by now, and is not what was made for it, is
+    archived. VolumeUnfinished, NotRemoved, WaitExpired."""
+    with contextlib.ExitStack() as stack:
+        with share_lock.changing(one.records):
+            if not _is_deleting(one, record):
+                return
+            if not _is_its_own(one, record):
                 _archive(one, record)
-            if record.gone:
-                share.remove(one.records, record.volume_id)
-            else:
-                _forgotten(one, record)
+                return
+            try:
+                there = stack.enter_context(share.opened(one.root, record.directory))
+            except FileNotFoundError:
+                return
+        # By the descriptor: another controller may be done with it before, and the volume be made anew.
+        trees.remove_content(os.dup(there), record.directory, Deadline.after(share.REMOVAL))
+        with share_lock.changing(one.records):
+            if _is_deleting(one, record) and nfs_share.inode_of(one, record.directory) == os.fstat(there).st_ino:
+                with share.parent(one.root, record.directory) as (fd, name):
+                    _rmdir(fd, name, record)
+
+
+def _is_deleting(one: Share, record: Record) -> bool:
+    now = share.read(one.records, record.volume_id, Record)
+    return now is not None and now.serial == record.serial and now.deleting
+
+
+def _rmdir(fd: int, name: str, record: Record) -> None:
+    try:
+        os.rmdir(name, dir_fd=fd)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            why = f"somebody still writes to volume {record.name}, which is being deleted; ask again"
+            raise VolumeUnfinished(why) from None
+        raise
 
 
 def _without_tombs(one: Share, record: Record) -> None:
     """Volumes that were deleted, and whose directories waited for this one that lay in them, are gone where no other
-    does. After everything else, when there is room again. NotRemoved, WaitExpired."""
+    does. After everything else, when there is room again. VolumeUnfinished, NotRemoved, WaitExpired; BlockdevError of
+    another export."""
     for tomb in _waiting(one, record):
-        with contextlib.ExitStack() as stack:
-            try:
-                there = stack.enter_context(nfs_share.at(one, tomb))
-            except BlockdevError as error:  # another export, which may be no more
-                log.warning("a deleted volume stays on its share", extra={"volume": tomb.volume_id, "why": str(error)})
-                continue
+        with nfs_share.at(one, tomb) as there:
             with share_lock.changing(one.records):
                 now = share.read(one.records, tomb.volume_id, Record)
                 if now is None or not now.gone or now.serial != tomb.serial:
                     continue
-                now = settle(there, now)
+                left = settle(there, now)
+            if left is not None and not left.deleting:
+                raise VolumeUnfinished(
+                    f"volume {tomb.name}, which was deleted, waits around {record.volume_id} for a record on the share "
+                    f"that cannot be read; see the controller's log, and {RECORDS}/*.json there"
+                )
             remove_gone(there, tomb.volume_id)
-            if now is not None and now.deleting:
-                _removed_where_it_lies(there, now)
+            if left is not None:
+                _removed_where_it_lies(there, left)
+            with share_lock.changing(one.records):
+                now = share.read(one.records, tomb.volume_id, Record)
+                if now is not None and now.gone and now.serial == tomb.serial:
+                    share.remove(one.records, tomb.volume_id)
 
 
 def _waiting(one: Share, record: Record) -> list[Record]:

@@ -9,16 +9,20 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from blockdev import nfs
 from volumes import exports, share, share_lock
 from volumes.errors import InvalidParameter, VolumeConflict, VolumeUnfinished
 from volumes.export_ids import digest, short
 from volumes.jobs import Progress
 from volumes.nfs_parameters import RECORDS_PATH
-from volumes.share import Record
+from volumes.share import RECORDS, Record
 from volumes.troubles import EXPECTED, Trouble
 
 ARCHIVE = "archived-"
+# What the names of marks begin with.
+DATA_MARK = "data-"
 
 
 @dataclass(frozen=True)
@@ -115,10 +119,29 @@ def is_same(one: Share, other: Record, record: Record) -> bool:
     return place_on_server(one, other) == place_on_server(one, record)
 
 
+def normal(path: str) -> str:
+    """One spelling of an export's path."""
+    return os.path.normpath(f"/{path.lstrip('/')}")
+
+
+def data_mark(path: str) -> str:
+    """What lies among the records of another export's volumes, and says whose they are (see `nfs_records_place`)."""
+    return f"{DATA_MARK}{digest(normal(path))[:20]}"
+
+
+def is_marked(one: Share) -> bool:
+    return share.is_there(one.records, f"{RECORDS}/{data_mark(one.place.data.path)}")
+
+
 def all_records(one: Share, trouble: Trouble) -> Iterator[Record]:
     """Of all volumes whose directories may lie on the share. What lies on the export of the directories itself is
-    believed in nothing where the records are kept elsewhere: pods may have that whole (see `nfs_records_place`)."""
-    return share.records(one.records, share.NFS_VOLUME, Record, trouble)
+    believed in nothing where the records are kept elsewhere: pods may have that whole. Only where no mark says so yet,
+    a living volume there is one: releases before the marks let both be made."""
+    yield from share.records(one.records, share.NFS_VOLUME, Record, trouble)
+    if one.place.elsewhere and not is_marked(one):
+        for other in share.records(one.root, share.NFS_VOLUME, Record, trouble):
+            if not other.path and not other.gone and not other.deleting:
+                yield msgspec.structs.replace(other, path=one.place.data.path)
 
 
 @contextlib.contextmanager
@@ -133,10 +156,12 @@ def at(one: Share, record: Record) -> Iterator[Share]:
         yield Share(place, root, one.records)
 
 
-def in_the_same(one: Share, record: Record) -> list[Record]:
-    """Other volumes' records that speak of the same directory."""
+def in_the_same(one: Share, record: Record, inode: int) -> list[Record]:
+    """Other volumes' records that speak of the same directory, which is there and has this inode. That of a deleted
+    volume may speak of an earlier one."""
     found = share.records(one.records, share.NFS_VOLUME, Record, share.passed_over)
-    return [other for other in found if is_same(one, other, record) and other.volume_id != record.volume_id]
+    same = (other for other in found if is_same(one, other, record) and other.volume_id != record.volume_id)
+    return [other for other in same if other.inode == inode or (other.inode == 0 and not other.gone)]
 
 
 def check_place(one: Share, record: Record) -> None:

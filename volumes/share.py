@@ -48,7 +48,7 @@ _LATEST = 1 << 33
 # Records that are read side by side, and how many of them ahead.
 _AT_ONCE, _AHEAD = 8, 64
 # Seconds that one call removes a tree; the next goes on.
-_REMOVAL = 100.0
+REMOVAL = 100.0
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
@@ -272,7 +272,11 @@ def _read_ahead(root: int, files: list[str]) -> Iterator[tuple[str, bytes | Exce
         with futures.ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="records") as readers:
             for first in range(0, len(files), _AHEAD):
                 some = files[first : first + _AHEAD]
-                yield from zip(some, readers.map(read_one, some), strict=True)
+                try:
+                    contents = [*readers.map(read_one, some)]
+                except RuntimeError:  # no thread is to be had
+                    contents = [read_one(file) for file in some]
+                yield from zip(some, contents, strict=True)
 
 
 def passed_over(sentence: str) -> None:
@@ -386,7 +390,7 @@ def tidy(root: int, prefix: str, suffix: str = "") -> None:
 def remove_tree(root: int, path: str) -> None:
     """Nothing is at `path`. Links are removed, not followed. NotRemoved; WaitExpired, and the next call goes on."""
     with contextlib.suppress(FileNotFoundError), parent(root, path) as (fd, name):
-        trees.remove(fd, name, Deadline.after(_REMOVAL))
+        trees.remove(fd, name, Deadline.after(REMOVAL))
 
 
 def chmod(directory: int, name: str, mode: int) -> None:

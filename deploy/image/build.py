@@ -49,11 +49,11 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--output", type=Path, default=ROOT / "runvol-image.tar")
     arguments.add_argument("--name", default=f"runvol.io/runvol:{_version()}")
+    arguments.add_argument("--cache", type=Path, help="a directory that keeps Debian's part for the next time")
     given = arguments.parse_args()
     with tempfile.TemporaryDirectory(prefix="runvol-image-") as work:
-        _say("Debian packages (half a minute)")
         base = Path(work) / "base"
-        _debian(base)
+        _cached_debian(base, given.cache)
         _say("runvol and what it depends on")
         program = Path(work) / "program"
         _program(program)
@@ -79,6 +79,22 @@ def _moment() -> int:
         return int(os.environ["SOURCE_DATE_EPOCH"])
     done = subprocess.run(["git", "-C", ROOT, "log", "-1", "--format=%ct"], capture_output=True, text=True, check=False)
     return int(done.stdout) if done.returncode == 0 else 0
+
+
+def _cached_debian(base: Path, cache: Path | None) -> None:
+    wanted = hashlib.sha256(repr((SUITE, PACKAGES, LEFT_OUT, REMOVED)).encode()).hexdigest()[:16]
+    kept = cache / f"debian-{wanted}.tar" if cache is not None else None
+    if kept is not None and kept.exists():
+        base.mkdir()
+        subprocess.run(["tar", "-xpf", kept, "-C", base], check=True)
+        return
+    _say("Debian packages (half a minute)")
+    _debian(base)
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        new = kept.with_suffix(f".{os.getpid()}.new")
+        subprocess.run(["tar", "-cpf", new, "--exclude=./dev/*", "-C", base, "."], check=True)
+        new.rename(kept)
 
 
 def _debian(base: Path) -> None:

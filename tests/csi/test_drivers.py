@@ -151,6 +151,8 @@ def test_a_controller_without_a_node_grants_growth_and_touches_nothing(tmp_path:
             with pytest.raises(grpc.RpcError) as wrong:
                 call.ControllerExpandVolume(volume_id=volume.volume_id, capacity_range={"required_bytes": -1})
             assert wrong.value.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE)
+            with pytest.raises(grpc.RpcError, match="required_bytes"):
+                call.ControllerExpandVolume(volume_id=volume.volume_id, capacity_range={"limit_bytes": 128 << 20})
             for refused in (lambda: call.DeleteVolume(volume_id=volume.volume_id),
                             lambda: call.DeleteSnapshot(snapshot_id=snapshot.snapshot_id),
                             lambda: call.CreateSnapshot(name="t", source_volume_id=volume.volume_id)):  # fmt: skip

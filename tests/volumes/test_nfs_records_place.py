@@ -13,7 +13,7 @@ import pytest
 from tests.nas_of_directories import below, serve
 from tests.volumes.test_nfs_at_once import Killed, fresh  # noqa: F401
 from tests.volumes.test_nfs_backend import CLASS, MIB, REMOVED, make
-from volumes import InvalidParameter, VolumeUnfinished, export_ids, nfs_records_place, share
+from volumes import ContentSource, InvalidParameter, VolumeUnfinished, export_ids, nfs_records_place, share
 from volumes.nfs import NfsBackend
 from volumes.share import Record
 
@@ -142,3 +142,86 @@ def test_what_waited_goes_where_it_lies_and_nowhere_else(fresh, shares, facts): 
         assert [one.name for one in share.records(root, share.NFS_VOLUME, Record, pytest.fail)] == ["d"]
     finally:
         os.close(root)
+
+
+def test_an_export_whose_records_are_elsewhere_has_none_of_others(fresh, shares):  # noqa: F811
+    """Pods may have it whole, with what would lie there."""
+    make(fresh(), "whole", path="/e", recordsPath="/records", volumeAs="sharepath")
+    with pytest.raises(InvalidParameter, match="'/e': has volumes, whose records are kept on '/records'"):
+        make(fresh(), "one", path="/others", recordsPath="/e")
+    volume = make(fresh(), "two", path="/others", recordsPath="/records")
+    with pytest.raises(InvalidParameter, match="is the `recordsPath` of other volumes"):
+        make(fresh(), "three", path="/records", recordsPath="/e/in")
+    fresh().delete(volume.volume_id)
+
+
+def test_the_advice_names_both_marks(fresh, shares):  # noqa: F811
+    fresh().delete(make(fresh(), "one", **APART).volume_id)
+    with pytest.raises(InvalidParameter, match=r"records-path there; .* remove that file and \.runvol/data-"):
+        make(fresh(), "two", **REMOVED)
+    for path in (shares / "e/.runvol/records-path", *(shares / "records/.runvol").glob("data-*")):
+        path.unlink()
+    make(fresh(), "two", **REMOVED)
+    with pytest.raises(InvalidParameter, match="volumes on /e whose records lie there"):
+        make(fresh(), "one", **APART)
+
+
+@pytest.mark.parametrize("what", ["nothing", "another place", "a FIFO", "a file for the directory"])
+def test_whoever_has_the_directories_export_stops_no_volume_of_the_class(fresh, shares, what):  # noqa: F811
+    make(fresh(), "one", **APART)
+    mark = shares / "e/.runvol/records-path"
+    if what == "another place":
+        mark.write_text("/others\n")
+    elif what == "a file for the directory":
+        for path in (shares / "e/.runvol").iterdir():
+            path.unlink()
+        (shares / "e/.runvol").rmdir()
+        (shares / "e/.runvol").touch()
+    else:
+        mark.unlink()
+        if what == "a FIFO":
+            os.mkfifo(mark)
+    volume = make(fresh(), "two", **APART)
+    if what == "nothing":
+        assert mark.read_text() == "/records\n"
+    if what != "a file for the directory":
+        fresh().delete(volume.volume_id)
+
+
+def test_a_refused_volume_leaves_no_mark(fresh, shares):  # noqa: F811
+    source = ContentSource(kind="volume", source_id="nfs-000000000000-00000000000000000000")
+    with pytest.raises(InvalidParameter):
+        make(fresh(), "one", source, **{**APART, "recordsPath": "/others"})
+    make(fresh(), "one", **APART)
+
+
+def test_two_names_of_one_directory_are_told(fresh, shares):  # noqa: F811
+    (shares / "again").symlink_to("e")
+    with pytest.raises(InvalidParameter, match="'/again': leads to the same directory as /e"):
+        make(fresh(), "one", **{**REMOVED, "recordsPath": "/again"})
+    assert not [name for name in os.listdir(shares / "e/.runvol") if name != "lock"]
+
+
+def before_marks(shares: Path) -> None:
+    """As the share was left by a release that wrote none."""
+    for path in (shares / "e/.runvol/records-path", *(shares / "records/.runvol").glob("data-*")):
+        path.unlink(missing_ok=True)
+
+
+def test_volumes_that_were_made_before_the_marks_prove_where_they_are(fresh, shares):  # noqa: F811
+    make(fresh(), "one", **APART)
+    before_marks(shares)
+    planted(shares, "evil", directory="x")
+    make(fresh(), "two", **APART)
+    assert (shares / "e/.runvol/records-path").read_text() == "/records\n"
+    assert list((shares / "records/.runvol").glob("data-*"))
+
+
+def test_volumes_of_both_kinds_that_were_made_before_the_marks_are_no_prey_of_each_other(fresh, shares):  # noqa: F811
+    outer = make(fresh(), "outer", subDir="p", **APART)
+    before_marks(shares)
+    inner = make(fresh(), "inner", subDir="p/i", **REMOVED)
+    (shares / "e/p/i/precious").write_text("living")
+    fresh().delete(outer.volume_id)
+    assert (shares / "e/p/i/precious").read_text() == "living"
+    fresh().delete(inner.volume_id)

@@ -576,7 +576,7 @@ def test_statistics_of_a_dead_server_cost_a_few_seconds_a_server(driver, nfs):
         beside = time.monotonic() - before
         said = {answer.result() for answer in answers}
     assert time.monotonic() - started < 10
-    assert beside < 3
+    assert beside < 8
     words = ("the NFS server 127.0.0.1 does not answer", "too many calls are under way, some for volumes of nfs-")
     assert all(one.startswith(words) for one in said), said
     assert any(one.startswith(words[0]) for one in said)
