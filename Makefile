@@ -1,10 +1,11 @@
 # Every target installs what it needs and says so; a second run is quick.
-.PHONY: help demo test test-kernel test-long lint bench bench-kernel venv prepare clean
+.PHONY: help demo test test-kernel test-cluster test-long lint bench bench-kernel venv prepare clean
 
 help:
 	@echo "make demo   a volume goes into a guest, is measured and survives the guest (about 3 minutes)"
 	@echo "make test   every test that fits into 15 minutes"
 	@echo "make test-kernel  device-mapper, LVM, containerd and crashes, in a user-mode kernel if need be (20 minutes)"
+	@echo "make test-cluster  a real Kubernetes: the chart, its volumes, nodes that fail (15 minutes; 15 more to build it)"
 	@echo "make test-long  what is repeated and large: three suites, 10,000 snapshots, 200 kill rounds (an hour)"
 	@echo "make lint   ruff, mypy, import-linter"
 	@echo "make bench-kernel  the snapshotter against containerd's devmapper and overlayfs (10 minutes)"
@@ -25,10 +26,16 @@ demo: venv
 
 # Two workers share the files of tests; each test has its machines, directories and addresses to itself.
 test: prepare
-	@.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/cluster $(ARGS)
 
 test-kernel: prepare
 	@.venv/bin/python -m tests.kernel $(ARGS)
+
+# A real Kubernetes: the first time its programs are built, a quarter of an hour.
+test-cluster: prepare
+	@tests/prepare/cluster.sh
+	@tests/prepare/debian.sh image
+	@RUNVOL_CLUSTER_TIER=1 .venv/bin/python -m pytest tests/cluster $(ARGS)
 
 test-long: prepare
 	@RUNVOL_SUITES=3 RUNVOL_MANY=10000 RUNVOL_LIVES=100 RUNVOL_ROUNDS=100 .venv/bin/python -m tests.kernel $(ARGS)

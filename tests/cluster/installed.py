@@ -78,6 +78,11 @@ def values(node: Node, **more: Any) -> dict[str, Any]:
         "sidecars": {"registry": _REGISTRY, "pullPolicy": "Never", **dict.fromkeys(_SIDECARS, "tests")},
         "kubeletDir": str(node.root),
         "snapshots": {"controller": True},
+        # The kernel lets whoever has no CAP_SYS_RESOURCE grow a mounted XFS, and no ext4.
+        "storageClasses": [
+            {"name": name, "parameters": {"backend": "loop", "csi.storage.k8s.io/fstype": fstype}}
+            for name, fstype in (("runvol", "ext4"), ("runvol-xfs", "xfs"))
+        ],
         **more,
     }
 

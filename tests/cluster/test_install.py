@@ -33,7 +33,7 @@ def runvol(built: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cl
 
 def claim(name: str, size: str = "64Mi", **spec: Any) -> dict[str, Any]:
     return {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": name},
-            "spec": {"accessModes": ["ReadWriteOnce"], "storageClassName": "runvol",
+            "spec": {"accessModes": ["ReadWriteOnce"], "storageClassName": "runvol-xfs",
                      "resources": {"requests": {"storage": size}}, **spec}}  # fmt: skip
 
 
@@ -66,18 +66,18 @@ def test_helm_test_passes(runvol: Cluster) -> None:
 
 def test_a_volume_lives_as_its_claim_and_snapshots_say(runvol: Cluster) -> None:
     began = time.monotonic()
-    runvol.apply(claim("first"), user("writes", "first", "echo kept > /data/f; sync; sleep 1000000 & wait"))
+    runvol.apply(claim("first", "320Mi"), user("writes", "first", "echo kept > /data/f; sync; sleep 1000000 & wait"))
     runvol.wait_ready("writes")
     seconds = time.monotonic() - began
     assert runvol.kubectl("exec", "writes", "--", "cat", "/data/f") == "kept\n"
     runvol.kubectl("patch", "pvc", "first", "--type=merge", "-p",
-                   '{"spec":{"resources":{"requests":{"storage":"128Mi"}}}}')  # fmt: skip
+                   '{"spec":{"resources":{"requests":{"storage":"384Mi"}}}}')  # fmt: skip
 
     def size() -> str:
         found = runvol.find("pvc", "first")
         return str(found["status"]["capacity"]["storage"]) if found else ""
 
-    runvol.wait("the claim has grown", lambda: size() == "128Mi", 90, about=("pvc", "first", "default"))
+    runvol.wait("the claim has grown", lambda: size() == "384Mi", 90, about=("pvc", "first", "default"))
     runvol.delete("pod", "writes")
     runvol.apply(snapshot("kept", "first"))
 
@@ -87,11 +87,11 @@ def test_a_volume_lives_as_its_claim_and_snapshots_say(runvol: Cluster) -> None:
 
     runvol.wait("the snapshot is ready", ready, 60, about=("volumesnapshot", "kept", "default"))
     source = {"apiGroup": "snapshot.storage.k8s.io", "kind": "VolumeSnapshot", "name": "kept"}
-    runvol.apply(claim("restored", "128Mi", dataSource=source), user("reads", "restored"))
+    runvol.apply(claim("restored", "384Mi", dataSource=source), user("reads", "restored"))
     runvol.wait_ready("reads")
     assert runvol.kubectl("exec", "reads", "--", "cat", "/data/f") == "kept\n"
     cloned = {"kind": "PersistentVolumeClaim", "name": "first"}
-    runvol.apply(claim("cloned", "128Mi", dataSource=cloned), user("clone", "cloned"))
+    runvol.apply(claim("cloned", "384Mi", dataSource=cloned), user("clone", "cloned"))
     runvol.wait_ready("clone")
     assert runvol.kubectl("exec", "clone", "--", "cat", "/data/f") == "kept\n"
     for name in ("reads", "clone"):

@@ -5,16 +5,19 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import threading
 import time
-import urllib.error
 import urllib.request
+from concurrent import futures
 
 import grpc
 import pytest
 from prometheus_client import CollectorRegistry, Gauge
 
-from blockdev import scraped
+from blockdev import Deadline, scraped
+from blockdev.deadlines import bounded
 from csi.errors import code_of, sentence_of
+from volumes.jobs import Jobs
 
 FOREIGN = ("EPERM", "EACCES", "EROFS", "ENOENT", "ENOTEMPTY", "ENODEV", "ESTALE", "EIO", "ENOSPC", "EDQUOT", "ENOTCONN",
            "ETIMEDOUT", "ELOOP", "ENOTDIR", "EBUSY", "EUCLEAN", "ESHUTDOWN", "EOPNOTSUPP", "ENAMETOOLONG")  # fmt: skip
@@ -46,31 +49,85 @@ def test_an_address_for_metrics_is_refused_in_words(address):
 
 def test_nobody_holds_the_metrics(monkeypatch):
     monkeypatch.setattr(scraped, "_SECONDS", 2.0)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    registry = CollectorRegistry()
-    Gauge("one", "A metric.", registry=registry).set(7)
-    well = [True]
-    scraped.listen(f"127.0.0.1:{port}", registry, lambda: well[0])
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=5) as answer:
-        assert answer.status == 200
-    well[0] = False
-    with pytest.raises(urllib.error.HTTPError, match="503"):
-        urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=5)
-
-    def scrape() -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
-            return answer.read().decode()
-
-    assert "one 7.0" in scrape()
+    port = _free()
+    scraped.listen(f"127.0.0.1:{port}", _one())
+    assert "one 7.0" in _scrape(port)
     idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(scraped._MOST)]
     idle[0].sendall(b"GET / HT")
     time.sleep(0.1)
     with pytest.raises(OSError):
-        scrape()
+        _scrape(port)
     for one in idle:
         one.settimeout(5)
         assert one.recv(1) == b""
         one.close()
-    assert "one 7.0" in scrape()
+    assert "one 7.0" in _scrape(port)
+
+
+@pytest.mark.parametrize("kind", [threading.Timer, threading.Thread])
+def test_a_thread_that_cannot_be_started_takes_no_place_of_the_metrics(monkeypatch, kind):
+    port = _free()
+    scraped.listen(f"127.0.0.1:{port}", _one())
+
+    def refused(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "start", refused)
+        for _ in range(scraped._MOST):
+            with socket.create_connection(("127.0.0.1", port), timeout=5) as one:
+                assert one.recv(1) == b"", "it is kept open"
+    assert "one 7.0" in _scrape(port)
+
+
+def test_metrics_wait_for_descriptors_without_a_busy_loop(monkeypatch):
+    port, taken, accept = _free(), [], socket.socket.accept
+
+    def scarce(listener: socket.socket) -> tuple[socket.socket, object]:
+        taken.append(listener)
+        if len(taken) < 4:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return accept(listener)
+
+    scraped.listen(f"127.0.0.1:{port}", _one())
+    monkeypatch.setattr(socket.socket, "accept", scarce)
+    began = time.monotonic()
+    assert "one 7.0" in _scrape(port)
+    assert time.monotonic() - began > 2 * scraped._PAUSE
+
+
+def _free() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def _one() -> CollectorRegistry:
+    registry = CollectorRegistry()
+    Gauge("one", "A metric.", registry=registry).set(7)
+    return registry
+
+
+def _scrape(port: int) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+        return str(answer.read().decode())
+
+
+def test_a_thread_that_cannot_be_started_is_scarcity_in_words(monkeypatch):
+    def refused(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    asked = (
+        lambda: bounded("looking at /a/place", Deadline.after(5), lambda: None),
+        lambda: Jobs().finished("k", "deleting volume k", lambda _progress: None, 5),
+        lambda: futures.ThreadPoolExecutor(1).submit(time.sleep, 0),  # of a room that knows nothing of it
+    )
+    for call in asked:
+        with pytest.raises(Exception) as caught:
+            call()
+        assert code_of(caught.value) is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "no thread can be started" in sentence_of(caught.value)
+    assert code_of(RuntimeError("anything else")) is grpc.StatusCode.INTERNAL
+    monkeypatch.undo()
+    assert bounded("looking at /a/place", Deadline.after(5), lambda: 7) == 7

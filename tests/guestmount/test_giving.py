@@ -143,6 +143,34 @@ def test_a_walk_that_cannot_end_yet_is_joined_by_no_other_group(tree, monkeypatc
     until(lambda: nothing_is_kept(giving))
 
 
+def test_a_walk_that_begins_can_be_ended_though_an_earlier_one_ended_while_its_call_joined_that(
+    tree, walk, monkeypatch
+):  # fmt: skip
+    giving = Giving(patience=0.05)
+    with pytest.raises(VolumeUnfinished):
+        give(giving, tree)
+    joined = giving._joined
+
+    def slowly(volume: str, *more: str) -> object:
+        earlier = joined(volume, *more)
+        walk.go.set()
+        until(lambda: not giving.is_at_work(volume))
+        walk.go.clear()
+        return earlier
+
+    with monkeypatch.context() as patch:
+        patch.setattr(giving, "_joined", slowly)
+        with pytest.raises(VolumeUnfinished):
+            give(giving, tree)
+    giving.end("v")
+    assert not giving.is_at_work("v"), "nobody could end it"
+    with pytest.raises(VolumeUnfinished):
+        give(giving, tree)
+    assert giving.is_at_work("v"), "the next call begins one"
+    giving.end("v")
+    until(lambda: nothing_is_kept(giving))
+
+
 class _Volumes:
     """A catalog that knows no volume."""
 

@@ -1,12 +1,13 @@
 #!/bin/sh
 # Installs the Debian packages that are missing, and says which. Usage: debian.sh SET...
 # Sets: run (what runvol itself needs), test (what the tests and the demo need), kernel (what the tests need that run in
-# a kernel with device-mapper).
+# a kernel with device-mapper), image (what makes the image, and the cluster of the tests).
 set -eu
 
 run="e2fsprogs xfsprogs util-linux python3-venv thin-provisioning-tools"
 test="qemu-system-x86 fio busybox-static cpio kmod python3-minimal libpython3-stdlib make git ca-certificates"
 kernel="user-mode-linux dmsetup lvm2 runc qemu-utils strace iproute2 fdisk"
+image="mmdebstrap openssl"
 grep -q '^VERSION_ID="12"' /etc/os-release || test="$test virtiofsd"
 
 wanted=""
@@ -15,7 +16,8 @@ for set in "$@"; do
         run) wanted="$wanted $run" ;;
         test) wanted="$wanted $test" ;;
         kernel) wanted="$wanted $kernel" ;;
-        *) echo "debian.sh: no set called '$set'; there are run, test and kernel" >&2; exit 2 ;;
+        image) wanted="$wanted $image" ;;
+        *) echo "debian.sh: no set called '$set'; there are run, test, kernel and image" >&2; exit 2 ;;
     esac
 done
 
