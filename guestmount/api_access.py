@@ -12,7 +12,8 @@ import os
 import ssl
 from collections.abc import Callable, Iterator, Mapping
 from http.client import HTTPConnection, HTTPException
-from typing import Protocol
+from importlib import metadata
+from typing import BinaryIO, Protocol
 from urllib.parse import unquote, urlsplit
 
 from guestmount.kubeconfig import Resolved
@@ -20,6 +21,15 @@ from guestmount.pods import PodUnknown
 
 # A pod is at most 1.5 MiB (etcd's limit).
 _LARGEST = 4 << 20
+
+
+@functools.cache
+def agent() -> dict[str, str]:
+    """Who asks: a node-local proxy may keep answers by it, one set for each program."""
+    try:
+        return {"User-Agent": f"runvol/{metadata.version('runvol')}"}
+    except metadata.PackageNotFoundError:  # run from a checkout that was never installed
+        return {"User-Agent": "runvol/0"}
 
 
 class Denied(ValueError):
@@ -44,7 +54,7 @@ def exchanged(access: Access, path: str, seconds: float, opened: list[HTTPConnec
         raise Denied(f"the certificates cannot be used: {error}") from error
     opened.append(connection)
     try:
-        connection.request("GET", path, headers={"Accept": "application/json", **access.headers()})
+        connection.request("GET", path, headers={"Accept": "application/json", **agent(), **access.headers()})
         reply = connection.getresponse()
         body = reply.read(_LARGEST + 1)
     except ssl.SSLError as error:
@@ -60,6 +70,25 @@ def exchanged(access: Access, path: str, seconds: float, opened: list[HTTPConnec
     if len(body) > _LARGEST:
         raise ValueError(f"an answer of more than {_LARGEST} bytes")
     return body
+
+
+@contextlib.contextmanager
+def streamed(access: Access, path: str, silence: float) -> Iterator[tuple[HTTPConnection, BinaryIO]]:
+    """An answer that goes on, to be read line by line. What `exchanged` raises."""
+    try:
+        connection = access.connection(silence)
+        with contextlib.closing(connection):
+            connection.request("GET", path, headers={"Accept": "application/json", **agent(), **access.headers()})
+            reply = connection.getresponse()
+            if reply.status == 401:
+                raise Denied("401 Unauthorized")
+            if reply.status != 200:
+                raise ValueError(f"{reply.status} {reply.reason}")
+            yield connection, reply
+    except ssl.SSLError as error:
+        raise Denied(str(error)) from error
+    except HTTPException as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 class ByAccount:

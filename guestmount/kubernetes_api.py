@@ -13,7 +13,7 @@ import re
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import quote
 
 from blockdev import Deadline, WaitExpired
@@ -100,21 +100,54 @@ class KubernetesApi:
             self._claims[persistent_volume] = known
         return known
 
-    def listed(self, what: str, path: str, deadline: Deadline) -> Iterator[dict[str, Any]]:
-        """The objects of one kind, page by page, all in the time of the deadline. PodUnknown, WaitExpired."""
-        more = ""
+    def listed(
+        self,
+        what: str,
+        path: str,
+        deadline: Deadline,
+        *,
+        query: str = "",
+        version: list[str] | None = None,
+        page: int = _PAGE,
+    ) -> Iterator[dict[str, Any]]:
+        """The objects of one kind, page by page, all in the time of the deadline. `version` is told of which moment
+        they are, with the last of them. PodUnknown, WaitExpired."""
+        more = f"&{query}" if query else ""
         for _page in range(_PAGES):
             deadline.check(f"asking the API server for {what}")
-            found = self._read(what, f"{path}?limit={_PAGE}{more}", deadline, longest=deadline.remaining())
+            found = self._read(what, f"{path}?limit={page}{more}", deadline, longest=deadline.remaining())
             items, metadata = found.get("items"), found.get("metadata")
             if not isinstance(items, list) or not isinstance(metadata, dict):
                 raise PodUnknown(f"the API server's answer for {what} is no list")
             yield from (one for one in items if isinstance(one, dict))
             token = metadata.get("continue")
             if not token:
+                if version is not None:
+                    version.append(str(metadata.get("resourceVersion", "")))
                 return
-            more = f"&continue={quote(str(token), safe='')}"
-        raise PodUnknown(f"the API server has more than {_PAGES * _PAGE} {what}, or says so")
+            more = f"{f'&{query}' if query else ''}&continue={quote(str(token), safe='')}"
+        raise PodUnknown(f"the API server has more than {_PAGES * page} {what}, or says so")
+
+    @contextlib.contextmanager
+    def streamed(self, path: str, silence: float) -> Iterator[tuple[HTTPConnection, BinaryIO]]:
+        """An answer that goes on, such as a watch's, line by line; `silence`: seconds without a byte. PodUnknown,
+        OSError, ValueError."""
+        from guestmount.api_access import Denied, streamed
+
+        deadline = Deadline.after(_READING)
+        access = self._access(deadline)
+        try:
+            stream = streamed(access, path, silence)
+            opened = stream.__enter__()
+        except Denied:
+            stream = streamed(self._access_anew(access, deadline), path, silence)
+            opened = stream.__enter__()
+        except Unusable as error:
+            raise PodUnknown(str(error)) from error
+        try:
+            yield opened
+        finally:
+            stream.__exit__(None, None, None)
 
     def warm(self) -> None:
         """Begin what the first question would wait for. For processes that will be asked."""

@@ -128,10 +128,10 @@ def in_root(path: str, root: str) -> str:
         stack.callback(os.close, found)
         link = os.readlink(f"/proc/self/fd/{found}")
         # In another mount namespace (/proc/<pid>/root) it is told as from there.
-        for path in (link, os.path.join(root, link.lstrip("/"))):
+        for where in (link, os.path.join(root, link.lstrip("/"))):
             with contextlib.suppress(OSError):
-                if os.path.samestat(os.stat(path), os.fstat(found)):
-                    return path
+                if os.path.samestat(os.stat(where), os.fstat(found)):
+                    return where
     return plain
 
 

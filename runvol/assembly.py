@@ -23,6 +23,7 @@ from guestmount import (
     repair,
 )
 from guestmount.cri import Sandboxes
+from guestmount.known_pods import KnownPods
 from guestmount.written import Trust
 from runvol.config import Config, ConfigError
 from volumes import Catalog
@@ -36,6 +37,7 @@ def build(config: Config, *, check_patience: float = PATIENCE) -> Node:
     run_dir, state_dir = config.text("paths.run_dir"), config.text("paths.state_dir")
     _check_mounted(config)
     pods = _pods(config)
+    known = known_pods(config, pods)
     node = Node(
         catalog=Catalog.open(
             Settings(
@@ -52,7 +54,7 @@ def build(config: Config, *, check_patience: float = PATIENCE) -> Node:
             enabled=config.words("volumes.backends"),
         ),
         claims=claims(config),
-        detector=detector(config, pods),
+        detector=detector(config, pods, known=known),
         dialects=(
             KataDialect(config.text("paths.direct_volumes"), nri_alive=partial(registration.is_alive, run_dir)),
             RunvDialect(config.words("node.roots")),
@@ -106,7 +108,15 @@ def kata_root(config: Config) -> str:
     return os.path.join(config.text("paths.host_root"), config.text("paths.kata_root").lstrip("/"))
 
 
-def detector(config: Config, pods: KubernetesApi | None = None) -> Detector:
+def known_pods(config: Config, pods: KubernetesApi | None) -> KnownPods | None:
+    """All that can tell of this node's pods, which follows them once it is started; None without an API."""
+    if pods is None:
+        return None
+    kept, follows = os.path.join(config.text("paths.state_dir"), "answers"), "node" in config.words("csi.services")
+    return KnownPods(pods, node=config.node_id, kept=kept, follows=follows)
+
+
+def detector(config: Config, pods: KubernetesApi | None = None, *, known: KnownPods | None = None) -> Detector:
     """Who tells which runtime runs a pod; `pods`: the API, if somebody has it already."""
     return Detector(
         DetectSettings(
@@ -119,7 +129,7 @@ def detector(config: Config, pods: KubernetesApi | None = None) -> Detector:
             root=kata_root(config),
             host_root=config.text("paths.host_root"),
         ),
-        pods or _pods(config),
+        known or known_pods(config, pods or _pods(config)),
     )
 
 

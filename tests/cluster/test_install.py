@@ -106,6 +106,7 @@ def test_a_volume_lives_as_its_claim_and_snapshots_say(runvol: Cluster) -> None:
 def test_everything_in_the_chart_is_taken_by_the_server(runvol: Cluster, tmp_path: Path) -> None:
     for more in ("nri.enabled=true", "runtimeClasses[0].name=kata"):
         file = runvol.directory / "values.json"
-        text = installed.helm(runvol, "template", installed.NAME, installed.CHART, "--values", file, "--set", more,
+        # By another name, so that nothing is merged with what runs.
+        text = installed.helm(runvol, "template", "another", installed.CHART, "--values", file, "--set", more,
                               "--api-versions", "snapshot.storage.k8s.io/v1", "--namespace", installed.NAMESPACE)  # fmt: skip
         runvol.kubectl("apply", "--dry-run=server", "--namespace", installed.NAMESPACE, "-f", "-", stdin=text)
