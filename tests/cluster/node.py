@@ -74,19 +74,25 @@ class Node:
         """Where a file or a socket of the node is for the tests, while it is on."""
         return Path(f"/proc/{self.machine.pid}/root", str(inside).lstrip("/"))
 
-    def on(self, seconds: float = 60.0) -> None:
-        """Switches the machine on, and starts containerd and kubelet."""
+    def on(self, seconds: float = 60.0, *, units: Sequence[str] = (), away: bool = False) -> None:
+        """Switches the machine on, and starts containerd, the `units` (programs that were `launched`) and kubelet. With
+        `away` it has no network, and nobody waits for the API server to hear of it."""
         self._write()
         self.machine.on()
         self._mount()
         cgroups.make(self.cgroup)
         self.cluster.network.join(self.cluster.machine, self.machine, self.index)
+        if away:
+            self.cut()
         self.containerd.start()
         self.wait_containerd(seconds)
         self._import_own()
+        for name in units:
+            self.cluster.programs[f"{self.name}/{name}"].start()
         self.kubelet.start()
         self.wait_kubelet(seconds)
-        self.wait_ready(seconds)
+        if not away:
+            self.wait_ready(seconds)
 
     def off(self) -> None:
         """As when the current fails; `on` starts it again with what was on its disk."""
