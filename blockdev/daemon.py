@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import os
 import signal
 import socket
@@ -12,6 +14,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import grpc
+
+log = logging.getLogger("runvol.daemon")
+
+# Seconds between two looks whether the process does its work.
+_EVERY = 10.0
 
 
 def signals() -> socket.socket:
@@ -29,13 +36,18 @@ def signals() -> socket.socket:
 
 
 def answers(path: str) -> bool:
-    """Whether somebody listens at the socket."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+    """Whether a process has the socket, and will answer or hangs. Never waits for it, and is seen by nobody.
+
+    unix(7): of a socket that a process has bound, the kernel says that it is of another type (EPROTOTYPE), and that it
+    refuses (ECONNREFUSED) where none has. A connection would take a place in a queue that a process that hangs never
+    empties, and be waited for once that is full.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(path)
-        except OSError:
-            return False
-        return True
+        except OSError as error:
+            return error.errno == errno.EPROTOTYPE
+        return False
 
 
 def listen(server: grpc.Server, path: str) -> None:
@@ -57,23 +69,45 @@ def notify(state: str) -> None:
         return
     if address.startswith("@"):
         address = "\0" + address[1:]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out, contextlib.suppress(OSError):
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
         out.connect(address)
         out.send(state.encode())
 
 
-def watched(alive: Callable[[], bool]) -> None:
-    """Ask from now on, twice in systemd's WatchdogSec=, whether the process still does its work, and say so as long as
-    it does; systemd starts it anew where that is not heard. Nothing where systemd does not ask."""
-    span = os.environ.get("WATCHDOG_USEC", "")
-    if not span.isdecimal() or os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
-        return
-    pause = threading.Event()
+def sign_of(run_dir: str) -> str:
+    """The file whose time of change says when a process was last seen to do its work."""
+    return os.path.join(run_dir, "alive")
+
+
+def watched(alive: Callable[[], bool], sign: str) -> None:
+    """Ask from now on whether the process still does its work, and say so as long as it does: by the time of the file
+    `sign`, which a probe looks at, and to systemd, where it asks, twice in its WatchdogSec=. Both start it anew where
+    that is not heard. A file takes no connections, so nobody keeps others from it."""
+    span, most = os.environ.get("WATCHDOG_USEC", ""), _EVERY
+    if span.isdecimal() and os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
+        most = min(most, int(span) / 2_000_000)
 
     def tell() -> None:
+        trouble, pause = "", threading.Event()
         while True:
-            if alive():
-                notify("WATCHDOG=1")
-            pause.wait(int(span) / 2_000_000)
+            try:
+                if alive():
+                    notify("WATCHDOG=1")
+                    _touch(sign)
+                now = ""
+            except Exception as error:  # no descriptor, no thread, no memory: of this moment
+                now = f"{type(error).__name__}: {error}"
+                if now != trouble:
+                    log.warning("whether the process does its work could not be told", extra={"why": now})
+            trouble = now
+            pause.wait(most)
 
     threading.Thread(target=tell, name="watchdog", daemon=True).start()
+
+
+def _touch(path: str) -> None:
+    try:
+        os.utime(path, follow_symlinks=False)
+    except FileNotFoundError:
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))

@@ -8,12 +8,30 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from blockdev.errors import WaitExpired
+from blockdev.errors import BlockdevError, WaitExpired
 
 T = TypeVar("T")
 # Calls that have not come back, by what they do.
 _left_behind: dict[str, set[threading.Event]] = {}
 _lock = threading.Lock()
+
+
+class NoThread(BlockdevError):
+    """The node, or the process's cgroup, has no thread for it at this moment."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what}: no thread can be started; the call can be repeated once the node has tasks and memory again (the "
+            "cgroup's pids.max?)"
+        )
+
+
+def started(what: str, thread: threading.Thread) -> None:
+    """The thread runs. NoThread."""
+    try:
+        thread.start()
+    except RuntimeError:
+        raise NoThread(what) from None
 
 
 @dataclass(frozen=True)
@@ -53,7 +71,7 @@ def bounded(what: str, deadline: Deadline, call: Callable[[], T], *, key: str = 
 
     The call runs in a thread of its own. Past the deadline WaitExpired is raised and the thread is left
     to the kernel; a thread in an uninterruptible sleep cannot be ended by anybody. As long as it is there, `what` (or
-    `key`, which tells more) is not begun again: whoever asks for it gets WaitExpired at once.
+    `key`, which tells more) is not begun again: whoever asks for it gets WaitExpired at once. NoThread.
     """
     key = key or what
     outcome: list[T] = []
@@ -76,7 +94,7 @@ def bounded(what: str, deadline: Deadline, call: Callable[[], T], *, key: str = 
     with _lock:
         if _left_behind.get(key):
             raise WaitExpired(what, deadline.given)
-    threading.Thread(target=work, name=what, daemon=True).start()
+    started(what, threading.Thread(target=work, name=what, daemon=True))
     ended.wait(deadline.remaining())
     with _lock:
         if not ended.is_set():

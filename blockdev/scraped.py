@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import socket
 import threading
-from collections.abc import Callable, Iterable
+import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,16 +18,17 @@ log = logging.getLogger("runvol.metrics")
 
 # Connections at a time, and seconds that one may take from its first byte to its last.
 _MOST, _SECONDS = 8, 10.0
+# Seconds after a connection that could not be taken: it is there still, and cannot be taken again.
+_PAUSE = 0.1
 
 
-def listen(address: str, registry: CollectorRegistry, alive: Callable[[], bool] = lambda: True) -> None:
-    """Serve the registry at `HOST:PORT`, and at the path /healthz whether the process is `alive`. ValueError, with what
-    is wrong in words."""
+def listen(address: str, registry: CollectorRegistry) -> None:
+    """Serve the registry at `HOST:PORT`. ValueError, with what is wrong in words."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ValueError("takes HOST:PORT")
     try:
-        server = _server(host.removeprefix("[").removesuffix("]"), int(port), registry, alive)
+        server = _server(host.removeprefix("[").removesuffix("]"), int(port), registry)
     except OSError as error:
         raise ValueError(f"cannot be listened on: {error.strerror}") from None
     except UnicodeError:
@@ -35,7 +36,7 @@ def listen(address: str, registry: CollectorRegistry, alive: Callable[[], bool] 
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
 
 
-def _server(host: str, port: int, registry: CollectorRegistry, alive: Callable[[], bool]) -> Any:
+def _server(host: str, port: int, registry: CollectorRegistry) -> Any:
     # Most processes are asked for no metrics.
     import socketserver
     from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
@@ -56,6 +57,13 @@ def _server(host: str, port: int, registry: CollectorRegistry, alive: Callable[[
             self.server_name, self.server_port = host, port  # without asking for the host's full name
             self.setup_environ()
 
+        def get_request(self) -> Any:
+            try:
+                return super().get_request()
+            except OSError:
+                time.sleep(_PAUSE)
+                raise
+
         def process_request(self, request: Any, client_address: Any) -> None:
             if not self.free.acquire(blocking=False):
                 self.shutdown_request(request)
@@ -69,28 +77,21 @@ def _server(host: str, port: int, registry: CollectorRegistry, alive: Callable[[
         def process_request_thread(self, request: Any, client_address: Any) -> None:
             end = threading.Timer(_SECONDS, _cut, (request,))
             end.daemon = True
-            end.start()
             try:
+                end.start()
                 super().process_request_thread(request, client_address)
+            except RuntimeError:  # no thread could be started to end it
+                self.handle_error()
             finally:
                 end.cancel()
+                self.shutdown_request(request)
                 self.free.release()
 
         def handle_error(self, *_: Any) -> None:
             log.debug("a request for metrics ended early", exc_info=True)
 
     server = Server((host, port), Handler)
-    metrics = make_wsgi_app(registry)
-
-    def answered(asked: dict[str, Any], begin: Callable[..., Any]) -> Iterable[bytes]:
-        if asked.get("PATH_INFO") != "/healthz":
-            page: Iterable[bytes] = metrics(asked, begin)
-            return page
-        well = alive()
-        begin("200 OK" if well else "503 Service Unavailable", [("Content-Type", "text/plain")])
-        return [b"ok\n" if well else b"the CSI socket does not answer\n"]
-
-    server.set_app(answered)
+    server.set_app(make_wsgi_app(registry))
     return server
 
 

@@ -7,7 +7,7 @@ import grpc
 import blockdev
 import guestmount
 import volumes
-from blockdev import nfs, worldly
+from blockdev import deadlines, nfs, worldly
 
 # Most special first: the first class that matches decides.
 _CODES: tuple[tuple[type[BaseException], grpc.StatusCode], ...] = (
@@ -28,6 +28,7 @@ _CODES: tuple[tuple[type[BaseException], grpc.StatusCode], ...] = (
     (volumes.StoreAway, grpc.StatusCode.FAILED_PRECONDITION),
     (volumes.StoreFailed, grpc.StatusCode.UNAVAILABLE),
     (nfs.ServerSilent, grpc.StatusCode.UNAVAILABLE),
+    (deadlines.NoThread, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (blockdev.WaitExpired, grpc.StatusCode.DEADLINE_EXCEEDED),
     (blockdev.BlockdevError, grpc.StatusCode.FAILED_PRECONDITION),
 )
@@ -50,6 +51,7 @@ class CallError(Exception):
 
 def code_of(error: BaseException) -> grpc.StatusCode:
     """INTERNAL for what nobody foresaw."""
+    error = _named(error)
     if isinstance(error, CallError):
         return error.code
     for kind, code in _CODES:
@@ -61,4 +63,11 @@ def code_of(error: BaseException) -> grpc.StatusCode:
 
 def sentence_of(error: BaseException) -> str:
     """What people read: the same for the same trouble."""
-    return worldly.in_words(error) or str(error)
+    return worldly.in_words(error) or str(_named(error))
+
+
+def _named(error: BaseException) -> BaseException:
+    """CPython has no class of its own for this one, which may come from wherever a pool of threads is used."""
+    if type(error) is RuntimeError and str(error) == "can't start new thread":
+        return deadlines.NoThread("the call")
+    return error

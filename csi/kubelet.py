@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -36,8 +37,14 @@ _SOON, _LATER = 1.0, 5.0
 _FIRST_WAIT, _LONGEST_WAIT = 10.0, 300.0
 # Looks in a row that find the plugin without an answer before its name is taken back: a slow moment is none.
 _SILENT = 3
-# Sockets of others that are asked, and seconds that each has.
+# Sockets of others that are asked, and seconds that all of them together have for an answer.
 _MOST, _ASKING = 64, 1.0
+# Seconds before one that gave none is asked again, the first time and at most.
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 300.0
+# Seconds for the end of a registration.
+_END = 5.0
+# Bytes of a unix socket's path (unix(7), less the zero at its end).
+_PATH = 107
 
 
 def registry(setting: str, roots: Sequence[str]) -> str:
@@ -47,8 +54,9 @@ def registry(setting: str, roots: Sequence[str]) -> str:
 
 def sockets_of(name: str, registry: str) -> list[tuple[str, str]]:
     """The sockets that answer and register this name, and for which endpoint each does."""
-    found = ((path, info_at(path)) for path, _inode, _changed in _sockets(registry))
-    return [(path, str(info.endpoint)) for path, info in found if info is not None and info.name == name]
+    paths = [path for path, _inode, _changed in _sockets(registry) if daemon.answers(path)]
+    found = zip(paths, _introductions(paths), strict=True)
+    return [(path, str(info.endpoint)) for path, info in found if info is not None and _is(info, name)]
 
 
 def told_at(run_dir: str, name: str) -> str:
@@ -65,6 +73,8 @@ class Registration:
         self._name, self._endpoint, self._registry = name, endpoint, registry
         self._alive, self._told = alive, told
         self._path = os.path.join(registry, f"{name}-reg.sock")
+        # kubelet passes over what begins with a dot, so it sees a socket that listens already.
+        self._hidden = os.path.join(registry, f".{name}-reg.sock")
         self._stop, self._kick = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"registration of {name}", daemon=True)
         self._server: grpc.Server | None = None
@@ -73,31 +83,52 @@ class Registration:
         self._others = _Others(name)
         self._seen_other = ""
         self._silent = 0
-        self._registered, self._state = False, ""
+        self._registered, self._state, self._trouble = False, "", ""
 
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self) -> None:
-        """kubelet forgets the name."""
+    def end(self) -> None:
+        """Tell it to end, without a wait for that."""
         self._stop.set()
         self._kick.set()
-        self._thread.join()
-        self._withdraw()
-        self._say("not registered: the plugin has ended")
+
+    def stop(self) -> None:
+        """kubelet forgets the name. What hangs meanwhile ends with the process."""
+        self.end()
+        self._thread.join(_END)
+        if self._thread.is_alive():
+            log.warning("registration with kubelet is left as it is", extra={"driver": self._name})
 
     def _run(self) -> None:
-        while not self._stop.is_set():
+        while True:
             self._kick.clear()
-            try:
-                self._step()
-            except Exception as error:
-                log.exception("registration with kubelet", extra={"driver": self._name})
-                self._say(f"not registered: {error}")
+            if self._stop.is_set():
+                break
+            self._done(self._step)
             self._kick.wait(_LATER if self._registered else _SOON)
+        self._done(self._withdraw)
+        self._say("not registered: the plugin has ended")
+
+    def _done(self, step: Callable[[], None]) -> None:
+        """Whatever comes of it; the same trouble is told once."""
+        now = ""
+        try:
+            step()
+        except Exception as error:
+            now = str(error) or type(error).__name__
+            if now != self._trouble:
+                foreseen, facts = isinstance(error, OSError), {"driver": self._name, "why": now}
+                log.warning("registration with kubelet fails; it is tried again", extra=facts, exc_info=not foreseen)
+            if not self._registered:
+                self._say(f"not registered: {now}")
+        self._trouble = now
 
     def _step(self) -> None:
-        if not self._lives():
+        if len(os.fsencode(self._hidden)) > _PATH:
+            self._say(f"not registered: {self._hidden} would have more than the {_PATH} bytes of a unix socket's path; "
+                      "give kubelet a shorter --root-dir (here: node.roots)")  # fmt: skip
+        elif not self._lives():
             self._withdraw()
             self._say(f"not registered: {self._endpoint} does not answer")
         elif not os.path.isdir(self._registry):
@@ -130,15 +161,14 @@ class Registration:
     def _offer(self) -> None:
         """A new socket in kubelet's directory, in place of the last one."""
         self._stop_server()
-        # kubelet passes over what begins with a dot, so it sees a socket that listens already.
-        hidden = os.path.join(self._registry, f".{self._name}-reg.sock")
         server = grpc.server(futures.ThreadPoolExecutor(1, thread_name_prefix="registration"))
         server.add_generic_rpc_handlers((self._handler(),))
-        daemon.listen(server, hidden)
+        self._server, self._inode, self._registered = server, 0, False  # to be stopped, should a step fail
+        daemon.listen(server, self._hidden)
         server.start()
-        inode = os.lstat(hidden).st_ino
-        os.rename(hidden, self._path)
-        self._server, self._inode, self._registered = server, inode, False
+        inode = os.lstat(self._hidden).st_ino
+        os.rename(self._hidden, self._path)
+        self._inode = inode
         self._until, self._wait = time.monotonic() + self._wait, min(self._wait * 2, _LONGEST_WAIT)
         self._say(f"waiting for kubelet to look at {self._path}")
 
@@ -192,32 +222,42 @@ class Registration:
                 durable.replace(self._told, content, beside=f"{self._told}.", synced=False)
 
 
+@dataclass
+class _Other:
+    """`is_same`: whether it registers our name; None until it has said. When it is asked again, and the pause before
+    the time after."""
+
+    is_same: bool | None = None
+    again: float = 0.0
+    pause: float = _FIRST_PAUSE
+
+
 class _Others:
-    """The sockets in kubelet's directory that are not ours, each asked once who it is."""
+    """The sockets in kubelet's directory that are not ours, each asked until it has said once who it is.
+
+    What serves them may hang: it is asked ever more rarely, and all that are asked have their second at the same time.
+    """
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._known: dict[tuple[str, int, int], bool] = {}
+        self._known: dict[tuple[str, int, int], _Other] = {}
 
     def found(self, registry: str, own: int) -> str:
-        """The path of one that answers, and has our name; empty where there is none. `own`: our socket's inode."""
-        known: dict[tuple[str, int, int], bool] = {}
-        first = ""
-        for path, inode, changed in _sockets(registry):
-            if inode == own:
-                continue
-            key = (path, inode, changed)
-            # One that did not answer may do so later; one that did is asked no more, but has to be there.
-            same = daemon.answers(path) and (self._known.get(key) or self._asked(path))
-            known[key] = same
-            if same and not first:
-                first = path
-        self._known = known
-        return first
+        """The path of one that somebody has, and that registers our name; empty where there is none. `own`: our
+        socket's inode."""
+        self._known = {key: self._known.get(key) or _Other() for key in _sockets(registry) if key[1] != own}
+        self._ask()
+        same = (path for (path, *_), one in self._known.items() if one.is_same and daemon.answers(path))
+        return next(same, "")
 
-    def _asked(self, path: str) -> bool:
-        info = info_at(path)
-        return info is not None and info.name == self._name
+    def _ask(self) -> None:
+        now = time.monotonic()
+        due = [(path, one) for (path, *_), one in self._known.items()
+               if one.is_same is None and now >= one.again and daemon.answers(path)]  # fmt: skip
+        for (_path, one), info in zip(due, _introductions([path for path, _ in due]), strict=True):
+            if info is not None:
+                one.is_same = _is(info, self._name)
+            one.again, one.pause = now + one.pause, min(2 * one.pause, _LONGEST_PAUSE)
 
 
 def _sockets(registry: str) -> Iterator[tuple[str, int, int]]:
@@ -237,16 +277,29 @@ def _sockets(registry: str) -> Iterator[tuple[str, int, int]]:
                         return
 
 
-def info_at(path: str) -> wire.PluginInfo | None:
-    """How a CSI driver introduces itself at this socket; None where none does."""
-    with grpc.insecure_channel(f"unix:{path}") as channel:
-        ask = channel.unary_unary(
-            f"/{_SERVICE}/GetInfo",
-            request_serializer=wire.InfoRequest.SerializeToString,
-            response_deserializer=wire.PluginInfo.FromString,
-        )
-        try:
-            info: wire.PluginInfo = ask(wire.InfoRequest(), timeout=_ASKING)
-        except grpc.RpcError:
-            return None
-    return info if info.type == _KIND else None
+def _introductions(paths: Sequence[str]) -> list[wire.PluginInfo | None]:
+    """How each of these sockets introduces itself, asked at the same time; None where it does not."""
+    with contextlib.ExitStack() as channels:
+        asked = [
+            channels.enter_context(grpc.insecure_channel(f"unix:{path}"))
+            .unary_unary(
+                f"/{_SERVICE}/GetInfo",
+                request_serializer=wire.InfoRequest.SerializeToString,
+                response_deserializer=wire.PluginInfo.FromString,
+            )
+            .future(wire.InfoRequest(), timeout=_ASKING)
+            for path in paths
+        ]
+        return [_introduction(one) for one in asked]
+
+
+def _introduction(asked: Any) -> wire.PluginInfo | None:
+    try:
+        info: wire.PluginInfo = asked.result()
+    except grpc.RpcError:
+        return None
+    return info
+
+
+def _is(info: wire.PluginInfo, name: str) -> bool:
+    return bool(info.type == _KIND and info.name == name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import GaugeMetricFamily
@@ -31,11 +31,11 @@ class _Work:
             yield family
 
 
-def serve(address: str, alive: Callable[[], bool]) -> None:
-    """Serve `HOST:PORT`, and there whether the plugin is `alive`. BadRequest."""
+def serve(address: str) -> None:
+    """Serve `HOST:PORT`. BadRequest."""
     registry = CollectorRegistry()
     registry.register(_Work())
     try:
-        scraped.listen(address, registry, alive)
+        scraped.listen(address, registry)
     except ValueError as error:
         raise BadRequest("csi.metrics", address, str(error)) from None

@@ -80,7 +80,7 @@ class Giving:
 
         def work(_progress: Progress) -> None:
             try:
-                if not owned.begin():
+                if not owned.begin() or not self._is_of(volume, walk):
                     raise VolumeUnfinished(f"{what} did not begin; ask again")
                 with opened() as root:
                     groups.apply(root, int(group), until)
@@ -113,6 +113,12 @@ class Giving:
                 return known
             walk = self._walks[volume] = _Walk(group)
             return walk
+
+    def _is_of(self, volume: str, walk: _Walk) -> bool:
+        """Whether who ends the volume's walk ends this one, and has not done so. A caller that joined one that ended
+        before it could wait for it begins another, which is nobody's to end."""
+        with self._lock:
+            return self._walks.get(volume) is walk and not walk.stop.is_set()
 
     def _has_ended(self, volume: str, walk: _Walk) -> None:
         with self._lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -71,6 +72,9 @@ def csi_plugin(config: Config) -> None:
     from flexvolume.service import Service
 
     told = daemon.signals()
+    sign = daemon.sign_of(config.text("paths.run_dir"))
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(sign)  # of the last process
     node = assembly.build(config)
     servers = [
         Server(
@@ -92,7 +96,7 @@ def csi_plugin(config: Config) -> None:
     if config.text("csi.metrics"):
         from csi import metrics
 
-        metrics.serve(config.text("csi.metrics"), lambda: all(server.answers() for server in servers))
+        metrics.serve(config.text("csi.metrics"))
     node.catalog.prepare()
     _tell(repair.before_serving(node))
     for server in servers:
@@ -108,7 +112,7 @@ def csi_plugin(config: Config) -> None:
     for registration in registrations:
         registration.start()
     daemon.notify("READY=1")
-    daemon.watched(lambda: all(server.answers() for server in servers))
+    daemon.watched(lambda: all(server.answers() for server in servers), sign)
     endpoints = [config.text(key) for key in ("csi.endpoint", "csi.nfs_endpoint") if config.text(key)]
     log.info("serving", extra={"endpoint": ", ".join(endpoints), "node": config.node_id,
                                "services": list(config.words("csi.services")), "version": version()})  # fmt: skip
@@ -116,6 +120,8 @@ def csi_plugin(config: Config) -> None:
     told.recv(1)
     log.info("stopping")
     daemon.notify("STOPPING=1")
+    for registration in registrations:
+        registration.end()  # of each while others are waited for
     for registration in registrations:
         registration.stop()
     if flexvolume is not None:

@@ -9,12 +9,14 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from blockdev.deadlines import started
 from volumes.errors import VolumeUnfinished
 from volumes.work import running
 
 log = logging.getLogger("runvol.jobs")
 
 _TELL_EVERY = 10.0
+_WAITING = 12
 # A failure that nobody has asked for is told for so many seconds; who comes later begins anew.
 _STALE = 60.0
 # Seconds that a call waits for a copy; it goes on, and the caller asks again.
@@ -48,6 +50,36 @@ class Progress:
             log.info("copying", extra={"what": self.what, "percent": self.percent, "bytes": self.done})
 
 
+class _Places:
+    """So many places, which families share; each method is for who has the lock.
+
+    A family has `of_one` of them at most, and never more than half of what others leave it, but one that is free: of
+    16, the first to come has 8 at most, the next 4, then 2, 1 and 1. So whatever four of them do for ever, a fifth
+    finds a place. `of_one` 0: there are no families.
+    """
+
+    def __init__(self, count: int, of_one: int) -> None:
+        self._count, self._of_one = count, of_one
+        self._taken = Counter[str]()
+
+    def are_all_taken(self) -> bool:
+        return self._taken.total() >= self._count
+
+    def has_its_share(self, family: str) -> bool:
+        """Whether the family has one already, and gets no further one."""
+        own = self._taken[family]
+        left = self._count - (self._taken.total() - own)
+        return bool(self._of_one and own and own >= min(self._of_one, (left + 1) // 2))
+
+    def take(self, family: str) -> None:
+        self._taken[family] += 1
+
+    def give_back(self, family: str) -> None:
+        self._taken[family] -= 1
+        if not self._taken[family]:
+            del self._taken[family]
+
+
 class Jobs:
     """Long work by key: who asks again joins it instead of beginning another.
 
@@ -55,24 +87,33 @@ class Jobs:
     """
 
     def __init__(
-        self, *, running: int = 4, waiting: int = 12, of_one: int = 0, family: Callable[[str], str] = lambda _key: ""
+        self, *, running: int = 4, waiting: int = 0, of_one: int = 0, family: Callable[[str], str] = lambda _key: ""
     ) -> None:
-        """`of_one`: works of one `family` that go on at a time; 0 for as many as of all. `family` is asked by each
-        call, outside of any lock, and may answer otherwise later."""
-        self._of_one, self._family, self._families = of_one, family, Counter[str]()
+        """`waiting` 0: twelve, or as many as work, if that is more.
+
+        `of_one`: works of one `family` that go on at a time, at most, and no more than half of those that others leave;
+        of the callers that wait, the same half. 0 for as many as of all. `family` is asked by each call, outside of any
+        lock, and may answer otherwise later.
+        """
+        self._family = family
         self._lock = threading.Lock()
         self._room = threading.Condition(self._lock)
         self._jobs: dict[str, _Job] = {}
-        self._running, self._most = 0, running
-        self._waiting = threading.BoundedSemaphore(waiting)
+        self._running = _Places(running, of_one)
+        waiting = waiting or max(_WAITING, running)
+        self._waiting = _Places(waiting, waiting if of_one else 0)
 
     def finished(self, key: str, what: str, work: Callable[[Progress], None], patience: float) -> None:
         """Return once `work` has ended well. Raises what it raised; VolumeUnfinished, with how far it is, if it
-        takes longer than `patience` seconds, or others go first: the next call waits for it again."""
-        may_wait = self._waiting.acquire(blocking=False)
+        takes longer than `patience` seconds, or others go first: the next call waits for it again. NoThread."""
+        family = self._family(key)
+        with self._lock:
+            may_wait = not self._waiting.are_all_taken() and not self._waiting.has_its_share(family)
+            if may_wait:
+                self._waiting.take(family)
         until = time.monotonic() + (patience if may_wait else 0)
         try:
-            job = self._begun(key, what, work, until)
+            job = self._begun(key, family, what, work, until)
             if not job.over.wait(max(0.0, until - time.monotonic())):
                 log.info(
                     "still under way", extra={"what": what, "percent": job.progress.percent, "bytes": job.progress.done}
@@ -80,43 +121,39 @@ class Jobs:
                 raise VolumeUnfinished(f"{what} is under way; ask again")
         finally:
             if may_wait:
-                self._waiting.release()
+                with self._lock:
+                    self._waiting.give_back(family)
         with self._lock:
             if self._jobs.get(key) is job:
                 del self._jobs[key]
         if job.error is not None:
             raise job.error
 
-    def _begun(self, key: str, what: str, work: Callable[[Progress], None], until: float) -> _Job:
+    def _begun(self, key: str, family: str, what: str, work: Callable[[Progress], None], until: float) -> _Job:
         """Looked at and counted under one lock, however many come at once."""
-        family = self._family(key)
         with self._room:
             while True:
                 self._drop_stale()
                 if (known := self._jobs.get(key)) is not None:
                     return known
-                if self._of_one and self._families[family] >= self._of_one:
+                if self._running.has_its_share(family):
                     raise VolumeUnfinished(f"{what}: others of its server go first; ask again")
-                if self._running < self._most:
+                if not self._running.are_all_taken():
                     break
                 left = until - time.monotonic()
                 if left <= 0:
                     raise VolumeUnfinished(f"{what}: other copies go first; ask again")
                 self._room.wait(left)
             job = _Job(Progress(what), work, lambda: self._ended(key, family))
-            job.thread.start()  # it cannot end before it is counted: that takes the lock
+            started(what, job.thread)  # it cannot end before it is counted: that takes the lock
             self._jobs[key] = job
-            self._running += 1
-            self._families[family] += 1
+            self._running.take(family)
             return job
 
     def _ended(self, key: str, family: str) -> None:
         """Room for the next; who waits has the job itself, and of one that ended well nobody else needs to hear."""
         with self._room:
-            self._running -= 1
-            self._families[family] -= 1
-            if not self._families[family]:
-                del self._families[family]
+            self._running.give_back(family)
             job = self._jobs.get(key)
             if job is not None and job.error is None:
                 del self._jobs[key]

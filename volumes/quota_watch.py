@@ -12,16 +12,21 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 from blockdev import Deadline, beneath, quotas, trees
-from blockdev.errors import BlockdevError
+from blockdev.errors import BlockdevError, WaitExpired
 
 log = logging.getLogger("runvol.volumes")
 
+_WHAT = "looking at a volume's quota"
 # Seconds between two looks at a volume, and for one.
 _EVERY, _LONGEST = 600.0, 600.0
+# Seconds that one look goes on before another has its turn; and for one with the turns of others, of which there is one
+# to each of its own.
+_SLICE, _IN_ALL = 5.0, 4 * _LONGEST
 # Files of one look; after so many of them it makes way for others for so many seconds.
 _MOST, _STRIDE, _PAUSE = 10_000_000, 200, 0.001
 # In the place of a project: the file cannot be opened.
@@ -57,14 +62,69 @@ class Unseen:
         return f"whether all its files count for its size is not known: {self.why}"
 
 
+Steps = Generator[None, None, Left | Unseen | None]
+
+
+class _Look:
+    """A look at one volume, as far as it has come. It has the volume's directory open from its first slice to its
+    end."""
+
+    def __init__(self, volume_id: str, path: str, project: int) -> None:
+        self.volume_id, self.path, self.project = volume_id, path, project
+        self.found: Left | Unseen | None = None
+        self._steps: Steps | None = None
+        self._spent = 0.0
+
+    def has_ended(self, seconds: float) -> bool:
+        """Whether it has come to its end, and `found` says what, in so many seconds more."""
+        try:
+            self._go_on(seconds)
+        except StopIteration as end:
+            self.found = end.value
+        except (OSError, BlockdevError) as error:
+            log.info("a volume's quota was not looked at", extra={"volume": self.volume_id, "why": str(error)})
+            # A pod can see to that, to hide what it does.
+            self.found = Unseen(error.strerror or str(error) if isinstance(error, OSError) else str(error))
+        except Exception as error:
+            log.exception("a volume's quota was not looked at")
+            self.found = Unseen(f"the look ended with {type(error).__name__}; see the log")
+        else:
+            return False
+        return True
+
+    def _go_on(self, seconds: float) -> None:
+        if self._steps is None:
+            self._steps = _steps(self.path, self.project)
+        began, before = time.monotonic(), self._spent
+        while self._spent < before + seconds:
+            if self._spent >= _LONGEST:
+                self._steps.throw(WaitExpired(_WHAT, _LONGEST))
+            next(self._steps)
+            self._spent = before + time.monotonic() - began
+
+    def begin_anew(self) -> None:
+        """It has nothing open; the next slice is its first."""
+        if self._steps is not None:
+            self._steps.close()
+        self._steps, self._spent = None, 0.0
+
+
 class QuotaWatch:
-    """Looks at one volume after the other, behind whoever asks."""
+    """Looks at volumes, behind whoever asks, in one thread.
+
+    Each look that begins has a slice of time; what does not end in it is large. One large volume is gone on with, a
+    slice after each look that begins; the others are begun anew after it. So a small volume waits for slices, however
+    many files others have, and no more than one directory is kept open meanwhile.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._seen: dict[str, Left | Unseen | None] = {}
         self._next: dict[str, float] = {}
-        self._waiting: dict[str, tuple[str, int]] = {}
+        # Those that have not ended; which of them wait for their first slice, and which are large and wait.
+        self._looks: dict[str, _Look] = {}
+        self._waiting: deque[_Look] = deque()
+        self._large: deque[_Look] = deque()
         self._at_work = False
 
     def left(self, volume_id: str, path: str, project: int) -> Left | Unseen | None:
@@ -73,7 +133,9 @@ class QuotaWatch:
             now = time.monotonic()
             if now > self._next.get(volume_id, 0.0):
                 self._next[volume_id] = now + _EVERY
-                self._waiting[volume_id] = path, project
+                if volume_id not in self._looks:
+                    self._looks[volume_id] = _Look(volume_id, path, project)
+                    self._waiting.append(self._looks[volume_id])
                 self._be_at_work(volume_id)
             return self._seen.get(volume_id)
 
@@ -97,36 +159,57 @@ class QuotaWatch:
     def forget(self, volume_id: str) -> None:
         """It was deleted."""
         with self._lock:
-            for known in (self._seen, self._next, self._waiting):
-                known.pop(volume_id, None)
+            self._seen.pop(volume_id, None)
+            self._next.pop(volume_id, None)
+            self._looks.pop(volume_id, None)
 
     def _work(self) -> None:
+        large: _Look | None = None
         while True:
             with self._lock:
-                if not self._waiting:
+                if large is None:
+                    large = self._first(self._large)
+                fresh = self._first(self._waiting)
+                if fresh is None and large is None:
                     self._at_work = False
                     return
-                volume_id = next(iter(self._waiting))
-                path, project = self._waiting.pop(volume_id)
-            found: Left | Unseen | None
-            try:
-                found = look(path, project)
-            except (OSError, BlockdevError) as error:
-                log.info("a volume's quota was not looked at", extra={"volume": volume_id, "why": str(error)})
-                # A pod can see to that, to hide what it does.
-                found = Unseen(error.strerror or str(error) if isinstance(error, OSError) else str(error))
-            except Exception as error:
-                log.exception("a volume's quota was not looked at")
-                found = Unseen(f"the look ended with {type(error).__name__}; see the log")
-            with self._lock:
-                if volume_id in self._next:
-                    self._note(volume_id, found)
+            if large is not None and self._is_done(large):
+                large = None
+            if fresh is None or self._is_done(fresh):
+                continue
+            if large is None and not self._large:
+                large = fresh
+            else:
+                fresh.begin_anew()
+                with self._lock:
+                    self._large.append(fresh)
+
+    def _first(self, looks: deque[_Look]) -> _Look | None:
+        """For who has the lock: the first that is wanted still."""
+        while looks:
+            one = looks.popleft()
+            if self._looks.get(one.volume_id) is one:
+                return one
+        return None
+
+    def _is_done(self, look: _Look) -> bool:
+        """After one slice more, or since nobody wants it any more."""
+        with self._lock:
+            wanted = self._looks.get(look.volume_id) is look
+        if wanted and not look.has_ended(_SLICE):
+            return False
+        with self._lock:
+            if self._looks.get(look.volume_id) is look:
+                del self._looks[look.volume_id]
+                self._note(look.volume_id, look.found)
+        look.begin_anew()
+        return True
 
 
-def look(path: str, project: int) -> Left | Unseen | None:
-    """The files below `path` that do not belong to the project; None if all do. Bounded in files and time: Unseen for
-    what could not be looked at in these bounds. OSError, BlockdevError where the look ends before them, and has found
-    nothing by then."""
+def _steps(path: str, project: int) -> Steps:
+    """Returns the files below `path` that do not belong to the project; None if all do. Bounded in files: Unseen for
+    what could not be looked at in this bound. OSError, BlockdevError, thrown in too, where the look ends before it, and
+    has found nothing by then."""
     root = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     count, first, unseen = 0, "", ""
     try:
@@ -140,6 +223,7 @@ def look(path: str, project: int) -> Left | Unseen | None:
                 count, first = count + 1, first or name
             if number % _STRIDE == 0:
                 time.sleep(_PAUSE)
+                yield
     except (OSError, BlockdevError):
         if not count:
             raise
@@ -153,7 +237,7 @@ def look(path: str, project: int) -> Left | Unseen | None:
 def _projects(root: int) -> Iterator[tuple[str, int | None]]:
     """Every name, with its project if it is a directory or a regular file. Nothing else is opened; nothing is waited
     for."""
-    for fd, _directories, others in trees.walk(root, "looking at a volume's quota", Deadline.after(_LONGEST)):
+    for fd, _directories, others in trees.walk(root, _WHAT, Deadline.after(_IN_ALL)):
         yield "a directory", quotas.project_at(fd)
         for name in others:
             yield name, _of_file(fd, name)

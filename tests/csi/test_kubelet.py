@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
 import signal
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from blockdev import daemon
 from csi import kubelet
 from csi.kubelet import Registration
 from tests.driver import Driver
@@ -71,15 +76,19 @@ def test_both_drivers_of_a_plugin_are_registered_until_it_ends():
         one = PluginWatcher(registry).start()
         both = {NAME: str(driver.socket), "nfs.csi.runvol.io": str(driver.nfs_socket)}
         wait(lambda: one.names == both)
-        told = driver.run / f"registration-{NAME}.json"
-        wait(lambda: json.loads(told.read_text())["state"] == "registered")
+        told = [driver.run / f"registration-{name}.json" for name in both]
+
+        def states() -> set[str]:
+            return {json.loads(path.read_text())["state"] for path in told}
+
+        wait(lambda: states() == {"registered"})
         driver.process.send_signal(signal.SIGKILL)
         driver.stop()
         driver.start()
-        wait(lambda: one.asked == 4 and one.names == both)
+        wait(lambda: one.asked == 4 and one.names == both and states() == {"registered"})
         driver.stop()
         wait(lambda: one.names == {} and [*registry.iterdir()] == [])
-        assert json.loads(told.read_text())["state"] == "not registered: the plugin has ended"
+        assert states() == {"not registered: the plugin has ended"}
         one.stop()
 
 
@@ -176,6 +185,159 @@ def test_other_drivers_and_dead_sockets_are_none(registered, registry, watcher):
     wait(lambda: watcher.names.get(NAME) == "/run/csi.sock")
     first.stop()
     dead.stop()
+
+
+class Hung:
+    """Another driver's socket, of a process that accepts nothing."""
+
+    def __init__(self, registry: Path, *, full: bool) -> None:
+        self._all = [socket.socket(socket.AF_UNIX)]
+        self._all[0].bind(str(registry / "other-reg.sock"))
+        self._all[0].listen(1 if full else 100)
+        for _ in range(2 if full else 0):
+            self._all.append(socket.socket(socket.AF_UNIX))
+            self._all[-1].connect(str(registry / "other-reg.sock"))
+
+    def connections(self) -> int:
+        """Of which it has heard."""
+        self._all[0].setblocking(False)
+        count = 0
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self._all.append(self._all[0].accept()[0])
+                count += 1
+        return count
+
+    def close(self) -> None:
+        for one in self._all:
+            one.close()
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_another_driver_that_hangs_keeps_nobody_from_kubelet_nor_from_an_end(registered, registry, watcher, full):
+    hung = Hung(registry, full=full)
+    one = registered()
+    wait(lambda: NAME in watcher.names)
+    (registry / f"{NAME}-reg.sock").unlink()
+    wait((registry / f"{NAME}-reg.sock").exists)
+    began = time.monotonic()
+    one.stop()
+    assert time.monotonic() - began < 4
+    assert not one._thread.is_alive()
+    hung.close()
+
+
+def test_sockets_of_others_that_do_not_answer_are_asked_ever_more_rarely_and_all_at_once(registry, monkeypatch):
+    monkeypatch.setattr(kubelet, "_ASKING", 0.3)
+    for number in range(8):
+        (registry / f"{number}").mkdir()
+    all_of_them = [Hung(registry / f"{number}", full=False) for number in range(8)]
+    others, began = kubelet._Others(NAME), time.monotonic()
+    assert others.found(str(registry), 0) == ""
+    assert time.monotonic() - began < 2
+    before = [hung.connections() for hung in all_of_them]
+    for _ in range(20):
+        others.found(str(registry), 0)
+    assert [hung.connections() for hung in all_of_them] == [0] * 8, before
+    pauses = []
+    for one in others._known.values():
+        for _ in range(12):
+            one.again = 0.0
+            others._ask()
+            pauses.append(one.pause)
+        break
+    assert pauses[:3] == [4, 8, 16]
+    assert pauses[-1] == 300
+    for hung in all_of_them:
+        hung.close()
+
+
+def test_a_socket_of_another_driver_is_asked_who_it_is_once(registry):
+    names: list[str] = []
+
+    class Counted(Registration):
+        def _info(self, request: Any, context: Any) -> Any:
+            names.append(self._name)
+            return super()._info(request, context)
+
+    one = Counted("another.driver", endpoint="/run/o.sock", registry=str(registry), alive=lambda: True)
+    one._others.found = lambda *_: ""
+    one.start()
+    wait(lambda: one._inode != 0)
+    others = kubelet._Others(NAME)
+    for _ in range(10):
+        assert others.found(str(registry), 0) == ""
+    assert names == ["another.driver"]
+    one.stop()
+
+
+def test_a_name_that_another_has_is_free_once_its_process_has_gone(registry):
+    """The socket's file is left, as by a process that was killed."""
+    second = other(registry)
+    others = kubelet._Others(NAME)
+    assert others.found(str(registry), 0).endswith(f"more/{NAME}-reg.sock")
+    second._server.stop(None).wait()
+    assert (registry / f"more/{NAME}-reg.sock").is_socket()
+    assert others.found(str(registry), 0) == ""
+    second.stop()
+
+
+def test_a_registry_whose_path_is_too_long_is_told_once_in_words(registered, tmp_path, caplog):
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    with caplog.at_level("INFO"):
+        registered(registry=str(long))
+        wait(lambda: "more than the 107 bytes" in state(tmp_path))
+        time.sleep(0.5)
+    assert [record.exc_info for record in caplog.records if record.name == "runvol.registration"] == [None]
+
+
+def test_a_trouble_that_lasts_is_told_once_and_leaves_nothing_open(registered, registry, tmp_path, caplog, monkeypatch):
+    real = os.rename
+
+    def refused(source: str, target: str, **more: Any) -> None:
+        if target.endswith("-reg.sock"):
+            raise OSError(errno.EROFS, "Read-only file system", source)
+        real(source, target, **more)
+
+    with caplog.at_level("INFO"), monkeypatch.context() as patch:
+        patch.setattr(kubelet.os, "rename", refused)
+        registered()
+        wait(lambda: "Read-only" in state(tmp_path))
+        before = len(os.listdir("/proc/self/fd"))
+        time.sleep(1)
+        assert len(os.listdir("/proc/self/fd")) < before + 20
+    assert len([one for one in caplog.records if "fails" in one.message]) == 1
+    wait((registry / f"{NAME}-reg.sock").exists)
+
+
+def test_a_registration_that_hangs_is_left_behind(registry, tmp_path, monkeypatch):
+    monkeypatch.setattr(kubelet, "_END", 0.2)
+    go, asked = threading.Event(), threading.Event()
+
+    def hang() -> bool:
+        asked.set()
+        return go.wait(20)
+
+    one = Registration(NAME, endpoint="/run/csi.sock", registry=str(registry), alive=hang)
+    one.start()
+    assert asked.wait(5)
+    began = time.monotonic()
+    one.stop()
+    assert time.monotonic() - began < 2
+    go.set()
+    one._thread.join(5)
+    assert [*registry.iterdir()] == []
+
+
+def test_a_socket_of_a_process_that_hangs_is_somebodys(tmp_path):
+    hung = Hung(tmp_path, full=True)
+    assert daemon.answers(str(tmp_path / "other-reg.sock"))
+    hung.close()
+    assert not daemon.answers(str(tmp_path / "other-reg.sock"))
+    assert not daemon.answers(str(tmp_path / "none.sock"))
+    (tmp_path / "file").touch()
+    assert not daemon.answers(str(tmp_path / "file"))
 
 
 def test_doctor_says_who_is_registered(registry):

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import configparser
+import json
 import os
 import re
 import shutil
 import socket
+import stat
 import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from blockdev import daemon
 from tests.driver import POD, Driver, mount_capability
 from tests.kernel.__main__ import ROOT
 
@@ -88,3 +93,70 @@ def test_systemd_hears_that_it_serves_and_as_long_as_it_does(tmp_path: Path):
         driver.stop()
         assert heard.recv(100) == b"STOPPING=1"
         driver.remove()
+
+
+def probe(run: Path) -> list[str]:
+    """What kubelet runs in the chart's container, for the plugin of this run directory."""
+    template = (ROOT / "deploy/helm/runvol/templates/node.yaml").read_text()
+    command = template.partition('define "runvol.lives" -}}\n')[2].partition("\n")[0]
+    path = '{{ printf "%s/alive" .Values.runDir | quote }}'
+    words = json.loads(command.replace(path, json.dumps(f"{run}/alive")))
+    return [sys.executable, *words[1:]]
+
+
+def lives(run: Path) -> bool:
+    return subprocess.run(probe(run), capture_output=True, timeout=20, check=False).returncode == 0
+
+
+def test_a_probe_sees_whether_the_plugin_lives_and_nobody_keeps_it_from_that(tmp_path: Path):
+    with Driver(environment={"WATCHDOG_USEC": "400000"}) as driver:
+        sign = Path(daemon.sign_of(str(driver.run)))
+        until(sign.exists)
+        assert lives(driver.run)
+        assert stat.S_IMODE(sign.stat().st_mode) == 0o600
+        minutes_ago = time.time() - 300
+        os.utime(sign, (minutes_ago, minutes_ago))
+        until(lambda: lives(driver.run))
+        sign.unlink()
+        until(sign.exists)
+        # Nobody gets an answer any more.
+        driver.socket.unlink()
+        time.sleep(2)
+        os.utime(sign, (minutes_ago, minutes_ago))
+        time.sleep(2)
+        assert not lives(driver.run)
+        driver.stop()
+        # What the last plugin has said is not said of the next.
+        os.utime(sign)
+        driver.start()
+        assert lives(driver.run)
+        driver.process.kill()
+        driver.process.wait()
+        os.utime(sign, (time.time() + 300, time.time() + 300))
+        assert not lives(driver.run), "a time that is still to come says nothing"
+        sign.unlink()
+        assert not lives(driver.run)
+
+
+def test_a_process_whose_work_was_not_seen_once_is_looked_at_again(tmp_path: Path, monkeypatch):
+    asked: list[int] = []
+    monkeypatch.setattr(daemon, "_EVERY", 0.02)
+    told: list[str] = []
+    monkeypatch.setattr(daemon, "notify", told.append)
+
+    def alive() -> bool:
+        asked.append(1)
+        if len(asked) == 2:
+            raise RuntimeError("can't start new thread")
+        return True
+
+    daemon.watched(alive, str(tmp_path / "run/alive"))
+    until(lambda: len(told) > 3)
+    assert (tmp_path / "run/alive").exists()
+
+
+def until(there: Callable[[], bool]) -> None:
+    end = time.monotonic() + 15
+    while not there():
+        assert time.monotonic() < end
+        time.sleep(0.02)

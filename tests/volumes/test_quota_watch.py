@@ -218,6 +218,7 @@ def test_a_small_volume_does_not_wait_for_large_ones(volumes, tmp_path):
 def test_large_volumes_are_looked_at_to_their_end_one_after_the_other(volumes, tmp_path):
     watch = QuotaWatch()
     begun(watch, tmp_path, "large0", "large1", "large2")
+    until(lambda: len(volumes.order) == 3)
     for name in ("large0", "large1", "large2"):
         time.sleep(0.2)
         assert name not in watch._seen
