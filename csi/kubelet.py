@@ -94,7 +94,9 @@ class Registration:
         self._kick.set()
 
     def stop(self) -> None:
-        """kubelet forgets the name. What hangs meanwhile ends with the process."""
+        """Nobody answers any more. The socket's file stays: with it kubelet would forget the name, and write so to the
+        API, and a node that goes down in order and comes up while the API is away could not take that back. What hangs
+        meanwhile ends with the process."""
         self.end()
         self._thread.join(_END)
         if self._thread.is_alive():
@@ -107,8 +109,8 @@ class Registration:
                 break
             self._done(self._step)
             self._kick.wait(_LATER if self._registered else _SOON)
-        self._done(self._withdraw)
-        self._say("not registered: the plugin has ended")
+        self._done(self._stop_server)
+        self._say("the plugin has ended; kubelet keeps its name for the next one")
 
     def _done(self, step: Callable[[], None]) -> None:
         """Whatever comes of it; the same trouble is told once."""
@@ -149,7 +151,9 @@ class Registration:
             self._say(f"{other} registers {self._name} as well: remove it (a node-driver-registrar beside runvol?); "
                       "kubelet forgets the name with whichever of the two ends first"
                       if self._inode else f"not registered: {other} registers {self._name} already")  # fmt: skip
-        elif gone or not self._stands() or (not self._registered and time.monotonic() > self._until):
+        elif not self._stop.is_set() and (
+            gone or not self._stands() or (not self._registered and time.monotonic() > self._until)
+        ):
             self._offer()
 
     def _stands(self) -> bool:

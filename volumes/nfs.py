@@ -50,7 +50,7 @@ class NfsBackend:
         `cluster`: who says what a cluster's objects name."""
         self._exports = Exports(state_dir, exports_known, cluster)
         # Many, as each may wait for a server of its own.
-        self._jobs = Jobs(running=16, of_one=12, family=self._exports.server_of)
+        self._jobs = Jobs(running=16, of_one=8, family=self._exports.server_of)
         self.keeper: Keeper = Unkept()
         # In the names of what is being made, so that two controllers never write to the same.
         own = os.urandom(6).hex()

@@ -87,8 +87,9 @@ def test_both_drivers_of_a_plugin_are_registered_until_it_ends():
         driver.start()
         wait(lambda: one.asked == 4 and one.names == both and states() == {"registered"})
         driver.stop()
-        wait(lambda: one.names == {} and [*registry.iterdir()] == [])
-        assert states() == {"not registered: the plugin has ended"}
+        # A plugin that is stopped comes again; the node may be rebooting, with the API away.
+        assert one.names == both
+        assert states() == {"the plugin has ended; kubelet keeps its name for the next one"}
         one.stop()
 
 
