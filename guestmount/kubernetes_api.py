@@ -100,6 +100,10 @@ class KubernetesApi:
             self._claims[persistent_volume] = known
         return known
 
+    def one(self, what: str, path: str, deadline: Deadline) -> dict[str, Any]:
+        """The object, or the list, at a path. PodUnknown, WaitExpired."""
+        return self._read(what, path, deadline, longest=deadline.remaining())
+
     def listed(
         self,
         what: str,

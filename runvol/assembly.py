@@ -36,7 +36,7 @@ def build(config: Config, *, check_patience: float = PATIENCE) -> Node:
     """A node's verbs over its real directories. `check_patience`: seconds that a call waits for a check."""
     run_dir, state_dir = config.text("paths.run_dir"), config.text("paths.state_dir")
     _check_mounted(config)
-    pods = _pods(config)
+    pods = api(config)
     known = known_pods(config, pods)
     node = Node(
         catalog=Catalog.open(
@@ -129,7 +129,7 @@ def detector(config: Config, pods: KubernetesApi | None = None, *, known: KnownP
             root=kata_root(config),
             host_root=config.text("paths.host_root"),
         ),
-        known or known_pods(config, pods or _pods(config)),
+        known or known_pods(config, pods or api(config)),
     )
 
 
@@ -146,7 +146,8 @@ def _cluster_exports(config: Config, pods: KubernetesApi | None) -> Callable[[],
     return ask
 
 
-def _pods(config: Config) -> KubernetesApi | None:
+def api(config: Config) -> KubernetesApi | None:
+    """The Kubernetes API, if one is configured."""
     kubeconfig, server = config.text("detect.kubeconfig"), config.text("detect.api_server")
     if not kubeconfig and not server:
         return None

@@ -10,7 +10,7 @@ from blockdev import Deadline, confined
 from guestmount import Node, guest_kernel, kata_config, preflight, repair, runtimes
 from guestmount.errors import TROUBLE
 from guestmount.usage import problems
-from runvol import assembly, doctor_kubelet, doctor_snapshots
+from runvol import assembly, doctor_cluster, doctor_kubelet, doctor_snapshots
 from runvol.config import Config
 from runvol.diagnosis import BROKEN, OK, WARNING, Diagnosis
 from volumes import VolumeError
@@ -25,6 +25,7 @@ def examine(config: Config, node: Node) -> Iterator[Diagnosis]:
     yield from _directories(config)
     yield from _reach(node)
     yield from doctor_kubelet.examine(config)
+    yield from doctor_cluster.examine(config, assembly.api(config))
     yield from _runtimes(config)
     yield from _backends(node)
     yield from _volumes(node)

@@ -13,7 +13,8 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 KINDS = {"/api/v1/pods": "pods", "/apis/node.k8s.io/v1/runtimeclasses": "runtimeclasses",
-         "/api/v1/persistentvolumes": "persistentvolumes"}  # fmt: skip
+         "/api/v1/persistentvolumes": "persistentvolumes",
+         "/apis/storage.k8s.io/v1/storageclasses": "storageclasses"}  # fmt: skip
 
 
 class ApiDouble:

@@ -1,0 +1,101 @@
+"""`runvol doctor` for the cluster: does the API answer, may it be asked, does it say of the drivers what they need?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from blockdev import Deadline, WaitExpired
+from guestmount import KubernetesApi, runtimes
+from guestmount.pods import PodUnknown
+from runvol.config import Config
+from runvol.diagnosis import BROKEN, OK, WARNING, Diagnosis
+
+# Seconds for each question.
+_ASKING = 3.0
+# What is read, and what for.
+_READ = (
+    ("pods", "/api/v1/pods", "which runtime a pod has"),
+    ("RuntimeClasses", "/apis/node.k8s.io/v1/runtimeclasses", "which handler a RuntimeClass has"),
+    ("PersistentVolumes", "/api/v1/persistentvolumes", "which claim a volume is of"),
+    ("StorageClasses", "/apis/storage.k8s.io/v1/storageclasses", "which NFS exports there are"),
+)
+# What a CSIDriver has to say, and what happens otherwise.
+_FIELDS: Mapping[str, tuple[Any, str]] = {
+    "attachRequired": (False, "pods wait for an attacher that does not exist"),
+    "podInfoOnMount": (True, "a publish does not name its pod, so nobody knows its runtime"),
+    "fsGroupPolicy": ("None", "kubelet changes the owners of files that a guest has"),
+}
+
+
+def examine(config: Config, api: KubernetesApi | None) -> Iterator[Diagnosis]:
+    """One line where no API is configured."""
+    if api is None:
+        finding = ("none is configured (detect.kubeconfig): which runtime a pod has is said by its StorageClass, or by "
+                   "detect.default_runtime")  # fmt: skip
+        yield Diagnosis(state=WARNING, subject="Kubernetes API", finding=finding)
+        return
+    unreadable = [_readable(api, *one) for one in _READ]
+    yield from (one for one in unreadable if one is not None)
+    if not any(unreadable):
+        yield Diagnosis(state=OK, subject="Kubernetes API", finding="answers, and lets pods and classes be read")
+    elif all(one is not None and one.state == BROKEN for one in unreadable):
+        return
+    yield from _drivers(config, api)
+    yield from _handlers(config, api)
+
+
+def _readable(api: KubernetesApi, what: str, path: str, why: str) -> Diagnosis | None:
+    try:
+        api.one(what, f"{path}?limit=1", Deadline.after(_ASKING))
+    except (PodUnknown, WaitExpired) as error:
+        return Diagnosis(state=BROKEN, subject=what, finding=f"cannot be read, so nobody knows {why}: {error}")
+    return None
+
+
+def _drivers(config: Config, api: KubernetesApi) -> Iterator[Diagnosis]:
+    from csi import drivers
+
+    for name, key in ((drivers.NODES, "csi.endpoint"), (drivers.NFS, "csi.nfs_endpoint")):
+        if not config.text(key):
+            continue
+        try:
+            found = api.one(f"CSIDriver {name}", f"/apis/storage.k8s.io/v1/csidrivers/{name}", Deadline.after(_ASKING))
+        except (PodUnknown, WaitExpired) as error:
+            missing = "404" in str(error)
+            finding = "is not there: pods hang without any event; apply deploy/kubernetes/csidrivers.yaml"
+            yield Diagnosis(state=BROKEN if missing else WARNING, subject=f"CSIDriver {name}",
+                            finding=finding if missing else f"cannot be read: {error}")  # fmt: skip
+            continue
+        spec = found.get("spec")
+        spec = spec if isinstance(spec, dict) else {}
+        wrong = [f"{field} is {spec.get(field)!r} instead of {wanted!r}: {cost}"
+                 for field, (wanted, cost) in _FIELDS.items() if spec.get(field) != wanted]  # fmt: skip
+        yield Diagnosis(state=BROKEN if wrong else OK, subject=f"CSIDriver {name}",
+                        finding="; ".join(wrong) or "says what the driver needs")  # fmt: skip
+
+
+def _handlers(config: Config, api: KubernetesApi) -> Iterator[Diagnosis]:
+    """Whether containerd, as kubelet sees it, has the handlers that its configuration has: it may not have been started
+    again since."""
+    containerd = runtimes.read_containerd(config.text("paths.containerd_config"), config.text("paths.host_root"))
+    if containerd is None:
+        return
+    try:
+        node = api.one("this node", f"/api/v1/nodes/{config.node_id}", Deadline.after(_ASKING))
+    except (PodUnknown, WaitExpired) as error:
+        yield Diagnosis(state=WARNING, subject="runtime handlers", finding=f"the node cannot be read: {error}")
+        return
+    status = node.get("status")
+    said = status.get("runtimeHandlers") if isinstance(status, dict) else None
+    if not isinstance(said, list) or not said:
+        return  # a kubelet before 1.31
+    running = {str(one.get("name", "")) for one in said if isinstance(one, dict)} - {""}
+    missing, more = sorted(containerd.handlers.keys() - running), sorted(running - containerd.handlers.keys())
+    wrong, file = [], config.text("paths.containerd_config")
+    if missing:
+        wrong.append(f"{', '.join(missing)}: in {file}, not in the running containerd; restart it")
+    if more:
+        wrong.append(f"{', '.join(more)}: in the running containerd, not in {file}; is that the file that it reads?")
+    well = f"{', '.join(sorted(running))}: as containerd's configuration has them"
+    yield Diagnosis(state=WARNING if wrong else OK, subject="runtime handlers", finding="; ".join(wrong) or well)

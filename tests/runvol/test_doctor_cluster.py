@@ -1,0 +1,85 @@
+"""`runvol doctor` about the cluster: what cannot be read, a CSIDriver that says the wrong thing, another containerd."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from guestmount import KubernetesApi
+from runvol import config, doctor_cluster
+from tests.api_double import ApiDouble
+
+CSIDRIVERS = "csidrivers"
+GOOD = {"attachRequired": False, "podInfoOnMount": True, "fsGroupPolicy": "None"}
+NAMES = ("csi.runvol.io", "nfs.csi.runvol.io")
+
+
+@pytest.fixture
+def api() -> Iterator[ApiDouble]:
+    one = ApiDouble()
+    one.objects |= {CSIDRIVERS: {}, "nodes": {}}
+    for name in NAMES:
+        one.objects[CSIDRIVERS][name] = {"spec": GOOD}
+    one.objects["nodes"]["n"] = {"status": {"runtimeHandlers": [{"name": ""}, {"name": "runc"}, {"name": "kata"}]}}
+    yield one
+    if not one.stopped:
+        one.stop()
+
+
+def lines(api: ApiDouble, tmp_path: Path, *, url: str = "") -> dict[str, tuple[str, str]]:
+    containerd = tmp_path / "config.toml"
+    containerd.write_text(
+        "version = 3\n"
+        + "".join(
+            f'[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.{name}]\nruntime_type = "io.containerd.x.v2"\n'
+            for name in ("runc", "kata")
+        )
+    )
+    flags = {"paths.containerd_config": str(containerd), "node.id": "n", "csi.nfs_endpoint": "unix:///run/n.sock"}
+    loaded = config.load(file=None, flags=flags, environment={})
+    found = doctor_cluster.examine(loaded, KubernetesApi(server=url or api.url, account=str(tmp_path)))
+    return {one.subject: (one.state, one.finding) for one in found}
+
+
+def test_a_cluster_as_it_should_be(api, tmp_path):
+    found = lines(api, tmp_path)
+    assert {state for state, _ in found.values()} == {"ok"}, found
+    assert {"Kubernetes API", "runtime handlers", *(f"CSIDriver {name}" for name in NAMES)} == {*found}
+
+
+def test_without_an_api_there_is_one_line():
+    loaded = config.load(file=None, flags={}, environment={})
+    (only,) = doctor_cluster.examine(loaded, None)
+    assert (only.state, only.subject) == ("warning", "Kubernetes API")
+
+
+def test_a_server_that_is_away_is_told_for_each_question(api, tmp_path):
+    api.stop()
+    found = lines(api, tmp_path)
+    assert {state for state, _ in found.values()} == {"broken"} and len(found) == 4
+    assert "which runtime a pod has" in found["pods"][1]
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [({**GOOD, "podInfoOnMount": False}, "podInfoOnMount is False instead of True"), ({}, "attachRequired is None"),
+     ({**GOOD, "fsGroupPolicy": "File"}, "owners of files"), (None, "hang without any event")],
+)  # fmt: skip
+def test_a_csidriver_that_is_wrong_or_missing(api, tmp_path, spec, words):
+    if spec is None:
+        del api.objects[CSIDRIVERS][NAMES[0]]
+    else:
+        api.objects[CSIDRIVERS][NAMES[0]] = {"spec": spec}
+    state, finding = lines(api, tmp_path)[f"CSIDriver {NAMES[0]}"]
+    assert state == "broken" and words in finding
+
+
+@pytest.mark.parametrize(
+    ("running", "words"), [(["runc"], "restart it"), (["runc", "kata", "more"], "is that the file")]
+)
+def test_another_containerd_than_its_file_says(api, tmp_path, running, words):
+    api.objects["nodes"]["n"] = {"status": {"runtimeHandlers": [{"name": name} for name in running]}}
+    state, finding = lines(api, tmp_path)["runtime handlers"]
+    assert state == "warning" and words in finding
