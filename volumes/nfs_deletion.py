@@ -89,7 +89,14 @@ def _renamed(one: Share, record: Record, jobs: Jobs) -> tuple[list[str], bool]:
         # Nobody makes it anew meanwhile.
         _marked(one, msgspec.structs.replace(record, ready=False, deleting=True))
         return copies, True
+    _marked(one, _without_directory(record))
     return copies, False
+
+
+def _without_directory(record: Record) -> Record:
+    """That of a volume which is being deleted, and whose directory is out of the way: whatever appears in its place is
+    somebody else's, with the same inode or another one."""
+    return msgspec.structs.replace(record, ready=False, deleting=True, made=False)
 
 
 def _forgotten(one: Share, record: Record) -> None:
@@ -106,7 +113,7 @@ def _removed_where_it_lies(one: Share, record: Record) -> None:
     archived. VolumeUnfinished, NotRemoved, WaitExpired."""
     with contextlib.ExitStack() as stack:
         with share_lock.changing(one.records):
-            if not _is_deleting(one, record):
+            if not _is_deleting(one, record) or _is_lived_in(one, record):
                 return
             if not _is_its_own(one, record):
                 _archive(one, record)
@@ -121,11 +128,19 @@ def _removed_where_it_lies(one: Share, record: Record) -> None:
             if _is_deleting(one, record) and nfs_share.inode_of(one, record.directory) == os.fstat(there).st_ino:
                 with share.parent(one.root, record.directory) as (fd, name):
                     _rmdir(fd, name, record)
+                if not record.gone:
+                    _marked(one, _without_directory(record))
 
 
 def _is_deleting(one: Share, record: Record) -> bool:
     now = share.read(one.records, record.volume_id, Record)
-    return now is not None and now.serial == record.serial and now.deleting
+    return now is not None and now.serial == record.serial and now.deleting and now.made is not False
+
+
+def _is_lived_in(one: Share, record: Record) -> bool:
+    """Whether a volume has this one's place, or a part of it, that was made since."""
+    others = nfs_share.all_records(one, share.passed_over)
+    return any(is_in(one, other, record) and not (other.gone or other.deleting) for other in others)
 
 
 def _rmdir(fd: int, name: str, record: Record) -> None:

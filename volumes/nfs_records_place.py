@@ -61,10 +61,13 @@ def _check_new(one: Share, data: str, records: str) -> None:
         if share.names(one.root, NFS_VOLUME, share.A_RECORD):
             why = f"there are volumes on {data} whose records lie there; delete them first, or leave `recordsPath` out"
             raise InvalidParameter(RECORDS_PATH, records, why)
-        kept = _kept(one.root)
+        kept, known_as = _kept(one.root), _known_as(one.root)
         if kept and kept != records:
             raise InvalidParameter(RECORDS_PATH, records, _elsewhere(data, kept))
-        _write(one.root, _KEPT, records)
+        if known_as and known_as != data:
+            why = f"leads to the same directory as {known_as[:200]!r}, says {RECORDS}/{_KEPT} there; name it like that"
+            raise InvalidParameter("path", data, why)
+        _write(one.root, _KEPT, f"{records}\n{data}")
 
 
 def _heal(one: Share, records: str) -> None:
@@ -72,7 +75,7 @@ def _heal(one: Share, records: str) -> None:
     try:
         kept = _kept(one.root)
         if not kept:
-            _write(one.root, _KEPT, records)
+            _write(one.root, _KEPT, f"{records}\n{normal(one.place.data.path)}")
         elif kept != records:
             log.warning("an export's mark says another place for its volumes' records", extra={"says": kept[:200]})
     except (OSError, VolumeError, BlockdevError) as error:
@@ -98,8 +101,19 @@ def _elsewhere(data: str, kept: str) -> str:
 
 def _kept(root: int) -> str:
     """What the export of the directories says; empty where it says nothing."""
+    lines = _lines(root)
+    return "" if lines is None else (lines[0] if lines else "") or "?"
+
+
+def _known_as(root: int) -> str:
+    """The path by which it was first named; empty where that is not written down."""
+    lines = _lines(root) or []
+    return lines[1] if len(lines) > 1 else ""
+
+
+def _lines(root: int) -> list[str] | None:
     raw = share.content(root, _KEPT)
-    return "" if raw is None else raw[:_LONGEST].decode("utf-8", "replace").strip() or "?"
+    return None if raw is None else [line.strip() for line in raw[:_LONGEST].decode("utf-8", "replace").splitlines()]
 
 
 def _write(root: int, name: str, text: str) -> None:

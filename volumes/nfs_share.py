@@ -157,11 +157,11 @@ def at(one: Share, record: Record) -> Iterator[Share]:
 
 
 def in_the_same(one: Share, record: Record, inode: int) -> list[Record]:
-    """Other volumes' records that speak of the same directory, which is there and has this inode. That of a deleted
-    volume may speak of an earlier one."""
+    """Other volumes' records that speak of the same directory, which is there and has this inode. What has made none,
+    or an earlier one, proves nothing; older records do not say which."""
     found = share.records(one.records, share.NFS_VOLUME, Record, share.passed_over)
     same = (other for other in found if is_same(one, other, record) and other.volume_id != record.volume_id)
-    return [other for other in same if other.inode == inode or (other.inode == 0 and not other.gone)]
+    return [other for other in same if other.inode == inode or not (other.serial or other.gone)]
 
 
 def check_place(one: Share, record: Record) -> None:
@@ -169,7 +169,7 @@ def check_place(one: Share, record: Record) -> None:
     for other in all_records(one, share.passed_over):
         if not is_in(one, other, record) and not is_in(one, record, other):
             continue
-        if other.deleting:
+        if other.deleting and other.made is not False:
             raise VolumeUnfinished(f"volume {other.name}, which lies in the same place, is being deleted; ask again")
 
 

@@ -99,7 +99,7 @@ def probe(run: Path) -> list[str]:
     """What kubelet runs in the chart's container, for the plugin of this run directory."""
     template = (ROOT / "deploy/helm/runvol/templates/node.yaml").read_text()
     command = template.partition('define "runvol.lives" -}}\n')[2].partition("\n")[0]
-    path = '{{ printf "%s/alive" .Values.runDir | quote }}'
+    path = '{{ printf "%s/alive" . | quote }}'
     words = json.loads(command.replace(path, json.dumps(f"{run}/alive")))
     return [sys.executable, *words[1:]]
 

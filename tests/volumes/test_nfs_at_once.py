@@ -544,7 +544,7 @@ def test_a_volume_is_made_anew_once_its_deletion_is_done(fresh, share, monkeypat
         first = pool.submit(backend.delete, volume.volume_id)
         assert stands.wait(20)
         for one in (backend, fresh()):
-            with pytest.raises(VolumeUnfinished, match="while it is being deleted, ask again"):
+            with pytest.raises(VolumeUnfinished, match="is being deleted"):
                 make(one, **REMOVED)
         second = pool.submit(backend.delete, volume.volume_id)
         time.sleep(0.1)
@@ -926,3 +926,59 @@ def test_records_are_read_where_no_thread_is_to_be_had(fresh, monkeypatch):
         patched.setattr(threading.Thread, "start", none)
         found = [one.name for one in on_share.records(root, on_share.NFS_VOLUME, on_share.Record, pytest.fail)]
     assert sorted(found) == sorted(made)
+
+
+def test_a_creation_that_made_nothing_makes_nothing_ours(fresh, share, monkeypatch):
+    """Killed before its directory was made, which somebody makes then; another volume has the same place."""
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "mkdir", lambda *_, **__: (_ for _ in ()).throw(Killed()))
+        with contextlib.suppress(Killed):
+            make(fresh(), "a", subDir="team", **REMOVED)
+    (share / "team").mkdir()
+    (share / "team/by-hand").write_text("x")
+    other = make(fresh(), "b", subDir="team", **REMOVED)
+    handle = export_ids.id_of(nfs.Export(server="nas", path="/e"), "a", "nfs-")
+    for one in (other.volume_id, handle):
+        fresh().delete(one)
+    assert (share / "team/by-hand").read_text() == "x"
+
+
+@pytest.mark.parametrize("after", range(1, 12))
+@pytest.mark.parametrize("full", [False, True])
+def test_a_killed_deletion_takes_nothing_that_was_made_in_its_place(fresh, share, monkeypatch, after, full):
+    """By hand, or by a volume of that name; the inode may be the same again."""
+    gone = make(fresh(), "a", subDir="v", **REMOVED)
+    (share / "v/f").write_text("x")
+    inode, steps, rename = (share / "v").stat().st_ino, itertools.count(1), os.rename
+
+    def killing(call: Callable[..., object]) -> Callable[..., object]:
+        def step(*arguments: object, **more: object) -> object:
+            if next(steps) == after:
+                raise Killed
+            return call(*arguments, **more)
+
+        return step
+
+    def named(source: object, target: object, **more: object) -> object:
+        return no_names() if full and str(target).startswith("gone-") else rename(source, target, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", killing(named))
+        for where, name in ((os, "rmdir"), (on_share, "write"), (on_share, "remove"), (on_share, "remove_tree")):
+            patched.setattr(where, name, killing(getattr(where, name)))
+        with contextlib.suppress(Killed):
+            fresh().delete(gone.volume_id)
+    if (share / "v").exists():
+        fresh().delete(gone.volume_id)  # nothing of it was done yet
+        return
+    living = make(fresh(), "v", **REMOVED)
+    (share / "v/precious").write_text("living")
+    path = record(share, living)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"inode": (share / "v").stat().st_ino}))
+    old = share / ".runvol" / f"{export_ids.short(gone.volume_id)}.json"
+    if old.exists() and json.loads(old.read_text())["inode"] == inode:
+        again = json.loads(old.read_text()) | {"inode": (share / "v").stat().st_ino}
+        old.write_text(json.dumps(again))
+    fresh().delete(gone.volume_id)
+    assert (share / "v/precious").read_text() == "living"
+    assert fresh().get(living.volume_id) is not None

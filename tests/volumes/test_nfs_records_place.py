@@ -183,7 +183,7 @@ def test_whoever_has_the_directories_export_stops_no_volume_of_the_class(fresh, 
             os.mkfifo(mark)
     volume = make(fresh(), "two", **APART)
     if what == "nothing":
-        assert mark.read_text() == "/records\n"
+        assert mark.read_text() == "/records\n/e\n"
     if what != "a file for the directory":
         fresh().delete(volume.volume_id)
 
@@ -213,7 +213,7 @@ def test_volumes_that_were_made_before_the_marks_prove_where_they_are(fresh, sha
     before_marks(shares)
     planted(shares, "evil", directory="x")
     make(fresh(), "two", **APART)
-    assert (shares / "e/.runvol/records-path").read_text() == "/records\n"
+    assert (shares / "e/.runvol/records-path").read_text() == "/records\n/e\n"
     assert list((shares / "records/.runvol").glob("data-*"))
 
 
@@ -225,3 +225,12 @@ def test_volumes_of_both_kinds_that_were_made_before_the_marks_are_no_prey_of_ea
     fresh().delete(outer.volume_id)
     assert (shares / "e/p/i/precious").read_text() == "living"
     fresh().delete(inner.volume_id)
+
+
+def test_one_directory_has_one_name(fresh, shares):  # noqa: F811
+    """As of an NFSv4 server, whose exports have another path for version 3."""
+    (shares / "again").symlink_to("e")
+    living = make(fresh(), "one", subDir="team", **APART)
+    with pytest.raises(InvalidParameter, match="'/again': leads to the same directory as '/e'"):
+        make(fresh(), "two", path="/again", subDir="team", **APART)
+    fresh().delete(living.volume_id)

@@ -1,5 +1,5 @@
 {{- define "runvol.name" -}}
-{{ .Release.Name | trunc 40 | trimSuffix "-" }}
+{{ .Release.Name }}
 {{- end }}
 {{- define "runvol.labels" -}}
 app.kubernetes.io/name: runvol

@@ -1,0 +1,96 @@
+"""Every example applied to the real cluster, and what became of it, as a table: `python -m tests.cluster.examples`."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from tests.cluster import images, installed
+from tests.cluster.cluster import Cluster
+from tests.cluster.installed import ROOT
+from tests.cluster.machines import Broken
+
+EXAMPLES = ROOT / "deploy/examples"
+TABLE = ROOT / "docs/examples.md"
+# In this order: what is made from block.yaml's claim needs it, without its pod where blocks are not shared.
+ORDER = ("block", "raw-block", "directory", "ephemeral", "statefulset", "snapshot", "clone", "nfs")
+_HEAD = """# Examples
+
+Each file of `deploy/examples` as it was applied to a real Kubernetes 1.36 with one node (ext4, no NFS client in its kernel), and what became
+of it. Made by `python -m tests.cluster.examples`; with `runtimeClassName` uncommented a sandbox has the same volume.
+
+| example | what it shows | outcome | seconds until its pods run |
+| --- | --- | --- | --- |
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`seconds` until all pods of the example were ready; None if they are not, and `said` tells why."""
+
+    name: str
+    shows: str
+    seconds: float | None
+    said: str
+
+
+def outcomes(cluster: Cluster, seconds: float = 60.0) -> list[Outcome]:
+    """One after the other; everything is deleted again at the end."""
+    found = []
+    for name in ORDER:
+        if name == "snapshot":
+            cluster.delete("pod", "runvol-example")
+        found.append(_outcome(cluster, name, seconds))
+    for name in reversed(ORDER):
+        cluster.kubectl("delete", "--ignore-not-found", "--wait=false", "-f", EXAMPLES / f"{name}.yaml")
+    cluster.kubectl("delete", "pvc", "--all", "--wait=false")
+    cluster.wait("no volume is left", lambda: not cluster.list("pv"), 120)
+    return found
+
+
+def _outcome(cluster: Cluster, name: str, seconds: float) -> Outcome:
+    text = (EXAMPLES / f"{name}.yaml").read_text()
+    shows = " ".join(line.lstrip("# ") for line in text.split("\napiVersion")[0].splitlines() if line.startswith("#"))
+    # The one image that nodes have here.
+    objects = text.replace("image: busybox:stable", f"image: {images.BUSYBOX}\n{{}}imagePullPolicy: Never")
+    indented = objects.replace("{}", " " * 10 if name == "statefulset" else " " * 6)
+    began = time.monotonic()
+    cluster.apply(indented)
+    pods = [f"statefulset-{number}" for number in range(2)] if name == "statefulset" else [
+        one["metadata"]["name"] for one in yaml.safe_load_all(text) if one["kind"] == "Pod"
+    ]  # fmt: skip
+    try:
+        for pod in pods:
+            cluster.wait_ready(pod, seconds=seconds if name != "nfs" else 20)
+        return Outcome(name, shows, time.monotonic() - began, "its pods run")
+    except Broken:
+        said = [event for pod in [*pods, name] for event in cluster.events(pod) if "Failed" in event]
+        return Outcome(name, shows, None, said[-1][:300] if said else "its pods do not run")
+
+
+def table(found: list[Outcome]) -> str:
+    rows = [
+        f"| [{one.name}.yaml](../deploy/examples/{one.name}.yaml) | {one.shows} | {one.said.replace('|', '/')} | "
+        f"{'' if one.seconds is None else f'{one.seconds:.0f}'} |\n"
+        for one in found
+    ]
+    return _HEAD + "".join(rows)
+
+
+def main() -> None:
+    with Cluster(Path(tempfile.mkdtemp(prefix="ex-"))) as cluster:
+        installed.snapshot_crds(cluster)
+        installed.import_images(cluster, cluster.nodes[0])
+        installed.install(cluster, installed.values(cluster.nodes[0]))
+        written = table(outcomes(cluster))
+    TABLE.write_text(written)
+    sys.stdout.write(written)
+
+
+if __name__ == "__main__":
+    main()
