@@ -21,7 +21,7 @@ def take(path: str, seconds: float) -> int | None:
     until = time.monotonic() + seconds
     while True:
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as error:
             if error.errno not in (errno.EISDIR, errno.ELOOP, errno.ENXIO) or time.monotonic() > until + _STEP:
                 raise
