@@ -8,12 +8,17 @@ from __future__ import annotations
 import base64
 import contextlib
 import functools
+import hashlib
+import io
+import json
 import os
+import socket
 import ssl
+import time
 from collections.abc import Callable, Iterator, Mapping
-from http.client import HTTPConnection, HTTPException
+from http.client import HTTPConnection, HTTPException, HTTPResponse
 from importlib import metadata
-from typing import BinaryIO, Protocol
+from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
 from guestmount.kubeconfig import Resolved
@@ -21,6 +26,8 @@ from guestmount.pods import PodUnknown
 
 # A pod is at most 1.5 MiB (etcd's limit).
 _LARGEST = 4 << 20
+# Seconds, for a connection whose answer may take longer.
+_CONNECTING = 20.0
 
 
 @functools.cache
@@ -36,16 +43,27 @@ class Denied(ValueError):
     """Who asks is not known to the server (any more): 401, or a certificate that one side does not take."""
 
 
+class Refusal(ValueError):
+    """An answer with another status than 200; `said`: by the API server itself, not by something on the way to it."""
+
+    def __init__(self, status: int, reason: str, *, said: bool = False) -> None:
+        super().__init__(f"{status} {reason}")
+        self.status, self.said = status, said
+
+
 class Access(Protocol):
     """How the server is reached. Both may be asked anew for each exchange."""
 
-    def connection(self, seconds: float) -> HTTPConnection: ...
+    def connection(self, seconds: float) -> Connection: ...
 
     def headers(self) -> dict[str, str]: ...
 
+    def cluster(self) -> str:
+        """What tells clusters apart: the authority's certificates, or the address; hashed."""
 
-def exchanged(access: Access, path: str, seconds: float, opened: list[HTTPConnection]) -> bytes:
-    """The body of the answer. OSError or ValueError, with the reason; Denied for 401.
+
+def exchanged(access: Access, path: str, seconds: float, opened: list[Connection]) -> bytes:
+    """The body of the answer. OSError or ValueError, with the reason: Denied for 401, Refusal.
 
     `opened` is told the connection, so that who waits no longer can end it."""
     try:
@@ -66,24 +84,34 @@ def exchanged(access: Access, path: str, seconds: float, opened: list[HTTPConnec
     if reply.status == 401:
         raise Denied("401 Unauthorized")
     if reply.status != 200:
-        raise ValueError(f"{reply.status} {reply.reason}")
+        raise Refusal(reply.status, reply.reason, said=_is_status(body))
     if len(body) > _LARGEST:
         raise ValueError(f"an answer of more than {_LARGEST} bytes")
     return body
 
 
-@contextlib.contextmanager
-def streamed(access: Access, path: str, silence: float) -> Iterator[tuple[HTTPConnection, BinaryIO]]:
-    """An answer that goes on, to be read line by line. What `exchanged` raises."""
+def _is_status(body: bytes) -> bool:
     try:
-        connection = access.connection(silence)
+        found = json.loads(body)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and found.get("kind") == "Status"
+
+
+@contextlib.contextmanager
+def streamed(access: Access, path: str, seconds: float) -> Iterator[tuple[Connection, HTTPResponse]]:
+    """An answer that goes on, to be read line by line until `seconds` are over, or whatever the connection's `until`
+    is set to. What `exchanged` raises."""
+    try:
+        connection = access.connection(min(_CONNECTING, seconds))
         with contextlib.closing(connection):
+            connection.until = time.monotonic() + seconds
             connection.request("GET", path, headers={"Accept": "application/json", **agent(), **access.headers()})
             reply = connection.getresponse()
             if reply.status == 401:
                 raise Denied("401 Unauthorized")
             if reply.status != 200:
-                raise ValueError(f"{reply.status} {reply.reason}")
+                raise Refusal(reply.status, reply.reason)
             yield connection, reply
     except ssl.SSLError as error:
         raise Denied(str(error)) from error
@@ -97,13 +125,20 @@ class ByAccount:
     def __init__(self, server: str, directory: str, environment: Mapping[str, str]) -> None:
         self._server, self._directory, self._environment = server, directory, environment
 
-    def connection(self, seconds: float) -> HTTPConnection:
+    def connection(self, seconds: float) -> Connection:
         authority = os.path.join(self._directory, "ca.crt")
         return _connection(
             self._base(),
             seconds,
             lambda: ssl.create_default_context(cafile=authority if os.path.exists(authority) else None),
         )
+
+    def cluster(self) -> str:
+        try:
+            with open(os.path.join(self._directory, "ca.crt")) as authority:
+                return _hashed(authority.read())
+        except (OSError, ValueError):
+            return _hashed(self._base())
 
     def _base(self) -> str:
         if self._server:
@@ -127,17 +162,24 @@ class ByKubeconfig:
     def __init__(self, resolved: Resolved, server: str) -> None:
         self.resolved, self._server = resolved, server or resolved.server
 
-    def connection(self, seconds: float) -> HTTPConnection:
+    def connection(self, seconds: float) -> Connection:
         return _connection(self._server, seconds, lambda: _context(self.resolved), proxy=self.resolved.proxy,
                            name=self.resolved.server_name)  # fmt: skip
 
     def headers(self) -> dict[str, str]:
         return {"Authorization": self.resolved.token} if self.resolved.token else {}
 
+    def cluster(self) -> str:
+        return _hashed(self.resolved.authority or self.resolved.server)
+
+
+def _hashed(text: str) -> str:
+    return hashlib.sha256(text.strip().encode()).hexdigest()[:16]
+
 
 def _connection(
     base: str, seconds: float, context: Callable[[], ssl.SSLContext], *, proxy: str = "", name: str = ""
-) -> HTTPConnection:
+) -> Connection:
     """To `base`, below whose path the paths of requests lie; through `proxy`; `name`: of the server's certificate."""
     parts = urlsplit(base)
     if parts.scheme not in ("http", "https"):
@@ -145,9 +187,9 @@ def _connection(
     via = urlsplit(proxy) if proxy else parts
     if proxy and via.scheme != "http":
         raise ValueError(f"proxy-url {via.scheme}://{via.hostname or ''}: only http:// proxies are known")
-    made: HTTPConnection
+    made: Connection
     if parts.scheme == "http":
-        made = _Plain(via.hostname or "", via.port, seconds, parts.path)
+        made = Connection(via.hostname or "", via.port, seconds, parts.path)
     else:
         made = _Tls(via.hostname or "", via.port or 443, seconds, parts.path, context(), name or parts.hostname or "")
     if proxy:
@@ -157,16 +199,31 @@ def _connection(
     return made
 
 
-class _Plain(HTTPConnection):
+class Connection(HTTPConnection):
+    """All reading ends at `until`, of the monotonic clock: a server that drips has each byte come in time."""
+
     def __init__(self, host: str, port: int | None, seconds: float, prefix: str) -> None:
         super().__init__(host, port, timeout=seconds)
         self._prefix = prefix.rstrip("/")
+        self._opened: socket.socket | None = None
+        self.until = time.monotonic() + seconds
+        self.response_class = functools.partial(_Reply, self)  # type: ignore[assignment]
 
     def putrequest(self, method: str, url: str, skip_host: bool = False, skip_accept_encoding: bool = False) -> None:
         super().putrequest(method, self._prefix + url, skip_host, skip_accept_encoding)
 
+    def connect(self) -> None:
+        super().connect()
+        self._opened = self.sock
 
-class _Tls(_Plain):
+    def sever(self) -> None:
+        """Whoever reads is told at once. With `Connection: close` the answer has the socket, and `sock` is None."""
+        if self._opened is not None:
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(self._opened, socket.SHUT_RDWR)  # a TLS socket's own forgets that it was one
+
+
+class _Tls(Connection):
     """The certificate's name may be another one than the address's."""
 
     def __init__(
@@ -177,7 +234,40 @@ class _Tls(_Plain):
 
     def connect(self) -> None:
         super().connect()
-        self.sock = self._context.wrap_socket(self.sock, server_hostname=self._name)
+        secured = self._context.wrap_socket(self.sock, server_hostname=self._name, do_handshake_on_connect=False)
+        self.sock = self._opened = secured
+        secured.do_handshake()
+
+
+class _Reply(HTTPResponse):
+    def __init__(
+        self, connection: Connection, sock: socket.socket, debuglevel: int = 0, method: str | None = None
+    ) -> None:
+        super().__init__(sock, debuglevel, method)
+        self.fp.close()
+        self.fp = io.BufferedReader(_Timed(connection, sock))
+
+
+class _Timed(io.RawIOBase):
+    """Each wait has the time that is left of all of them."""
+
+    def __init__(self, connection: Connection, sock: socket.socket) -> None:
+        self._connection, self._sock = connection, sock
+        self._raw = sock.makefile("rb", buffering=0)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        left = self._connection.until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the answer took too long")
+        self._sock.settimeout(left)
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
 
 
 @functools.lru_cache(maxsize=4)

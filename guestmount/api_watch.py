@@ -6,15 +6,12 @@ that never change in what is asked of them, whether the server is there or not.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import random
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from http.client import HTTPConnection, HTTPException
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -22,12 +19,15 @@ from blockdev import Deadline
 from guestmount.pods import PodUnknown
 
 if TYPE_CHECKING:
+    from guestmount.api_access import Connection
     from guestmount.kubernetes_api import KubernetesApi
 
 log = logging.getLogger("runvol.watch")
 
-# Seconds: of one watch, by the server's clock; without a word, which is longer; for a list; between two tries.
-_SPAN, _SILENCE, _LIST = 300, 340.0, 60.0
+# Seconds: of one watch, by the server's clock, and by ours; for a line that has begun; for a list; between two tries.
+_SPAN, _SILENCE, _LINE, _LIST = 300, 340.0, 30.0, 60.0
+# Seconds without an event or a bookmark, which an API server sends every 60 to 75.
+_NEWS = 90.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
 # Objects of one answer: a pod with its status has some ten thousand bytes.
 _PAGE = 50
@@ -50,11 +50,17 @@ class Watch:
         self._api, self._what, self._path, self._query = api, what, path, query
         self._listed, self._changed, self._gone = listed, changed, gone
         self._stop = threading.Event()
-        self._connection: HTTPConnection | None = None
+        self._connection: Connection | None = None
         self._thread = threading.Thread(target=self._run, name=f"watch of {what}", daemon=True)
         self._version = ""
-        # Whether what is known is as new as the server's.
-        self.healthy = False
+        self._heard: float | None = None
+        self._odd = False
+
+    @property
+    def healthy(self) -> bool:
+        """Whether what is known is as new as the server's: it said something on this connection, and lately."""
+        heard = self._heard
+        return heard is not None and time.monotonic() - heard < _NEWS
 
     def start(self) -> None:
         self._thread.start()
@@ -63,12 +69,15 @@ class Watch:
         """The thread ends soon, and is not waited for where the server holds it."""
         self._stop.set()
         connection = self._connection
-        if connection is not None and connection.sock is not None:
-            with contextlib.suppress(OSError):
-                connection.sock.shutdown(socket.SHUT_RDWR)
+        if connection is not None:
+            connection.sever()
         self._thread.join(1.0)
 
     def _run(self) -> None:
+        from http.client import HTTPException
+
+        from guestmount.api_access import Refusal
+
         pause = _FIRST_PAUSE
         while not self._stop.is_set():
             began = time.monotonic()
@@ -77,6 +86,9 @@ class Watch:
                     self._list()
                 self._follow()
             except (OSError, ValueError, HTTPException, PodUnknown) as error:
+                # 410, mostly: that moment is forgotten. 429 is about how much is asked, which a list would add to.
+                if isinstance(error, Refusal) and 400 <= error.status < 500 and error.status != 429:
+                    self._version = ""
                 if self.healthy or pause == _FIRST_PAUSE:
                     log.warning(
                         "the watch ended; it is begun again", extra={"what": self._what, "why": str(error)[:500]}
@@ -84,7 +96,7 @@ class Watch:
             except Exception:
                 log.exception("the watch failed", extra={"what": self._what})
                 self._version = ""
-            self.healthy = False
+            self._heard = None
             pause = _FIRST_PAUSE if time.monotonic() - began > _LONGEST_PAUSE else min(pause * 2, _LONGEST_PAUSE)
             self._stop.wait(pause * random.uniform(0.5, 1.0))  # noqa: S311  (nodes that do not all come at once)
 
@@ -100,30 +112,52 @@ class Watch:
         query = f"{self._query}&watch=1&allowWatchBookmarks=true&timeoutSeconds={_SPAN}"
         path = f"{self._path}?{query.lstrip('&')}&resourceVersion={quote(self._version, safe='')}"
         with self._api.streamed(path, _SILENCE) as (connection, lines):
-            self._connection = connection
-            self.healthy = True
+            self._connection, ends = connection, connection.until
             try:
                 while not self._stop.is_set():
+                    connection.until = ends
+                    lines.peek(1)
+                    connection.until = min(ends, time.monotonic() + _LINE)
                     line = lines.readline(_LONGEST_LINE + 1)
                     if not line:
                         return
                     if len(line) > _LONGEST_LINE:
                         raise ValueError(f"an event of more than {_LONGEST_LINE} bytes")
-                    self._told(json.loads(line))
+                    self._line(line)
             finally:
                 self._connection = None
 
+    def _line(self, line: bytes) -> None:
+        try:
+            event = json.loads(line)
+        except RecursionError:
+            self._passed_over("an event is nested too deep")
+            return
+        if not isinstance(event, dict):
+            raise ValueError("a line that is no event")
+        self._told(event)
+
+    def _passed_over(self, why: str) -> None:
+        if not self._odd:  # a server that goes on so is told of once
+            log.warning("what the server says is passed over", extra={"what": self._what, "why": why})
+        self._odd = True
+
     def _told(self, event: Mapping[str, Any]) -> None:
         kind, what = event.get("type"), event.get("object")
-        if not isinstance(what, dict):
-            raise ValueError("an event without an object")
         if kind == "ERROR":
             self._version = ""  # too old, mostly; everything is listed again
-            raise ValueError(f"the server says: {what.get('message', what)}")
-        version = (what.get("metadata") or {}).get("resourceVersion")
-        if kind in ("ADDED", "MODIFIED"):
-            self._changed(what)
-        elif kind == "DELETED":
+            raise ValueError(f"the server says: {what.get('message', what) if isinstance(what, dict) else what}")
+        if kind not in ("ADDED", "MODIFIED", "DELETED", "BOOKMARK"):
+            raise ValueError("an event of a kind that no API server sends")
+        if not isinstance(what, dict):
+            self._passed_over("an event without an object")
+            return
+        if kind == "DELETED":
             self._gone(what)
+        elif kind != "BOOKMARK":
+            self._changed(what)
+        metadata = what.get("metadata")
+        version = metadata.get("resourceVersion") if isinstance(metadata, dict) else None
         if version:
             self._version = str(version)
+        self._heard = time.monotonic()

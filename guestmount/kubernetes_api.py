@@ -10,28 +10,26 @@ import contextlib
 import json
 import os
 import re
-import socket
 import time
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from blockdev import Deadline, WaitExpired
 from blockdev.deadlines import bounded
 from guestmount.kubeconfig import Kubeconfig, Unusable
-from guestmount.pods import PodFacts, PodRef, PodUnknown, facts_from
+from guestmount.pods import NotThere, PodFacts, PodRef, PodUnknown, facts_from
 
 if TYPE_CHECKING:
-    from http.client import HTTPConnection
+    from http.client import HTTPResponse
 
-    from guestmount.api_access import Access
+    from guestmount.api_access import Access, Connection
 
 _LONGEST = 1.0
 # For a kubeconfig that nobody has read yet.
 _READING = 20.0
 # Seconds.
 _REMEMBERED = 60.0
-_MOST = 10_000
 # Objects of a list that come in one answer: far below what an answer may have.
 _PAGE, _PAGES = 250, 400
 SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
@@ -58,8 +56,6 @@ class KubernetesApi:
         self._config = Kubeconfig(kubeconfig) if kubeconfig else None
         self._account, self._environment = account, environment
         self._handlers: dict[str, tuple[str, float]] = {}
-        # A bound PersistentVolume never gets another claim.
-        self._claims: dict[str, tuple[str, str]] = {}
 
     def pod(self, ref: PodRef, deadline: Deadline) -> PodFacts:
         if not ref.name or not ref.namespace:
@@ -69,7 +65,7 @@ class KubernetesApi:
         found = self._read(f"pod {ref}", f"/api/v1/namespaces/{ref.namespace}/pods/{ref.name}", deadline)
         facts = facts_from(found)
         if ref.uid and facts.uid != ref.uid:
-            raise PodUnknown(f"pod {ref} has the uid {facts.uid} now, not {ref.uid}")
+            raise NotThere(f"pod {ref} has the uid {facts.uid} now, not {ref.uid}")
         return facts
 
     def handler(self, runtime_class: str, deadline: Deadline) -> str:
@@ -78,27 +74,32 @@ class KubernetesApi:
             if not _NAME.match(runtime_class):
                 raise PodUnknown(f"{runtime_class!r} is no name that a RuntimeClass can have")
             path = f"/apis/node.k8s.io/v1/runtimeclasses/{runtime_class}"
-            known = str(self._read(f"RuntimeClass {runtime_class}", path, deadline).get("handler", ""))
-            if not known:
-                raise PodUnknown(f"RuntimeClass {runtime_class} names no handler")
+            found = self._read(f"RuntimeClass {runtime_class}", path, deadline).get("handler")
+            if not isinstance(found, str) or not found:
+                raise NotThere(f"RuntimeClass {runtime_class} names no handler")
+            known = found
             self._handlers[runtime_class] = known, time.monotonic() + _REMEMBERED
         return known
 
     def claim_of(self, persistent_volume: str, deadline: Deadline) -> tuple[str, str]:
-        known = self._claims.get(persistent_volume)
-        if known is None:
-            if not _NAME.match(persistent_volume):
-                raise PodUnknown(f"{persistent_volume!r} is no name that a PersistentVolume can have")
-            what, path = f"PersistentVolume {persistent_volume}", f"/api/v1/persistentvolumes/{persistent_volume}"
-            spec = self._read(what, path, deadline).get("spec")
-            claim = spec.get("claimRef") if isinstance(spec, dict) else None
-            if not isinstance(claim, dict) or not claim.get("name"):
-                raise PodUnknown(f"{what} is bound to no claim")
-            known = str(claim.get("namespace", "")), str(claim["name"])
-            if len(self._claims) >= _MOST:
-                self._claims.clear()
-            self._claims[persistent_volume] = known
-        return known
+        """Asked for each time: a volume that is retained may be given to another claim at any moment."""
+        if not _NAME.match(persistent_volume):
+            raise PodUnknown(f"{persistent_volume!r} is no name that a PersistentVolume can have")
+        what, path = f"PersistentVolume {persistent_volume}", f"/api/v1/persistentvolumes/{persistent_volume}"
+        spec = self._read(what, path, deadline).get("spec")
+        if not isinstance(spec, dict):
+            raise PodUnknown(f"the API server's answer for {what} has no spec")
+        claim = spec.get("claimRef")
+        if not isinstance(claim, dict) or not claim.get("name"):
+            raise NotThere(f"{what} is bound to no claim")
+        return str(claim.get("namespace", "")), str(claim["name"])
+
+    def cluster(self) -> str:
+        """What tells this cluster from another, without a question to it; empty where that is not known."""
+        try:
+            return self._access(Deadline.after(0.0)).cluster()
+        except PodUnknown:
+            return ""
 
     def one(self, what: str, path: str, deadline: Deadline) -> dict[str, Any]:
         """The object, or the list, at a path. PodUnknown, WaitExpired."""
@@ -133,18 +134,18 @@ class KubernetesApi:
         raise PodUnknown(f"the API server has more than {_PAGES * page} {what}, or says so")
 
     @contextlib.contextmanager
-    def streamed(self, path: str, silence: float) -> Iterator[tuple[HTTPConnection, BinaryIO]]:
-        """An answer that goes on, such as a watch's, line by line; `silence`: seconds without a byte. PodUnknown,
-        OSError, ValueError."""
+    def streamed(self, path: str, seconds: float) -> Iterator[tuple[Connection, HTTPResponse]]:
+        """An answer that goes on, such as a watch's, line by line, for so many seconds. PodUnknown, OSError,
+        ValueError: Refusal among them."""
         from guestmount.api_access import Denied, streamed
 
         deadline = Deadline.after(_READING)
         access = self._access(deadline)
         try:
-            stream = streamed(access, path, silence)
+            stream = streamed(access, path, seconds)
             opened = stream.__enter__()
         except Denied:
-            stream = streamed(self._access_anew(access, deadline), path, silence)
+            stream = streamed(self._access_anew(access, deadline), path, seconds)
             opened = stream.__enter__()
         except Unusable as error:
             raise PodUnknown(str(error)) from error
@@ -159,7 +160,7 @@ class KubernetesApi:
             self._config.begin()
 
     def _read(self, what: str, path: str, deadline: Deadline, *, longest: float = _LONGEST) -> dict[str, Any]:
-        from guestmount.api_access import Denied
+        from guestmount.api_access import Denied, Refusal
 
         try:
             access = self._access(deadline)
@@ -169,7 +170,11 @@ class KubernetesApi:
                 access = self._access_anew(access, deadline)
                 body = self._asked(what, path, access, deadline, longest)
             reply = json.loads(body)
-        except (OSError, ValueError, WaitExpired, Unusable) as error:
+        except Refusal as error:
+            # Others say nothing of what was asked for: 401 and 403 of who asks, 5xx of the server.
+            gone = error.status == 404 and error.said
+            raise (NotThere if gone else PodUnknown)(f"asking the API server for {what}: {error}") from error
+        except (OSError, ValueError, RecursionError, WaitExpired, Unusable) as error:
             raise PodUnknown(f"asking the API server for {what}: {error}") from error
         if not isinstance(reply, dict):
             raise PodUnknown(f"the API server's answer for {what} is no object")
@@ -180,7 +185,7 @@ class KubernetesApi:
         from guestmount.api_access import exchanged
 
         seconds = max(0.05, min(longest, deadline.remaining()))
-        opened: list[HTTPConnection] = []
+        opened: list[Connection] = []
         try:
             return bounded(
                 f"asking the API server for {what}",
@@ -188,10 +193,8 @@ class KubernetesApi:
                 lambda: exchanged(access, path, seconds, opened),
             )
         except WaitExpired:
-            for connection in opened:  # a server that drips would keep a thread for ever
-                if connection.sock is not None:
-                    with contextlib.suppress(OSError):
-                        connection.sock.shutdown(socket.SHUT_RDWR)
+            for connection in opened:  # the thread that waits for it ends
+                connection.sever()
             raise
 
     def _access(self, deadline: Deadline) -> Access:

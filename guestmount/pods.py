@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
+
+import msgspec
 
 from blockdev import Deadline
 from volumes.registry import DISKS
@@ -14,6 +16,8 @@ from volumes.registry import DISKS
 log = logging.getLogger("runvol.pods")
 
 UNTRUSTED = "io.kubernetes.cri.untrusted-workload"
+# Those that Kata reads; no value that means something to it is nearly so long.
+_KATA, _LONGEST_VALUE = "io.katacontainers.config", 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +63,8 @@ class PodFacts:
     """
 
     uid: str
+    # Empty where it is not known.
+    node: str = ""
     runtime_class: str = ""
     annotations: Mapping[str, str] = field(default_factory=dict)
     mounts: tuple[MountFacts, ...] = ()
@@ -74,6 +80,10 @@ class PodFacts:
 
 class PodUnknown(Exception):
     """The source cannot tell; why."""
+
+
+class NotThere(PodUnknown):
+    """The source can tell: there is none, or another. Nothing that was known before is believed over it."""
 
 
 class PodSource(Protocol):
@@ -106,76 +116,149 @@ def with_own(pod: PodFacts, ref: PodRef, source: PodSource, deadline: Deadline) 
         return pod
     if namespace and ref.namespace and namespace != ref.namespace:
         return pod
-    return replace(pod, own=frozenset(name for name, one in pod.claims.items() if one == claim))
+    own = frozenset(name for name, one in pod.claims.items() if one == claim)
+    if not own:  # the pod mounts it all the same: what is known of its claim is not so any more
+        log.warning("the volume is of no claim of the pod's, as far as is known",
+                    extra={"pod": str(ref), "volume": ref.persistent_volume, "claim": claim})  # fmt: skip
+    return replace(pod, own=own or None)
+
+
+class _Fields(msgspec.Struct, rename="camel"):
+    """An object of the API, as far as it matters; what has another form than the API gives it is refused."""
+
+
+class _Claimed(_Fields):
+    claim_name: str = ""
+    read_only: bool | None = None
+
+
+class _Flex(_Fields):
+    driver: str = ""
+    options: dict[str, str] | None = None
+    read_only: bool | None = None
+
+
+class _Volume(_Fields):
+    name: str
+    persistent_volume_claim: _Claimed | None = None
+    flex_volume: _Flex | None = None
+    ephemeral: dict[str, Any] | None = None
+
+    @property
+    def read_only(self) -> bool:
+        source = self.persistent_volume_claim or self.flex_volume
+        return source is not None and bool(source.read_only)
+
+
+class _Mount(_Fields):
+    name: str
+    mount_path: str | None = None
+    read_only: bool | None = None
+    sub_path: str | None = None
+    sub_path_expr: str | None = None
+    mount_propagation: str | None = None
+
+
+class _Container(_Fields):
+    name: str = ""
+    restart_policy: str | None = None
+    volume_mounts: list[_Mount] | None = None
+
+
+class _Spec(_Fields):
+    containers: list[_Container]
+    init_containers: list[_Container] | None = None
+    volumes: list[_Volume] | None = None
+    runtime_class_name: str | None = None
+    node_name: str | None = None
+
+
+class _Metadata(_Fields):
+    uid: str
+    name: str = ""
+    annotations: dict[str, str] | None = None
+
+
+class _Pod(_Fields):
+    metadata: _Metadata
+    spec: _Spec
 
 
 def facts_from(pod: Mapping[str, Any]) -> PodFacts:
-    """From a Pod as the API writes it in JSON."""
-    meta, spec = pod.get("metadata") or {}, pod.get("spec") or {}
-    volumes = spec.get("volumes") or ()
+    """From a Pod as the API writes it in JSON. PodUnknown for what is none: an answer that lacks the uid or the
+    containers, such as a proxy's that only has the metadata, says nothing of a runtime."""
+    try:
+        known = msgspec.convert(pod, _Pod)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise PodUnknown(f"the API server's answer is no whole pod: {error}") from error
+    meta, spec = known.metadata, known.spec
+    if not meta.uid:
+        raise PodUnknown("the API server's answer is no whole pod: its uid is empty")
+    volumes, before = spec.volumes or [], spec.init_containers or []
     claims = {
-        volume.get("name", ""): volume["persistentVolumeClaim"].get("claimName", "")
+        volume.name: volume.persistent_volume_claim.claim_name
         for volume in volumes
-        if volume.get("persistentVolumeClaim")
+        if volume.persistent_volume_claim is not None
     } | {
         # The name that Kubernetes gives the claim that it makes.
-        volume.get("name", ""): f"{meta.get('name', '')}-{volume.get('name', '')}"
+        volume.name: f"{meta.name}-{volume.name}"
         for volume in volumes
-        if volume.get("ephemeral")
+        if volume.ephemeral is not None
     }
-    read_only = {volume.get("name", "") for volume in volumes if _is_read_only(volume)}
-    ordinary = [one for one in spec.get("initContainers") or () if one.get("restartPolicy") != "Always"]
-    containers = [*(spec.get("initContainers") or ()), *(spec.get("containers") or ())]
     return PodFacts(
-        uid=meta.get("uid", ""),
-        runtime_class=spec.get("runtimeClassName") or "",
-        annotations=dict(meta.get("annotations") or {}),
-        mounts=tuple(
-            MountFacts(
-                container=container.get("name", ""),
-                volume=mount.get("name", ""),
-                path=mount.get("mountPath", ""),
-                read_only=bool(mount.get("readOnly")),
-                sub_path=mount.get("subPath") or mount.get("subPathExpr") or "",
-                propagation=mount.get("mountPropagation") or "",
-                ends=any(container is one for one in ordinary),
-                writes=not mount.get("readOnly") and mount.get("name", "") not in read_only,
-            )
-            for container in containers
-            for mount in container.get("volumeMounts") or ()
-        ),
+        uid=meta.uid,
+        node=spec.node_name or "",
+        runtime_class=spec.runtime_class_name or "",
+        annotations={
+            name: value[:_LONGEST_VALUE] for name, value in (meta.annotations or {}).items() if _decides(name)
+        },
+        mounts=tuple(_mounts(before, spec.containers, {volume.name for volume in volumes if volume.read_only})),
         claims=claims,
         disks={name: f"claim {claim!r}" for name, claim in claims.items()} | _disks_without_claims(volumes),
     )
 
 
-def _is_read_only(volume: Mapping[str, Any]) -> bool:
-    source = volume.get("persistentVolumeClaim") or volume.get("flexVolume") or {}
-    return bool(source.get("readOnly"))
+def _decides(annotation: str) -> bool:
+    """A pod may have 256 KiB of annotations, and the node many pods."""
+    return annotation == UNTRUSTED or annotation.startswith(_KATA)
+
+
+def _mounts(before: list[_Container], containers: list[_Container], read_only: set[str]) -> Iterator[MountFacts]:
+    for place, container in enumerate([*before, *containers]):
+        for mount in container.volume_mounts or []:
+            yield MountFacts(
+                container=container.name,
+                volume=mount.name,
+                path=mount.mount_path or "",
+                read_only=bool(mount.read_only),
+                sub_path=mount.sub_path or mount.sub_path_expr or "",
+                propagation=mount.mount_propagation or "",
+                ends=place < len(before) and container.restart_policy != "Always",
+                writes=not mount.read_only and mount.name not in read_only,
+            )
 
 
 # FlexVolume options that name a disk (another driver's words for `volume` among them), and those of what is none.
 _DISKS, _NO_DISKS = ("volume", "volumeId", "volumeID", "device"), ("directory", "server")
 
 
-def _disks_without_claims(volumes: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def _disks_without_claims(volumes: Sequence[_Volume]) -> dict[str, str]:
     found = {}
     for volume in volumes:
-        name = volume.get("name", "")
-        if volume.get("flexVolume"):
-            disk = _disk_of(volume["flexVolume"], name)
+        if volume.flex_volume is not None:
+            disk = _disk_of(volume.flex_volume, volume.name)
             if disk:
-                found[name] = f"FlexVolume {disk!r}"
+                found[volume.name] = f"FlexVolume {disk!r}"
     return found
 
 
-def _disk_of(volume: Mapping[str, Any], name: str) -> str:
+def _disk_of(volume: _Flex, name: str) -> str:
     """What names the disk of a FlexVolume; empty for one that is none of ours, or no disk.
 
     Ours may be installed under any name; of other drivers nothing is known, and no guest gets their disks.
     """
-    options, driver = volume.get("options") or {}, str(volume.get("driver", "")).rpartition("/")[2]
-    named = next((str(options[key]) for key in _DISKS if options.get(key)), "")
+    options, driver = volume.options or {}, volume.driver.rpartition("/")[2]
+    named = next((options[key] for key in _DISKS if options.get(key)), "")
     if named and (driver == "disk" or named.startswith((*DISKS, "/"))):
         return _one_name(named)
     return name if driver == "runvol" and not any(options.get(key) for key in _NO_DISKS) else ""

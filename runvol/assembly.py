@@ -113,7 +113,7 @@ def known_pods(config: Config, pods: KubernetesApi | None) -> KnownPods | None:
     if pods is None:
         return None
     kept, follows = os.path.join(config.text("paths.state_dir"), "answers"), "node" in config.words("csi.services")
-    return KnownPods(pods, node=config.node_id, kept=kept, follows=follows)
+    return KnownPods(pods, node=config.node_id, kept=kept, follows=follows, roots=config.words("node.roots"))
 
 
 def detector(config: Config, pods: KubernetesApi | None = None, *, known: KnownPods | None = None) -> Detector:

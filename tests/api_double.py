@@ -27,6 +27,13 @@ class ApiDouble:
         self.requests: list[tuple[str, str]] = []
         # A server that takes connections and says nothing.
         self.frozen = False
+        # What every question, or every watch, is answered instead: a status, and a body.
+        self.says: tuple[int, object] | None = None
+        self.says_of_watches: tuple[int, object] | None = None
+        # Watches get a byte now and then, and never a line.
+        self.drips = False
+        # Whether fieldSelector is obeyed, which not every proxy does.
+        self.selects = True
         self.changed = threading.Condition()
         self.bookmark_seconds = 0.2
         self._server: ThreadingHTTPServer | None = None
@@ -95,7 +102,10 @@ class ApiDouble:
         while self.frozen and not self.stopped:
             time.sleep(0.02)
         kind = KINDS.get(parts.path)
-        if kind and query.get("watch"):
+        said = self.says_of_watches if query.get("watch") else self.says
+        if said is not None:
+            _send(request, *said)
+        elif kind and query.get("watch"):
             self._watched(request, kind, query)
         elif kind:
             self._listed(request, kind, query)
@@ -103,9 +113,11 @@ class ApiDouble:
             self._one(request, parts.path)
 
     def _selected(self, kind: str, query: dict[str, str]) -> list[dict[str, Any]]:
-        wanted = query.get("fieldSelector", "").removeprefix("spec.nodeName=")
-        return [one for _name, one in sorted(self.objects[kind].items())
-                if not wanted or one["spec"].get("nodeName") == wanted]  # fmt: skip
+        return [one for _name, one in sorted(self.objects[kind].items()) if self._is_wanted(one, query)]
+
+    def _is_wanted(self, one: dict[str, Any], query: dict[str, str]) -> bool:
+        node = query.get("fieldSelector", "").removeprefix("spec.nodeName=")
+        return not node or not self.selects or one["spec"].get("nodeName") == node
 
     def _listed(self, request: BaseHTTPRequestHandler, kind: str, query: dict[str, str]) -> None:
         found, limit, first = self._selected(kind, query), int(query.get("limit", 500)), int(query.get("continue", 0))
@@ -133,7 +145,9 @@ class ApiDouble:
             if since < self.forgotten:
                 tell("ERROR", {"kind": "Status", "code": 410, "message": f"too old resource version: {since}"})
                 return
-            wanted = query.get("fieldSelector", "").removeprefix("spec.nodeName=")
+            while self.drips and not self.stopped:
+                request.wfile.write(b" ")
+                time.sleep(0.05)
             while not self.stopped and time.monotonic() < until:
                 with self.changed:
                     news = [one for one in self.events if one[0] > since]
@@ -141,7 +155,7 @@ class ApiDouble:
                         self.changed.wait(self.bookmark_seconds)
                 for version, of, event, what in news:
                     since = version
-                    if of == kind and (not wanted or what["spec"].get("nodeName") == wanted):
+                    if of == kind and self._is_wanted(what, query):
                         tell(event, what)
                 if not news and not self.frozen:
                     tell("BOOKMARK", {"metadata": {"resourceVersion": str(since)}})

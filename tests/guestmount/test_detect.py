@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import ssl
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 
 from blockdev import Deadline
 from guestmount import Detector, DetectSettings, KubernetesApi, PodRef, Refused, RuntimeUnknown, kata_config, runtimes
-from guestmount.pods import PodUnknown, facts_from
+from guestmount.pods import NotThere, PodUnknown, facts_from
 
 REF = PodRef(namespace="default", name="web", uid="uid-1")
 
@@ -54,7 +55,8 @@ class Pods:
 
 
 def a_pod(runtime_class=None, annotations=None):
-    return {"metadata": {"uid": "uid-1", "annotations": annotations or {}}, "spec": {"runtimeClassName": runtime_class}}
+    spec = {"runtimeClassName": runtime_class, "containers": []}
+    return {"metadata": {"uid": "uid-1", "annotations": annotations or {}}, "spec": spec}
 
 
 @pytest.fixture
@@ -119,6 +121,40 @@ def test_an_api_that_does_not_answer_is_never_runc(detect):
         detect(pods=Pods(None))
     with pytest.raises(RuntimeUnknown, match="no RuntimeClass gone"):
         detect(pods=Pods(a_pod("gone")))
+
+
+WHOLE = {"metadata": {"uid": "uid-1"}, "spec": {"containers": []}}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {}, {"metadata": {"uid": "uid-1"}}, {"metadata": {"uid": "uid-1"}, "spec": {}},
+        {"metadata": {"uid": "uid-1"}, "spec": None}, {"metadata": {}, "spec": {"containers": []}},
+        {"metadata": {"uid": ""}, "spec": {"containers": []}}, {"metadata": {"uid": 1}, "spec": {"containers": []}},
+        {"metadata": [1], "spec": {"containers": []}}, {**WHOLE, "spec": {"containers": {}}},
+        {**WHOLE, "spec": {"containers": [None]}}, {**WHOLE, "spec": {"containers": [], "volumes": [None]}},
+        {**WHOLE, "spec": {"containers": [], "volumes": "abc"}}, {**WHOLE, "spec": {"containers": [], "volumes": [{}]}},
+        {**WHOLE, "spec": {"containers": [], "runtimeClassName": {"a": 1}}},
+        {**WHOLE, "spec": {"containers": [], "nodeName": 7}},
+        {**WHOLE, "spec": {"containers": [{"name": "c", "volumeMounts": [7]}]}},
+        {"metadata": {"uid": "uid-1", "annotations": {"a": 1}}, "spec": {"containers": []}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_answer_that_is_no_whole_pod_is_never_the_host(detect, answer):
+    """A proxy that filters, or that only has the metadata (PartialObjectMetadata)."""
+    assert detect(pods=Pods(WHOLE)).kind == "host"
+    with pytest.raises(RuntimeUnknown, match="no whole pod"):
+        detect(pods=Pods(answer))
+
+
+def test_what_decides_nothing_of_a_pod_is_not_remembered(detect):
+    kata = "io.katacontainers.config.hypervisor.disable_block_device_use"
+    whole = a_pod(annotations={"a": "x" * 200_000, kata: "true", "io.katacontainers.config_path": "y" * 100_000})
+    facts = facts_from(whole)
+    assert facts.annotations[kata] == "true" and "io.katacontainers.config_path" in facts.annotations
+    assert len(facts.annotations) == 2 and sum(map(len, facts.annotations.values())) < 1000
 
 
 def test_the_attribute_fills_the_gap_and_no_more(detect):
@@ -320,10 +356,88 @@ def test_a_server_that_drips_costs_a_second_in_all(api, soon):
         assert time.monotonic() - started < 2
 
 
-def test_the_claim_of_a_persistent_volume_is_asked_for_once(api, soon):
+@contextlib.contextmanager
+def answering(answer):
+    """The address of a server that leaves each connection to `answer`, in a thread."""
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
+
+        def one(connection):
+            with connection, contextlib.suppress(OSError):
+                connection.recv(65536)
+                answer(connection)
+
+        def accept():
+            with contextlib.suppress(OSError):
+                while True:
+                    threading.Thread(target=one, args=(listener.accept()[0],), daemon=True).start()
+
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+def said(status, body, *more):
+    return "\r\n".join([f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", *more, "", ""]).encode() + body
+
+
+@pytest.mark.parametrize("closes", [False, True])
+@pytest.mark.parametrize("where", ["headers", "body"])
+def test_a_server_that_drips_leaves_nobody_behind_and_is_asked_again_at_once(soon, where, closes):
+    dripping = True
+
+    def answer(connection):
+        whole = said("200 OK", json.dumps(WHOLE).encode(), *(["Connection: close"] if closes else []))
+        if not dripping:
+            connection.sendall(whole)
+            return
+        head, _, _ = whole.partition(b"\r\n\r\n")
+        connection.sendall(head.replace(b"Length: ", b"Length: 9") + (b"\r\n\r\n" if where == "body" else b"\r\nX: "))
+        while True:
+            connection.sendall(b" ")
+            time.sleep(0.1)
+
+    with answering(answer) as server:
+        api = KubernetesApi(server=server, account="/nowhere")
+        with pytest.raises(PodUnknown):
+            api.pod(REF, soon)
+        waited(lambda: not [one for one in threading.enumerate() if one.name.startswith("asking the API")], 2)
+        dripping = False
+        assert api.pod(REF, soon).uid == "uid-1"
+
+
+@pytest.mark.parametrize("body", [b"[" * 100_000, b'{"a":' * 100_000, b"[]", b"7", b"\xff", b""])
+def test_an_answer_that_is_no_object_is_unknown(soon, body):
+    with answering(lambda connection: connection.sendall(said("200 OK", body))) as server:
+        with pytest.raises(PodUnknown):
+            KubernetesApi(server=server, account="/nowhere").pod(REF, soon)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "gone"),
+    [
+        ("404 Not Found", b'{"kind": "Status", "code": 404}', True),
+        ("404 Not Found", b"404 page not found", False),
+        ("404 Not Found", b"[" * 100_000, False),
+        ("403 Forbidden", b'{"kind": "Status", "code": 403}', False),
+        ("401 Unauthorized", b'{"kind": "Status", "code": 401}', False),
+        ("500 Oh", b'{"kind": "Status", "code": 500}', False),
+        ("503 Oh", b"", False),
+    ],
+)
+def test_what_the_server_itself_says_is_not_there_is_not_there(soon, status, body, gone):
+    with answering(lambda connection: connection.sendall(said(status, body))) as server:
+        api = KubernetesApi(server=server, account="/nowhere")
+        for ask in (lambda: api.pod(REF, soon), lambda: api.handler("k", soon), lambda: api.claim_of("pv", soon)):
+            with pytest.raises(PodUnknown) as told:
+                ask()
+            assert isinstance(told.value, NotThere) is gone
+
+
+def test_the_claim_of_a_persistent_volume_is_asked_for_each_time(api, soon):
+    """One that is retained may be given to another claim at any moment."""
     assert api.claim_of("pv-1", soon) == ("default", "data")
     asked = len(api.seen)
-    assert api.claim_of("pv-1", soon) == ("default", "data") and len(api.seen) == asked
+    assert api.claim_of("pv-1", soon) == ("default", "data") and len(api.seen) == asked + 1
     with pytest.raises(PodUnknown):
         api.claim_of("pv-2", soon)
     with pytest.raises(PodUnknown, match="no name"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -10,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from blockdev import Deadline
-from guestmount import KubernetesApi, PodRef, api_watch
+from guestmount import KubernetesApi, PodRef, api_watch, known_pods
 from guestmount.known_pods import Kept, KnownPods
-from guestmount.pods import PodFacts, PodUnknown
+from guestmount.pods import NotThere, PodFacts, PodUnknown
 from tests.api_double import ApiDouble
 
 UID = "6dad7281-57ff-49e4-b844-c588ceabec1{}"
@@ -95,7 +96,10 @@ def test_a_pod_that_the_watch_has_not_yet_is_asked_for(api, known):
     pods = known()
     wait(pods.healthy)
     api.frozen = True
-    api.objects["pods"]["p"] = {"metadata": {"name": "p", "uid": UID.format(0)}, "spec": {"runtimeClassName": "kata"}}
+    api.objects["pods"]["p"] = {
+        "metadata": {"name": "p", "uid": UID.format(0)},
+        "spec": {"runtimeClassName": "kata", "containers": []},
+    }
     api.frozen = False
     assert pods.pod(ref(), Deadline.after(5)).runtime_class == "kata"
 
@@ -114,6 +118,7 @@ def test_a_watch_goes_on_whatever_happens_to_the_server(api, known, how):
     api.pod("q", UID.format(1), runtime_class="kata")
     if how == "forgets":
         api.forget()
+        api.bookmark_seconds = 0.2
     api.start()
     wait(lambda: pods.healthy() and [*pods._pods] == [UID.format(1)])
 
@@ -176,13 +181,265 @@ def test_a_name_leads_nowhere(tmp_path, name):
     assert not (tmp_path / "answers").exists()
 
 
-def test_answers_of_pods_that_are_no_more_go_after_a_day(tmp_path):
-    kept = Kept(str(tmp_path))
-    for name in ("lives", "old", "new"):
-        kept.put("pod", name, PodFacts(uid=name))
-    wait(lambda: len([*tmp_path.glob("pod-*.json")]) == 3)
+# -- what the server says, and what it is no answer to
+
+
+def names(kept: Path) -> list[str]:
+    return sorted(path.name for path in kept.glob("*.json"))
+
+
+def remembered(pods: KnownPods, **more: str) -> None:
+    """Kept from before, all of it."""
+    pods._kept.put("pod", UID.format(0), PodFacts(uid=UID.format(0), runtime_class="kata"))
+    pods._kept.put("class", "kata", "kata-qemu", **more)
+    pods._kept.put("claim", "pv", ("default", "claim"), **more)
+    wait(lambda: len(names(Path(pods._kept._directory))) == 3)
+
+
+def answers(pods: KnownPods) -> list[object]:
+    """What is known of the pod, the class and the volume, or why not."""
+    found: list[object] = []
+    for ask in (lambda soon: pods.pod(ref(), soon).runtime_class, lambda soon: pods.handler("kata", soon),
+                lambda soon: pods.claim_of("pv", soon)):  # fmt: skip
+        try:
+            found.append(ask(Deadline.after(5)))
+        except PodUnknown as error:
+            found.append(type(error))
+    return found
+
+
+ALL = ["kata", "kata-qemu", ("default", "claim")]
+
+
+@pytest.mark.parametrize("status", [401, 403, 429, 500, 503])
+def test_what_was_kept_is_for_a_server_that_cannot_say(api, known, status):
+    api.says = status, {"kind": "Status", "code": status}
+    pods = known(follows=False)
+    remembered(pods)
+    assert answers(pods) == ALL
+
+
+def test_nothing_that_was_kept_is_believed_over_an_answer(api, known):
+    pods = known(follows=False)
+    remembered(pods)
+    assert answers(pods) == [NotThere, NotThere, NotThere]
+    api.stop()
+    # A pod of this UID has this class for ever; a class or a volume that is no more may come again as another.
+    pods._kept.flush()
+    assert answers(pods) == ["kata", PodUnknown, PodUnknown]
+
+
+def test_a_pod_that_was_made_anew_is_not_the_one_that_was_kept(api, known):
+    pods = known(follows=False)
+    remembered(pods)
+    api.pod("p", UID.format(5))
+    assert answers(pods)[0] is NotThere
+
+
+def test_a_class_that_went_while_it_was_followed_is_not_kept(api, known):
+    api.put("runtimeclasses", "kata", {"handler": "kata-qemu"})
+    pods = known()
+    wait(pods.healthy)
+    assert pods.handler("kata", Deadline.after(5)) == "kata-qemu"
+    wait(lambda: pods._kept.get("class", "kata", str))
+    api.drop("runtimeclasses", "kata")
+    wait(lambda: not pods._kept.get("class", "kata", str))
+
+
+def test_a_kept_class_is_renewed_by_what_the_server_lists(api, known):
+    before = known(follows=False)
+    remembered(before)
+    api.put("runtimeclasses", "kata", {"handler": "other"})
+    pods = known()
+    wait(lambda: pods._kept.get("class", "kata", str) == "other")
+
+
+def test_a_pod_of_another_node_is_nobodys_here(api, known):
+    api.selects = False
+    api.pod("there", UID.format(1), node="node-2")
+    pods = known()
+    wait(pods.healthy)
+    api.pod("p", UID.format(2), node="node-2")
+    api.pod("here", UID.format(3))
+    wait(lambda: [*pods._pods] == [UID.format(3)])
+    with pytest.raises(NotThere, match=r"on the node 'node-2', and this one is 'node-1' \(node.id\)"):
+        pods.pod(ref(2), Deadline.after(5))
+    pods._kept.flush()
+    assert pods._kept.get("pod", UID.format(2), PodFacts) is None
+
+
+@pytest.mark.parametrize("spec", [{"containers": [None]}, {"containers": [], "volumes": "x"}, {}])
+def test_an_object_that_is_no_pod_is_passed_over(api, known, spec, caplog):
+    odd = {"metadata": {"uid": UID.format(0)}, "spec": {"nodeName": "node-1", **spec}}
+    api.put("pods", "odd", odd)
+    api.pod("before", UID.format(1))
+    api.put("runtimeclasses", "odd", {"handler": {"a": 1}})
+    api.put("runtimeclasses", "kata", {"handler": "kata-qemu"})
+    pods = known()
+    wait(pods.healthy)
+    for _ in range(3):
+        api.put("pods", "odd", odd)
+    api.put("runtimeclasses", "other", {"handler": [1]})
+    api.pod("after", UID.format(2))
+    wait(lambda: {*pods._pods} == {UID.format(1), UID.format(2)})
+    assert pods._classes == {"kata": "kata-qemu"} and pods.healthy()
+    assert sum("passed over" in one.message for one in caplog.records) == 1
+
+
+@pytest.mark.parametrize("event", [None, [], "x", 7])
+def test_an_event_without_an_object_is_passed_over(api, known, event, caplog):
+    pods = known()
+    wait(pods.healthy)
+    watch = pods._watches[0]
+    caplog.clear()
+    watch._line(json.dumps({"type": "ADDED", "object": event}).encode())
+    watch._line(b'{"type": "ADDED", "object":' + b"[" * 100_000)
+    watch._line(json.dumps({"type": "ADDED", "object": {"metadata": event}}).encode())
+    watch._line(json.dumps({"type": "DELETED", "object": {"metadata": event}}).encode())
+    assert watch._version not in ("", "None")
+    assert len([one for one in caplog.records if one.name == "runvol.watch"]) == 1
+
+
+# -- a watch that says nothing
+
+
+def test_a_watch_is_believed_from_its_first_word_and_for_a_while(api, known, monkeypatch):
+    api.bookmark_seconds = 1.0
+    pods = known()
+    wait(lambda: sum("watch=1" in path for path, _ in api.requests) == 2)
+    assert not pods.healthy()
+    wait(pods.healthy)
+    monkeypatch.setattr(api_watch, "_NEWS", 0.3)
+    api.bookmark_seconds = 30.0
+    wait(lambda: not pods.healthy(), 3)
+
+
+def test_bytes_that_never_make_a_line_are_no_news(api, known, monkeypatch):
+    """A class that was made anew meanwhile is known by its new handler, and such a watch ends."""
+    monkeypatch.setattr(api_watch, "_LINE", 1.0)
+    api.drips = True
+    api.put("runtimeclasses", "k", {"handler": "one"})
+    pods = known()
+    wait(lambda: pods._classes)
+    api.drop("runtimeclasses", "k")
+    api.put("runtimeclasses", "k", {"handler": "two"})
+    time.sleep(0.3)
+    assert not pods.healthy()
+    assert pods.handler("k", Deadline.after(5)) == "two"
+    wait(lambda: sum("watch=1" in path for path, _ in api.requests) >= 4, 5)
+
+
+@pytest.mark.parametrize(("status", "anew"), [(410, True), (400, True), (403, True), (429, False), (503, False)])
+def test_a_watch_that_is_refused_begins_with_a_list(api, known, status, anew):
+    api.says_of_watches = status, {"kind": "Status", "code": status}
+    pods = known()
+    watch = pods._watches[0]
+    path = watch._path + "?"
+
+    def asked_for(word: str) -> int:
+        return sum(path in one and word in one for one, _ in api.requests)
+
+    wait(lambda: asked_for("watch=1") >= 3)
+    assert (asked_for("limit=") >= 3) is anew
+    api.pod("p", UID.format(0))
+    api.says_of_watches = None
+    wait(lambda: pods.healthy() and UID.format(0) in pods._pods)
+
+
+# -- what is kept, and for how long
+
+
+def test_a_file_that_got_another_name_is_no_answer(api, known, tmp_path):
+    api.stop()
+    pods = known(follows=False)
+    remembered(pods)
+    kept = tmp_path / "answers"
+    os.rename(kept / f"pod-{UID.format(0)}.json", kept / f"pod-{UID.format(1)}.json")
+    os.rename(kept / "class-kata.json", kept / "class-runc.json")
+    with pytest.raises(PodUnknown, match="nothing is kept"):
+        pods.pod(ref(1), Deadline.after(5))
+    with pytest.raises(PodUnknown, match="nothing is kept"):
+        pods.handler("runc", Deadline.after(5))
+
+
+def test_another_clusters_classes_and_volumes_are_not_this_ones(api, known, tmp_path):
+    api.stop()
+    (tmp_path / "ca.crt").write_text("one")
+    pods = known(follows=False)
+    remembered(pods, cluster=pods._api.cluster())
+    assert answers(pods) == ALL
+    (tmp_path / "ca.crt").write_text("two")
+    assert answers(pods) == ["kata", PodUnknown, PodUnknown]
+
+
+def kubelets(tmp_path: Path, *uids: str) -> Path:
+    for uid in uids:
+        (tmp_path / "kubelet/pods" / uid).mkdir(parents=True)
+    return tmp_path / "kubelet"
+
+
+def aged(directory: Path) -> None:
     day = time.time() - 25 * 3600
-    for name in ("lives", "old"):
-        os.utime(tmp_path / f"pod-{name}.json", (day, day))
-    kept.tidy("pod", {"lives"})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["pod-lives.json", "pod-new.json"]
+    for path in directory.glob("*.json"):
+        os.utime(path, (day, day))
+
+
+def test_answers_of_pods_that_are_no_more_go_after_a_day(api, known, tmp_path):
+    api.pod("followed", "followed")
+    pods = known(roots=[str(kubelets(tmp_path, "there"))])
+    wait(lambda: pods._pods)
+    kept = tmp_path / "answers"
+    for name in ("followed", "there", "old"):
+        pods._kept.put("pod", name, PodFacts(uid=name))
+    wait(lambda: len(names(kept)) == 3)
+    aged(kept)
+    pods._kept.put("pod", "new", PodFacts(uid="new"))
+    wait(lambda: "pod-new.json" in names(kept))
+    pods._kept.tidy()
+    assert names(kept) == ["pod-followed.json", "pod-new.json", "pod-there.json"]
+
+
+def test_a_list_without_pods_takes_no_answer_away(api, known, tmp_path):
+    """As of a proxy that has nothing yet: kubelet has the pods all the same."""
+    pods = known(roots=[str(kubelets(tmp_path, UID.format(0)))])
+    remembered(pods)
+    aged(tmp_path / "answers")
+    wait(pods.healthy)
+    pods._kept.tidy()
+    assert len(names(tmp_path / "answers")) == 3
+
+
+def test_where_kubelets_directory_is_not_to_be_seen_no_pod_is_gone(api, known, tmp_path):
+    for roots in ([], [str(tmp_path / "nowhere")]):
+        pods = known(roots=roots)
+        remembered(pods)
+        aged(tmp_path / "answers")
+        pods._kept.tidy()
+        assert len(names(tmp_path / "answers")) == 3
+
+
+def test_the_oldest_of_too_many_answers_go(api, known, tmp_path, monkeypatch):
+    monkeypatch.setattr(known_pods, "_MOST", {"pod": 2, "class": 3, "claim": 1})
+    pods = known(roots=[str(kubelets(tmp_path, "p0", "p1"))])
+    kept = tmp_path / "answers"
+    for number in range(5):
+        for kind, name in (("pod", f"p{number}"), ("class", f"c{number}"), ("claim", f"v{number}")):
+            pods._kept.put(kind, name, name)
+        there = {f"{one}{number}.json" for one in ("pod-p", "class-c", "claim-v")}
+        wait(lambda there=there: there <= {*names(kept)})
+        for path in kept.glob(f"*{number}.json"):
+            os.utime(path, (time.time() - 100 + number,) * 2)
+    pods._kept.tidy()
+    assert names(kept) == ["claim-v4.json", "class-c2.json", "class-c3.json", "class-c4.json",
+                           "pod-p0.json", "pod-p1.json", "pod-p3.json", "pod-p4.json"]  # fmt: skip
+
+
+def test_it_is_tidied_as_long_as_the_process_lives(api, known, tmp_path, monkeypatch):
+    monkeypatch.setattr(known_pods, "_TIDY", 0.1)
+    pods = known(roots=[str(kubelets(tmp_path, "there"))])
+    for name in ("there", "gone"):
+        pods._kept.put("pod", name, PodFacts(uid=name))
+    kept = tmp_path / "answers"
+    wait(lambda: len(names(kept)) == 2)
+    aged(kept)
+    wait(lambda: names(kept) == ["pod-there.json"])
