@@ -45,6 +45,21 @@ class Killed(BaseException):
     """As a process that ends in this moment: nothing of it goes on."""
 
 
+def killer(after: int) -> Callable[[Callable[..., object]], Callable[..., object]]:
+    """What makes calls end the process at the one of this number, of all of them together."""
+    steps = itertools.count(1)
+
+    def killing(call: Callable[..., object]) -> Callable[..., object]:
+        def step(*arguments: object, **more: object) -> object:
+            if next(steps) == after:
+                raise Killed
+            return call(*arguments, **more)
+
+        return step
+
+    return killing
+
+
 @pytest.fixture
 def shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Every path of the server `nas` below `tmp_path/nas`."""
@@ -801,15 +816,7 @@ def test_a_deletion_that_was_killed_leaves_nothing_that_waited(fresh, share, mon
                (("outer", "team"), ("middle", "team/m"), ("inner", "team/m/i"))]  # fmt: skip
     for volume in volumes[:2]:
         fresh().delete(volume.volume_id)
-    steps = itertools.count(1)
-
-    def killing(call: Callable[..., object]) -> Callable[..., object]:
-        def step(*arguments: object, **more: object) -> object:
-            if next(steps) == after:
-                raise Killed
-            return call(*arguments, **more)
-
-        return step
+    killing = killer(after)
 
     with monkeypatch.context() as patched:
         for where, name in ((os, "rename"), (on_share, "write"), (on_share, "remove"), (on_share, "remove_tree")):
@@ -949,15 +956,7 @@ def test_a_killed_deletion_takes_nothing_that_was_made_in_its_place(fresh, share
     """By hand, or by a volume of that name; the inode may be the same again."""
     gone = make(fresh(), "a", subDir="v", **REMOVED)
     (share / "v/f").write_text("x")
-    inode, steps, rename = (share / "v").stat().st_ino, itertools.count(1), os.rename
-
-    def killing(call: Callable[..., object]) -> Callable[..., object]:
-        def step(*arguments: object, **more: object) -> object:
-            if next(steps) == after:
-                raise Killed
-            return call(*arguments, **more)
-
-        return step
+    inode, killing, rename = (share / "v").stat().st_ino, killer(after), os.rename
 
     def named(source: object, target: object, **more: object) -> object:
         return no_names() if full and str(target).startswith("gone-") else rename(source, target, **more)
