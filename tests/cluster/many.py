@@ -6,6 +6,7 @@ Two rounds of each in turns, on one node; the figures go to bench-results/many_p
 from __future__ import annotations
 
 import json
+import os
 import re
 import statistics
 import sys
@@ -20,7 +21,7 @@ from tests.cluster.cluster import Cluster, pod
 from tests.cluster.node import Settings
 from tests.cluster.test_install import claim
 
-PODS, ROUNDS = 100, 2
+PODS, ROUNDS = int(os.environ.get("RUNVOL_PODS", "100")), 2
 RESULTS = installed.ROOT / "bench-results/many_pods.json"
 _CALL = re.compile(r'rpc="(?P<rpc>\w+)".* code="(?P<code>\w+)" ms=(?P<ms>[\d.]+)')
 
@@ -76,8 +77,8 @@ def _calls(cluster: Cluster) -> dict[str, dict[str, float]]:
 def _resident(cluster: Cluster) -> int:
     """MiB of the plugin's process."""
     words = ("exec", f"daemonset/{installed.NAME}-node", "-n", installed.NAMESPACE, "-c", "runvol", "--", "sh", "-c",
-             "cat /run/runvol/csi.pid 2>/dev/null; for p in /proc/[0-9]*; do tr '\\0' ' ' < $p/cmdline | grep -q 'runvol csi' "
-             "&& grep VmRSS $p/status; done")  # fmt: skip
+             "for p in /proc/[0-9]*; do tr '\\0' ' ' < $p/cmdline | grep -q '^/usr/bin/python3 .*runvol csi' "
+             "&& grep VmRSS $p/status; done; true")  # fmt: skip
     return max(int(line.split()[1]) for line in cluster.kubectl(*words).splitlines() if "VmRSS" in line) // 1024
 
 
