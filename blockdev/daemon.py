@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("runvol.daemon")
 
+# Bytes of a unix socket's path (unix(7), less the zero at its end).
+LONGEST_PATH = 107
+_SUFFIX = ".sock"
 # Seconds between two looks whether the process does its work.
 _EVERY = 10.0
 
@@ -33,6 +36,16 @@ def signals() -> socket.socket:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     return told
+
+
+def socket_path(endpoint: str) -> str:
+    """The path in `unix:///run/runvol/csi.sock`. ValueError, with what is wrong in words, for anything else."""
+    path = endpoint.removeprefix("unix://")
+    if not endpoint.startswith("unix:///") or not path.endswith(_SUFFIX):
+        raise ValueError(f"must be unix:///<absolute path>{_SUFFIX}")
+    if len(os.fsencode(path)) > LONGEST_PATH:
+        raise ValueError(f"a unix socket's path has at most {LONGEST_PATH} bytes")
+    return path
 
 
 def answers(path: str) -> bool:

@@ -43,8 +43,6 @@ _MOST, _ASKING = 64, 1.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 300.0
 # Seconds for the end of a registration.
 _END = 5.0
-# Bytes of a unix socket's path (unix(7), less the zero at its end).
-_PATH = 107
 
 
 def registry(setting: str, roots: Sequence[str]) -> str:
@@ -127,9 +125,9 @@ class Registration:
         self._trouble = now
 
     def _step(self) -> None:
-        if len(os.fsencode(self._hidden)) > _PATH:
-            self._say(f"not registered: {self._hidden} would have more than the {_PATH} bytes of a unix socket's path; "
-                      "give kubelet a shorter --root-dir (here: node.roots)")  # fmt: skip
+        if len(os.fsencode(self._hidden)) > daemon.LONGEST_PATH:
+            self._say(f"not registered: {self._hidden} would have more than the {daemon.LONGEST_PATH} bytes of a unix "
+                      "socket's path; give kubelet a shorter --root-dir (here: node.roots)")  # fmt: skip
         elif not self._lives():
             self._withdraw()
             self._say(f"not registered: {self._endpoint} does not answer")

@@ -22,19 +22,16 @@ from runvol_proto import csi_pb2
 SERVICES = ("identity", "controller", "node")
 _WORKERS, _LOOKING, _PROBING = 32, 16, 4
 _GRACE, _AFTER = 10.0, 1.0
-_SUFFIX = ".sock"
 # Seconds for one answer about nothing.
 _ANSWER = 3.0
 
 
 def socket_path(endpoint: str) -> str:
     """The path in `unix:///run/runvol/csi.sock`; BadRequest for anything else."""
-    path = endpoint.removeprefix("unix://")
-    if not endpoint.startswith("unix:///") or not path.endswith(_SUFFIX):
-        raise BadRequest("--endpoint", endpoint, f"must be unix:///<absolute path>{_SUFFIX}")
-    if len(os.fsencode(path)) > 107:
-        raise BadRequest("--endpoint", endpoint, "a unix socket's path has at most 107 bytes")
-    return path
+    try:
+        return daemon.socket_path(endpoint)
+    except ValueError as error:
+        raise BadRequest("--endpoint", endpoint, str(error)) from None
 
 
 class Server:

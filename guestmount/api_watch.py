@@ -74,8 +74,6 @@ class Watch:
         self._thread.join(1.0)
 
     def _run(self) -> None:
-        from http.client import HTTPException
-
         from guestmount.api_access import Refusal
 
         pause = _FIRST_PAUSE
@@ -85,7 +83,7 @@ class Watch:
                 if not self._version:
                     self._list()
                 self._follow()
-            except (OSError, ValueError, HTTPException, PodUnknown) as error:
+            except (OSError, ValueError, PodUnknown) as error:
                 # 410, mostly: that moment is forgotten. 429 is about how much is asked, which a list would add to.
                 if isinstance(error, Refusal) and 400 <= error.status < 500 and error.status != 429:
                     self._version = ""

@@ -1,7 +1,7 @@
 """What is known of this node's pods, by whoever can tell at this moment.
 
-First the watches, which have the answer before anybody asks; then the API server, for a second; then kubelet; then what
-was answered last, which is kept on the disk by the pod's UID: after a reboot with the API away it is still true, since
+First the watches, which have the answer before anybody asks; then the API server, for a second; then what was answered
+last, which is kept on the disk by the pod's UID: after a reboot with the API away it is still true, since
 nothing of it can change while the pod exists. That is for silence only: who says that there is no such pod or class is
 believed, but not who asks for a token (401, 403) or has troubles of its own (5xx), which says nothing of the pod.
 """
@@ -23,7 +23,7 @@ import msgspec
 
 from blockdev import Deadline, durable
 from guestmount.api_watch import Object, Watch
-from guestmount.pods import NotThere, PodFacts, PodRef, PodSource, PodUnknown, facts_from
+from guestmount.pods import NotThere, PodFacts, PodRef, PodUnknown, facts_from
 
 if TYPE_CHECKING:
     from guestmount.kubernetes_api import KubernetesApi
@@ -41,15 +41,14 @@ T = TypeVar("T")
 
 
 class KnownPods:
-    """A source of all sources. `kept`: the directory of answers. `others` are asked after the API server."""
+    """A source of all sources. `kept`: the directory of answers."""
 
     def __init__(
-        self, api: KubernetesApi, *, node: str, kept: str, others: Sequence[PodSource] = (), follows: bool = True,
-        roots: Sequence[str] = (),
-    ) -> None:  # fmt: skip
+        self, api: KubernetesApi, *, node: str, kept: str, follows: bool = True, roots: Sequence[str] = ()
+    ) -> None:
         """`follows`: whether the watches are wanted, by a process that stays and serves the node's pods; `roots`:
         kubelet's directories, which tell whether a pod is still there."""
-        self._api, self._node, self._others, self._follows = api, node, others, follows
+        self._api, self._node, self._follows = api, node, follows
         self._roots = roots
         self._kept = Kept(kept, gone=self._is_gone if follows else None)
         self._pods: dict[str, PodFacts] = {}
@@ -96,20 +95,16 @@ class KnownPods:
         return facts
 
     def _asked(self, ref: PodRef, deadline: Deadline) -> PodFacts:
-        doubts, answered = [], False
-        for source in (self._api, *self._others):
-            try:
-                return source.pod(ref, deadline)
-            except PodUnknown as error:
-                doubts.append(str(error))
-                answered |= isinstance(error, NotThere)
-        if answered:
-            raise NotThere("; ".join(doubts))
-        found = self._kept.get("pod", ref.uid, PodFacts) if ref.uid else None
-        if found is None or found.uid != ref.uid:
-            raise PodUnknown("; ".join([*doubts, "and nothing is kept of it on this node"]))
-        log.warning("a pod is known from before only", extra={"pod": str(ref), "why": "; ".join(doubts)})
-        return found
+        try:
+            return self._api.pod(ref, deadline)
+        except NotThere:
+            raise
+        except PodUnknown as error:
+            found = self._kept.get("pod", ref.uid, PodFacts) if ref.uid else None
+            if found is None or found.uid != ref.uid:
+                raise PodUnknown(f"{error}; and nothing is kept of it on this node") from error
+            log.warning("a pod is known from before only", extra={"pod": str(ref), "why": str(error)})
+            return found
 
     def handler(self, runtime_class: str, deadline: Deadline) -> str:
         known = self._classes.get(runtime_class) if self.healthy() else None
@@ -148,9 +143,6 @@ class KnownPods:
             return kept
         self._kept.put("claim", persistent_volume, found, cluster=self._api.cluster())
         return found
-
-    def listed(self, what: str, path: str, deadline: Deadline) -> Iterator[dict[str, Any]]:
-        return self._api.listed(what, path, deadline)
 
     # -- what the watches say
 

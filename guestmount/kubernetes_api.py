@@ -141,18 +141,12 @@ class KubernetesApi:
 
         deadline = Deadline.after(_READING)
         access = self._access(deadline)
-        try:
-            stream = streamed(access, path, seconds)
-            opened = stream.__enter__()
-        except Denied:
-            stream = streamed(self._access_anew(access, deadline), path, seconds)
-            opened = stream.__enter__()
-        except Unusable as error:
-            raise PodUnknown(str(error)) from error
-        try:
+        with contextlib.ExitStack() as stack:
+            try:
+                opened = stack.enter_context(streamed(access, path, seconds))
+            except Denied:
+                opened = stack.enter_context(streamed(self._access_anew(access, deadline), path, seconds))
             yield opened
-        finally:
-            stream.__exit__(None, None, None)
 
     def warm(self) -> None:
         """Begin what the first question would wait for. For processes that will be asked."""

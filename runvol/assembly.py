@@ -37,7 +37,6 @@ def build(config: Config, *, check_patience: float = PATIENCE) -> Node:
     run_dir, state_dir = config.text("paths.run_dir"), config.text("paths.state_dir")
     _check_mounted(config)
     pods = api(config)
-    known = known_pods(config, pods)
     node = Node(
         catalog=Catalog.open(
             Settings(
@@ -54,7 +53,7 @@ def build(config: Config, *, check_patience: float = PATIENCE) -> Node:
             enabled=config.words("volumes.backends"),
         ),
         claims=claims(config),
-        detector=detector(config, pods, known=known),
+        detector=detector(config, known_pods(config, pods)),
         dialects=(
             KataDialect(config.text("paths.direct_volumes"), nri_alive=partial(registration.is_alive, run_dir)),
             RunvDialect(config.words("node.roots")),
@@ -116,8 +115,8 @@ def known_pods(config: Config, pods: KubernetesApi | None) -> KnownPods | None:
     return KnownPods(pods, node=config.node_id, kept=kept, follows=follows, roots=config.words("node.roots"))
 
 
-def detector(config: Config, pods: KubernetesApi | None = None, *, known: KnownPods | None = None) -> Detector:
-    """Who tells which runtime runs a pod; `pods`: the API, if somebody has it already."""
+def detector(config: Config, known: KnownPods | None = None) -> Detector:
+    """Who tells which runtime runs a pod; `known`: of this node's pods, if somebody has it already."""
     return Detector(
         DetectSettings(
             containerd_config=config.text("paths.containerd_config"),
@@ -129,7 +128,7 @@ def detector(config: Config, pods: KubernetesApi | None = None, *, known: KnownP
             root=kata_root(config),
             host_root=config.text("paths.host_root"),
         ),
-        known or known_pods(config, pods or api(config)),
+        known or known_pods(config, api(config)),
     )
 
 

@@ -14,7 +14,6 @@ from snapshotter.node import Node
 from snapshotter.service import Observer, Service
 from snapshotter.workers import Workers
 
-_SUFFIX = ".sock"
 # Of all snapshotters of the machine, wherever their state lies.
 _LOCKS = "/run/runvol"
 _GRACE, _WORKERS = 10.0, 16
@@ -23,12 +22,10 @@ _LARGEST_MESSAGE = 16 << 20
 
 def socket_path(endpoint: str) -> str:
     """The path in `unix:///run/runvol/snapshotter.sock`; BadRequest for anything else."""
-    path = endpoint.removeprefix("unix://")
-    if not endpoint.startswith("unix:///") or not path.endswith(_SUFFIX):
-        raise BadRequest("--endpoint", endpoint, f"must be unix:///<absolute path>{_SUFFIX}")
-    if len(os.fsencode(path)) > 107:
-        raise BadRequest("--endpoint", endpoint, "a unix socket's path has at most 107 bytes")
-    return path
+    try:
+        return daemon.socket_path(endpoint)
+    except ValueError as error:
+        raise BadRequest("--endpoint", endpoint, str(error)) from None
 
 
 def serve(node: Node, *, endpoint: str, limit: float, observe: Observer | None = None) -> None:

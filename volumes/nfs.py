@@ -119,9 +119,9 @@ class NfsBackend:
             parameters=dict(parameters), ready=False, source=str(source or ""), handle=handle,
             serial=os.urandom(6).hex(), path=one.place.elsewhere,
         )  # fmt: skip
-        record = msgspec.structs.replace(record, made=_made_by_us(one, record))
-        there = bool(where) and share.is_there(one.root, where)
-        if parameters.get("subDir") or there or not where:  # otherwise its directory is its own, and new
+        inode = nfs_share.inode_of(one, where) if where else 0
+        record = msgspec.structs.replace(record, made=_made_by_us(one, record, inode))
+        if parameters.get("subDir") or inode or not where:  # otherwise its directory is its own, and new
             nfs_share.check_place(one, record)
         if record.made is not False:
             nfs_share.check_one_filesystem(one, record)
@@ -175,7 +175,7 @@ class NfsBackend:
             share.enough_space(f"the deletion of volume {volume_id}"),
         ):
             nfs_deletion.delete(one, volume_id, self._jobs)
-            place, left = one.place, share_lock.half_names(one.root)
+            place, left = one.place, share.names(one.root, share_lock.HALF)
         what = f"tidying {place.data.source}"
         if left:  # by calls that were killed, and whose callers do not come again
             with contextlib.suppress(*EXPECTED):
@@ -310,8 +310,7 @@ def _has_volumes(records: int) -> bool:
 
 def _without_abandoned(place: nfs_share.Place) -> None:
     with nfs_share.opened(place) as one:
-        for prefix in share_lock.HALF:
-            share_lock.tidy_abandoned(one.records, one.root, prefix)
+        share_lock.tidy_abandoned(one.records, one.root, share_lock.HALF)
 
 
 def _as_it_stands(one: Share, volume_id: str) -> Record | None:
@@ -346,11 +345,12 @@ def _made(one: Share, record: Record) -> Record:
     return record
 
 
-def _made_by_us(one: Share, record: Record) -> bool | None:
-    """Whether the directory of a new volume will be, or was, made by runvol; None where older records do not say."""
-    if not record.directory or not share.is_there(one.root, record.directory):
+def _made_by_us(one: Share, record: Record, inode: int) -> bool | None:
+    """Whether the directory of a new volume will be, or was, made by runvol; None where older records do not say.
+    `inode`: of what lies in its place; 0 for nothing."""
+    if not inode:
         return bool(record.directory)
-    sharing = nfs_share.in_the_same(one, record, nfs_share.inode_of(one, record.directory))
+    sharing = nfs_share.in_the_same(one, record, inode)
     return sharing[0].made if sharing else False
 
 

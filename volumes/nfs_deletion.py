@@ -44,10 +44,16 @@ def delete(one: Share, volume_id: str, jobs: Jobs) -> None:
     if in_place:
         _removed_where_it_lies(one, record)
     with share_lock.changing(one.records):
-        now = share.read(one.records, volume_id, Record)
-        if now is not None and now.serial == record.serial and not now.gone:
-            _forgotten(one, now)
-    _without_tombs(one, record)
+        now = _now(one, record)
+        waits = now is not None and (now.gone or not _forgotten(one, now))
+    if waits:
+        _without_tombs(one, record)
+
+
+def _now(one: Share, record: Record) -> Record | None:
+    """The volume's record as it stands; None where it is gone, or another volume's by now."""
+    now = share.read(one.records, record.volume_id, Record)
+    return now if now is not None and now.serial == record.serial else None
 
 
 def remove_gone(one: Share, volume_id: str) -> None:
@@ -99,13 +105,14 @@ def _without_directory(record: Record) -> Record:
     return msgspec.structs.replace(record, ready=False, deleting=True, made=False)
 
 
-def _forgotten(one: Share, record: Record) -> None:
-    """No record of a volume that is gone; it stays, as one of them, where others waited for this one, until
+def _forgotten(one: Share, record: Record) -> bool:
+    """No record of a volume that is gone. False where it stays, as one of them, since others waited for this one, until
     `_without_tombs` is done with all."""
     if any(tomb.gone and is_in(one, record, tomb) for tomb in nfs_share.all_records(one, share.passed_over)):
         _marked(one, msgspec.structs.replace(record, ready=False, gone=True, deleting=False))
-    else:
-        share.remove(one.records, record.volume_id)
+        return False
+    share.remove(one.records, record.volume_id)
+    return True
 
 
 def _removed_where_it_lies(one: Share, record: Record) -> None:
@@ -133,8 +140,8 @@ def _removed_where_it_lies(one: Share, record: Record) -> None:
 
 
 def _is_deleting(one: Share, record: Record) -> bool:
-    now = share.read(one.records, record.volume_id, Record)
-    return now is not None and now.serial == record.serial and now.deleting and now.made is not False
+    now = _now(one, record)
+    return now is not None and now.deleting and now.made is not False
 
 
 def _is_lived_in(one: Share, record: Record) -> bool:
@@ -162,8 +169,8 @@ def _without_tombs(one: Share, record: Record) -> None:
     for tomb in _waiting(one, record):
         with nfs_share.at(one, tomb) as there:
             with share_lock.changing(one.records):
-                now = share.read(one.records, tomb.volume_id, Record)
-                if now is None or not now.gone or now.serial != tomb.serial:
+                now = _now(one, tomb)
+                if now is None or not now.gone:
                     continue
                 left = settle(there, now)
             if left is not None and not left.deleting:
@@ -175,8 +182,8 @@ def _without_tombs(one: Share, record: Record) -> None:
             if left is not None:
                 _removed_where_it_lies(there, left)
             with share_lock.changing(one.records):
-                now = share.read(one.records, tomb.volume_id, Record)
-                if now is not None and now.gone and now.serial == tomb.serial:
+                now = _now(one, tomb)
+                if now is not None and now.gone:
                     share.remove(one.records, tomb.volume_id)
 
 

@@ -284,20 +284,15 @@ def passed_over(sentence: str) -> None:
     log.debug("a record on a share is passed over", extra={"why": sentence})
 
 
-def names(root: int, prefix: str, pattern: re.Pattern[str] | None = None) -> list[str]:
-    """What lies among the records under names that begin so, and match; so many that a caller sees there are too many.
-    Everybody on the share can put any number there."""
+def names(root: int, prefix: str | tuple[str, ...], pattern: re.Pattern[str] | None = None) -> list[str]:
+    """What lies among the records under names that begin so, or in one of these ways, and match; so many that a caller
+    sees there are too many. Everybody on the share can put any number there."""
     try:
         with opened(root, RECORDS) as place, os.scandir(place) as entries:
             wanted = (one.name for one in entries if one.name.startswith(prefix))
             return [*itertools.islice((one for one in wanted if not pattern or pattern.fullmatch(one)), _MOST + 1)]
     except FileNotFoundError:
         return []
-
-
-def is_record(root: int, name: str) -> bool:
-    """Whether there is a record of this id, readable or not."""
-    return is_there(root, f"{RECORDS}/{name}.json")
 
 
 def directory(root: int, path: str) -> int:

@@ -141,12 +141,7 @@ def is_worked_on(records: int, root: int, one_id: str) -> bool:
     return False
 
 
-def half_names(root: int) -> list[str]:
-    """What lies there half-made, or half-removed, by whomever."""
-    return [name for prefix in HALF for name in share.names(root, prefix)]
-
-
-def tidy_abandoned(records: int, root: int, prefix: str) -> None:
+def tidy_abandoned(records: int, root: int, prefix: str | tuple[str, ...]) -> None:
     """Nothing that nobody works on is left under such names. What cannot be removed keeps none of the others: OSError,
     or BlockdevError, of the first at the end."""
     names = share.names(root, prefix)

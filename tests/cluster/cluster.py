@@ -301,3 +301,10 @@ def pod(name: str, script: str = "echo started; sleep 1000000 & wait", **spec: A
         "metadata": {"name": name},
         "spec": {"containers": [container], "terminationGracePeriodSeconds": 5, **spec},
     }
+
+
+def claim(name: str, size: str = "64Mi", **spec: Any) -> dict[str, Any]:
+    """A claim of the class `runvol-xfs`, or as `spec` says otherwise."""
+    return {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": name},
+            "spec": {"accessModes": ["ReadWriteOnce"], "storageClassName": "runvol-xfs",
+                     "resources": {"requests": {"storage": size}}, **spec}}  # fmt: skip

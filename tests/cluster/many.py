@@ -17,9 +17,8 @@ from typing import Any
 
 from tests.demo.report import machine
 from tests.cluster import installed
-from tests.cluster.cluster import Cluster, pod
+from tests.cluster.cluster import Cluster, claim, pod
 from tests.cluster.node import Settings
-from tests.cluster.test_install import claim
 
 PODS, ROUNDS = int(os.environ.get("RUNVOL_PODS", "100")), 2
 RESULTS = installed.ROOT / "bench-results/many_pods.json"

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 
 from tests.cluster import programs
-from tests.cluster.cluster import Cluster, pod
+from tests.cluster.cluster import Cluster, claim, pod
 from tests.cluster.installed import ROOT
 from tests.cluster.node import Node, Settings
-from tests.cluster.test_install import claim
 
 pytestmark = pytest.mark.kernel
 

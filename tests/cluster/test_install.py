@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.cluster import installed
-from tests.cluster.cluster import Cluster, pod
+from tests.cluster.cluster import Cluster, claim, pod
 
 pytestmark = pytest.mark.kernel
 
@@ -32,12 +32,6 @@ def runvol(built: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cl
             "csi.runvol.io-reg.sock", "nfs.csi.runvol.io-reg.sock"
         ]  # fmt: skip
     assert cluster.left() == []
-
-
-def claim(name: str, size: str = "64Mi", **spec: Any) -> dict[str, Any]:
-    return {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": name},
-            "spec": {"accessModes": ["ReadWriteOnce"], "storageClassName": "runvol-xfs",
-                     "resources": {"requests": {"storage": size}}, **spec}}  # fmt: skip
 
 
 def user(name: str, of: str, script: str = "sleep 1000000 & wait") -> dict[str, Any]:

@@ -21,15 +21,9 @@ from csi import kubelet
 from csi.kubelet import Registration
 from tests.driver import Driver
 from tests.plugin_watcher import PluginWatcher
+from tests.until import until
 
 NAME = "csi.runvol.io"
-
-
-def wait(ready: Callable[[], bool], seconds: float = 15) -> None:
-    until = time.monotonic() + seconds
-    while not ready():
-        assert time.monotonic() < until
-        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -75,17 +69,17 @@ def test_both_drivers_of_a_plugin_are_registered_until_it_ends():
         registry.mkdir()
         one = PluginWatcher(registry).start()
         both = {NAME: str(driver.socket), "nfs.csi.runvol.io": str(driver.nfs_socket)}
-        wait(lambda: one.names == both)
+        until(lambda: one.names == both, 15)
         told = [driver.run / f"registration-{name}.json" for name in both]
 
         def states() -> set[str]:
             return {json.loads(path.read_text())["state"] for path in told}
 
-        wait(lambda: states() == {"registered"})
+        until(lambda: states() == {"registered"}, 15)
         driver.process.send_signal(signal.SIGKILL)
         driver.stop()
         driver.start()
-        wait(lambda: one.asked == 4 and one.names == both and states() == {"registered"})
+        until(lambda: one.asked == 4 and one.names == both and states() == {"registered"}, 15)
         driver.stop()
         # A plugin that is stopped comes again; the node may be rebooting, with the API away.
         assert one.names == both
@@ -95,27 +89,27 @@ def test_both_drivers_of_a_plugin_are_registered_until_it_ends():
 
 def test_kubelet_that_comes_later_finds_it(registered, registry):
     registered()
-    wait(lambda: bool([*registry.iterdir()]))
+    until(lambda: bool([*registry.iterdir()]))
     for _restart in range(2):
         one = PluginWatcher(registry).start()
-        wait(lambda one=one: NAME in one.names)
+        until(lambda one=one: NAME in one.names)
         one.stop()
 
 
 def test_a_directory_that_comes_later_is_waited_for(registered, registry, tmp_path):
     registry.rmdir()
     registered()
-    wait(lambda: "is not there; kubelet makes it" in state(tmp_path))
+    until(lambda: "is not there; kubelet makes it" in state(tmp_path))
     registry.mkdir()
     one = PluginWatcher(registry).start()
-    wait(lambda: state(tmp_path) == "registered")
+    until(lambda: state(tmp_path) == "registered")
     one.stop()
 
 
 def test_a_socket_that_somebody_removes_is_made_again(registered, registry, watcher):
     registered()
     for turn in range(1, 4):
-        wait(lambda turn=turn: watcher.asked == turn and NAME in watcher.names)
+        until(lambda turn=turn: watcher.asked == turn and NAME in watcher.names)
         (registry / f"{NAME}-reg.sock").unlink()
 
 
@@ -124,8 +118,8 @@ def test_what_kubelet_refuses_is_asked_again(registered, registry, monkeypatch, 
     refusals = iter(["no such node", "no such node"])
     one = PluginWatcher(registry, refuse=lambda _info: next(refusals, "")).start()
     registered()
-    wait(lambda: NAME in one.names and one.asked == 3)
-    wait(lambda: state(tmp_path) == "registered")
+    until(lambda: NAME in one.names and one.asked == 3)
+    until(lambda: state(tmp_path) == "registered")
     one.stop()
 
 
@@ -133,16 +127,16 @@ def test_kubelet_that_never_answers_is_asked_again(registered, registry, monkeyp
     monkeypatch.setattr(kubelet, "_FIRST_WAIT", 0.1)
     registered()
     path, seen = registry / f"{NAME}-reg.sock", set()
-    wait(lambda: (seen.add(path.lstat().st_ino) if path.exists() else None) or len(seen) > 2)
+    until(lambda: (seen.add(path.lstat().st_ino) if path.exists() else None) or len(seen) > 2)
 
 
 def test_it_is_registered_as_long_as_it_answers(registered, registry, watcher, monkeypatch):
     monkeypatch.setattr(kubelet, "_SILENT", 3)
     answers = iter([False, False, True, False, False, True, *[False] * 4])
     registered(alive=lambda: next(answers, True))
-    wait(lambda: NAME in watcher.names)
-    wait(lambda: watcher.names == {})
-    wait(lambda: NAME in watcher.names)
+    until(lambda: NAME in watcher.names)
+    until(lambda: watcher.names == {})
+    until(lambda: NAME in watcher.names)
     assert watcher.asked == 2
 
 
@@ -152,29 +146,29 @@ def other(registry: Path, name: str = NAME) -> Registration:
     one = Registration(name, endpoint="/run/other.sock", registry=str(registry / "more"), alive=lambda: True)
     one._others.found = lambda *_: ""
     one.start()
-    wait(lambda: one._inode != 0)
+    until(lambda: one._inode != 0)
     return one
 
 
 def test_there_is_no_second_socket_for_a_name(registered, registry, watcher, tmp_path):
     first = other(registry)
-    wait(lambda: NAME in watcher.names)
+    until(lambda: NAME in watcher.names)
     registered()
-    wait(lambda: "registers csi.runvol.io already" in state(tmp_path))
+    until(lambda: "registers csi.runvol.io already" in state(tmp_path))
     assert not (registry / f"{NAME}-reg.sock").exists()
     first.stop()
-    wait(lambda: watcher.names == {NAME: "/run/csi.sock"})
+    until(lambda: watcher.names == {NAME: "/run/csi.sock"})
 
 
 def test_a_second_socket_that_comes_later_is_told_and_takes_nothing_away_for_long(
     registered, registry, watcher, tmp_path
 ):  # fmt: skip
     registered()
-    wait(lambda: watcher.names == {NAME: "/run/csi.sock"})
+    until(lambda: watcher.names == {NAME: "/run/csi.sock"})
     second = other(registry)
-    wait(lambda: "registers csi.runvol.io as well" in state(tmp_path))
+    until(lambda: "registers csi.runvol.io as well" in state(tmp_path))
     second.stop()
-    wait(lambda: watcher.names == {NAME: "/run/csi.sock"} and state(tmp_path) == "registered")
+    until(lambda: watcher.names == {NAME: "/run/csi.sock"} and state(tmp_path) == "registered")
 
 
 def test_other_drivers_and_dead_sockets_are_none(registered, registry, watcher):
@@ -183,7 +177,7 @@ def test_other_drivers_and_dead_sockets_are_none(registered, registry, watcher):
     dead._server.stop(None).wait()
     dead._server = None
     registered()
-    wait(lambda: watcher.names.get(NAME) == "/run/csi.sock")
+    until(lambda: watcher.names.get(NAME) == "/run/csi.sock")
     first.stop()
     dead.stop()
 
@@ -218,9 +212,9 @@ class Hung:
 def test_another_driver_that_hangs_keeps_nobody_from_kubelet_nor_from_an_end(registered, registry, watcher, full):
     hung = Hung(registry, full=full)
     one = registered()
-    wait(lambda: NAME in watcher.names)
+    until(lambda: NAME in watcher.names)
     (registry / f"{NAME}-reg.sock").unlink()
-    wait((registry / f"{NAME}-reg.sock").exists)
+    until((registry / f"{NAME}-reg.sock").exists)
     began = time.monotonic()
     one.stop()
     assert time.monotonic() - began < 4
@@ -264,7 +258,7 @@ def test_a_socket_of_another_driver_is_asked_who_it_is_once(registry):
     one = Counted("another.driver", endpoint="/run/o.sock", registry=str(registry), alive=lambda: True)
     one._others.found = lambda *_: ""
     one.start()
-    wait(lambda: one._inode != 0)
+    until(lambda: one._inode != 0)
     others = kubelet._Others(NAME)
     for _ in range(10):
         assert others.found(str(registry), 0) == ""
@@ -288,7 +282,7 @@ def test_a_registry_whose_path_is_too_long_is_told_once_in_words(registered, tmp
     long.mkdir()
     with caplog.at_level("INFO"):
         registered(registry=str(long))
-        wait(lambda: "more than the 107 bytes" in state(tmp_path))
+        until(lambda: "more than the 107 bytes" in state(tmp_path))
         time.sleep(0.5)
     assert [record.exc_info for record in caplog.records if record.name == "runvol.registration"] == [None]
 
@@ -304,12 +298,12 @@ def test_a_trouble_that_lasts_is_told_once_and_leaves_nothing_open(registered, r
     with caplog.at_level("INFO"), monkeypatch.context() as patch:
         patch.setattr(kubelet.os, "rename", refused)
         registered()
-        wait(lambda: "Read-only" in state(tmp_path))
+        until(lambda: "Read-only" in state(tmp_path))
         before = len(os.listdir("/proc/self/fd"))
         time.sleep(1)
         assert len(os.listdir("/proc/self/fd")) < before + 20
     assert len([one for one in caplog.records if "fails" in one.message]) == 1
-    wait((registry / f"{NAME}-reg.sock").exists)
+    until((registry / f"{NAME}-reg.sock").exists)
 
 
 def test_a_registration_that_hangs_is_left_behind(registry, tmp_path, monkeypatch):
@@ -358,7 +352,7 @@ def test_doctor_says_who_is_registered(registry):
         directory = driver.kubelet / "plugins_registry"
         directory.mkdir()
         one = PluginWatcher(directory).start()
-        wait(lambda: len(one.names) == 2)
+        until(lambda: len(one.names) == 2)
         assert [state for state, _ in lines().values()] == ["ok"] * 4
         second = other(directory)
         assert lines()[f"registration {NAME}"][0] == "broken"

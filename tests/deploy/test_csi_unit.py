@@ -12,7 +12,6 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ import pytest
 from blockdev import daemon
 from tests.driver import POD, Driver, mount_capability
 from tests.kernel.__main__ import ROOT
+from tests.until import until
 
 UNITS = sorted((ROOT / "deploy/systemd").glob("*.service"))
 # Each gives the service mounts of its own, from which none of ours would reach kubelet.
@@ -111,14 +111,14 @@ def lives(run: Path) -> bool:
 def test_a_probe_sees_whether_the_plugin_lives_and_nobody_keeps_it_from_that(tmp_path: Path):
     with Driver(environment={"WATCHDOG_USEC": "400000"}) as driver:
         sign = Path(daemon.sign_of(str(driver.run)))
-        until(sign.exists)
+        until(sign.exists, 15)
         assert lives(driver.run)
         assert stat.S_IMODE(sign.stat().st_mode) == 0o600
         minutes_ago = time.time() - 300
         os.utime(sign, (minutes_ago, minutes_ago))
-        until(lambda: lives(driver.run))
+        until(lambda: lives(driver.run), 15)
         sign.unlink()
-        until(sign.exists)
+        until(sign.exists, 15)
         # Nobody gets an answer any more.
         driver.socket.unlink()
         time.sleep(2)
@@ -151,12 +151,5 @@ def test_a_process_whose_work_was_not_seen_once_is_looked_at_again(tmp_path: Pat
         return True
 
     daemon.watched(alive, str(tmp_path / "run/alive"))
-    until(lambda: len(told) > 3)
+    until(lambda: len(told) > 3, 15)
     assert (tmp_path / "run/alive").exists()
-
-
-def until(there: Callable[[], bool]) -> None:
-    end = time.monotonic() + 15
-    while not there():
-        assert time.monotonic() < end
-        time.sleep(0.02)

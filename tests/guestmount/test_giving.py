@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
@@ -19,6 +18,7 @@ from guestmount.detect import Detector
 from guestmount.giving import Giving
 from guestmount.node import Node
 from volumes import Catalog, VolumeNotFound, VolumeUnfinished
+from tests.until import until
 
 
 @pytest.fixture
@@ -58,13 +58,6 @@ def give(giving: Giving, tree: Path, group: str = "4321", volume: str = "v", sec
         giving.files(volume, root, group, Deadline.after(seconds))
     finally:
         os.close(root)
-
-
-def until(there: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
-    while not there():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def nothing_is_kept(giving: Giving) -> bool:

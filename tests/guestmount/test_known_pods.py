@@ -15,15 +15,9 @@ from guestmount import KubernetesApi, PodRef, api_watch, known_pods
 from guestmount.known_pods import Kept, KnownPods
 from guestmount.pods import NotThere, PodFacts, PodUnknown
 from tests.api_double import ApiDouble
+from tests.until import until
 
 UID = "6dad7281-57ff-49e4-b844-c588ceabec1{}"
-
-
-def wait(ready: Callable[[], object], seconds: float = 15) -> None:
-    until = time.monotonic() + seconds
-    while not ready():
-        assert time.monotonic() < until
-        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -63,10 +57,10 @@ def asked(api: ApiDouble) -> int:
 def test_a_pod_that_is_followed_is_asked_for_nobody(api, known):
     api.put("runtimeclasses", "kata", {"handler": "kata-qemu"})
     pods = known()
-    wait(pods.healthy)
+    until(pods.healthy)
     for number in range(3):
         api.pod(f"p{number}", UID.format(number), runtime_class="kata")
-    wait(lambda: len(pods._pods) == 3)
+    until(lambda: len(pods._pods) == 3)
     assert pods.pod(ref(1, "p1"), Deadline.after(5)).runtime_class == "kata"
     assert pods.handler("kata", Deadline.after(5)) == "kata-qemu"
     assert asked(api) == 0
@@ -77,24 +71,24 @@ def test_only_this_nodes_pods_are_followed(api, known):
     api.pod("here", UID.format(0))
     api.pod("there", UID.format(1), node="node-2")
     pods = known()
-    wait(pods.healthy)
+    until(pods.healthy)
     assert [*pods._pods] == [UID.format(0)]
     api.pod("there", UID.format(2), node="node-2")
     api.drop("pods", "here")
-    wait(lambda: not pods._pods)
+    until(lambda: not pods._pods)
 
 
 def test_many_pods_come_page_by_page(api, known):
     for number in range(120):
         api.pod(f"p{number}", f"uid-{number}")
     pods = known()
-    wait(lambda: len(pods._pods) == 120)
+    until(lambda: len(pods._pods) == 120)
     assert sum("pods?limit=50" in path for path, _ in api.requests) == 3
 
 
 def test_a_pod_that_the_watch_has_not_yet_is_asked_for(api, known):
     pods = known()
-    wait(pods.healthy)
+    until(pods.healthy)
     api.frozen = True
     api.objects["pods"]["p"] = {
         "metadata": {"name": "p", "uid": UID.format(0)},
@@ -108,19 +102,19 @@ def test_a_pod_that_the_watch_has_not_yet_is_asked_for(api, known):
 def test_a_watch_goes_on_whatever_happens_to_the_server(api, known, how):
     api.pod("p", UID.format(0))
     pods = known()
-    wait(pods.healthy)
+    until(pods.healthy)
     if how == "forgets":
         api.bookmark_seconds = 30
         api.forget()
     api.stop()
-    wait(lambda: not pods.healthy())
+    until(lambda: not pods.healthy())
     api.drop("pods", "p")
     api.pod("q", UID.format(1), runtime_class="kata")
     if how == "forgets":
         api.forget()
         api.bookmark_seconds = 0.2
     api.start()
-    wait(lambda: pods.healthy() and [*pods._pods] == [UID.format(1)])
+    until(lambda: pods.healthy() and [*pods._pods] == [UID.format(1)])
 
 
 def test_after_a_reboot_without_the_server_everything_is_known(api, known):
@@ -157,11 +151,11 @@ def test_a_frozen_server_costs_a_second(api, known):
 def test_a_class_that_was_made_anew_has_its_new_handler(api, known):
     api.put("runtimeclasses", "k", {"handler": "one"})
     pods = known()
-    wait(pods.healthy)
+    until(pods.healthy)
     assert pods.handler("k", Deadline.after(5)) == "one"
     api.drop("runtimeclasses", "k")
     api.put("runtimeclasses", "k", {"handler": "two"})
-    wait(lambda: pods.handler("k", Deadline.after(5)) == "two")
+    until(lambda: pods.handler("k", Deadline.after(5)) == "two")
 
 
 @pytest.mark.parametrize("content", ["{", '{"uid": 7}', "\0", "[]"])
@@ -193,7 +187,7 @@ def remembered(pods: KnownPods, **more: str) -> None:
     pods._kept.put("pod", UID.format(0), PodFacts(uid=UID.format(0), runtime_class="kata"))
     pods._kept.put("class", "kata", "kata-qemu", **more)
     pods._kept.put("claim", "pv", ("default", "claim"), **more)
-    wait(lambda: len(names(Path(pods._kept._directory))) == 3)
+    until(lambda: len(names(Path(pods._kept._directory))) == 3)
 
 
 def answers(pods: KnownPods) -> list[object]:
@@ -239,11 +233,11 @@ def test_a_pod_that_was_made_anew_is_not_the_one_that_was_kept(api, known):
 def test_a_class_that_went_while_it_was_followed_is_not_kept(api, known):
     api.put("runtimeclasses", "kata", {"handler": "kata-qemu"})
     pods = known()
-    wait(pods.healthy)
+    until(pods.healthy)
     assert pods.handler("kata", Deadline.after(5)) == "kata-qemu"
-    wait(lambda: pods._kept.get("class", "kata", str))
+    until(lambda: pods._kept.get("class", "kata", str))
     api.drop("runtimeclasses", "kata")
-    wait(lambda: not pods._kept.get("class", "kata", str))
+    until(lambda: not pods._kept.get("class", "kata", str))
 
 
 def test_a_kept_class_is_renewed_by_what_the_server_lists(api, known):
@@ -251,17 +245,17 @@ def test_a_kept_class_is_renewed_by_what_the_server_lists(api, known):
     remembered(before)
     api.put("runtimeclasses", "kata", {"handler": "other"})
     pods = known()
-    wait(lambda: pods._kept.get("class", "kata", str) == "other")
+    until(lambda: pods._kept.get("class", "kata", str) == "other")
 
 
 def test_a_pod_of_another_node_is_nobodys_here(api, known):
     api.selects = False
     api.pod("there", UID.format(1), node="node-2")
     pods = known()
-    wait(pods.healthy)
+    until(pods.healthy)
     api.pod("p", UID.format(2), node="node-2")
     api.pod("here", UID.format(3))
-    wait(lambda: [*pods._pods] == [UID.format(3)])
+    until(lambda: [*pods._pods] == [UID.format(3)])
     with pytest.raises(NotThere, match=r"on the node 'node-2', and this one is 'node-1' \(node.id\)"):
         pods.pod(ref(2), Deadline.after(5))
     pods._kept.flush()
@@ -276,12 +270,12 @@ def test_an_object_that_is_no_pod_is_passed_over(api, known, spec, caplog):
     api.put("runtimeclasses", "odd", {"handler": {"a": 1}})
     api.put("runtimeclasses", "kata", {"handler": "kata-qemu"})
     pods = known()
-    wait(pods.healthy)
+    until(pods.healthy)
     for _ in range(3):
         api.put("pods", "odd", odd)
     api.put("runtimeclasses", "other", {"handler": [1]})
     api.pod("after", UID.format(2))
-    wait(lambda: {*pods._pods} == {UID.format(1), UID.format(2)})
+    until(lambda: {*pods._pods} == {UID.format(1), UID.format(2)})
     assert pods._classes == {"kata": "kata-qemu"} and pods.healthy()
     assert sum("passed over" in one.message for one in caplog.records) == 1
 
@@ -289,7 +283,7 @@ def test_an_object_that_is_no_pod_is_passed_over(api, known, spec, caplog):
 @pytest.mark.parametrize("event", [None, [], "x", 7])
 def test_an_event_without_an_object_is_passed_over(api, known, event, caplog):
     pods = known()
-    wait(pods.healthy)
+    until(pods.healthy)
     watch = pods._watches[0]
     caplog.clear()
     watch._line(json.dumps({"type": "ADDED", "object": event}).encode())
@@ -306,12 +300,12 @@ def test_an_event_without_an_object_is_passed_over(api, known, event, caplog):
 def test_a_watch_is_believed_from_its_first_word_and_for_a_while(api, known, monkeypatch):
     api.bookmark_seconds = 1.0
     pods = known()
-    wait(lambda: sum("watch=1" in path for path, _ in api.requests) == 2)
+    until(lambda: sum("watch=1" in path for path, _ in api.requests) == 2)
     assert not pods.healthy()
-    wait(pods.healthy)
+    until(pods.healthy)
     monkeypatch.setattr(api_watch, "_NEWS", 0.3)
     api.bookmark_seconds = 30.0
-    wait(lambda: not pods.healthy(), 3)
+    until(lambda: not pods.healthy(), 3)
 
 
 def test_bytes_that_never_make_a_line_are_no_news(api, known, monkeypatch):
@@ -320,13 +314,13 @@ def test_bytes_that_never_make_a_line_are_no_news(api, known, monkeypatch):
     api.drips = True
     api.put("runtimeclasses", "k", {"handler": "one"})
     pods = known()
-    wait(lambda: pods._classes)
+    until(lambda: pods._classes)
     api.drop("runtimeclasses", "k")
     api.put("runtimeclasses", "k", {"handler": "two"})
     time.sleep(0.3)
     assert not pods.healthy()
     assert pods.handler("k", Deadline.after(5)) == "two"
-    wait(lambda: sum("watch=1" in path for path, _ in api.requests) >= 4, 5)
+    until(lambda: sum("watch=1" in path for path, _ in api.requests) >= 4, 5)
 
 
 @pytest.mark.parametrize(("status", "anew"), [(410, True), (400, True), (403, True), (429, False), (503, False)])
@@ -339,11 +333,11 @@ def test_a_watch_that_is_refused_begins_with_a_list(api, known, status, anew):
     def asked_for(word: str) -> int:
         return sum(path in one and word in one for one, _ in api.requests)
 
-    wait(lambda: asked_for("watch=1") >= 3)
+    until(lambda: asked_for("watch=1") >= 3)
     assert (asked_for("limit=") >= 3) is anew
     api.pod("p", UID.format(0))
     api.says_of_watches = None
-    wait(lambda: pods.healthy() and UID.format(0) in pods._pods)
+    until(lambda: pods.healthy() and UID.format(0) in pods._pods)
 
 
 # -- what is kept, and for how long
@@ -387,14 +381,14 @@ def aged(directory: Path) -> None:
 def test_answers_of_pods_that_are_no_more_go_after_a_day(api, known, tmp_path):
     api.pod("followed", "followed")
     pods = known(roots=[str(kubelets(tmp_path, "there"))])
-    wait(lambda: pods._pods)
+    until(lambda: pods._pods)
     kept = tmp_path / "answers"
     for name in ("followed", "there", "old"):
         pods._kept.put("pod", name, PodFacts(uid=name))
-    wait(lambda: len(names(kept)) == 3)
+    until(lambda: len(names(kept)) == 3)
     aged(kept)
     pods._kept.put("pod", "new", PodFacts(uid="new"))
-    wait(lambda: "pod-new.json" in names(kept))
+    until(lambda: "pod-new.json" in names(kept))
     pods._kept.tidy()
     assert names(kept) == ["pod-followed.json", "pod-new.json", "pod-there.json"]
 
@@ -404,7 +398,7 @@ def test_a_list_without_pods_takes_no_answer_away(api, known, tmp_path):
     pods = known(roots=[str(kubelets(tmp_path, UID.format(0)))])
     remembered(pods)
     aged(tmp_path / "answers")
-    wait(pods.healthy)
+    until(pods.healthy)
     pods._kept.tidy()
     assert len(names(tmp_path / "answers")) == 3
 
@@ -426,7 +420,7 @@ def test_the_oldest_of_too_many_answers_go(api, known, tmp_path, monkeypatch):
         for kind, name in (("pod", f"p{number}"), ("class", f"c{number}"), ("claim", f"v{number}")):
             pods._kept.put(kind, name, name)
         there = {f"{one}{number}.json" for one in ("pod-p", "class-c", "claim-v")}
-        wait(lambda there=there: there <= {*names(kept)})
+        until(lambda there=there: there <= {*names(kept)})
         for path in kept.glob(f"*{number}.json"):
             os.utime(path, (time.time() - 100 + number,) * 2)
     pods._kept.tidy()
@@ -440,6 +434,6 @@ def test_it_is_tidied_as_long_as_the_process_lives(api, known, tmp_path, monkeyp
     for name in ("there", "gone"):
         pods._kept.put("pod", name, PodFacts(uid=name))
     kept = tmp_path / "answers"
-    wait(lambda: len(names(kept)) == 2)
+    until(lambda: len(names(kept)) == 2)
     aged(kept)
-    wait(lambda: names(kept) == ["pod-there.json"])
+    until(lambda: names(kept) == ["pod-there.json"])

@@ -20,6 +20,7 @@ import pytest
 from blockdev.errors import TooDeep
 from volumes import quota_watch
 from volumes.quota_watch import Left, QuotaWatch, Unseen
+from tests.until import until
 
 MINE, OTHER = 7, 99
 
@@ -190,13 +191,6 @@ def volumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Endless
 def begun(watch: QuotaWatch, tmp_path: Path, *names: str) -> None:
     for name in names:
         watch.left(name, str(tmp_path / name), MINE)
-
-
-def until(there: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
-    while not there():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def open_directories(tmp_path: Path) -> int:

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,16 +18,9 @@ import pytest
 
 from blockdev import flocks
 from tests.driver import Driver
+from tests.until import until
 from volumes import VolumeUnfinished, work
 from volumes.jobs import Jobs, Progress
-
-
-def until(call, seconds=10.0):
-    end = time.monotonic() + seconds
-    while not (found := call()):
-        assert time.monotonic() < end
-        time.sleep(0.02)
-    return found
 
 
 def test_work_is_seen_while_it_lasts(tmp_path, monkeypatch):
