@@ -51,7 +51,7 @@ class Network:
 
     def pods(self, index: int) -> str:
         """The addresses of a node's pods."""
-        return f"10.79.{self.number}.{32 * index}/27"
+        return f"10.{80 + index}.{self.number}.0/24"
 
     @classmethod
     def of(cls, control: Machine) -> Network:
@@ -79,7 +79,6 @@ class Network:
         control.run(["sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward"])
         _ip("addr", "add", f"{self.host}/24", "dev", self.link)
         _ip("link", "set", self.link, "up")
-        _ip("route", "add", f"10.79.{self.number}.0/24", "via", self.control)
 
     def join(self, control: Machine, node: Machine, index: int) -> None:
         """A new node's machine gets its interface, which is gone with it."""
@@ -91,6 +90,7 @@ class Network:
         _ip("route", "add", "default", "via", self.control, inside=node)
         node.run(["sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward"])
         _ip("route", "replace", self.pods(index), "via", self.node(index), inside=control)
+        _ip("route", "replace", self.pods(index), "via", self.control)
 
     def leave(self, control: Machine | None = None, index: int = 0) -> None:
         """Takes a node's link away, or this machine's: by itself it goes only some time after its namespace."""
