@@ -9,9 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from guestmount import Node
+from guestmount.drivers import NFS, NODES
 from volumes import Catalog
-
-NODES, NFS = "csi.runvol.io", "nfs.csi.runvol.io"
 
 
 @dataclass(frozen=True, kw_only=True)

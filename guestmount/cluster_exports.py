@@ -10,13 +10,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from blockdev import Deadline, WaitExpired
+from guestmount.drivers import DRIVERS
 from guestmount.kubernetes_api import KubernetesApi
 from guestmount.pods import PodUnknown
 from volumes.errors import StoreFailed
 from volumes.exports import Said
 
-# The names that runvol's provisioners have.
-_DRIVERS = ("csi.runvol.io", "nfs.csi.runvol.io")
 # For all pages of both lists.
 _SECONDS = 15.0
 
@@ -33,7 +32,7 @@ def said(api: KubernetesApi) -> Sequence[Said]:
 def _of_classes(api: KubernetesApi, deadline: Deadline) -> Iterator[Said]:
     for one in api.listed("StorageClasses", "/apis/storage.k8s.io/v1/storageclasses", deadline):
         parameters = one.get("parameters")
-        if one.get("provisioner") in _DRIVERS and isinstance(parameters, dict):
+        if one.get("provisioner") in DRIVERS and isinstance(parameters, dict):
             yield Said(parameters=_texts(parameters), mount_options=_list(one.get("mountOptions")))
 
 
@@ -41,7 +40,7 @@ def _of_volumes(api: KubernetesApi, deadline: Deadline) -> Iterator[Said]:
     for one in api.listed("PersistentVolumes", "/api/v1/persistentvolumes", deadline):
         spec = one.get("spec")
         csi = spec.get("csi") if isinstance(spec, dict) else None
-        if not isinstance(spec, dict) or not isinstance(csi, dict) or csi.get("driver") not in _DRIVERS:
+        if not isinstance(spec, dict) or not isinstance(csi, dict) or csi.get("driver") not in DRIVERS:
             continue
         attributes, handle = csi.get("volumeAttributes"), csi.get("volumeHandle")
         if isinstance(attributes, dict) and isinstance(handle, str):

@@ -81,7 +81,7 @@ class KubernetesApi:
             self._handlers[runtime_class] = known, time.monotonic() + _REMEMBERED
         return known
 
-    def claim_of(self, persistent_volume: str, deadline: Deadline) -> tuple[str, str]:
+    def claim_of(self, persistent_volume: str, deadline: Deadline, *, anew: bool = False) -> tuple[str, str]:  # noqa: ARG002
         """Asked for each time: a volume that is retained may be given to another claim at any moment."""
         if not _NAME.match(persistent_volume):
             raise PodUnknown(f"{persistent_volume!r} is no name that a PersistentVolume can have")

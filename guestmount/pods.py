@@ -95,8 +95,9 @@ class PodSource(Protocol):
     def handler(self, runtime_class: str, deadline: Deadline) -> str:
         """The handler of a RuntimeClass. Raises PodUnknown."""
 
-    def claim_of(self, persistent_volume: str, deadline: Deadline) -> tuple[str, str]:
-        """Namespace and name of the claim that a PersistentVolume is bound to. Raises PodUnknown."""
+    def claim_of(self, persistent_volume: str, deadline: Deadline, *, anew: bool = False) -> tuple[str, str]:
+        """Namespace and name of the claim that a PersistentVolume is bound to; `anew`: what is known already is not so.
+        Raises PodUnknown."""
 
     def warm(self) -> None:
         """Begin what the first question would wait for."""
@@ -110,6 +111,8 @@ def with_own(pod: PodFacts, ref: PodRef, source: PodSource, deadline: Deadline) 
         return pod
     try:
         namespace, claim = source.claim_of(ref.persistent_volume, deadline)
+        if claim not in pod.claims.values():  # a volume that is retained may be given to another claim
+            namespace, claim = source.claim_of(ref.persistent_volume, deadline, anew=True)
     except PodUnknown as error:
         log.warning("which of the pod's volumes is this one is not known, so how it is mounted was not checked",
                     extra={"pod": str(ref), "volume": ref.persistent_volume, "why": str(error)})  # fmt: skip

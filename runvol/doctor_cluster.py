@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from blockdev import Deadline, WaitExpired
-from guestmount import KubernetesApi, runtimes
+from guestmount import KubernetesApi, drivers, runtimes
 from guestmount.pods import PodUnknown
 from runvol.config import Config
 from runvol.diagnosis import BROKEN, OK, WARNING, Diagnosis
@@ -54,8 +54,6 @@ def _readable(api: KubernetesApi, what: str, path: str, why: str) -> Diagnosis |
 
 
 def _drivers(config: Config, api: KubernetesApi) -> Iterator[Diagnosis]:
-    from csi import drivers
-
     for name, key in ((drivers.NODES, "csi.endpoint"), (drivers.NFS, "csi.nfs_endpoint")):
         if not config.text(key):
             continue

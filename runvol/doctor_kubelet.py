@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 
 from blockdev import durable
+from guestmount import drivers
 from runvol.config import Config
 from runvol.diagnosis import BROKEN, OK, WARNING, Diagnosis
 
@@ -14,7 +15,7 @@ from runvol.diagnosis import BROKEN, OK, WARNING, Diagnosis
 def examine(config: Config) -> Iterator[Diagnosis]:
     """A line for the socket, and one for the registration, of each driver's name that is configured here."""
     # gRPC takes a moment to be imported.
-    from csi import drivers, kubelet, server
+    from csi import kubelet, server
 
     nodes = "node" in config.words("csi.services")
     registry = kubelet.registry(config.text("csi.plugins_registry"), config.words("node.roots"))

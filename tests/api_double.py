@@ -34,6 +34,8 @@ class ApiDouble:
         self.drips = False
         # Whether fieldSelector is obeyed, which not every proxy does.
         self.selects = True
+        # Kinds that nobody here may ask for.
+        self.denied: set[str] = set()
         self.changed = threading.Condition()
         self.bookmark_seconds = 0.2
         self._server: ThreadingHTTPServer | None = None
@@ -105,6 +107,8 @@ class ApiDouble:
         said = self.says_of_watches if query.get("watch") else self.says
         if said is not None:
             _send(request, *said)
+        elif any(f"/{kind}" in parts.path for kind in self.denied):
+            _send(request, 403, {"kind": "Status", "code": 403})
         elif kind and query.get("watch"):
             self._watched(request, kind, query)
         elif kind:

@@ -432,7 +432,7 @@ class Volumes:
     def __init__(self, claim=None):
         self.claim = claim
 
-    def claim_of(self, persistent_volume, deadline):
+    def claim_of(self, persistent_volume, deadline, *, anew=False):
         if self.claim is None:
             raise PodUnknown("403 Forbidden")
         return "default", self.claim

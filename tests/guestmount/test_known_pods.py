@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from blockdev import Deadline
-from guestmount import KubernetesApi, PodRef, api_watch, known_pods
-from guestmount.known_pods import Kept, KnownPods
-from guestmount.pods import NotThere, PodFacts, PodUnknown
+from guestmount import KubernetesApi, PodRef, api_watch, kept_answers
+from guestmount.kept_answers import Kept
+from guestmount.known_pods import KnownPods
+from guestmount.pods import NotThere, PodFacts, PodUnknown, with_own
 from tests.api_double import ApiDouble
 from tests.until import until
 
@@ -65,6 +66,52 @@ def test_a_pod_that_is_followed_is_asked_for_nobody(api, known):
     assert pods.handler("kata", Deadline.after(5)) == "kata-qemu"
     assert asked(api) == 0
     assert {agent.split("/")[0] for _, agent in api.requests} == {"runvol"}
+
+
+def volume(claim: str | None, driver: str = "csi.runvol.io") -> dict[str, object]:
+    bound = {"claimRef": {"namespace": "default", "name": claim}} if claim else {}
+    return {"spec": {"csi": {"driver": driver}, **bound}}
+
+
+def test_a_volume_that_is_followed_is_asked_for_nobody(api, known):
+    api.put("persistentvolumes", "pv", volume("one"))
+    api.put("persistentvolumes", "others", volume("x", "disk.example.com"))
+    pods = known()
+    until(lambda: pods._volumes.healthy)
+    assert pods.claim_of("pv", Deadline.after(5)) == ("default", "one") and asked(api) == 0
+    assert pods._claims == {"pv": ("default", "one")}  # what is others' costs no memory
+    api.put("persistentvolumes", "pv", volume("two"))
+    until(lambda: pods.claim_of("pv", Deadline.after(5)) == ("default", "two"))
+    assert asked(api) == 0
+    api.put("persistentvolumes", "pv", volume(None))
+    until(lambda: not pods._claims)
+    with pytest.raises(NotThere, match="bound to no claim"):
+        pods.claim_of("pv", Deadline.after(5))
+    api.put("persistentvolumes", "pv", volume("three"))
+    until(lambda: pods._claims)
+    api.drop("persistentvolumes", "pv")
+    until(lambda: not pods._claims)
+
+
+def test_what_is_followed_is_asked_anew_where_the_pod_has_no_such_claim(api, known):
+    api.put("persistentvolumes", "pv", volume("old"))
+    pods = known()
+    until(lambda: pods._volumes.healthy)
+    api.bookmark_seconds = 30
+    pods._claims["pv"] = ("default", "older")  # as before an event that is still on its way
+    pod = PodFacts(uid=UID.format(0), claims={"data": "old"})
+    own = with_own(pod, PodRef(namespace="default", name="p", persistent_volume="pv"), pods, Deadline.after(5))
+    assert own.own == {"data"} and asked(api) == 1
+
+
+def test_without_the_right_to_volumes_pods_are_followed_all_the_same(api, known):
+    api.denied.add("persistentvolumes")
+    api.pod("p", UID.format(0))
+    pods = known()
+    until(pods.healthy)
+    assert pods.pod(ref(), Deadline.after(5)).uid == UID.format(0)
+    with pytest.raises(PodUnknown, match="403"):
+        pods.claim_of("pv", Deadline.after(5))
 
 
 def test_only_this_nodes_pods_are_followed(api, known):
@@ -125,7 +172,8 @@ def test_after_a_reboot_without_the_server_everything_is_known(api, known):
     first = before.pod(ref(), Deadline.after(5))
     before.handler("kata", Deadline.after(5))
     assert before.claim_of("pv", Deadline.after(5)) == ("default", "claim")
-    before._kept.flush()
+    kept = before._kept
+    until(lambda: kept.get("pod", UID.format(0), PodFacts) and kept.get("claim", "pv", tuple[str, str]))
     before.stop()
     api.stop()
     after = known()
@@ -141,7 +189,7 @@ def test_after_a_reboot_without_the_server_everything_is_known(api, known):
 def test_a_frozen_server_costs_a_second(api, known):
     pods = known()
     pods._kept.put("pod", UID.format(0), PodFacts(uid=UID.format(0), runtime_class="kata"))
-    pods._kept.flush()
+    until(lambda: pods._kept.get("pod", UID.format(0), PodFacts))
     api.frozen = True
     began = time.monotonic()
     assert pods.pod(ref(), Deadline.after(10)).runtime_class == "kata"
@@ -170,9 +218,10 @@ def test_a_name_leads_nowhere(tmp_path, name):
     kept = Kept(str(tmp_path / "answers"))
     kept.put("pod", name, PodFacts(uid="x"))
     kept.put("class", name, "x")
-    kept.flush()
+    kept.put("class", "last", "x")
+    until(lambda: kept.get("class", "last", str))
     assert kept.get("pod", name, PodFacts) is None
-    assert not (tmp_path / "answers").exists()
+    assert names(tmp_path / "answers") == ["class-last.json"] and names(tmp_path) == []
 
 
 # -- what the server says, and what it is no answer to
@@ -219,7 +268,7 @@ def test_nothing_that_was_kept_is_believed_over_an_answer(api, known):
     assert answers(pods) == [NotThere, NotThere, NotThere]
     api.stop()
     # A pod of this UID has this class for ever; a class or a volume that is no more may come again as another.
-    pods._kept.flush()
+    until(lambda: not pods._kept.has("class", "kata") and not pods._kept.has("claim", "pv"))
     assert answers(pods) == ["kata", PodUnknown, PodUnknown]
 
 
@@ -258,7 +307,8 @@ def test_a_pod_of_another_node_is_nobodys_here(api, known):
     until(lambda: [*pods._pods] == [UID.format(3)])
     with pytest.raises(NotThere, match=r"on the node 'node-2', and this one is 'node-1' \(node.id\)"):
         pods.pod(ref(2), Deadline.after(5))
-    pods._kept.flush()
+    pods._kept.put("pod", UID.format(4), PodFacts(uid=UID.format(4)))
+    until(lambda: pods._kept.get("pod", UID.format(4), PodFacts))
     assert pods._kept.get("pod", UID.format(2), PodFacts) is None
 
 
@@ -300,7 +350,7 @@ def test_an_event_without_an_object_is_passed_over(api, known, event, caplog):
 def test_a_watch_is_believed_from_its_first_word_and_for_a_while(api, known, monkeypatch):
     api.bookmark_seconds = 1.0
     pods = known()
-    until(lambda: sum("watch=1" in path for path, _ in api.requests) == 2)
+    until(lambda: sum("watch=1" in path for path, _ in api.requests) == 3)
     assert not pods.healthy()
     until(pods.healthy)
     monkeypatch.setattr(api_watch, "_NEWS", 0.3)
@@ -413,7 +463,7 @@ def test_where_kubelets_directory_is_not_to_be_seen_no_pod_is_gone(api, known, t
 
 
 def test_the_oldest_of_too_many_answers_go(api, known, tmp_path, monkeypatch):
-    monkeypatch.setattr(known_pods, "_MOST", {"pod": 2, "class": 3, "claim": 1})
+    monkeypatch.setattr(kept_answers, "_MOST", {"pod": 2, "class": 3, "claim": 1})
     pods = known(roots=[str(kubelets(tmp_path, "p0", "p1"))])
     kept = tmp_path / "answers"
     for number in range(5):
@@ -429,7 +479,7 @@ def test_the_oldest_of_too_many_answers_go(api, known, tmp_path, monkeypatch):
 
 
 def test_it_is_tidied_as_long_as_the_process_lives(api, known, tmp_path, monkeypatch):
-    monkeypatch.setattr(known_pods, "_TIDY", 0.1)
+    monkeypatch.setattr(kept_answers, "_TIDY", 0.1)
     pods = known(roots=[str(kubelets(tmp_path, "there"))])
     for name in ("there", "gone"):
         pods._kept.put("pod", name, PodFacts(uid=name))
