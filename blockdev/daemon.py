@@ -12,6 +12,8 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from blockdev import durable
+
 if TYPE_CHECKING:
     import grpc
 
@@ -90,6 +92,19 @@ def notify(state: str) -> None:
 def sign_of(run_dir: str) -> str:
     """The file whose time of change says when a process was last seen to do its work."""
     return os.path.join(run_dir, "alive")
+
+
+def told_process(run_dir: str) -> str:
+    """The file that says which process serves: its pid, and when it began, in clock ticks since the boot (proc(5)).
+    Whoever is elsewhere reaches it by that, in its mount namespace."""
+    return os.path.join(run_dir, "plugin")
+
+
+def tell_process(run_dir: str) -> None:
+    """Write that file for this process."""
+    with open("/proc/self/stat") as file:
+        began = file.read().rpartition(")")[2].split()[19]
+    durable.replace(told_process(run_dir), f"{os.getpid()} {began}\n".encode(), beside=f"{run_dir}/.plugin.")
 
 
 def watched(alive: Callable[[], bool], sign: str) -> None:

@@ -5,24 +5,45 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import sys
+from collections.abc import Mapping
 
 import click
 
-from blockdev import durable
+from blockdev import daemon, durable
+from runvol import config
 from runvol.config import ConfigError
+from runvol.flexvolume_driver import INIT
 
 PLUGINS = "/usr/libexec/kubernetes/kubelet-plugins/volume/exec"
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?/[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?\Z")
 _PROGRAM = """#!{python} -I
 import os
 
-os.environ.setdefault("RUNVOL_FLEXVOLUME_LOG", {log!r})
-os.environ.setdefault("RUNVOL_FLEXVOLUME_CALL_SECONDS", {seconds!r})
-{config}
+{settings}
 from runvol.flexvolume_driver import main
 
 main()
+"""
+# Where the plugin is a container, kubelet's side is this. It prints one JSON object, and nothing besides.
+_THROUGH = """#!/bin/sh
+# The FlexVolume driver of runvol: its node plugin's container does the work, and is found by the plugin's process.
+if [ "$1" = init ]; then
+    echo '{init}'
+    exit 0
+fi
+refuse() {{
+    echo '{{"status": "Failure", "message": "the node plugin of runvol does not run on this node"}}'
+    exit 1
+}}
+{{ read -r pid began < {told}; }} 2>/dev/null || refuse
+[ "$(cut -d ' ' -f 22 "/proc/$pid/stat" 2>/dev/null)" = "$began" ] || refuse
+reply=$(nsenter --target "$pid" --mount -- env {settings} {program} "$@" 2>/dev/null)
+status=$?
+[ "${{reply#\\{{}}" != "$reply" ] || refuse
+printf '%s\\n' "$reply"
+exit $status
 """
 
 
@@ -41,21 +62,46 @@ _as = click.option("--as", "name", default="runvol/runvol", show_default=True, m
 @_as
 @click.option("--log", default="/var/log/runvol/flexvolume.log", show_default=True, metavar="FILE")
 @click.option("--call-seconds", default=100, show_default=True, help="When a call that has not ended is answered.")
+@click.option(
+    "--through-plugin",
+    is_flag=True,
+    help="For a plugin in a container: what kubelet executes on the node enters it. Run it in there.",
+)
 @click.pass_context
-def install(context: click.Context, plugin_dir: str, name: str, log: str, call_seconds: int) -> None:
+def install(
+    context: click.Context, plugin_dir: str, name: str, log: str, call_seconds: int, through_plugin: bool
+) -> None:
     """Install the driver, or upgrade it under a running kubelet: its file is replaced in one step."""
     place, driver = _place(plugin_dir, name)
     os.makedirs(place, mode=0o755, exist_ok=True)
     file = context.find_root().params.get("file")
-    text = _PROGRAM.format(
-        python=sys.executable, log=os.path.abspath(log), seconds=str(call_seconds),
-        config=f"os.environ.setdefault('RUNVOL_CONFIG', {os.path.abspath(file)!r})" if file else "",
-    )  # fmt: skip
+    settings = {"RUNVOL_FLEXVOLUME_LOG": os.path.abspath(log), "RUNVOL_FLEXVOLUME_CALL_SECONDS": str(call_seconds),
+                **({"RUNVOL_CONFIG": os.path.abspath(file)} if file else {})}  # fmt: skip
+    if through_plugin:
+        text = _through_plugin(config.load(file=file).text("paths.run_dir"), driver, settings)
+    else:
+        text = _PROGRAM.format(
+            python=sys.executable,
+            settings="".join(f"os.environ.setdefault({key!r}, {value!r})\n" for key, value in settings.items()),
+        )
     # kubelet passes over names that begin with a dot.
     beside = os.path.join(place, f".{driver}.")
     durable.sweep(beside)
     durable.replace(os.path.join(place, driver), text.encode(), beside=beside, mode=0o755)
     click.echo(f"installed {name} in {place}")
+
+
+def _through_plugin(run_dir: str, driver: str, settings: Mapping[str, str]) -> str:
+    """The node's side of a plugin in a container, with this container's settings. Its log is the run directory's, since
+    little else in a container may be written."""
+    own = {name: value for name, value in os.environ.items() if name.startswith("RUNVOL_") and name not in settings}
+    words = {**own, **settings, "RUNVOL_FLEXVOLUME_NAME": driver}
+    script = os.path.join(os.path.dirname(os.path.abspath(sys.argv[0])), "runvol-flexvolume")
+    program = [script] if os.path.exists(script) else [sys.executable, "-m", "runvol.flexvolume_driver"]
+    return _THROUGH.format(
+        init=INIT, told=shlex.quote(daemon.told_process(run_dir)), program=shlex.join(program),
+        settings=" ".join(shlex.quote(f"{name}={value}") for name, value in sorted(words.items())),
+    )  # fmt: skip
 
 
 @flexvolume.command("uninstall")

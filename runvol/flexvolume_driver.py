@@ -22,7 +22,7 @@ _LOG_LIMIT = 2 << 20
 _GRACE = 5.0
 _LARGEST_REPLY = 64 << 10
 _LONGEST_CALL = 3600.0
-_INIT = ('{"status": "Success", "capabilities": {"attach": false, "fsGroup": false, "selinuxRelabel": false, '
+INIT = ('{"status": "Success", "capabilities": {"attach": false, "fsGroup": false, "selinuxRelabel": false, '
          '"supportsMetrics": false, "requiresFSResize": true}}')  # fmt: skip
 
 
@@ -36,7 +36,7 @@ def main() -> None:
     words = sys.argv[1:]
     started = time.monotonic()
     # init is asked at every change of the plugin directory, also by the controller manager, which has no node.
-    text = _INIT if words == ["init"] else _in_child(words, out)
+    text = INIT if words == ["init"] else _in_child(words, out)
     _write_all(out, text.encode() + b"\n")
     _note(log, words, text, time.monotonic() - started)
     os._exit(0 if json.loads(text)["status"] == "Success" else 1)
@@ -111,7 +111,8 @@ def _work(words: Sequence[str], parent: int) -> str:
         from runvol import config
 
         loaded = config.load(file=os.environ.get("RUNVOL_CONFIG"))
-        run_dir, name = loaded.text("paths.run_dir"), os.path.basename(sys.argv[0])
+        name = os.environ.get("RUNVOL_FLEXVOLUME_NAME") or os.path.basename(sys.argv[0])
+        run_dir = loaded.text("paths.run_dir")
         if os.getppid() != parent:
             return _failure("the caller has gone")
         answer = _of_plugin(words, name, os.path.join(run_dir, "flexvolume.sock"))

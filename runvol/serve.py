@@ -108,6 +108,7 @@ def csi_plugin(config: Config) -> None:
     )
     if flexvolume is not None:
         flexvolume.start()
+        daemon.tell_process(config.text("paths.run_dir"))
     registrations = [*_registrations(config, servers)] if "node" in config.words("csi.services") else []
     for registration in registrations:
         registration.start()

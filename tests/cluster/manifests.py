@@ -13,6 +13,7 @@ PLACE = ROOT / "deploy/manifests"
 FILES = {
     "runvol.yaml": (),
     "runvol-with-snapshots.yaml": ("--set", "snapshots.enabled=true", "--set", "snapshots.controller=true"),
+    "runvol-with-flexvolume.yaml": ("--set", "flexvolume.enabled=true"),
     "runvol-with-nri.yaml": ("--set", "nri.enabled=true"),
 }
 _HEAD = """# Made from deploy/helm/runvol by `python -m tests.cluster.manifests`; change that, not this.

@@ -34,6 +34,36 @@ def done_by_plugin(flex: Flex) -> int:
     return flex.driver.log.read_text().count("call done")
 
 
+def test_a_plugin_in_a_container_is_entered_from_the_node(flex):
+    """What kubelet executes is a shell's: the node may have no Python."""
+    plugins = flex.driver.directory / "exec"
+    flex.driver.cli("flexvolume", "install", "--through-plugin", "--plugin-dir", str(plugins), "--log",
+                    flex.environment["RUNVOL_FLEXVOLUME_LOG"])  # fmt: skip
+    flex.program = plugins / "runvol~runvol/runvol"
+    node = {name: "" for name in flex.environment if name.startswith("RUNVOL_")}
+    flex.ok("init")
+    volume = flex.create("one")
+    before = done_by_plugin(flex)
+    target = flex.target(volume)
+    status, reply = flex.run(
+        "mount", target, json.dumps({"volume": volume, "runtime": "runc", "kubernetes.io/fsType": "ext4"}), **node
+    )
+    assert status == 0 and reply["status"] == "Success", reply
+    assert os.path.ismount(target)
+    status, reply = flex.run("mount", target, "{", **node)
+    assert status == 1 and reply["status"] == "Failure", reply
+    os.unlink(flex.driver.run / "plugin")
+    status, reply = flex.run("unmount", target, **node)
+    assert status == 1 and "does not run on this node" in str(reply["message"])
+    assert os.path.ismount(target)
+    (flex.driver.run / "plugin").write_text(f"{os.getpid()} 1\n")  # another process has the pid
+    assert flex.run("unmount", target, **node)[0] == 1
+    flex.driver.stop()
+    flex.driver.start()
+    assert flex.run("unmount", target, **node)[0] == 0
+    assert not os.path.ismount(target) and done_by_plugin(flex) > before
+
+
 def test_the_plugin_does_the_work(flex):
     volume = flex.create("one")
     before = done_by_plugin(flex)
