@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import logging
 import os
 import signal
 import socket
+import struct
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -92,6 +94,31 @@ def notify(state: str) -> None:
 def sign_of(run_dir: str) -> str:
     """The file whose time of change says when a process was last seen to do its work."""
     return os.path.join(run_dir, "alive")
+
+
+class Held(Exception):
+    """Another process has it; `pid`, 0 where that is not to be seen from here."""
+
+    def __init__(self, path: str, pid: int) -> None:
+        self.path, self.pid = path, pid
+        super().__init__(f"process {pid or '?'} holds {path}")
+
+
+def hold(path: str) -> int:
+    """A descriptor that keeps the file from other processes until it is closed, or this process ends; children that
+    outlive it do not hold it (fcntl(2)'s record locks). Held, OSError."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        try:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            asked = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            raise Held(path, struct.unpack("hhqqi", fcntl.fcntl(fd, fcntl.F_GETLK, asked))[4]) from None
+        finally:
+            os.close(fd)
+    return fd
 
 
 def told_process(run_dir: str) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from blockdev import daemon
-from guestmount import Node, boot, repair
+from guestmount import BadRequest, Node, boot, repair
 from runvol import assembly, version
 from runvol.config import Config
 from volumes import work
@@ -64,6 +64,22 @@ def _registrations(config: Config, servers: Sequence[Server]) -> Iterator[Regist
         )
 
 
+def _alone(config: Config, *keys: str) -> Iterator[int]:
+    """What keeps a second plugin from this node's volumes, before the first of them is looked at. BadRequest."""
+    for key in keys:
+        directory = config.text(key)
+        if key == "paths.run_dir":
+            os.makedirs(directory, mode=0o700, exist_ok=True)
+        try:
+            yield daemon.hold(os.path.join(directory, "plugin.lock"))
+        except daemon.Held as held:
+            words = f"process {held.pid} serves it" if held.pid else "another process serves it"
+            raise BadRequest(key, directory, f"{words} already; stop that one first") from None
+        except OSError as error:  # not made yet, or it takes no writes
+            log.info("a second plugin would not be seen by this directory",
+                     extra={"directory": directory, "why": str(error)})  # fmt: skip
+
+
 def csi_plugin(config: Config) -> None:
     """Listen, repair what the last process left, and end gracefully on SIGTERM or SIGINT."""
     # mkfs and fsck are forked; gRPC's own fork handlers would stop every call for that.
@@ -72,6 +88,7 @@ def csi_plugin(config: Config) -> None:
     from flexvolume.service import Service
 
     told = daemon.signals()
+    held = [*_alone(config, "paths.run_dir", "paths.state_dir")]
     sign = daemon.sign_of(config.text("paths.run_dir"))
     with contextlib.suppress(FileNotFoundError):
         os.unlink(sign)  # of the last process
@@ -98,6 +115,7 @@ def csi_plugin(config: Config) -> None:
 
         metrics.serve(config.text("csi.metrics"))
     node.catalog.prepare()
+    held += _alone(config, "paths.state_dir")  # there by now
     _tell(repair.before_serving(node))
     for server in servers:
         server.start()
@@ -129,5 +147,7 @@ def csi_plugin(config: Config) -> None:
         flexvolume.stop()
     for server in servers:
         server.stop()
+    for fd in held:  # what hangs in the kernel keeps nobody from the node
+        os.close(fd)
     node.catalog.close()
     leave()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster import installed
+from tests.cluster import installed, rights
 from tests.cluster.cluster import Cluster, claim, pod
 
 pytestmark = pytest.mark.kernel
@@ -18,10 +19,12 @@ pytestmark = pytest.mark.kernel
 @pytest.fixture(scope="module")
 def runvol(built: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A cluster of its own with the chart."""
-    with Cluster(tmp_path_factory.mktemp("c")) as cluster:
+    directory = tmp_path_factory.mktemp("c")
+    with Cluster(directory, flags={"kube-apiserver": rights.audit(directory)}) as cluster:
         installed.snapshot_crds(cluster)
         installed.import_images(cluster, cluster.nodes[0])
-        installed.install(cluster, installed.values(cluster.nodes[0]))
+        flexvolume = {"enabled": True, "pluginDir": str(cluster.flexvolume)}
+        installed.install(cluster, installed.values(cluster.nodes[0], flexvolume=flexvolume))
         yield cluster
         installed.uninstall(cluster)
         node = cluster.nodes[0]
@@ -98,6 +101,51 @@ def test_a_volume_lives_as_its_claim_and_snapshots_say(runvol: Cluster) -> None:
         runvol.delete("pvc", name)
     runvol.wait("no volume is left", lambda: not runvol.list("pv"))
     assert seconds < 60, "the first pod took longer than a minute"
+
+
+def in_plugin(cluster: Cluster, *words: str) -> str:
+    return cluster.kubectl("exec", f"daemonset/{installed.NAME}-node", f"--namespace={installed.NAMESPACE}", "-c", "runvol",
+                           "--", "runvol", *words)  # fmt: skip
+
+
+def test_a_pod_with_a_flexvolume(runvol: Cluster) -> None:
+    volume = json.loads(in_plugin(runvol, "volumes", "create", "flexed", "--size", "67108864", "--json"))[0]["volume"]
+    source = {"driver": "runvol/runvol", "fsType": "ext4", "options": {"volume": volume}}
+    mounts = {"volumeMounts": [{"name": "data", "mountPath": "/data"}]}
+    for name, script in (
+        ("flex-one", "echo kept > /data/f; sync; sleep 1000000 & wait"),
+        ("flex-two", "sleep 1000000 & wait"),
+    ):
+        runvol.apply(pod(name, script, volumes=[{"name": "data", "flexVolume": source}], main=mounts))
+        runvol.wait_ready(name)
+        assert runvol.kubectl("exec", name, "--", "cat", "/data/f") == "kept\n"
+        runvol.delete("pod", name)
+    in_plugin(runvol, "volumes", "delete", "--yes", volume)
+
+
+def test_a_claim_on_a_server_that_is_away_says_so_and_goes(runvol: Cluster) -> None:
+    runvol.apply({"apiVersion": "storage.k8s.io/v1", "kind": "StorageClass", "metadata": {"name": "nfs"},
+                  "provisioner": "nfs.csi.runvol.io", "parameters": {"server": "127.0.0.1", "path": "/"}},
+                 claim("on-nfs", storageClassName="nfs"))  # fmt: skip
+
+    def said() -> list[str]:
+        return [
+            one for one in runvol.events("on-nfs") if "the NFS server 127.0.0.1 does not answer on port 2049" in one
+        ]
+
+    runvol.wait("the claim's event names the server", said, 60, about=("pvc", "on-nfs", "default"))
+    runvol.delete("pvc", "on-nfs")
+
+
+def test_what_each_account_may_do_is_what_it_does(runvol: Cluster) -> None:
+    """Last, since the tests before did all that the chart is for: nothing was refused, and no right is for nothing."""
+    used: dict[str, set[rights.Right]] = {}
+    for account, right, answer in rights.requests(runvol.directory):
+        assert answer != 403, f"{account} may not {right}"
+        used.setdefault(account, set()).add(right)
+    for account, may in rights.granted(runvol).items():
+        idle = {right for right in may - used.get(account, set()) if right not in rights.ELSEWHERE}
+        assert not idle, f"{account} never did {sorted(idle)}"
 
 
 def test_everything_in_the_chart_is_taken_by_the_server(runvol: Cluster, tmp_path: Path) -> None:

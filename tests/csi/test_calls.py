@@ -15,6 +15,7 @@ import pytest
 from runvol_proto import csi_pb2
 from tests.csi.helpers import PODS, image, refused
 from tests.driver import Driver, mount_capability
+from tests.until import until
 
 pytestmark = pytest.mark.kernel
 A = PODS[0]
@@ -227,13 +228,26 @@ def test_a_stop_lets_calls_end_and_takes_the_socket_away(driver):
     driver.unstage(volume)
 
 
-def test_a_second_server_on_the_socket_is_refused_and_a_dead_ones_socket_replaced(driver):
+@pytest.mark.parametrize("which", ["run_dir", "state_dir", "socket"])
+def test_a_second_plugin_is_refused_before_it_does_anything(driver, tmp_path, which):
+    """A pod beside a unit, say, whichever of the directories they share."""
+    other = {"RUNVOL_PATHS_RUN_DIR": str(tmp_path / "run"), "RUNVOL_PATHS_STATE_DIR": str(tmp_path / "state")}
+    other.pop(f"RUNVOL_PATHS_{which.upper()}", None)
+    socket = driver.socket if which == "socket" else tmp_path / "csi.sock"
+    before = until((driver.run / "alive").exists) and (driver.run / "alive").stat().st_ino
     second = subprocess.run(
-        [os.sys.executable, "-m", "runvol", "csi", "--endpoint", f"unix://{driver.socket}"], env={**os.environ, **driver.environment},
+        [os.sys.executable, "-m", "runvol", "csi", "--endpoint", f"unix://{socket}"],
+        env={**os.environ, **driver.environment, **other},
         capture_output=True, text=True, timeout=30, check=False, cwd=os.path.dirname(os.path.dirname(os.path.dirname(__file__))),
     )  # fmt: skip
-    assert second.returncode == 1 and "another process serves this socket" in second.stderr
-    assert driver.client.Probe().ready.value
+    words = (
+        f"process {driver.process.pid} serves it already" if which != "socket" else "another process serves this socket"
+    )
+    assert second.returncode == 1 and words in second.stderr, second.stderr
+    assert driver.client.Probe().ready.value and (driver.run / "alive").stat().st_ino == before
+
+
+def test_a_dead_plugins_socket_and_locks_are_replaced(driver):
     driver.kill()
     assert driver.socket.exists()
     driver.start()
