@@ -98,12 +98,13 @@ def helm(cluster: Cluster, *words: str | Path, timeout: float = 300.0) -> str:
     return done.stdout
 
 
-def install(cluster: Cluster, given: dict[str, Any]) -> None:
-    """The chart's release, and all of its pods are ready."""
+def install(cluster: Cluster, given: dict[str, Any], *words: str, seconds: float = 180.0) -> None:
+    """The chart's release, and all of its pods are ready; `words` are more of Helm's."""
     file = cluster.directory / "values.json"
     file.write_text(json.dumps(given))
-    helm(cluster, "upgrade", "--install", NAME, CHART, "--namespace", NAMESPACE, "--create-namespace", "--values", file)
-    wait_ready(cluster)
+    helm(cluster, "upgrade", "--install", NAME, CHART, "--namespace", NAMESPACE, "--create-namespace", "--values", file,
+         *words)  # fmt: skip
+    wait_ready(cluster, seconds)
 
 
 def uninstall(cluster: Cluster) -> None:

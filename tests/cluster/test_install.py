@@ -137,15 +137,30 @@ def test_a_claim_on_a_server_that_is_away_says_so_and_goes(runvol: Cluster) -> N
     runvol.delete("pvc", "on-nfs")
 
 
+def test_capacity_of_a_class_that_goes_goes_with_it(runvol: Cluster) -> None:
+    def known() -> bool:
+        capacities = runvol.list("csistoragecapacities", f"--namespace={installed.NAMESPACE}")
+        return any(one["storageClassName"] == "short" for one in capacities)
+
+    runvol.apply({"apiVersion": "storage.k8s.io/v1", "kind": "StorageClass", "metadata": {"name": "short"},
+                  "provisioner": "csi.runvol.io", "volumeBindingMode": "WaitForFirstConsumer"})  # fmt: skip
+    runvol.wait("its capacity is told", known)
+    runvol.delete("storageclass", "short")
+    runvol.wait("nothing is told of it", lambda: not known())
+
+
 def test_what_each_account_may_do_is_what_it_does(runvol: Cluster) -> None:
     """Last, since the tests before did all that the chart is for: nothing was refused, and no right is for nothing."""
     used: dict[str, set[rights.Right]] = {}
     for account, right, answer in rights.requests(runvol.directory):
         assert answer != 403, f"{account} may not {right}"
         used.setdefault(account, set()).add(right)
-    for account, may in rights.granted(runvol).items():
-        idle = {right for right in may - used.get(account, set()) if right not in rights.ELSEWHERE}
-        assert not idle, f"{account} never did {sorted(idle)}"
+    idle = {}
+    for role, accounts, may in rights.granted(runvol):
+        did = set[rights.Right]().union(*(used.get(account, set()) for account in accounts))
+        if never := {right for right in may if not rights.is_used(right, did)} - rights.ELSEWHERE.get(role, set()):
+            idle[role] = sorted(never)
+    assert not idle, "\n".join(f"{role}: {right}" for role, rights_ in idle.items() for right in rights_)
 
 
 def test_everything_in_the_chart_is_taken_by_the_server(runvol: Cluster, tmp_path: Path) -> None:

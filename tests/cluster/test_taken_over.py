@@ -1,0 +1,174 @@
+"""A node's volumes go from processes to the chart's pods and back, from the first release too, while pods write."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.cluster import installed, programs, released
+from tests.cluster.cluster import Cluster, claim, pod
+from tests.cluster.machines import Broken
+from tests.cluster.node import Node
+
+pytestmark = pytest.mark.kernel
+
+CLASSES = [
+    {"apiVersion": "storage.k8s.io/v1", "kind": "StorageClass", "metadata": {"name": name}, "provisioner": "csi.runvol.io",
+     "parameters": parameters, "volumeBindingMode": "WaitForFirstConsumer", "allowVolumeExpansion": True}
+    for name, parameters in (("block", {"backend": "loop", "csi.storage.k8s.io/fstype": "xfs"}),
+                             ("files", {"backend": "directory"}))
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cluster(built: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A cluster without a driver."""
+    with Cluster(tmp_path_factory.mktemp("t")) as running:
+        installed.import_images(running, running.nodes[0])
+        running.apply((installed.ROOT / "deploy/kubernetes/csidrivers.yaml").read_text())
+        running.apply(*CLASSES)
+        yield running
+    assert running.left() == []
+
+
+class Processes:
+    """The plugin as a unit of the node, with what a unit has beside it. `release`: of before, which needs a registrar."""
+
+    def __init__(self, node: Node, release: str = "") -> None:
+        self._node, self._names = node, [f"runvol{release}", f"provisioner{release}"]
+        tree = released.tree(release) if release else installed.ROOT
+        plugin = [f"RUNVOL_NODE_ID={node.name}", f"RUNVOL_DETECT_KUBECONFIG={node.cluster.kubeconfig}",
+                  f"RUNVOL_NODE_ROOTS={node.root}", sys.executable, "-m", "runvol", "csi"]  # fmt: skip
+        self._launch(self._names[0], tree, plugin)
+        node.launched(
+            self._names[1],
+            [programs.program("csi-provisioner"), f"--kubeconfig={node.cluster.kubeconfig}",
+             "--csi-address=/run/runvol/csi.sock", "--node-deployment", "--strict-topology", "--immediate-topology=false",
+             "--enable-capacity", "--capacity-ownerref-level=-1"],
+            keep=True, env={"NODE_NAME": node.name, "NAMESPACE": "default", "POD_NAME": "none"})  # fmt: skip
+        if release:
+            registrar = [sys.executable, "-m", "tests.cluster.registrar", "csi.runvol.io", "/run/runvol/csi.sock",
+                         f"{node.root}/plugins_registry"]  # fmt: skip
+            self._names.append("registrar")
+            self._launch("registrar", installed.ROOT, registrar)
+
+    def _launch(self, name: str, tree: Any, words: list[str]) -> None:
+        self._node.launched(name, ["sh", "-c", f"cd {tree}; exec env {shlex.join(words)}"], keep=True)
+
+    def start(self) -> None:
+        for name in self._names:
+            self._node.cluster.start(f"{self._node.name}/{name}")
+        self._node.cluster.wait("the driver is registered", lambda: "csi.runvol.io" in drivers(self._node.cluster))
+
+    def stop(self) -> None:
+        for name in reversed(self._names):
+            self._node.cluster.stop(f"{self._node.name}/{name}")
+
+
+def drivers(cluster: Cluster) -> set[str]:
+    found = cluster.find("csinode", "node1") or {"spec": {}}
+    return {one["name"] for one in found["spec"].get("drivers") or ()}
+
+
+def writer(name: str) -> dict[str, Any]:
+    """Writes a number each half second, on and on from where it was."""
+    script = ("n=$(tail -n 1 /data/f 2>/dev/null || echo 0); while :; do n=$((n + 1)); echo $n >> /data/f || exit 1; "
+              "sync /data/f; sleep 0.5; done & wait")  # fmt: skip
+    volumes = [{"name": "data", "persistentVolumeClaim": {"claimName": name}}]
+    return pod(name, script, volumes=volumes, main={"volumeMounts": [{"name": "data", "mountPath": "/data"}]})
+
+
+def written(cluster: Cluster, name: str) -> int:
+    """How many numbers there are; each is one more than the one before."""
+    lines = [int(one) for one in cluster.kubectl("exec", name, "--", "cat", "/data/f").split()]
+    assert lines == [*range(1, len(lines) + 1)]
+    return len(lines)
+
+
+def go_on(cluster: Cluster, names: list[str]) -> None:
+    """The same containers as ever write."""
+    before = {name: written(cluster, name) for name in names}
+    cluster.wait("all pods write", lambda: all(written(cluster, name) > before[name] for name in names), 20)
+    for name in names:
+        found = cluster.find("pod", name)
+        assert found and found["status"]["containerStatuses"][0]["restartCount"] == 0
+
+
+def made(cluster: Cluster, name: str, of: str) -> None:
+    cluster.apply(claim(name, "320Mi" if of == "block" else "16Mi", storageClassName=of), writer(name))
+    cluster.wait_ready(name, seconds=120)
+
+
+def again(cluster: Cluster, name: str) -> None:
+    """The pod goes, and another one has the volume."""
+    before = written(cluster, name)
+    cluster.delete("pod", name)
+    cluster.apply(writer(name))
+    cluster.wait_ready(name, seconds=120)
+    assert written(cluster, name) >= before
+
+
+def gone(cluster: Cluster, names: list[str]) -> None:
+    for name in names:
+        cluster.delete("pod", name)
+        cluster.delete("pvc", name)
+    cluster.wait("no volume is left", lambda: not cluster.list("pv"))
+
+
+def installed_chart(cluster: Cluster) -> None:
+    """By Helm, which takes what was applied by hand over."""
+    node = cluster.nodes[0]
+    installed.install(cluster, installed.values(node, storageClasses=[]), "--take-ownership")
+    cluster.wait("the driver is registered", lambda: "csi.runvol.io" in drivers(cluster))
+
+
+def removed_chart(cluster: Cluster) -> None:
+    installed.uninstall(cluster)
+    cluster.apply((installed.ROOT / "deploy/kubernetes/csidrivers.yaml").read_text())
+
+
+@pytest.mark.parametrize("release", [released.FIRST, ""], ids=["from the first release", "from a unit"])
+def test_processes_and_chart_take_over_from_each_other(cluster: Cluster, release: str) -> None:
+    if release and not released.has(release):
+        pytest.skip("the history of this clone does not go back to the first release")
+    node, names = cluster.nodes[0], ["a", "b"]
+    processes = Processes(node, release)
+    processes.start()
+    made(cluster, "a", "block")
+    made(cluster, "b", "files") if not release else made(cluster, "b", "block")
+    processes.stop()
+    go_on(cluster, names)
+    installed_chart(cluster)
+    node.kubelet.restart()  # it repeats its calls for pods that run
+    node.wait_ready()
+    go_on(cluster, names)
+    again(cluster, "a")
+    made(cluster, "c", "block")
+    removed_chart(cluster)
+    go_on(cluster, ["b", "c"])
+    processes.start()
+    again(cluster, "b")
+    again(cluster, "c")
+    gone(cluster, ["a", "b", "c"])
+    processes.stop()
+    assert node.run(["sh", "-c", "ls -A /var/lib/runvol/volumes"]).split() == []
+
+
+def test_both_at_once_are_refused(cluster: Cluster) -> None:
+    """The pods of the chart say so, and the unit serves on; once it has stopped they do."""
+    node = cluster.nodes[0]
+    processes = Processes(node)
+    processes.start()
+    made(cluster, "d", "block")
+    with pytest.raises(Broken, match="serves it already; stop that one first"):
+        installed.install(cluster, installed.values(node, storageClasses=[]), "--take-ownership", seconds=40)
+    again(cluster, "d")
+    processes.stop()
+    installed.wait_ready(cluster, 240)
+    again(cluster, "d")
+    gone(cluster, ["d"])
+    removed_chart(cluster)
