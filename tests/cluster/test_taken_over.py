@@ -84,7 +84,9 @@ def writer(name: str) -> dict[str, Any]:
 
 def written(cluster: Cluster, name: str) -> int:
     """How many numbers there are; each is one more than the one before."""
-    lines = [int(one) for one in cluster.kubectl("exec", name, "--", "cat", "/data/f").split()]
+    # A kubelet that has just started knows its pods a moment later.
+    text = cluster.wait(f"{name} tells", lambda: cluster.kubectl("exec", name, "--", "cat", "/data/f"), 20)
+    lines = [int(one) for one in text.split()]
     assert lines == [*range(1, len(lines) + 1)]
     return len(lines)
 
