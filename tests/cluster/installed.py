@@ -141,6 +141,12 @@ def _pods(cluster: Cluster) -> str:
     return "\n".join(found)
 
 
+def drivers(cluster: Cluster, node: str = "node1") -> set[str]:
+    """Those that kubelet of a node has registered."""
+    found = cluster.find("csinode", node) or {"spec": {}}
+    return {one["name"] for one in found["spec"].get("drivers") or ()}
+
+
 def doctor(cluster: Cluster) -> list[dict[str, str]]:
     """The lines of `runvol doctor` in the node's pod."""
     words = ("exec", f"daemonset/{NAME}-node", f"--namespace={NAMESPACE}", "-c", "runvol", "--", "sh", "-c",

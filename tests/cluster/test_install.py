@@ -49,13 +49,9 @@ def snapshot(name: str, of: str) -> dict[str, Any]:
 
 
 def test_both_drivers_are_registered_and_doctor_is_content(runvol: Cluster) -> None:
-    def drivers() -> set[str]:
-        found = runvol.find("csinode", "node1")
-        return {one["name"] for one in (found or {"spec": {}})["spec"].get("drivers") or ()}
-
-    runvol.wait("both drivers are known", lambda: drivers() == {"csi.runvol.io", "nfs.csi.runvol.io"})
+    runvol.wait("both drivers are known", lambda: installed.drivers(runvol) == {"csi.runvol.io", "nfs.csi.runvol.io"})
     lines = {row["subject"]: row for row in installed.doctor(runvol)}
-    for name in drivers():
+    for name in installed.drivers(runvol):
         assert lines[f"driver {name}"]["state"] == lines[f"registration {name}"]["state"] == "ok", lines
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from tests.cluster import installed, programs, released
-from tests.cluster.cluster import Cluster, claim, pod
+from tests.cluster.cluster import Cluster, claim
 from tests.cluster.machines import Broken
 from tests.cluster.node import Node
+from tests.cluster.writers import writer, written
 
 pytestmark = pytest.mark.kernel
 
@@ -62,33 +63,13 @@ class Processes:
     def start(self) -> None:
         for name in self._names:
             self._node.cluster.start(f"{self._node.name}/{name}")
-        self._node.cluster.wait("the driver is registered", lambda: "csi.runvol.io" in drivers(self._node.cluster))
+        self._node.cluster.wait(
+            "the driver is registered", lambda: "csi.runvol.io" in installed.drivers(self._node.cluster)
+        )
 
     def stop(self) -> None:
         for name in reversed(self._names):
             self._node.cluster.stop(f"{self._node.name}/{name}")
-
-
-def drivers(cluster: Cluster) -> set[str]:
-    found = cluster.find("csinode", "node1") or {"spec": {}}
-    return {one["name"] for one in found["spec"].get("drivers") or ()}
-
-
-def writer(name: str) -> dict[str, Any]:
-    """Writes a number each half second, on and on from where it was."""
-    script = ("n=$(tail -n 1 /data/f 2>/dev/null || echo 0); while :; do n=$((n + 1)); echo $n >> /data/f || exit 1; "
-              "sync /data/f; sleep 0.5; done & wait")  # fmt: skip
-    volumes = [{"name": "data", "persistentVolumeClaim": {"claimName": name}}]
-    return pod(name, script, volumes=volumes, main={"volumeMounts": [{"name": "data", "mountPath": "/data"}]})
-
-
-def written(cluster: Cluster, name: str) -> int:
-    """How many numbers there are; each is one more than the one before."""
-    # A kubelet that has just started knows its pods a moment later.
-    text = cluster.wait(f"{name} tells", lambda: cluster.kubectl("exec", name, "--", "cat", "/data/f"), 20)
-    lines = [int(one) for one in text.split()]
-    assert lines == [*range(1, len(lines) + 1)]
-    return len(lines)
 
 
 def go_on(cluster: Cluster, names: list[str]) -> None:
@@ -125,7 +106,7 @@ def installed_chart(cluster: Cluster) -> None:
     """By Helm, which takes what was applied by hand over."""
     node = cluster.nodes[0]
     installed.install(cluster, installed.values(node, storageClasses=[]), "--take-ownership")
-    cluster.wait("the driver is registered", lambda: "csi.runvol.io" in drivers(cluster))
+    cluster.wait("the driver is registered", lambda: "csi.runvol.io" in installed.drivers(cluster))
 
 
 def removed_chart(cluster: Cluster) -> None:
