@@ -148,6 +148,7 @@ class Controller(SnapshotCalls):
         else:
             why = f"is on {found.node}, not on {self._node_id}: a volume is made from it, and used, only there"
             why += f"; {found.node} is asked for it now" if found.told else ""
+            why += f", and the cluster has no node {found.node}" if found.gone else ""
         return CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, f"volume_content_source {source} {why}")
 
     def _check_uses(self, uses: Sequence[Capability], backend: Backend) -> None:

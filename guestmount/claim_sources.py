@@ -2,7 +2,7 @@
 
 A volume of a node is made from another one only on that node. The scheduler does not know that: it may choose another
 node, whose plugin refuses, and then the same one again, for ever. What it obeys is the annotation that it writes.
-Needs what external-provisioner's role has: get and update of claims, get of volumes, snapshots and their contents.
+Needs what external-provisioner's role has: get and update of claims, get of nodes, volumes, snapshots, their contents.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from blockdev import Deadline, WaitExpired
 from guestmount.kubernetes_api import KubernetesApi
-from guestmount.pods import PodUnknown
+from guestmount.pods import NotThere, PodUnknown
 
 log = logging.getLogger(__name__)
 
@@ -29,9 +29,11 @@ _SECONDS = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """`node`: the name of the node that has the source, empty if nobody says; `told`: the claim is meant for it now."""
+    """`node`: the name of the node that has the source, empty if nobody says; `gone`: the cluster has no such node;
+    `told`: the claim is meant for it now."""
 
     node: str = ""
+    gone: bool = False
     told: bool = False
 
 
@@ -63,16 +65,23 @@ class ClaimSources:
         node = find(namespace, str(source.get("name")), source_id, deadline) if find is not None else ""
         if not node or node == self._node_id or spec.get("volumeName"):
             return Found(node=node)
-        annotations = _dict(claim, "metadata").get("annotations")
-        if not isinstance(annotations, dict) or annotations.get(SELECTED_NODE) != self._node_id:
-            return Found(node=node)
-        annotations[SELECTED_NODE] = node
         try:
-            self._api.replace(f"the claim {namespace}/{name}", path, claim, deadline)
+            return self._sent(claim, path, node, deadline)
         except (PodUnknown, WaitExpired) as error:
             log.warning("a claim stays with the wrong node", extra={"claim": f"{namespace}/{name}", "why": str(error)})
             return Found(node=node)
-        log.info("a claim goes to the node of its source", extra={"claim": f"{namespace}/{name}", "node": node})
+
+    def _sent(self, claim: dict[str, Any], path: str, node: str, deadline: Deadline) -> Found:
+        try:
+            self._api.one(f"node {node}", _path("/api/v1", "nodes", node), deadline)
+        except NotThere:
+            return Found(node=node, gone=True)
+        annotations = _dict(_dict(claim, "metadata"), "annotations")
+        if annotations.get(SELECTED_NODE) != self._node_id:
+            return Found(node=node)
+        annotations[SELECTED_NODE] = node
+        self._api.replace("the claim", path, claim, deadline)
+        log.info("a claim goes to the node of its source", extra={"claim": path, "node": node})
         return Found(node=node, told=True)
 
     def _of_snapshot(self, namespace: str, name: str, source_id: str, deadline: Deadline) -> str:

@@ -16,6 +16,7 @@ from urllib.parse import parse_qs, urlsplit
 KINDS = {"/api/v1/pods": "pods", "/apis/node.k8s.io/v1/runtimeclasses": "runtimeclasses",
          "/api/v1/persistentvolumes": "persistentvolumes",
          "/apis/storage.k8s.io/v1/storageclasses": "storageclasses",
+         "/api/v1/nodes": "nodes",
          "/api/v1/persistentvolumeclaims": "persistentvolumeclaims",
          "/apis/snapshot.storage.k8s.io/v1/volumesnapshots": "volumesnapshots",
          "/apis/snapshot.storage.k8s.io/v1/volumesnapshotcontents": "volumesnapshotcontents"}  # fmt: skip
@@ -34,6 +35,8 @@ class ApiDouble:
         # What every question, or every watch, is answered instead: a status, and a body.
         self.says: tuple[int, object] | None = None
         self.says_of_watches: tuple[int, object] | None = None
+        # Who asks may change nothing.
+        self.forbids = False
         # Watches get a byte now and then, and never a line.
         self.drips = False
         # Whether fieldSelector is obeyed, which not every proxy does.
@@ -125,8 +128,8 @@ class ApiDouble:
         self.requests.append((f"PUT {request.path}", request.headers["User-Agent"]))
         what = json.loads(request.rfile.read(int(request.headers["Content-Length"])))
         found = self.objects.get(kind, {}).get(name)
-        if self.says is not None:
-            _send(request, *self.says)
+        if self.forbids:
+            _send(request, 403, {"kind": "Status", "code": 403})
         elif found is None:
             _send(request, 404, {"kind": "Status", "code": 404})
         elif found["metadata"]["resourceVersion"] != what["metadata"]["resourceVersion"]:

@@ -17,30 +17,46 @@ OF_CLAIM = {"csi.storage.k8s.io/pvc/name": "r", "csi.storage.k8s.io/pvc/namespac
 KINDS = {"snapshot": "VolumeSnapshot", "volume": "PersistentVolumeClaim"}
 
 
-@pytest.fixture
-def api():
+@pytest.fixture(scope="module")
+def left():
+    """An API, and a driver of node-1 that no more has the store of a volume and its snapshot; their ids."""
     double = ApiDouble()
-    yield double
+    with Driver(environment={"RUNVOL_DETECT_API_SERVER": double.url}) as driver:
+        volume = driver.create("pvc").volume_id
+        snapshot = driver.client.CreateSnapshot(source_volume_id=volume, name="s").snapshot.snapshot_id
+        leave(driver)
+        yield double, driver, {"volume": {"volume_id": volume}, "snapshot": {"snapshot_id": snapshot}}
     double.stop()
 
 
 @pytest.fixture
-def away(api):
-    """A driver of node-1 that no more has the store of a volume and its snapshot, which are node-9's now; their ids."""
-    with Driver(environment={"RUNVOL_DETECT_API_SERVER": api.url}) as driver:
-        volume = driver.create("pvc").volume_id
-        snapshot = driver.client.CreateSnapshot(source_volume_id=volume, name="s").snapshot.snapshot_id
-        leave(driver)
-        affinity = [{"matchExpressions": [{"key": NODE, "operator": "In", "values": ["node-9"]}]}]
-        spec = {"csi": {"driver": "csi.runvol.io", "volumeHandle": volume},
-                "nodeAffinity": {"required": {"nodeSelectorTerms": affinity}}}  # fmt: skip
-        api.put("persistentvolumes", "pv-1", {"spec": spec})
-        api.put("persistentvolumeclaims", "source", {"spec": {"volumeName": "pv-1"}})
-        api.put("volumesnapshots", "source", {"status": {"boundVolumeSnapshotContentName": "c-1"}})
-        labels = {"snapshot.storage.kubernetes.io/managed-by": "node-9"}
-        api.put("volumesnapshotcontents", "c-1",
-                {"metadata": {"labels": labels}, "status": {"snapshotHandle": snapshot}})  # fmt: skip
-        yield driver, {"volume": {"volume_id": volume}, "snapshot": {"snapshot_id": snapshot}}
+def api(left):
+    """What it says: both are node-9's now."""
+    double, _driver, sources = left
+    double.says, double.forbids = None, False
+    double.requests.clear()
+    affinity = [{"matchExpressions": [{"key": NODE, "operator": "In", "values": ["node-9"]}]}]
+    spec = {"csi": {"driver": "csi.runvol.io", "volumeHandle": sources["volume"]["volume_id"]},
+            "nodeAffinity": {"required": {"nodeSelectorTerms": affinity}}}  # fmt: skip
+    double.put("nodes", "node-9", {})
+    double.put("persistentvolumes", "pv-1", {"spec": spec})
+    double.put("persistentvolumeclaims", "source", {"spec": {"volumeName": "pv-1"}})
+    double.put("volumesnapshots", "source", {"status": {"boundVolumeSnapshotContentName": "c-1"}})
+    described(double, "node-9", sources["snapshot"]["snapshot_id"])
+    return double
+
+
+@pytest.fixture
+def away(left):
+    _double, driver, sources = left
+    return driver, sources
+
+
+def described(api: ApiDouble, node: str, handle: str) -> None:
+    """The snapshot's content."""
+    labels = {"snapshot.storage.kubernetes.io/managed-by": node}
+    content = {"metadata": {"labels": labels}, "status": {"snapshotHandle": handle}}
+    api.put("volumesnapshotcontents", "c-1", content)
 
 
 def claimed(api: ApiDouble, kind: str, selected: str = "node-1", **spec: Any) -> None:
@@ -75,10 +91,18 @@ def test_only_a_claim_for_which_this_node_was_chosen_is_changed(api, away, kind)
     assert not any(path.startswith("PUT") for path, _agent in api.requests)
 
 
+def test_a_claim_is_not_sent_to_a_node_that_is_gone(api, away):
+    driver, sources = away
+    claimed(api, "snapshot")
+    api.drop("nodes", "node-9")
+    asked(driver, {"snapshot": sources["snapshot"]}, "RESOURCE_EXHAUSTED", "and the cluster has no node node-9")
+    assert api.objects["persistentvolumeclaims"]["r"]["metadata"]["annotations"][SELECTED] == "node-1"
+
+
 def test_what_the_cluster_says_of_another_source_is_not_believed(api, away):
     driver, sources = away
     claimed(api, "snapshot")
-    api.put("volumesnapshotcontents", "c-1", {"metadata": {"labels": {}}, "status": {"snapshotHandle": "snap-other"}})
+    described(api, "node-9", "snap-other")
     asked(driver, {"snapshot": sources["snapshot"]}, "RESOURCE_EXHAUSTED", "is not on this node")
     assert api.objects["persistentvolumeclaims"]["r"]["metadata"]["annotations"][SELECTED] == "node-1"
 
@@ -86,9 +110,7 @@ def test_what_the_cluster_says_of_another_source_is_not_believed(api, away):
 def test_a_source_of_this_node_whose_store_is_away_sends_nobody_elsewhere(api, away):
     driver, sources = away
     claimed(api, "snapshot")
-    labels = {"snapshot.storage.kubernetes.io/managed-by": "node-1"}
-    status = {"snapshotHandle": sources["snapshot"]["snapshot_id"]}
-    api.put("volumesnapshotcontents", "c-1", {"metadata": {"labels": labels}, "status": status})
+    described(api, "node-1", sources["snapshot"]["snapshot_id"])
     asked(driver, {"snapshot": sources["snapshot"]}, "FAILED_PRECONDITION", "its filesystem may not be mounted")
 
 
@@ -103,6 +125,6 @@ def test_a_cluster_that_does_not_answer_changes_nothing(api, away, says):
 def test_a_claim_that_may_not_be_changed_is_left_with_the_words(api, away):
     driver, sources = away
     claimed(api, "volume")
-    api.replace = lambda request: (request.send_response(403), request.end_headers())
+    api.forbids = True
     asked(driver, {"volume": sources["volume"]}, "RESOURCE_EXHAUSTED", "is on node-9, not on node-1")
     assert api.objects["persistentvolumeclaims"]["r"]["metadata"]["annotations"][SELECTED] == "node-1"
