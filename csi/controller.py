@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import grpc
 from google.protobuf.wrappers_pb2 import Int64Value
@@ -14,7 +14,7 @@ from csi import checks, health, topology
 from csi.errors import CallError
 from csi.pages import page
 from csi.snapshots import SnapshotCalls
-from guestmount import BadRequest, Busy, Node, Refused
+from guestmount import BadRequest, Busy, ClaimSources, Node, Refused
 from guestmount.requests import check_capability, check_options
 from runvol_proto import csi_pb2
 from volumes import (
@@ -33,6 +33,8 @@ from volumes.backend import Backend
 from volumes.sizes import LARGEST
 
 _RPC = csi_pb2.ControllerServiceCapability.RPC
+# What a provisioner with --extra-create-metadata says of the claim.
+_OF_CLAIM = f"{parameters.RESERVED}pvc/"
 _OF_SNAPSHOTS = (_RPC.CREATE_DELETE_SNAPSHOT, _RPC.LIST_SNAPSHOTS, _RPC.GET_SNAPSHOT, _RPC.CLONE_VOLUME)
 _CAPABILITIES = (
     _RPC.CREATE_DELETE_VOLUME,
@@ -70,8 +72,10 @@ class Names:
 class Controller(SnapshotCalls):
     """Creates, deletes, lists and sizes volumes."""
 
-    def __init__(self, node: Node, node_id: str, catalog: Catalog) -> None:
+    def __init__(self, node: Node, node_id: str, catalog: Catalog, sources: ClaimSources | None = None) -> None:
+        """`sources`: who knows where the source of a claim is that is not here."""
         super().__init__(node, node_id, catalog)
+        self._sources = sources
         self._names = Names()
 
     def ControllerGetCapabilities(
@@ -101,14 +105,14 @@ class Controller(SnapshotCalls):
             source = _content_source(request)
             self._catalog.check_name(name, backend)
             if source is not None:
-                self._check_source(source, backend)
+                self._check_source(source, backend, request.parameters)
             volume = backend.create(name, checks.size_range(request.capacity_range), chosen, uses, source)
         message = self._message(volume)
         if request.HasField("volume_content_source"):
             message.content_source.CopyFrom(request.volume_content_source)
         return csi_pb2.CreateVolumeResponse(volume=message)
 
-    def _check_source(self, source: ContentSource, backend: Backend) -> None:
+    def _check_source(self, source: ContentSource, backend: Backend, parameters: Mapping[str, str]) -> None:
         """A backend makes volumes from its own alone, and one of this node only from what is here."""
         catalog = self._catalog
         of_snapshot = source.kind == "snapshot"
@@ -128,11 +132,24 @@ class Controller(SnapshotCalls):
             with contextlib.suppress(VolumeNotFound):  # what is made from it may be there already
                 (catalog.snapshot if of_snapshot else catalog.get)(source.source_id)
         except StoreAway as error:
-            raise CallError(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"volume_content_source {source} is not on this node ({topology.KEY} = {self._node_id}), and a volume "
-                f"can be made from it only where it is. Or its store is away: {error}",
-            ) from error
+            raise self._elsewhere(source, parameters, error) from error
+
+    def _elsewhere(self, source: ContentSource, parameters: Mapping[str, str], error: StoreAway) -> Exception:
+        """The code has a provisioner ask the scheduler for a node again; which one it takes is told it here."""
+        name, namespace = (parameters.get(f"{_OF_CLAIM}{part}", "") for part in ("name", "namespace"))
+        found = self._sources.sent_there(namespace, name, source.source_id) if self._sources and name else None
+        if found is not None and found.node == self._node_id:
+            return error
+        if found is None or not found.node:
+            why = (
+                f"is not on this node ({topology.KEY} = {self._node_id}), and a volume can be made from it only where "
+                f"it is. Or its store is away: {error}"
+            )
+        else:
+            why = f"is on {found.node}, not on {self._node_id}: a volume is made from it, and used, only there"
+            why += f"; {found.node} is asked for it now" if found.told else ""
+            why += f", and the cluster has no node {found.node}" if found.gone else ""
+        return CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, f"volume_content_source {source} {why}")
 
     def _check_uses(self, uses: Sequence[Capability], backend: Backend) -> None:
         for use in uses:

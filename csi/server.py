@@ -16,7 +16,7 @@ from csi.identity import Identity
 from csi.node import NodeService
 from csi.snapshots import GroupController
 from csi.workers import Workers
-from guestmount import BadRequest, Node
+from guestmount import BadRequest, ClaimSources, Node
 from runvol_proto import csi_pb2
 
 SERVICES = ("identity", "controller", "node")
@@ -46,6 +46,7 @@ class Server:
         version: str,
         services: Collection[str],
         driver: CsiDriver,
+        sources: ClaimSources | None = None,
     ) -> None:
         unknown = sorted(set(services) - set(SERVICES))
         if unknown:
@@ -68,7 +69,8 @@ class Server:
         ]
         if "controller" in services:
             catalog = driver.catalog
-            handlers.append(service_handler("Controller", Controller(node, node_id, catalog), controller, looking))
+            service = Controller(node, node_id, catalog, sources)
+            handlers.append(service_handler("Controller", service, controller, looking))
             if catalog.takes_groups and catalog.grouping is not None:
                 groups = GroupController(catalog.grouping, node_id, catalog)
                 handlers.append(service_handler("GroupController", groups, controller, looking))

@@ -1,5 +1,6 @@
 """How a volume reaches a pod: runtime detection, claims, hand-off dialects, and the verbs of a node."""
 
+from guestmount.claim_sources import ClaimSources
 from guestmount.claims import Claim, Claims, Owner, Target
 from guestmount.detect import Detector, Runtime
 from guestmount.detect import Settings as DetectSettings
@@ -23,6 +24,7 @@ __all__ = [
     "BadRequest",
     "Busy",
     "Claim",
+    "ClaimSources",
     "Claims",
     "Conflict",
     "Delivered",

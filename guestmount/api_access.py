@@ -62,17 +62,23 @@ class Access(Protocol):
         """What tells clusters apart: the authority's certificates, or the address; hashed."""
 
 
-def exchanged(access: Access, path: str, seconds: float, opened: list[Connection]) -> bytes:
+def exchanged(
+    access: Access, path: str, seconds: float, opened: list[Connection], *, replaced: bytes | None = None
+) -> bytes:
     """The body of the answer. OSError or ValueError, with the reason: Denied for 401, Refusal.
 
-    `opened` is told the connection, so that who waits no longer can end it."""
+    `opened` is told the connection, so that who waits no longer can end it. With `replaced` the object is put there."""
     try:
         connection = access.connection(seconds)
     except ssl.SSLError as error:
         raise Denied(f"the certificates cannot be used: {error}") from error
     opened.append(connection)
     try:
-        connection.request("GET", path, headers={"Accept": "application/json", **agent(), **access.headers()})
+        headers = {"Accept": "application/json", **agent(), **access.headers()}
+        if replaced is None:
+            connection.request("GET", path, headers=headers)
+        else:
+            connection.request("PUT", path, replaced, {"Content-Type": "application/json", **headers})
         reply = connection.getresponse()
         body = reply.read(_LARGEST + 1)
     except ssl.SSLError as error:

@@ -105,6 +105,11 @@ class KubernetesApi:
         """The object, or the list, at a path. PodUnknown, WaitExpired."""
         return self._read(what, path, deadline, longest=deadline.remaining())
 
+    def replace(self, what: str, path: str, changed: dict[str, Any], deadline: Deadline) -> None:
+        """Puts an object in the place of the one of the same resourceVersion. PodUnknown where that was not done:
+        somebody has changed it since, or this process may not."""
+        self._read(what, path, deadline, longest=deadline.remaining(), replaced=json.dumps(changed).encode())
+
     def listed(
         self,
         what: str,
@@ -153,16 +158,18 @@ class KubernetesApi:
         if self._config is not None:
             self._config.begin()
 
-    def _read(self, what: str, path: str, deadline: Deadline, *, longest: float = _LONGEST) -> dict[str, Any]:
+    def _read(
+        self, what: str, path: str, deadline: Deadline, *, longest: float = _LONGEST, replaced: bytes | None = None
+    ) -> dict[str, Any]:
         from guestmount.api_access import Denied, Refusal
 
         try:
             access = self._access(deadline)
             try:
-                body = self._asked(what, path, access, deadline, longest)
+                body = self._asked(what, path, access, deadline, longest, replaced)
             except Denied:
                 access = self._access_anew(access, deadline)
-                body = self._asked(what, path, access, deadline, longest)
+                body = self._asked(what, path, access, deadline, longest, replaced)
             reply = json.loads(body)
         except Refusal as error:
             # Others say nothing of what was asked for: 401 and 403 of who asks, 5xx of the server.
@@ -174,7 +181,9 @@ class KubernetesApi:
             raise PodUnknown(f"the API server's answer for {what} is no object")
         return reply
 
-    def _asked(self, what: str, path: str, access: Access, deadline: Deadline, longest: float) -> bytes:
+    def _asked(
+        self, what: str, path: str, access: Access, deadline: Deadline, longest: float, replaced: bytes | None
+    ) -> bytes:
         """Each wait for a byte has its time; all of them together have one here."""
         from guestmount.api_access import exchanged
 
@@ -184,7 +193,7 @@ class KubernetesApi:
             return bounded(
                 f"asking the API server for {what}",
                 Deadline.after(seconds),
-                lambda: exchanged(access, path, seconds, opened),
+                lambda: exchanged(access, path, seconds, opened, replaced=replaced),
             )
         except WaitExpired:
             for connection in opened:  # the thread that waits for it ends

@@ -9,6 +9,7 @@ from functools import partial
 from blockdev import mounts
 from guestmount import (
     Claims,
+    ClaimSources,
     Detector,
     DetectSettings,
     KataDialect,
@@ -143,6 +144,14 @@ def _cluster_exports(config: Config, pods: KubernetesApi | None) -> Callable[[],
         return cluster_exports.said(pods)
 
     return ask
+
+
+def claim_sources(config: Config) -> ClaimSources | None:
+    """Who knows on which node a claim's source is; None without an API."""
+    from csi import topology
+
+    pods = api(config)
+    return None if pods is None else ClaimSources(pods, node_id=config.node_id, key=topology.KEY)
 
 
 def api(config: Config) -> KubernetesApi | None:

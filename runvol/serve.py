@@ -101,6 +101,7 @@ def csi_plugin(config: Config) -> None:
             version=version(),
             services=config.words("csi.services"),
             driver=driver(node, central="node" not in config.words("csi.services")),
+            sources=assembly.claim_sources(config),
         )
         for key, driver in (("csi.endpoint", drivers.of_nodes), ("csi.nfs_endpoint", drivers.of_nfs))
         if config.text(key)

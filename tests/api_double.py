@@ -1,4 +1,5 @@
-"""An API server as far as pods, RuntimeClasses and PersistentVolumes go: get, list by pages, watch with bookmarks.
+"""An API server as far as pods, RuntimeClasses, volumes, claims and snapshots go: get, list by pages, watch with
+bookmarks, replace.
 
 It has a history that ends: who asks for a moment before that is told 410, in an event, as the real one does it.
 """
@@ -14,7 +15,11 @@ from urllib.parse import parse_qs, urlsplit
 
 KINDS = {"/api/v1/pods": "pods", "/apis/node.k8s.io/v1/runtimeclasses": "runtimeclasses",
          "/api/v1/persistentvolumes": "persistentvolumes",
-         "/apis/storage.k8s.io/v1/storageclasses": "storageclasses"}  # fmt: skip
+         "/apis/storage.k8s.io/v1/storageclasses": "storageclasses",
+         "/api/v1/nodes": "nodes",
+         "/api/v1/persistentvolumeclaims": "persistentvolumeclaims",
+         "/apis/snapshot.storage.k8s.io/v1/volumesnapshots": "volumesnapshots",
+         "/apis/snapshot.storage.k8s.io/v1/volumesnapshotcontents": "volumesnapshotcontents"}  # fmt: skip
 
 
 class ApiDouble:
@@ -30,6 +35,8 @@ class ApiDouble:
         # What every question, or every watch, is answered instead: a status, and a body.
         self.says: tuple[int, object] | None = None
         self.says_of_watches: tuple[int, object] | None = None
+        # Who asks may change nothing.
+        self.forbids = False
         # Watches get a byte now and then, and never a line.
         self.drips = False
         # Whether fieldSelector is obeyed, which not every proxy does.
@@ -53,6 +60,9 @@ class ApiDouble:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 double.answer(self)
+
+            def do_PUT(self) -> None:
+                double.replace(self)
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -115,6 +125,22 @@ class ApiDouble:
             self._listed(request, kind, query)
         else:
             self._one(request, parts.path)
+
+    def replace(self, request: BaseHTTPRequestHandler) -> None:
+        """409 for another version than the one that is there."""
+        *_, kind, name = request.path.split("/")
+        self.requests.append((f"PUT {request.path}", request.headers["User-Agent"]))
+        what = json.loads(request.rfile.read(int(request.headers["Content-Length"])))
+        found = self.objects.get(kind, {}).get(name)
+        if self.forbids:
+            _send(request, 403, {"kind": "Status", "code": 403})
+        elif found is None:
+            _send(request, 404, {"kind": "Status", "code": 404})
+        elif found["metadata"]["resourceVersion"] != what["metadata"]["resourceVersion"]:
+            _send(request, 409, {"kind": "Status", "code": 409})
+        else:
+            self.put(kind, name, what)
+            _send(request, 200, self.objects[kind][name])
 
     def _selected(self, kind: str, query: dict[str, str]) -> list[dict[str, Any]]:
         return [one for _name, one in sorted(self.objects[kind].items()) if self._is_wanted(one, query)]

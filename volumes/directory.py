@@ -386,7 +386,7 @@ class DirectoryBackend(Stored):
         available = self.available_bytes()
         if more > available:
             raise NoSpace(
-                f"{more} bytes are asked for and {available} can still be promised in {self._directory}; "
+                f"{more} bytes are asked for and {sizes.about(available)} can still be promised in {self._directory}; "
                 "delete volumes, or give the directory a larger disk"
             )
 

@@ -48,3 +48,9 @@ def check_fits(name: str, capacity: int, size: SizeRange) -> None:
     """VolumeConflict if the volume that has this name already lies outside of the range."""
     if capacity < size.required or (size.limit and capacity > size.limit):
         raise VolumeConflict(name, f"has {capacity} bytes, outside of {size.required} to {size.limit or '∞'}")
+
+
+def about(count: int) -> str:
+    """Bytes for a sentence that stays the same while others write to the disk: rounded down to GiB, or to MiB."""
+    unit, name = (GIBIBYTE, "GiB") if count >= GIBIBYTE else (MEBIBYTE, "MiB")
+    return f"about {max(0, count) // unit} {name}"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from blockdev import Deadline, durable, flocks
-from volumes import copies, marks
+from volumes import copies, marks, sizes
 from volumes.backend import Keeper
 from volumes.busy import Busy
 from volumes.errors import NoSpace, VolumeConflict, VolumeNotFound, VolumeUnfinished
@@ -155,7 +155,7 @@ class Snapshots:
                     return
                 if looks == 1:
                     self._forget()
-        raise NoSpace(f"a snapshot takes {takes} bytes; {max(0, left)} can still be promised")
+        raise NoSpace(f"a snapshot takes {sizes.about(takes)}; {sizes.about(left)} can still be promised")
 
     def files(self) -> list[File]:
         """What they have they keep, although what they were taken from is written over. One that is being taken has

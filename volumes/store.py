@@ -227,8 +227,8 @@ class Store:
                 return
         raise StoreAway(
             f"{one_id} was made by another store than the one in {os.path.dirname(self.path)}: its filesystem may not "
-            "be mounted; mount it and start the plugin again. If that store is lost for good, run "
-            f"`runvol volumes forget {one_id}`"
+            "be mounted (mount it and start the plugin again), or it is another node's. If that store is lost for "
+            f"good, run `runvol volumes forget {one_id}`"
         )
 
     def holds(self, one_id: str) -> bool:

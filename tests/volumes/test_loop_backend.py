@@ -121,6 +121,18 @@ def test_what_is_promised_counts_as_well_as_what_is_used(tmp_path):
     backend.close()
 
 
+def test_a_refusal_for_want_of_room_stays_the_same_while_others_write(tmp_path, monkeypatch):
+    said = set()
+    backend = LoopBackend(str(tmp_path))
+    for free in (12 << 30, (12 << 30) + 5 * MIB + 17, (13 << 30) - 1):
+        monkeypatch.setattr(backend, "available_bytes", lambda free=free: free)
+        with pytest.raises(NoSpace) as refused:
+            create(backend, "a", 20 << 30)
+        said.add(str(refused.value))
+    assert len(said) == 1 and "about 12 GiB can still be promised" in said.pop()
+    backend.close()
+
+
 def test_the_disk_itself_is_the_limit_otherwise(backend):
     with pytest.raises(NoSpace):
         create(backend, required=1 << 50)
