@@ -107,6 +107,9 @@ class Node:
 
     def off(self) -> None:
         """As when the current fails; `on` starts it again with what was on its disk."""
+        for program in self.cluster.programs.values():
+            if program.machine is self.machine:
+                program.forget()  # or it would be there before its turn
         self.machine.off()
         self.cluster.network.leave(self.cluster.machine, self.index)
         cgroups.remove(self.cgroup)
