@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -32,6 +33,8 @@ class ApiDouble:
         self.says_of_watches: tuple[int, object] | None = None
         # Watches get a byte now and then, and never a line.
         self.drips = False
+        # What is forbidden, by path and query.
+        self.refuses: Callable[[str, dict[str, str]], bool] = lambda _path, _query: False
         # Whether fieldSelector is obeyed, which not every proxy does.
         self.selects = True
         self.changed = threading.Condition()
@@ -103,6 +106,8 @@ class ApiDouble:
             time.sleep(0.02)
         kind = KINDS.get(parts.path)
         said = self.says_of_watches if query.get("watch") else self.says
+        if self.refuses(parts.path, query):
+            said = (403, {"kind": "Status", "code": 403, "reason": "Forbidden"})
         if said is not None:
             _send(request, *said)
         elif kind and query.get("watch"):
