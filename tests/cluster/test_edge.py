@@ -64,6 +64,7 @@ def test_pods_come_back_after_a_reboot_while_the_cloud_is_away(edge: Cluster) ->
     edge.wait("every pod writes again", lambda: starts(edge, "all") == 2 * len(NAMES), 180)
     print(f"{len(NAMES)} volumes, {time.monotonic() - began:.0f} s after the power came back")
     node.mend()
+    edge.start(units.PROVISIONER)
     for name in NAMES:
         edge.wait_ready(name)
     assert {one["metadata"]["uid"] for one in edge.list("pods")} == before

@@ -309,7 +309,7 @@ def test_a_node_that_was_off_runs_its_guests_again(
         goes_on(cluster, name, numbers[-1])
         assert starts(cluster, name) == count + 1
     print(f"all are known to write {time.monotonic() - began:.0f} s after the power came back")
-    cluster.start("node1/csi-provisioner")
+    cluster.start(units.PROVISIONER)
 
 
 def test_a_volume_goes_from_runtime_to_runtime(cluster: Cluster, node: Node) -> None:

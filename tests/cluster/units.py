@@ -13,6 +13,8 @@ from tests.cluster.installed import ROOT
 from tests.cluster.node import Node, Settings
 
 PORT = 10261
+# The name of a program of node1's.
+PROVISIONER = "node1/csi-provisioner"
 
 
 def storage_class(name: str, **parameters: str) -> dict[str, Any]:
@@ -28,7 +30,8 @@ def started(cluster: Cluster, settings: Settings, api_server: str) -> Node:
     launched(node, api_server)
     node.on(units=["proxy", "runvol"])
     cluster.apply((ROOT / "deploy/kubernetes/csidrivers.yaml").read_text())
-    cluster.start(installed_provisioner(node))
+    know_provisioner(node)
+    cluster.start(PROVISIONER)
     return node
 
 
@@ -53,7 +56,7 @@ def launched(node: Node, api_server: str) -> None:
         node.launched(name, ["sh", "-c", f"cd {ROOT}; exec {shlex.join(words)}"], keep=True)
 
 
-def installed_provisioner(node: Node) -> str:
+def know_provisioner(node: Node) -> None:
     """In the cloud's time only: nothing is provisioned without it."""
     environment = {"NODE_NAME": node.name, "NAMESPACE": "default", "POD_NAME": "none"}
     node.launched(
@@ -62,4 +65,3 @@ def installed_provisioner(node: Node) -> str:
          "--csi-address=/run/runvol/csi.sock", "--node-deployment", "--strict-topology", "--immediate-topology=false",
          "--enable-capacity", "--capacity-ownerref-level=-1"], keep=True, env=environment,
     )  # fmt: skip
-    return f"{node.name}/csi-provisioner"
