@@ -290,6 +290,24 @@ def test_nothing_outlives_its_shim(cluster: Cluster, node: Node, pods: dict[str,
     assert starts(cluster, name) == last + 1
 
 
+def test_who_follows_a_pod_that_was_forced_away_waits_for_its_guest(
+    cluster: Cluster, node: Node, pods: dict[str, str]
+) -> None:
+    """The guest hangs, and would write on if it went on."""
+    name, before = pods[KATA], written(cluster, pods[KATA])[-1]
+    last, (qemu,) = starts(cluster, name), guests(node, cluster, name)
+    node.run(["kill", "-STOP", qemu])
+    cluster.kubectl("delete", "pod", name, "--force", "--grace-period=0")
+    words = f"belongs to the guest of pod default/{name}"
+    cluster.wait("its follower is refused", lambda: any(words in one for one in cluster.events(name)),
+                 about=("pod", name, "default"))  # fmt: skip
+    assert node.run(["pgrep", "-c", "qemu"]).strip() == "2"
+    node.run(["kill", "-9", qemu])
+    cluster.wait_ready(name, seconds=120)
+    goes_on(cluster, name, before)
+    assert starts(cluster, name) == last + 1
+
+
 @pytest.mark.parametrize("away", [False, True], ids=["", "away"])
 def test_a_node_that_was_off_runs_its_guests_again(
     cluster: Cluster, node: Node, pods: dict[str, str], away: bool
