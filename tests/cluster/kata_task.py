@@ -67,8 +67,8 @@ def protocol() -> SimpleNamespace:
     return SimpleNamespace(**found, Task=file.services_by_name["Task"])
 
 
-def configuration(kind: str, path: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """[runtime] and the table of the hypervisor that it names, or of the first one."""
+def configuration(kind: str, path: str) -> dict[str, Any]:
+    """The table of the hypervisor that [runtime] names, or of the first one. What lies in `config.d` is not read."""
     files = [path] if path else [f"{place}/configuration.toml" for place in _PLACES[kind]]
     found = next((Path(one) for one in files if Path(one).is_file()), None)
     if found is None:
@@ -76,7 +76,10 @@ def configuration(kind: str, path: str) -> tuple[dict[str, Any], dict[str, Any]]
     document = tomllib.loads(found.read_text())
     runtime, hypervisors = document.get("runtime", {}), document.get("hypervisor", {})
     name = runtime.get("hypervisor_name") if kind == "rust" else None
-    return runtime, hypervisors.get(name or next(iter(hypervisors)), {})
+    table: dict[str, Any] = hypervisors.get(name or next(iter(hypervisors)), {})
+    if table.get("shared_fs", "virtio-fs") not in ("virtio-fs", "none"):
+        raise ttrpc.RpcError(INTERNAL, f"shared_fs {table['shared_fs']!r} is not of this shim")
+    return table
 
 
 def settings(kind: str, table: dict[str, Any], shared: Path) -> Settings:
@@ -98,6 +101,7 @@ class Process:
 
     def __init__(self, container_id: str, exec_id: str, bundle: str, request: Any) -> None:
         self.container_id, self.exec_id, self.bundle, self.request = container_id, exec_id, bundle, request
+        self.key = container_id, exec_id
         self.started, self.ended = False, threading.Event()
         self.code, self.at = 0, 0.0
 
@@ -174,7 +178,7 @@ class Shim:
         if request.id == self.sandbox_id:
             options = self.pb.Options.FromString(request.options.value)
             try:
-                self._wanted.set_result(configuration(self.kind, options.config_path)[1])
+                self._wanted.set_result(configuration(self.kind, options.config_path))
                 self._guest.result()
             except Exception as error:
                 raise ttrpc.RpcError(INTERNAL, f"failed to create the sandbox: {error}") from error
@@ -291,7 +295,8 @@ class Shim:
                 with contextlib.suppress(Exception), self._lock:
                     self._sandbox.remove_container(process.container_id)
                 subprocess.run(["umount", "-l", Path(process.bundle, "rootfs")], check=False)
-        del self._processes[process.container_id, process.exec_id]
+        for key in [process.key] if process.exec_id else [one for one in self._processes if one[0] == process.key[0]]:
+            del self._processes[key]
         return self._dated(self.pb.DeleteResponse(pid=self._pid, exit_status=process.code), process)
 
     def State(self, request: Any) -> Any:

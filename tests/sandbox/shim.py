@@ -142,7 +142,9 @@ class Sandbox:
             self.call("CreateContainer", request)
             if start:
                 self.start_container(container_id)
-        except (ttrpc.RpcError, OSError, ValueError, QmpError, ContainerFailed) as error:
+        except (
+            ttrpc.RpcError, OSError, ValueError, QmpError, ContainerFailed, subprocess.CalledProcessError
+        ) as error:  # fmt: skip
             # What a sibling uses too is counted down by this, which is where the Rust shim forgets it.
             for key in plugged:
                 self._unplug(key)
