@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
+from urllib.parse import quote
 
 from blockdev import Deadline, WaitExpired
 from guestmount import KubernetesApi, drivers, runtimes
@@ -20,6 +21,8 @@ _READ = (
     ("PersistentVolumes", "/api/v1/persistentvolumes", "which claim a volume is of"),
     ("StorageClasses", "/apis/storage.k8s.io/v1/storageclasses", "which NFS exports there are"),
 )
+# What a node's own credentials do not list; the driver of NFS has to, the other one reads volumes by their names.
+_FOR_NFS = ("PersistentVolumes", "StorageClasses")
 # What a CSIDriver has to say, and what happens otherwise.
 _FIELDS: Mapping[str, tuple[Any, str]] = {
     "attachRequired": (False, "pods wait for an attacher that does not exist"),
@@ -35,21 +38,28 @@ def examine(config: Config, api: KubernetesApi | None) -> Iterator[Diagnosis]:
                    "detect.default_runtime")  # fmt: skip
         yield Diagnosis(state=WARNING, subject="Kubernetes API", finding=finding)
         return
-    unreadable = [_readable(api, *one) for one in _READ]
+    # The node's pods are all that is followed, and all that its own credentials list.
+    asked = {"pods": f"fieldSelector={quote(f'spec.nodeName={config.node_id}', safe='')}&"}
+    others = () if config.text("csi.nfs_endpoint") else _FOR_NFS
+    unreadable = [
+        _readable(api, what, f"{path}?{asked.get(what, '')}limit=1", why, WARNING if what in others else BROKEN)
+        for what, path, why in _READ
+    ]
     yield from (one for one in unreadable if one is not None)
     if not any(unreadable):
         yield Diagnosis(state=OK, subject="Kubernetes API", finding="answers, and lets pods and classes be read")
-    elif all(one is not None and one.state == BROKEN for one in unreadable):
+    elif all(unreadable):
         return
     yield from _drivers(config, api)
     yield from _handlers(config, api)
 
 
-def _readable(api: KubernetesApi, what: str, path: str, why: str) -> Diagnosis | None:
+def _readable(api: KubernetesApi, what: str, path: str, why: str, state: str) -> Diagnosis | None:
     try:
-        api.one(what, f"{path}?limit=1", Deadline.after(_ASKING))
+        api.one(what, path, Deadline.after(_ASKING))
     except (PodUnknown, WaitExpired) as error:
-        return Diagnosis(state=BROKEN, subject=what, finding=f"cannot be read, so nobody knows {why}: {error}")
+        cost = f"so nobody knows {why}" if state == BROKEN else "which only volumes on NFS need"
+        return Diagnosis(state=state, subject=what, finding=f"cannot be read, {cost}: {error}")
     return None
 
 

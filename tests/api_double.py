@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -39,6 +40,8 @@ class ApiDouble:
         self.forbids = False
         # Watches get a byte now and then, and never a line.
         self.drips = False
+        # What is forbidden, by path and query.
+        self.refuses: Callable[[str, dict[str, str]], bool] = lambda _path, _query: False
         # Whether fieldSelector is obeyed, which not every proxy does.
         self.selects = True
         # Kinds that nobody here may ask for.
@@ -115,6 +118,8 @@ class ApiDouble:
             time.sleep(0.02)
         kind = KINDS.get(parts.path)
         said = self.says_of_watches if query.get("watch") else self.says
+        if self.refuses(parts.path, query):
+            said = (403, {"kind": "Status", "code": 403, "reason": "Forbidden"})
         if said is not None:
             _send(request, *said)
         elif any(f"/{kind}" in parts.path for kind in self.denied):

@@ -165,14 +165,20 @@ class Cluster:
         ]
 
     def _loop_devices(self) -> list[str]:
-        """Those over files of the nodes: nobody detaches them when a node is switched off."""
+        """Those over files of the nodes, after kubelet's over those: nobody detaches them when a node is switched off."""
         columns = ("--list", "--noheadings", "--output=NAME,BACK-MAJ:MIN,BACK-INO")
-        listed = subprocess.run(["losetup", *columns], capture_output=True, text=True, check=True).stdout
-        found = [
+        done = subprocess.run(["losetup", *columns], capture_output=True, text=True, check=True).stdout
+        listed = [(name, (device, inode)) for name, device, inode in map(str.split, done.splitlines())]
+        found: list[str] = []
+        below = [
             status for path in self.directory.glob("*/runvol/**/*") if stat.S_ISREG((status := path.lstat()).st_mode)
         ]
-        ours = {(f"{os.major(one.st_dev)}:{os.minor(one.st_dev)}", str(one.st_ino)) for one in found}
-        return [name for name, device, inode in map(str.split, listed.splitlines()) if (device, inode) in ours]
+        while below:
+            ours = {(f"{os.major(one.st_dev)}:{os.minor(one.st_dev)}", str(one.st_ino)) for one in below}
+            over = [name for name, backing in listed if backing in ours and name not in found]
+            found = over + found
+            below = [os.stat(name) for name in over]
+        return found
 
     def start(self, name: str) -> None:
         """Starts a program that was stopped or killed, and waits until it serves where that can be seen."""

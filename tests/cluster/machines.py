@@ -111,9 +111,13 @@ class Program:
 
     def stop(self, seconds: float = 20.0) -> None:
         """SIGTERM, then SIGKILL if that takes too long; the machine's other processes go on."""
-        self._unwanted.set()
+        self.forget()
         if self.running and not self._ends(signal.SIGTERM, seconds):
             self.kill()
+
+    def forget(self) -> None:
+        """It is not started again when it ends."""
+        self._unwanted.set()
 
     def kill(self) -> None:
         """SIGKILL; a kept program comes back by itself."""

@@ -8,6 +8,8 @@ root lie in the node's directory itself. Devices are the machine's: loop devices
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -23,6 +25,13 @@ if TYPE_CHECKING:
     from tests.cluster.cluster import Cluster
 
 CONTAINERD_SOCKET = Path("/run/containerd/containerd.sock")
+_TREE = Path(__file__).resolve().parents[2]
+_KATA_SHIM = "bin/containerd-shim-kata-v2"
+
+
+def _kata_place(text: str) -> Path:
+    """Below /var/lib; the Rust shim's configuration is the one that says `virt_container`."""
+    return Path("/var/lib/kata/runtime-rs" if "virt_container" in text else "/var/lib/kata")
 
 
 @dataclass(frozen=True)
@@ -30,13 +39,15 @@ class Settings:
     """What differs between nodes.
 
     `kubelet` is merged into KubeletConfiguration; `shims` are runtime handlers by name, each with the path of its
-    shim; `containerd` is more of containerd's configuration, as TOML. `root` is kubelet's root directory, below
+    shim; `kata` are handlers whose pods run in a guest, each with Kata's configuration as TOML, which may be the Rust
+    shim's. `containerd` is more of containerd's configuration, as TOML. `root` is kubelet's root directory, below
     /var/lib or one that exists already.
     """
 
     kubelet: Mapping[str, Any] = field(default_factory=dict)
     kubelet_flags: Sequence[str] = ()
     shims: Mapping[str, Path] = field(default_factory=dict)
+    kata: Mapping[str, str] = field(default_factory=dict)
     containerd: str = ""
     root: Path = Path("/var/lib/kubelet")
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -96,6 +107,9 @@ class Node:
 
     def off(self) -> None:
         """As when the current fails; `on` starts it again with what was on its disk."""
+        for program in self.cluster.programs.values():
+            if program.machine is self.machine:
+                program.forget()  # or it would be there before its turn
         self.machine.off()
         self.cluster.network.leave(self.cluster.machine, self.index)
         cgroups.remove(self.cgroup)
@@ -154,6 +168,8 @@ class Node:
     def _write(self) -> None:
         for name in ("containerd", "kubelet", "runvol", "etc/containerd", "etc-work", "var-lib", "var-lib-work", "pki"):
             (self.directory / name).mkdir(parents=True, exist_ok=True)
+        for handler, text in self.settings.kata.items():
+            self._write_kata(handler, text)
         write_pod_network(self.directory / "etc/cni/net.d", self.cluster.network.pods(self.index))
         (self.directory / "etc/resolv.conf").write_text("nameserver 127.0.0.1\n")
         (self.directory / "etc/containerd/config.toml").write_text(self._containerd_config())
@@ -161,6 +177,18 @@ class Node:
         self.cluster.certificates.kubeconfig(
             self.name, f"/O=system:nodes/CN=system:node:{self.name}", self.cluster.server
         )
+
+    def _write_kata(self, handler: str, text: str) -> None:
+        """The shim where Kata's own installation has it, which tells the two apart, and the configuration."""
+        inside = _kata_place(text)
+        shim, configuration = (self.directory / str(path).lstrip("/").replace("var/lib", "var-lib", 1)
+                               for path in (inside / _KATA_SHIM, inside / f"{handler}.toml"))  # fmt: skip
+        shim.parent.mkdir(parents=True, exist_ok=True)
+        kind = "rust" if "runtime-rs" in inside.parts else "go"
+        words = shlex.join([sys.executable, "-m", "tests.cluster.kata_shim", kind])
+        shim.write_text(f'#!/bin/sh\nPYTHONPATH={shlex.quote(str(_TREE))} exec {words} "$@"\n')
+        shim.chmod(0o755)
+        configuration.write_text(text)
 
     def _mount(self) -> None:
         script = """
@@ -188,6 +216,13 @@ class Node:
             f"[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.{name}]\n"
             f"runtime_type = 'io.containerd.runc.v2'\nruntime_path = '{shim}'\n"
             for name, shim in self.settings.shims.items()
+        )
+        runtimes += "".join(
+            f"[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.{name}]\n"
+            f"runtime_type = 'io.containerd.kata.v2'\nruntime_path = '{_kata_place(text) / _KATA_SHIM}'\n"
+            f"[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.{name}.options]\n"
+            f"ConfigPath = '{_kata_place(text) / name}.toml'\n"
+            for name, text in self.settings.kata.items()
         )
         return f"""version = 3
 imports = ['/etc/containerd/conf.d/*.toml']

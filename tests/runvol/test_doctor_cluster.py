@@ -28,7 +28,9 @@ def api() -> Iterator[ApiDouble]:
         one.stop()
 
 
-def lines(api: ApiDouble, tmp_path: Path, *, url: str = "") -> dict[str, tuple[str, str]]:
+def lines(
+    api: ApiDouble, tmp_path: Path, *, url: str = "", nfs: str = "unix:///run/n.sock"
+) -> dict[str, tuple[str, str]]:
     containerd = tmp_path / "config.toml"
     containerd.write_text(
         "version = 3\n"
@@ -37,7 +39,7 @@ def lines(api: ApiDouble, tmp_path: Path, *, url: str = "") -> dict[str, tuple[s
             for name in ("runc", "kata")
         )
     )
-    flags = {"paths.containerd_config": str(containerd), "node.id": "n", "csi.nfs_endpoint": "unix:///run/n.sock"}
+    flags = {"paths.containerd_config": str(containerd), "node.id": "n", "csi.nfs_endpoint": nfs}
     loaded = config.load(file=None, flags=flags, environment={})
     found = doctor_cluster.examine(loaded, KubernetesApi(server=url or api.url, account=str(tmp_path)))
     return {one.subject: (one.state, one.finding) for one in found}
@@ -60,6 +62,20 @@ def test_a_server_that_is_away_is_told_for_each_question(api, tmp_path):
     found = lines(api, tmp_path)
     assert {state for state, _ in found.values()} == {"broken"} and len(found) == 4
     assert "which runtime a pod has" in found["pods"][1]
+
+
+@pytest.mark.parametrize(("nfs", "state"), [("", "warning"), ("unix:///run/n.sock", "broken")])
+def test_a_nodes_own_credentials_are_enough_without_nfs(api, tmp_path, nfs, state):
+    """kubelet's: they list the node's pods and the RuntimeClasses, and neither volumes nor StorageClasses."""
+
+    def refuses(path: str, query: dict[str, str]) -> bool:
+        others_pods = path == "/api/v1/pods" and query.get("fieldSelector") != "spec.nodeName=n"
+        return others_pods or path.endswith(("/persistentvolumes", "/storageclasses"))
+
+    api.refuses = refuses
+    found = lines(api, tmp_path, nfs=nfs)
+    assert "pods" not in found and "RuntimeClasses" not in found
+    assert {found[what][0] for what in ("PersistentVolumes", "StorageClasses")} == {state}
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,9 @@ from tests.sandbox.vm import VM, QmpError
 GO, RUST = "go", "rust"
 _AGENT = "grpc.AgentService"
 _GUEST_SHARED = "/run/kata-containers/shared/containers"
-_GUEST_STORAGE = "/run/kata-containers/sandbox/storage"
+_GUEST_SANDBOX = "/run/kata-containers/sandbox"
+_GUEST_STORAGE = f"{_GUEST_SANDBOX}/storage"
+_EMPTY_DIR = "/volumes/kubernetes.io~empty-dir/"
 
 
 class ContainerFailed(Exception):
@@ -103,15 +105,25 @@ class Sandbox:
             request.storages.add(
                 driver="virtio-fs", source="kataShared", fstype="virtiofs", mount_point=_GUEST_SHARED, options=["nodev"]
             )
+        request.storages.add(driver="ephemeral", source="shm", fstype="tmpfs", mount_point=f"{_GUEST_SANDBOX}/shm")
         self.call("CreateSandbox", request)
         return self
 
     # -- containers
 
-    def create_container(self, bundle: Path, container_id: str, rootfs: list[dict[str, Any]] | None = None) -> None:
+    def create_container(
+        self,
+        bundle: Path,
+        container_id: str,
+        rootfs: list[dict[str, Any]] | None = None,
+        *,
+        image: Path | None = None,
+        start: bool = True,
+    ) -> None:
         """From `<bundle>/config.json`. ContainerFailed where the shim or the agent refuses.
 
-        `rootfs` are the mounts that containerd passes for the root filesystem; without them it is the guest's own.
+        `rootfs` are the mounts that containerd passes for the root filesystem, `image` is where they are mounted, to be
+        shared; without either it is the guest's own.
         """
         spec = json.loads((bundle / "config.json").read_text())
         request = kata_agent_pb2.CreateContainerRequest(container_id=container_id, exec_id=container_id)
@@ -124,15 +136,24 @@ class Sandbox:
             _fill_oci(request.OCI, spec)
             if rootfs is not None:
                 self._block_rootfs(rootfs, request, container_id, plugged)
+            if image is not None:
+                request.OCI.Root.Path = self._bind(str(image), f"{container_id}-rootfs")
             self.storages = list(request.storages)
             self.call("CreateContainer", request)
-            self.call("StartContainer", kata_agent_pb2.StartContainerRequest(container_id=container_id))
-        except (ttrpc.RpcError, OSError, ValueError, QmpError, ContainerFailed) as error:
+            if start:
+                self.start_container(container_id)
+        except (
+            ttrpc.RpcError, OSError, ValueError, QmpError, ContainerFailed, subprocess.CalledProcessError
+        ) as error:  # fmt: skip
             # What a sibling uses too is counted down by this, which is where the Rust shim forgets it.
             for key in plugged:
                 self._unplug(key)
             raise ContainerFailed(str(error)) from error
         self._containers[container_id] = plugged
+
+    def start_container(self, container_id: str) -> None:
+        """Its first process, once; ttrpc.RpcError with the agent's words."""
+        self.call("StartContainer", kata_agent_pb2.StartContainerRequest(container_id=container_id))
 
     def run(self, container_id: str, *arguments: str, timeout: float = 120.0) -> tuple[int, str]:
         """A process in the container; its exit status and its output."""
@@ -171,6 +192,7 @@ class Sandbox:
         self.call("RemoveContainer", kata_agent_pb2.RemoveContainerRequest(container_id=container_id, timeout=10))
         for key in self._containers.pop(container_id):
             self._unplug(key)
+        self._unbind(f"{container_id}-")
 
     def destroy(self) -> None:
         for drive in [*self.drives.values(), *self.forgotten]:
@@ -178,9 +200,7 @@ class Sandbox:
                 self._pull(drive)
         self.drives.clear()
         self.forgotten.clear()
-        for bind in self._binds:
-            subprocess.run(["umount", "-l", str(bind)], check=False)  # virtiofsd keeps what a guest has looked at
-        self._binds.clear()
+        self._unbind("")
 
     def volume_stats(self, guest_path: str) -> kata_csi_pb2.VolumeStatsResponse:
         request = kata_agent_pb2.VolumeStatsRequest(volume_guest_path=guest_path)
@@ -199,6 +219,8 @@ class Sandbox:
         )
         if not is_bind:
             return  # any other type is the agent's to mount
+        if self._is_local(mount, oci, request):
+            return
         info = self._direct_volume(mount["source"])
         if info is None:
             self._share(mount["source"], oci, container_id)
@@ -214,6 +236,21 @@ class Sandbox:
             oci.options.extend(info["options"])
         elif not {"bind", "rbind"} & set(oci.options):
             oci.options.append("bind")
+
+    @staticmethod
+    def _is_local(mount: dict[str, Any], oci: Any, request: Any) -> bool:
+        """What both shims keep in the guest: shared memory, and kubelet's empty directories, in memory or not."""
+        if mount["destination"] == "/dev/shm":
+            oci.source, oci.type = f"{_GUEST_SANDBOX}/shm", "bind"
+            return True
+        if _EMPTY_DIR not in mount["source"] or not os.path.isdir(mount["source"]):
+            return False
+        driver = "ephemeral" if os.path.ismount(mount["source"]) else "local"
+        oci.source = f"{_GUEST_SANDBOX}/{driver}/{os.path.basename(mount['source'])}"
+        oci.type = "bind"
+        fstype = "tmpfs" if driver == "ephemeral" else driver
+        request.storages.add(driver=driver, source=driver, fstype=fstype, mount_point=oci.source)
+        return True
 
     def _direct_volume(self, source: str) -> dict[str, Any] | None:
         """mountInfo for the mount's source, byte for byte; None where the shim falls back to sharing."""
@@ -259,9 +296,12 @@ class Sandbox:
 
     def _share(self, source: str, oci: Any, container_id: str) -> None:
         """Both shims bind the host's path into the directory that virtiofsd exports."""
+        oci.source = self._bind(source, f"{container_id}-{secrets.token_hex(4)}-{os.path.basename(oci.destination)}")
+
+    def _bind(self, source: str, name: str) -> str:
+        """Its path in the guest."""
         if self.settings.shared is None:
             raise ContainerFailed(f"{source} cannot be shared: no shared filesystem")
-        name = f"{container_id}-{secrets.token_hex(4)}-{os.path.basename(oci.destination)}"
         place = self.settings.shared / name
         if os.path.isdir(source):
             place.mkdir()
@@ -269,7 +309,12 @@ class Sandbox:
             place.touch()
         subprocess.run(["mount", "--bind", source, str(place)], check=True)
         self._binds.append(place)
-        oci.source = f"{_GUEST_SHARED}/{name}"
+        return f"{_GUEST_SHARED}/{name}"
+
+    def _unbind(self, prefix: str) -> None:
+        for bind in [one for one in self._binds if one.name.startswith(prefix)]:
+            subprocess.run(["umount", "-l", str(bind)], check=False)  # virtiofsd keeps what a guest has looked at
+            self._binds.remove(bind)
 
     # -- devices
 
@@ -436,6 +481,9 @@ def _fill_oci(oci: Any, spec: dict[str, Any]) -> None:
     oci.Process.Args.extend(process["args"])
     oci.Process.Env.extend(process.get("env", []))
     oci.Process.Cwd = process.get("cwd", "/")
+    user = process.get("user", {})
+    oci.Process.User.UID, oci.Process.User.GID = user.get("uid", 0), user.get("gid", 0)
+    oci.Process.User.AdditionalGids.extend(user.get("additionalGids", []))
     oci.Root.Path = ""  # the test guest's own root is every container's
     oci.Root.Readonly = False
 

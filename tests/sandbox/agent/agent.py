@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import glob
 import os
+import select
 import signal
 import stat
 import subprocess
@@ -23,6 +24,8 @@ from google.protobuf.empty_pb2 import Empty  # noqa: E402
 from runvol_proto import kata_agent_pb2, kata_csi_pb2, kata_health_pb2  # noqa: E402
 
 PORT = "agent.channel.0"
+PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+_DEVICES = (("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0))
 _libc = ctypes.CDLL(None, use_errno=True)
 _FLAGS = {
     "defaults": (False, 0), "ro": (False, 1), "rw": (True, 1), "nosuid": (False, 2), "suid": (True, 2),
@@ -194,73 +197,143 @@ class Storages:
 
 
 class Process:
-    """A process in a container's mount namespace and root."""
+    """A further process in a container's namespaces and root."""
 
-    def __init__(self, process, namespace, rootfs):
+    def __init__(self, process, keeper, rootfs):
         environment = dict(pair.split("=", 1) for pair in process.Env)
         # A container's own mounts are seen by entering its namespace, then its root.
         self._child = subprocess.Popen(
-            ["/bin/busybox", "nsenter", f"--mount={namespace}", "/bin/busybox", "chroot", rootfs, *process.Args],
-            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", **environment},
+            ["/bin/busybox", "nsenter", f"--mount=/proc/{keeper}/ns/mnt", f"--pid=/proc/{keeper}/ns/pid",
+             "/bin/busybox", "chroot", rootfs, *process.Args],
+            env={"PATH": PATH, **environment},
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
+        self.pipes = {"stdout": self._child.stdout.fileno(), "stderr": self._child.stderr.fileno()}
 
     def wait(self):
-        return self._child.wait()
-
-    def read(self, which, count):
-        pipe = self._child.stdout if which == "stdout" else self._child.stderr
-        return os.read(pipe.fileno(), min(count, 1 << 20))
+        code = self._child.wait()
+        return 128 - code if code < 0 else code
 
     def signal(self, number):
         if self._child.poll() is None:
             os.killpg(self._child.pid, number)
 
 
+class Init:
+    """A container's first process, which it begins as a fork of the agent's; all others end with it."""
+
+    # No other one keeps a copy of its pipes.
+    _one = threading.Lock()
+
+    def __init__(self, prepare, process, rootfs):
+        self._lock, self._code = threading.Lock(), None
+        # Of the thread that calls, which has no other children: every request has its own.
+        if _libc.unshare(0x20000000) < 0:
+            fail("no namespace of processes")
+        with self._one:
+            self._answer, self._said = os.pipe()
+            self._go, self._start = os.pipe()
+            (out, self._out), (err, self._err) = os.pipe(), os.pipe()
+            self.pipes = {"stdout": out, "stderr": err}
+            self.pid = os.fork()
+            if self.pid == 0:
+                self._begin(prepare, process, rootfs)
+            for fd in (self._said, self._go, self._out, self._err):
+                os.close(fd)
+
+    def _begin(self, prepare, process, rootfs):
+        try:
+            os.setsid()
+            prepare()
+            os.write(self._said, b"ok")
+            os.read(self._go, 1)
+            user = process.User
+            for number, fd in enumerate((os.open("/dev/null", os.O_RDONLY), self._out, self._err)):
+                os.dup2(fd, number)
+            os.chroot(rootfs)
+            os.chdir(process.Cwd or "/")
+            os.setgroups(list(user.AdditionalGids))
+            os.setgid(user.GID)
+            os.setuid(user.UID)
+            environment = {"PATH": PATH, **dict(pair.split("=", 1) for pair in process.Env)}
+            os.execvpe(process.Args[0], list(process.Args), environment)  # noqa: S606
+        except OSError as error:
+            os.write(self._said, f"{process.Args[0]}: {error.strerror} (os error {error.errno})".encode())
+        except BaseException as error:
+            os.write(self._said, str(error).encode())
+        finally:
+            os._exit(127)
+
+    def ready(self):
+        """Its mounts are made."""
+        if not select.select([self._answer], [], [], 20.0)[0]:
+            fail("timed out waiting for the container's mounts")
+        if (said := os.read(self._answer, 4096)) != b"ok":
+            fail(said.decode() or "the container's first process has ended")
+
+    def start(self):
+        os.write(self._start, b"x")
+        if said := os.read(self._answer, 4096):
+            fail(f"failed to exec {said.decode()}")
+
+    def wait(self):
+        with self._lock:
+            if self._code is None:
+                code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+                self._code = 128 - code if code < 0 else code
+            return self._code
+
+    def signal(self, number):
+        if self._code is None:
+            try:
+                os.kill(self.pid, number)
+            except ProcessLookupError:
+                pass
+
+
 class Container:
-    """Mount namespace, rootfs, storages and processes of one container."""
+    """Rootfs, storages and processes of one container."""
 
     def __init__(self, request):
         self.id, self.request, self.processes = request.container_id, request, {}
         self.rootfs = f"/run/kata-containers/{self.id}/rootfs"
-        self.namespace = f"/run/kata-containers/{self.id}/mntns"
         self.mounted_storages = []
         self.devices = []
 
     def make_namespace(self):
-        """rustjail's order: the root, then every mount of the bundle, all invisible to the rest of the guest."""
         os.makedirs(self.rootfs, exist_ok=True)
-        keeper = os.fork()
-        if keeper == 0:
-            try:
-                if _libc.unshare(0x00020000) < 0:
-                    os._exit(100)
-                mount("none", "/", "", (1 << 18) | 16384, "")
-                mount(self.request.OCI.Root.Path or "/", self.rootfs, "bind", 4096, "")
-                for one in self.request.OCI.Mounts:
-                    self._mount_in(one)
-                for path, number in self.devices:
-                    node = self.rootfs + path
-                    os.makedirs(os.path.dirname(node), exist_ok=True)
-                    if os.path.lexists(node):
-                        os.unlink(node)
-                    os.mknod(node, stat.S_IFBLK | 0o660, number)
-                with open(f"/run/kata-containers/{self.id}/ready", "w") as ready:
-                    ready.write("ok")
-                signal.pause()
-            except ttrpc.RpcError as error:
-                with open(f"/run/kata-containers/{self.id}/ready", "w") as ready:
-                    ready.write(str(error))
-            finally:
-                os._exit(0)
-        self.keeper = keeper
-        self.namespace = f"/proc/{keeper}/ns/mnt"
-        path = f"/run/kata-containers/{self.id}/ready"
-        said = wait_for("the container's mounts", lambda: os.path.exists(path) and open(path).read())
-        os.unlink(path)
-        if said != "ok":
-            self.end_namespace()
-            fail(said)
+        self.init = self.processes[self.id] = Init(self._prepare, self.request.OCI.Process, self.rootfs)
+        try:
+            self.init.ready()
+        except ttrpc.RpcError:
+            self.init.signal(signal.SIGKILL)
+            self.init.wait()
+            raise
+
+    def _prepare(self):
+        """rustjail's order: the root, then every mount of the bundle, all invisible to the rest of the guest."""
+        if _libc.unshare(0x00020000) < 0:
+            fail("no namespace of mounts")
+        mount("none", "/", "", (1 << 18) | 16384, "")
+        mount(self.request.OCI.Root.Path or "/", self.rootfs, "bind", 4096, "")
+        for one in self.request.OCI.Mounts:
+            self._mount_in(one)
+            if one.destination == "/dev":
+                self._default_devices()
+        for path, number in self.devices:
+            node = self.rootfs + path
+            os.makedirs(os.path.dirname(node), exist_ok=True)
+            if os.path.lexists(node):
+                os.unlink(node)
+            os.mknod(node, stat.S_IFBLK | 0o660, number)
+
+    def _default_devices(self):
+        for name, major, minor in _DEVICES:
+            os.mknod(f"{self.rootfs}/dev/{name}", stat.S_IFCHR | 0o666, os.makedev(major, minor))
+            os.chmod(f"{self.rootfs}/dev/{name}", 0o666)
+        for name, target in (("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2"),
+                             ("ptmx", "pts/ptmx")):  # fmt: skip
+            os.symlink(target, f"{self.rootfs}/dev/{name}")
 
     def _mount_in(self, one):
         target = self.rootfs + one.destination
@@ -279,14 +352,8 @@ class Container:
                 mount("none", target, "", 4096 | 32 | 1, "")
         else:
             os.makedirs(target, exist_ok=True)
-            mount(one.source, target, one.type, flags & ~_PROPAGATION, data)
-
-    def end_namespace(self):
-        try:
-            os.kill(self.keeper, signal.SIGKILL)
-            os.waitpid(self.keeper, 0)
-        except (OSError, ChildProcessError):
-            pass
+            fstype = "cgroup2" if one.type == "cgroup" else one.type
+            mount(one.source, target, fstype, flags & ~_PROPAGATION, data)
 
 
 class Agent:
@@ -331,16 +398,13 @@ class Agent:
         return self.containers.get(container_id) or fail("invalid container id", ttrpc.INVALID_ARGUMENT)
 
     def StartContainer(self, request):
-        container = self._container(request.container_id)
-        self._run(container, container.id, container.request.OCI.Process)
+        self._container(request.container_id).init.start()
         return Empty()
 
     def ExecProcess(self, request):
-        self._run(self._container(request.container_id), request.exec_id, request.process)
+        container = self._container(request.container_id)
+        container.processes[request.exec_id] = Process(request.process, container.init.pid, container.rootfs)
         return Empty()
-
-    def _run(self, container, exec_id, process):
-        container.processes[exec_id] = Process(process, container.namespace, container.rootfs)
 
     def _process(self, request):
         container = self._container(request.container_id)
@@ -355,17 +419,19 @@ class Agent:
         return kata_agent_pb2.WaitProcessResponse(status=self._process(request).wait())
 
     def ReadStdout(self, request):
-        return kata_agent_pb2.ReadStreamResponse(data=self._process(request).read("stdout", request.len))
+        return kata_agent_pb2.ReadStreamResponse(data=self._read(request, "stdout"))
 
     def ReadStderr(self, request):
-        return kata_agent_pb2.ReadStreamResponse(data=self._process(request).read("stderr", request.len))
+        return kata_agent_pb2.ReadStreamResponse(data=self._read(request, "stderr"))
+
+    def _read(self, request, which):
+        return os.read(self._process(request).pipes[which], min(request.len, 1 << 20))
 
     def RemoveContainer(self, request):
         container = self._container(request.container_id)
         for process in container.processes.values():
             process.signal(signal.SIGKILL)
             process.wait()
-        container.end_namespace()
         for mount_point in reversed(container.mounted_storages):
             self.storages.remove(mount_point)
         del self.containers[request.container_id]
