@@ -22,6 +22,7 @@ from guestmount import (
     registration,
     repair,
 )
+from guestmount.containerd_places import Places
 from guestmount.cri import Sandboxes
 from guestmount.known_pods import KnownPods
 from guestmount.written import Trust
@@ -70,7 +71,7 @@ def build(config: Config, *, check_patience: float = PATIENCE) -> Node:
         guest_filesystems=Trust(config.text("node.guest_filesystems")),
         check_patience=check_patience,
         copy_gives_way=config.number("loop.copy_gives_way_seconds"),
-        sandboxes=Sandboxes(endpoint=config.text("cri.endpoint"), roots=config.words("node.roots")),
+        sandboxes=Sandboxes(endpoint=lambda: places(config).taken().endpoint, roots=config.words("node.roots")),
     )
     node.claims.remake = partial(repair.remade, node)
     return node
@@ -107,6 +108,20 @@ def kata_root(config: Config) -> str:
     return os.path.join(config.text("paths.host_root"), config.text("paths.kata_root").lstrip("/"))
 
 
+def places(config: Config) -> Places:
+    """Where kubelet's containerd is, as far as it is set."""
+    return Places(
+        config=config.text("paths.containerd_config"),
+        endpoint=config.text("cri.endpoint"),
+        root=config.text("paths.host_root"),
+    )
+
+
+def kept_containerd(config: Config) -> str:
+    """The file of what the running containerd said last."""
+    return os.path.join(config.text("paths.run_dir"), "containerd.json")
+
+
 def known_pods(config: Config, pods: KubernetesApi | None) -> KnownPods | None:
     """All that can tell of this node's pods, which follows them once it is started; None without an API."""
     if pods is None:
@@ -120,6 +135,8 @@ def detector(config: Config, known: KnownPods | None = None) -> Detector:
     return Detector(
         DetectSettings(
             containerd_config=config.text("paths.containerd_config"),
+            cri_endpoint=config.text("cri.endpoint"),
+            kept=kept_containerd(config),
             sandbox_handlers=config.words("detect.sandbox_handlers"),
             host_handlers=config.words("detect.host_handlers"),
             default_runtime=config.text("detect.default_runtime"),

@@ -59,7 +59,10 @@ TABLE: Mapping[str, Setting] = {
     "paths.direct_volumes": Setting(
         default="/run/kata-containers/shared/direct-volumes", meaning="where Kata's shims look for direct volumes"
     ),
-    "paths.containerd_config": Setting(default="/etc/containerd/config.toml", meaning="containerd's configuration"),
+    "paths.containerd_config": Setting(
+        default="auto",
+        meaning="configuration of kubelet's containerd; `auto`: /etc/containerd/config.toml, else k3s's, else RKE2's",
+    ),
     "paths.host_root": Setting(
         default="/", meaning="the node's root, as runvol sees it: where containerd's and Kata's configuration is read"
     ),
@@ -116,9 +119,10 @@ TABLE: Mapping[str, Setting] = {
         default=(), meaning="where devices and images may lie that FlexVolume volumes name by `device`; empty for none"
     ),
     "cri.endpoint": Setting(
-        default="unix:///run/containerd/containerd.sock",
-        meaning="where the container runtime is asked whether a pod's sandbox lives (CRI); empty for never: volumes "
-        "that a sandbox has then grow with its next pod only",
+        default="auto",
+        meaning="where the container runtime is asked which runtimes it has and whether a pod's sandbox lives (CRI); "
+        "`auto`: the socket of that containerd, below paths.host_root; empty for never: then its file counts, and "
+        "volumes that a sandbox has grow with its next pod only",
     ),
     "nri.socket": Setting(default="/var/run/nri/nri.sock", meaning="the container runtime's NRI socket"),
     "csi.endpoint": Setting(
