@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 from blockdev import mounts
 from guestmount import (
@@ -31,6 +32,9 @@ from volumes import Catalog
 from volumes.exports import Said
 from volumes.jobs import PATIENCE
 from volumes.registry import Settings
+
+if TYPE_CHECKING:
+    from guestmount.kubelet_pods import KubeletPods
 
 
 def build(config: Config, *, check_patience: float = PATIENCE) -> Node:
@@ -127,7 +131,21 @@ def known_pods(config: Config, pods: KubernetesApi | None) -> KnownPods | None:
     if pods is None:
         return None
     kept, follows = os.path.join(config.text("paths.state_dir"), "answers"), "node" in config.words("csi.services")
-    return KnownPods(pods, node=config.node_id, kept=kept, follows=follows, roots=config.words("node.roots"))
+    return KnownPods(
+        pods, node=config.node_id, kept=kept, follows=follows, roots=config.words("node.roots"),
+        kubelet=kubelet_pods(config, pods),
+    )  # fmt: skip
+
+
+def kubelet_pods(config: Config, pods: KubernetesApi) -> KubeletPods | None:
+    """Kubelet's own list of its pods; None if it is not to be asked."""
+    if not config.text("detect.kubelet"):
+        return None
+    from guestmount.kubelet_pods import KubeletPods
+
+    return KubeletPods(
+        config.text("detect.kubelet"), pods, node=config.node_id, authority=config.text("detect.kubelet_ca")
+    )
 
 
 def detector(config: Config, known: KnownPods | None = None) -> Detector:

@@ -9,6 +9,7 @@ from blockdev import Deadline, WaitExpired
 from guestmount import KubernetesApi, drivers
 from guestmount.pods import PodUnknown
 from guestmount.running_containerd import Answer
+from runvol import assembly
 from runvol.config import Config
 from runvol.diagnosis import BROKEN, OK, WARNING, Diagnosis
 
@@ -36,6 +37,7 @@ def examine(config: Config, api: KubernetesApi | None, containerd: Answer) -> It
                    "detect.default_runtime")  # fmt: skip
         yield Diagnosis(state=WARNING, subject="Kubernetes API", finding=finding)
         return
+    yield from _kubelet(config, api)
     unreadable = [_readable(api, *one) for one in _READ]
     yield from (one for one in unreadable if one is not None)
     if not any(unreadable):
@@ -52,6 +54,19 @@ def _readable(api: KubernetesApi, what: str, path: str, why: str) -> Diagnosis |
     except (PodUnknown, WaitExpired) as error:
         return Diagnosis(state=BROKEN, subject=what, finding=f"cannot be read, so nobody knows {why}: {error}")
     return None
+
+
+def _kubelet(config: Config, api: KubernetesApi) -> Iterator[Diagnosis]:
+    kubelet = assembly.kubelet_pods(config, api)
+    if kubelet is None:
+        return
+    try:
+        count = len(kubelet.pods(Deadline.after(_ASKING)))
+    except PodUnknown as error:
+        finding = f"cannot be asked, so it tells of no pod while the API is away: {error}"
+        yield Diagnosis(state=WARNING, subject="kubelet's pods", finding=finding)
+        return
+    yield Diagnosis(state=OK, subject="kubelet's pods", finding=f"{count} are told by {config.text('detect.kubelet')}")
 
 
 def _drivers(config: Config, api: KubernetesApi) -> Iterator[Diagnosis]:
