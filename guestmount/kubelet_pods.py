@@ -72,7 +72,7 @@ class KubeletPods:
             self._lock.release()
 
     def _access(self) -> ByKubeconfig:
-        """Its certificate is in the node's name, also where it is asked on the loopback."""
+        """Its certificate is in the node's name, whatever the address: its own, and one that a cluster signs."""
         parts = urlsplit(self._address)
         if parts.scheme == "http":
             return ByKubeconfig(Resolved(server=self._address), "")
@@ -85,7 +85,7 @@ class KubeletPods:
         loopback = _LOOPBACK.match(parts.hostname or "") is not None
         made = Resolved(
             server=self._address, token=account.headers().get("Authorization", ""), authority=authority,
-            verify=bool(authority) or not loopback, server_name=self._node if loopback else "",
+            verify=bool(authority) or not loopback, server_name=self._node,
             certificate=known.certificate, key=known.key,
         )  # fmt: skip
         return ByKubeconfig(made, "")
