@@ -8,7 +8,7 @@ disabled (`disabled_plugins`), and is none of kubelet's.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from guestmount import runtimes
 from guestmount.runtimes import in_root
@@ -37,12 +37,14 @@ PLACES = (
 @dataclass(frozen=True, kw_only=True)
 class Taken:
     """`endpoint`: as this process reaches it (`unix://…`), empty for never. `certain`: it is the one that `config` is
-    of, or an operator's word. `others`: further configurations on this node that kubelet's containerd may read."""
+    of, or an operator's word. `proved`: something of a place says that it is kubelet's, not only that somebody has the
+    socket. `others`: further configurations on this node that kubelet's containerd may read."""
 
     config: str
     endpoint: str
     certain: bool
     why: str
+    proved: bool = True
     others: tuple[str, ...] = ()
 
 
@@ -68,7 +70,8 @@ class Places:
         first = (serving or candidates)[0]
         why = f"{first.name}'s own place" if serving else "nothing was found at any place that is known"
         others = tuple(one.config for one in serving[1:])
-        return self._reached(first.config, self._address(first.config) or first.socket, why, others)
+        taken = self._reached(first.config, self._address(first.config) or first.socket, why, others)
+        return replace(taken, proved=bool(there) or self.endpoint != AUTO)
 
     def _candidates(self) -> tuple[Place, ...]:
         """Those of the socket that is set, if it is one that is known."""

@@ -28,10 +28,12 @@ _ASKING = 1.0
 class Settings:
     """Where to look, and an operator's words for what cannot be looked up."""
 
-    # Each of them, or `auto`; an empty socket is never asked. `kept`: the file of its last answer, empty for none.
+    # Each of them, or `auto`; an empty socket is never asked. `kept`: the file of its last answer, empty for none;
+    # `roots`: kubelet's directories.
     containerd_config: str = "/etc/containerd/config.toml"
     cri_endpoint: str = ""
     kept: str = ""
+    roots: Sequence[str] = ()
     sandbox_handlers: Sequence[str] = ("kata*", "runv*", "rund*")
     default_runtime: str = ""
     host_handlers: Sequence[str] = ()
@@ -64,7 +66,7 @@ class Detector:
     def __init__(self, settings: Settings, pods: PodSource | None = None) -> None:
         self._settings, self._pods = settings, pods
         places = Places(config=settings.containerd_config, endpoint=settings.cri_endpoint, root=settings.host_root)
-        self._containerd = KubeletsContainerd(places, settings.kept)
+        self._containerd = KubeletsContainerd(places, settings.kept, settings.roots)
 
     def warm(self) -> None:
         """Begin what the first question would wait for."""

@@ -15,7 +15,7 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -24,6 +24,7 @@ import msgspec
 from blockdev import Deadline, durable
 from guestmount import runtimes
 from guestmount.containerd_places import Places, Taken
+from guestmount.cri import Sandboxes
 from guestmount.runtimes import ContainerdConfig, Handler
 
 log = logging.getLogger("runvol.containerd")
@@ -110,10 +111,11 @@ class Answer:
 
 
 class KubeletsContainerd:
-    """`kept`: the file that an answer is kept in, of a directory that is gone with a reboot; empty for none."""
+    """`kept`: the file that an answer is kept in, of a directory that is gone with a reboot; empty for none. `roots`:
+    kubelet's directories, which tell whether a containerd that is known by its socket alone is kubelet's."""
 
-    def __init__(self, places: Places, kept: str = "") -> None:
-        self._places, self._kept = places, kept
+    def __init__(self, places: Places, kept: str = "", roots: Sequence[str] = ()) -> None:
+        self._places, self._kept, self._roots = places, kept, roots
         self._lock = threading.Lock()
         self._known: tuple[str, _Stamp, ContainerdConfig] | None = None
         self._silent: tuple[_Stamp, float, str] = ((0, 0, 0), 0.0, "")
@@ -147,17 +149,19 @@ class KubeletsContainerd:
             raise Silent("it is being asked")
         try:
             if self._known is None or self._known[:2] != (path, stamp):
-                self._known = path, stamp, self._from_disk(path, stamp) or self._asked(path, stamp, deadline)
+                self._known = path, stamp, (self._from_disk(path, stamp) or self._asked(taken, path, stamp, deadline))
             return self._known[2]
         finally:
             self._lock.release()
 
-    def _asked(self, path: str, stamp: _Stamp, deadline: Deadline) -> ContainerdConfig:
+    def _asked(self, taken: Taken, path: str, stamp: _Stamp, deadline: Deadline) -> ContainerdConfig:
         last, until, why = self._silent
         if last == stamp and time.monotonic() < until:
             raise Silent(why)
         try:
             found = parsed(_status(path, min(_LONGEST, deadline.remaining())), f"the running containerd ({path})")
+            if not taken.proved and (doubt := Sandboxes(endpoint=taken.endpoint, roots=self._roots).stranger(deadline)):
+                raise Silent(doubt)
             if _stamp(path) != stamp:
                 raise Silent(f"the containerd at {path} was started anew just now")
         except Silent as error:

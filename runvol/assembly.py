@@ -155,6 +155,7 @@ def detector(config: Config, known: KnownPods | None = None) -> Detector:
             containerd_config=config.text("paths.containerd_config"),
             cri_endpoint=config.text("cri.endpoint"),
             kept=kept_containerd(config),
+            roots=config.words("node.roots"),
             sandbox_handlers=config.words("detect.sandbox_handlers"),
             host_handlers=config.words("detect.host_handlers"),
             default_runtime=config.text("detect.default_runtime"),

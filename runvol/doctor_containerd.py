@@ -19,7 +19,7 @@ _FIELDS = ("runtime_path", "config_path", "binary", "pod_annotations", "snapshot
 
 def asked(config: Config) -> Answer:
     """Without what was kept of an earlier answer."""
-    return KubeletsContainerd(assembly.places(config)).read(Deadline.after(_ASKING))
+    return KubeletsContainerd(assembly.places(config), roots=config.words("node.roots")).read(Deadline.after(_ASKING))
 
 
 def examine(answer: Answer) -> Iterator[Diagnosis]:

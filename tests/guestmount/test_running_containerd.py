@@ -19,7 +19,7 @@ from guestmount.pods import facts_from
 from guestmount.running_containerd import KubeletsContainerd
 from runvol import config as settings
 from runvol import doctor_containerd
-from tests.cri import Runtime
+from tests.cri import WITNESS, Runtime
 
 REF = PodRef(namespace="default", name="web", uid="uid-1")
 KATA = {
@@ -290,6 +290,20 @@ def test_sandboxes_are_asked_for_where_containerd_is_found(tmp_path):
     asked = Sandboxes(endpoint=lambda: where.pop(0))
     assert "one.sock" in asked.doubt(["uid"], Deadline.after(2))
     assert "two.sock" in asked.doubt(["uid"], Deadline.after(2))
+
+
+def test_a_containerd_that_is_known_by_its_socket_alone_has_to_have_a_pod_of_kubelets(tmp_path, node):
+    """It may be another kubelet's, or Docker's; the file of kubelet's own is not at a place that is known."""
+    node(0, None, lives=False)
+    with Runtime(str(tmp_path / PLACES[0].socket.lstrip("/"))) as runtime:
+        runtime.config = says()
+        found = DetectSettings(
+            containerd_config=AUTO, cri_endpoint=AUTO, host_root=str(tmp_path), roots=[str(tmp_path)]
+        )
+        with pytest.raises(RuntimeUnknown):
+            detected(Detector(found))
+        (tmp_path / "pods" / WITNESS).mkdir(parents=True)
+        assert detected(Detector(found)) == ("host", "runc")
 
 
 # -- doctor
