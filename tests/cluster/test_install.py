@@ -54,6 +54,7 @@ def test_both_drivers_are_registered_and_doctor_is_content(runvol: Cluster) -> N
     lines = {row["subject"]: row for row in installed.doctor(runvol)}
     for name in drivers():
         assert lines[f"driver {name}"]["state"] == lines[f"registration {name}"]["state"] == "ok", lines
+    assert lines["containerd"]["state"] == lines["running containerd"]["state"] == "ok", lines
 
 
 def test_helm_test_passes(runvol: Cluster) -> None:
