@@ -21,6 +21,8 @@ from importlib import metadata
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
+from blockdev import Deadline, WaitExpired
+from blockdev.deadlines import bounded
 from guestmount.kubeconfig import Resolved
 from guestmount.pods import PodUnknown
 
@@ -62,12 +64,27 @@ class Access(Protocol):
         """What tells clusters apart: the authority's certificates, or the address; hashed."""
 
 
-def exchanged(
-    access: Access, path: str, seconds: float, opened: list[Connection], *, replaced: bytes | None = None
+def answered(
+    what: str, access: Access, path: str, seconds: float, *, largest: int = _LARGEST, replaced: bytes | None = None
 ) -> bytes:
-    """The body of the answer. OSError or ValueError, with the reason: Denied for 401, Refusal.
+    """The body of the answer, of at most so many bytes. OSError or ValueError, with the reason: Denied for 401,
+    Refusal; WaitExpired. Each wait for a byte has its time; all of them together have one here. With `replaced` the
+    object is put there."""
+    opened: list[Connection] = []
+    try:
+        return bounded(
+            what, Deadline.after(seconds), lambda: _exchanged(access, path, seconds, largest, opened, replaced)
+        )
+    except WaitExpired:
+        for connection in opened:  # the thread that waits for it ends
+            connection.sever()
+        raise
 
-    `opened` is told the connection, so that who waits no longer can end it. With `replaced` the object is put there."""
+
+def _exchanged(
+    access: Access, path: str, seconds: float, largest: int, opened: list[Connection], replaced: bytes | None
+) -> bytes:
+    """`opened` is told the connection, so that who waits no longer can end it."""
     try:
         connection = access.connection(seconds)
     except ssl.SSLError as error:
@@ -80,7 +97,7 @@ def exchanged(
         else:
             connection.request("PUT", path, replaced, {"Content-Type": "application/json", **headers})
         reply = connection.getresponse()
-        body = reply.read(_LARGEST + 1)
+        body = reply.read(largest + 1)
     except ssl.SSLError as error:
         raise Denied(str(error)) from error
     except HTTPException as error:
@@ -91,8 +108,8 @@ def exchanged(
         raise Denied("401 Unauthorized")
     if reply.status != 200:
         raise Refusal(reply.status, reply.reason, said=_is_status(body))
-    if len(body) > _LARGEST:
-        raise ValueError(f"an answer of more than {_LARGEST} bytes")
+    if len(body) > largest:
+        raise ValueError(f"an answer of more than {largest} bytes")
     return body
 
 

@@ -7,7 +7,7 @@ container that could have read its hand-off.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from blockdev import Deadline
@@ -17,13 +17,18 @@ _LARGEST = 64 << 20
 _OPTIONS = (("grpc.default_authority", "localhost"), ("grpc.max_receive_message_length", _LARGEST))
 
 
+class _Doubt(Exception):
+    """What the runtime does not tell."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sandboxes:
-    """`endpoint`: the runtime's socket, as kubelet has it; empty if it is never asked. `patience`: in seconds.
+    """`endpoint`: the runtime's socket, as kubelet has it, or who finds it; empty if it is never asked. `patience`: in
+    seconds.
 
     `roots`: kubelet's directories, which tell whether it is kubelet's runtime that answers."""
 
-    endpoint: str
+    endpoint: str | Callable[[], str]
     roots: Sequence[str] = ()
     patience: float = 3.0
 
@@ -32,16 +37,34 @@ class Sandboxes:
 
         What cannot be asked, or cannot be asked of, counts as alive.
         """
-        if not self.endpoint:
-            return "the container runtime is never asked whether the pod runs (cri.endpoint is empty)"
         if not all(pods) or any("/" in one for one in pods):
             return "which pod it is for is not known"
+        try:
+            listed = self._listed(deadline)
+        except _Doubt as doubt:
+            return str(doubt)
+        return next((f"the pod runs (sandbox {each})" for uid, each in listed if uid in pods and each), "")
+
+    def stranger(self, deadline: Deadline) -> str:
+        """Why the runtime may be another one than kubelet's, in words; empty if it has a pod of kubelet's."""
+        try:
+            self._listed(deadline)
+        except _Doubt as doubt:
+            return str(doubt)
+        return ""
+
+    def _listed(self, deadline: Deadline) -> list[tuple[str, str]]:
+        """The uid of each pod that has a sandbox, and the sandbox if it lives. _Doubt unless a pod is kubelet's:
+        another runtime, or another kubelet's, would know none of this node's pods, and say that none runs."""
+        endpoint = self.endpoint if isinstance(self.endpoint, str) else self.endpoint()
+        if not endpoint:
+            raise _Doubt("the container runtime is never asked whether the pod runs (cri.endpoint is empty)")
         import grpc
 
         from runvol_proto import cri_pb2
 
         try:
-            with grpc.insecure_channel(self.endpoint, options=_OPTIONS) as channel:
+            with grpc.insecure_channel(endpoint, options=_OPTIONS) as channel:
                 ask = channel.unary_unary(
                     _METHOD,
                     request_serializer=cri_pb2.ListPodSandboxRequest.SerializeToString,
@@ -50,14 +73,12 @@ class Sandboxes:
                 answer = ask(cri_pb2.ListPodSandboxRequest(), timeout=min(self.patience, deadline.remaining()))
         except grpc.RpcError as error:
             code = error.code()
-            return f"the container runtime at {self.endpoint} does not tell whether the pod runs ({code.name})"
-        for sandbox in answer.items:
-            if sandbox.metadata.uid in pods and sandbox.state == cri_pb2.SANDBOX_READY:
-                return f"the pod runs (sandbox {sandbox.id[:13]})"
+            why = f"the container runtime at {endpoint} does not tell whether the pod runs ({code.name})"
+            raise _Doubt(why) from error
         if not any(self._has(sandbox.metadata.uid) for sandbox in answer.items):
-            # Another runtime's, or another kubelet's, would know none of this node's pods, and say that none runs.
-            return f"the container runtime at {self.endpoint} lists no pod that kubelet has; see cri.endpoint"
-        return ""
+            raise _Doubt(f"the container runtime at {endpoint} lists no pod that kubelet has; see cri.endpoint")
+        ready = cri_pb2.SANDBOX_READY
+        return [(each.metadata.uid, each.id[:13] or "?" if each.state == ready else "") for each in answer.items]
 
     def _has(self, uid: str) -> bool:
         return bool(uid) and "/" not in uid and any(os.path.isdir(f"{root}/pods/{uid}") for root in self.roots)

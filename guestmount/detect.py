@@ -9,22 +9,31 @@ from dataclasses import dataclass
 from blockdev import Deadline
 from guestmount import kata_config, runtimes
 from guestmount.claims import HOST, SANDBOX
+from guestmount.containerd_places import Places
 from guestmount.errors import Refused, RuntimeUnknown
 from guestmount.kata_config import GO, KataConfig
 from guestmount.pods import PodFacts, PodRef, PodSource, PodUnknown, with_own
+from guestmount.running_containerd import Answer, KubeletsContainerd
 from guestmount.runtimes import ContainerdConfig, Handler
 
 log = logging.getLogger("runvol.detect")
 
 _GENERIC_SANDBOX = "sandbox"
 _RUNC = frozenset({"runc", "crun", "youki", "host"})
+# Seconds, for a question that comes without a deadline.
+_ASKING = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Where to look, and an operator's words for what cannot be looked up."""
 
+    # Each of them, or `auto`; an empty socket is never asked. `kept`: the file of its last answer, empty for none;
+    # `roots`: kubelet's directories.
     containerd_config: str = "/etc/containerd/config.toml"
+    cri_endpoint: str = ""
+    kept: str = ""
+    roots: Sequence[str] = ()
     sandbox_handlers: Sequence[str] = ("kata*", "runv*", "rund*")
     default_runtime: str = ""
     host_handlers: Sequence[str] = ()
@@ -56,6 +65,8 @@ class Detector:
 
     def __init__(self, settings: Settings, pods: PodSource | None = None) -> None:
         self._settings, self._pods = settings, pods
+        places = Places(config=settings.containerd_config, endpoint=settings.cri_endpoint, root=settings.host_root)
+        self._containerd = KubeletsContainerd(places, settings.kept, settings.roots)
 
     def warm(self) -> None:
         """Begin what the first question would wait for."""
@@ -67,30 +78,31 @@ class Detector:
 
         RuntimeUnknown if nobody can tell; Refused where the attribute contradicts what is known for certain.
         """
-        containerd = runtimes.read_containerd(self._settings.containerd_config, self._settings.host_root)
-        answer = self._ask(ref, attribute, containerd, deadline)
+        answer = self._ask(ref, attribute, self._containerd.read(deadline), deadline)
         log.info("runtime detected", extra={"pod": str(ref), "handler": answer.handler, "kind": answer.kind,
                                             "source": answer.source})  # fmt: skip
         return answer
 
     def of_handler(self, handler: str) -> Runtime:
         """What this handler is, the empty one for containerd's default. RuntimeUnknown if nobody can tell."""
-        containerd = runtimes.read_containerd(self._settings.containerd_config, self._settings.host_root)
+        answer = self._containerd.read(Deadline.after(_ASKING))
+        containerd = answer.believed
         if not handler and containerd is None:
-            raise RuntimeUnknown(f"the default handler is not known: {self._settings.containerd_config} cannot be read")
+            raise RuntimeUnknown(f"the default handler is not known: {answer.taken.config} cannot be read")
         name = handler or (containerd.default_handler if containerd is not None else "")
         return self._runtime(name, containerd, "the container runtime")
 
-    def _ask(self, ref: PodRef, attribute: str, containerd: ContainerdConfig | None, deadline: Deadline) -> Runtime:
-        doubts = []
-        if containerd is not None and not containerd.has_sandbox and not self._operator_knows(containerd):
-            answer = Runtime(kind=HOST, handler=containerd.default_handler, source="containerd has no sandbox handler")
+    def _ask(self, ref: PodRef, attribute: str, asked: Answer, deadline: Deadline) -> Runtime:
+        doubts, containerd = [], asked.believed
+        if containerd is not None and not any(one.has_sandbox or self._operator_knows(one) for one in asked.all):
+            source = f"{containerd.source} has no sandbox handler"
+            answer = Runtime(kind=HOST, handler=containerd.default_handler, source=source)
             return self._agreeing(answer, attribute, containerd, ref)
         if self._pods is None:
             doubts.append("no Kubernetes API is configured (detect.kubeconfig)")
         else:
             try:
-                return self._agreeing(self._of_pod(ref, self._pods, containerd, deadline), attribute, containerd, ref)
+                return self._agreeing(self._of_pod(ref, self._pods, asked, deadline), attribute, containerd, ref)
             except PodUnknown as error:
                 doubts.append(str(error))
         if attribute:
@@ -104,19 +116,26 @@ class Detector:
     def _operator_knows(self, containerd: ContainerdConfig) -> bool:
         return any(runtimes.matches(name, self._settings.sandbox_handlers) for name in containerd.handlers)
 
-    def _of_pod(self, ref: PodRef, pods: PodSource, containerd: ContainerdConfig | None, deadline: Deadline) -> Runtime:
-        pod = with_own(pods.pod(ref, deadline), ref, pods, deadline)
+    def _of_pod(self, ref: PodRef, pods: PodSource, asked: Answer, deadline: Deadline) -> Runtime:
+        pod, containerd = with_own(pods.pod(ref, deadline), ref, pods, deadline), asked.believed
         if pod.runtime_class:
             handler = pods.handler(pod.runtime_class, deadline)
+            if asked.running is not None and handler not in asked.running.handlers:
+                raise RuntimeUnknown(
+                    f"{asked.running.source} has no handler {handler!r}, which the RuntimeClass {pod.runtime_class} of "
+                    f"{ref} names, so the pod cannot start; {_missing(handler, asked)}"
+                )
             return self._runtime(handler, containerd, f"the pod's RuntimeClass {pod.runtime_class}", pod)
         if pod.untrusted:
             return self._runtime("untrusted", containerd, "the pod's untrusted-workload annotation", pod)
         if containerd is None:
             raise PodUnknown(
-                f"pod {ref} has no RuntimeClass, and {self._settings.containerd_config}, which names the default "
+                f"pod {ref} has no RuntimeClass, and {asked.taken.config}, which names the default "
                 "handler, cannot be read"
             )
-        return self._runtime(containerd.default_handler, containerd, "containerd's default_runtime_name", pod)
+        return self._runtime(
+            containerd.default_handler, containerd, f"default_runtime_name of {containerd.source}", pod
+        )
 
     def _agreeing(self, answer: Runtime, attribute: str, containerd: ContainerdConfig | None, ref: PodRef) -> Runtime:
         """The attribute may fill a gap, but never overrule what is known."""
@@ -144,7 +163,7 @@ class Detector:
         sandbox = handler.is_sandbox or runtimes.matches(name, self._settings.sandbox_handlers) or name == "untrusted"
         if not sandbox and name not in known and name not in _RUNC:
             raise RuntimeUnknown(
-                f"the runtime handler {name!r} ({source}) is neither in {self._settings.containerd_config} nor among "
+                f"the runtime handler {name!r} ({source}) is neither in {_whose(containerd)} nor among "
                 f"detect.sandbox_handlers ({', '.join(self._settings.sandbox_handlers)})"
             )
         if not sandbox and handler.is_unknown:
@@ -164,3 +183,14 @@ class Detector:
             if word in handler.runtime_type or handler.name.startswith(word):
                 return dialect
         return "kata"
+
+
+def _missing(handler: str, asked: Answer) -> str:
+    """What to do about a handler that the running containerd does not have."""
+    if asked.on_file is not None and handler in asked.on_file.handlers:
+        return f"{asked.taken.config} has it: restart containerd"
+    return f"add it to {asked.taken.config} and restart containerd, or see cri.endpoint if that is not kubelet's"
+
+
+def _whose(containerd: ContainerdConfig | None) -> str:
+    return containerd.source if containerd is not None else "containerd's configuration, which cannot be read,"

@@ -1,16 +1,17 @@
 """What is known of this node's pods, by whoever can tell at this moment.
 
-First the watches, which have the answer before anybody asks; then the API server, for a second; then what was answered
-last, which is kept on the disk by the pod's UID: after a reboot with the API away it is still true, since
-nothing of it can change while the pod exists. That is for silence only: who says that there is no such pod or class is
-believed, but not who asks for a token (401, 403) or has troubles of its own (5xx), which says nothing of the pod.
+First the watches, which have the answer before anybody asks; then the API server, for a second; then kubelet, if it may
+be asked, for a second; then what was answered last, which is kept on the disk by the pod's UID: after a reboot with the
+API away it is still true, since nothing of it can change while the pod exists. That is for silence only: the API server
+that says that there is no such pod or class is believed, but not one that asks for a token (401, 403) or has troubles
+of its own (5xx), which says nothing of the pod.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
@@ -30,12 +31,14 @@ class KnownPods:
     """A source of all sources. `kept`: the directory of answers."""
 
     def __init__(
-        self, api: KubernetesApi, *, node: str, kept: str, follows: bool = True, roots: Sequence[str] = ()
-    ) -> None:
+        self, api: KubernetesApi, *, node: str, kept: str, follows: bool = True, roots: Sequence[str] = (),
+        kubelet: Callable[[PodRef, Deadline], PodFacts] | None = None,
+    ) -> None:  # fmt: skip
         """`follows`: whether the watches are wanted, by a process that stays and serves the node's pods; `roots`:
-        kubelet's directories, which tell whether a pod is still there."""
+        kubelet's directories, which tell whether a pod is still there; `kubelet`: its own answer for a pod, or
+        PodUnknown."""
         self._api, self._node, self._follows = api, node, follows
-        self._roots = roots
+        self._roots, self._kubelet = roots, kubelet
         self._kept = Kept(kept, gone=self._is_gone if follows else None)
         self._pods: dict[str, PodFacts] = {}
         self._classes: dict[str, str] = {}
@@ -94,11 +97,17 @@ class KnownPods:
         except NotThere:
             raise
         except PodUnknown as error:
-            found = self._kept.get("pod", ref.uid, PodFacts) if ref.uid else None
-            if found is None or found.uid != ref.uid:
-                raise PodUnknown(f"{error}; and nothing is kept of it on this node") from error
-            log.warning("a pod is known from before only", extra={"pod": str(ref), "why": str(error)})
-            return found
+            why = str(error)
+        if self._kubelet is not None and ref.uid:
+            try:
+                return self._kubelet(ref, deadline)
+            except PodUnknown as error:
+                why = f"{why}; {error}"
+        found = self._kept.get("pod", ref.uid, PodFacts) if ref.uid else None
+        if found is None or found.uid != ref.uid:
+            raise PodUnknown(f"{why}; and nothing is kept of it on this node")
+        log.warning("a pod is known from before only", extra={"pod": str(ref), "why": why})
+        return found
 
     def handler(self, runtime_class: str, deadline: Deadline) -> str:
         known = self._classes.get(runtime_class) if self.healthy() else None

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from blockdev import Deadline, WaitExpired
-from blockdev.deadlines import bounded
 from guestmount.kubeconfig import Kubeconfig, Unusable
 from guestmount.pods import NotThere, PodFacts, PodRef, PodUnknown, facts_from
 
@@ -161,44 +160,30 @@ class KubernetesApi:
     def _read(
         self, what: str, path: str, deadline: Deadline, *, longest: float = _LONGEST, replaced: bytes | None = None
     ) -> dict[str, Any]:
-        from guestmount.api_access import Denied, Refusal
+        from guestmount.api_access import Denied, Refusal, answered
 
+        asking = f"asking the API server for {what}"
         try:
             access = self._access(deadline)
             try:
-                body = self._asked(what, path, access, deadline, longest, replaced)
+                body = answered(asking, access, path, max(0.05, min(longest, deadline.remaining())), replaced=replaced)
             except Denied:
                 access = self._access_anew(access, deadline)
-                body = self._asked(what, path, access, deadline, longest, replaced)
+                body = answered(asking, access, path, max(0.05, min(longest, deadline.remaining())), replaced=replaced)
             reply = json.loads(body)
         except Refusal as error:
             # Others say nothing of what was asked for: 401 and 403 of who asks, 5xx of the server.
             gone = error.status == 404 and error.said
-            raise (NotThere if gone else PodUnknown)(f"asking the API server for {what}: {error}") from error
+            raise (NotThere if gone else PodUnknown)(f"{asking}: {error}") from error
         except (OSError, ValueError, RecursionError, WaitExpired, Unusable) as error:
-            raise PodUnknown(f"asking the API server for {what}: {error}") from error
+            raise PodUnknown(f"{asking}: {error}") from error
         if not isinstance(reply, dict):
             raise PodUnknown(f"the API server's answer for {what} is no object")
         return reply
 
-    def _asked(
-        self, what: str, path: str, access: Access, deadline: Deadline, longest: float, replaced: bytes | None
-    ) -> bytes:
-        """Each wait for a byte has its time; all of them together have one here."""
-        from guestmount.api_access import exchanged
-
-        seconds = max(0.05, min(longest, deadline.remaining()))
-        opened: list[Connection] = []
-        try:
-            return bounded(
-                f"asking the API server for {what}",
-                Deadline.after(seconds),
-                lambda: exchanged(access, path, seconds, opened, replaced=replaced),
-            )
-        except WaitExpired:
-            for connection in opened:  # the thread that waits for it ends
-                connection.sever()
-            raise
+    def account(self) -> Access:
+        """Who asks, as far as that is known at this moment. PodUnknown."""
+        return self._access(Deadline.after(0.0))
 
     def _access(self, deadline: Deadline) -> Access:
         from guestmount.api_access import ByAccount, ByKubeconfig

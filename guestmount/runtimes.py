@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import functools
 import glob
 import os
 import re
@@ -36,6 +37,7 @@ class Handler:
     binary: str = ""
     # Patterns (Go's path.Match) of the pod annotations that containerd passes to the shim.
     pod_annotations: tuple[str, ...] = ()
+    snapshotter: str = ""
 
     @property
     def is_sandbox(self) -> bool:
@@ -56,10 +58,13 @@ class Handler:
 
 @dataclass(frozen=True, kw_only=True)
 class ContainerdConfig:
-    """The part of a containerd's configuration that decides runtimes."""
+    """The part of a containerd's configuration that decides runtimes. `source`: whose word it is; `running`: that of
+    the containerd which runs, whatever its file has become since."""
 
     handlers: Mapping[str, Handler]
     default_handler: str = "runc"
+    source: str = "containerd"
+    running: bool = False
 
     @property
     def has_sandbox(self) -> bool:
@@ -71,10 +76,10 @@ def read_containerd(path: str, root: str = "/") -> ContainerdConfig | None:
     `root`: where the node's own root is, which all paths begin at."""
     try:
         documents = list(_documents(path, set(), root))
-    except (OSError, tomllib.TOMLDecodeError):
+    except (OSError, ValueError, RecursionError):
         return None
     handlers: dict[str, Handler] = {}
-    default = "runc"
+    default, older = "runc", False
     for document in documents:
         for plugin in CRI_PLUGINS:
             table = _table(document, "plugins", plugin, "containerd")
@@ -82,35 +87,48 @@ def read_containerd(path: str, root: str = "/") -> ContainerdConfig | None:
             for name, runtime in _table(table, "runtimes").items():
                 if isinstance(runtime, dict):
                     handlers[name] = _handler(name, runtime)
-            untrusted = _table(table, "untrusted_workload_runtime")
+            untrusted, unnamed = _table(table, "untrusted_workload_runtime"), _table(table, "default_runtime")
             if untrusted:
                 handlers["untrusted"] = _handler("untrusted", untrusted)
-    return ContainerdConfig(handlers=handlers, default_handler=default)
+            if unnamed.get("runtime_type"):  # up to 1.7, which goes by it whatever default_runtime_name says
+                handlers["default"], older = _handler("default", unnamed), True
+    return ContainerdConfig(handlers=handlers, default_handler="default" if older else default, source=path)
 
 
 def tables(path: str, *names: str, root: str = "/") -> list[Mapping[str, Any]]:
     """The table of these names in each of containerd's files, in their order; later ones win. Empty if unreadable."""
     try:
         return [_table(document, *names) for document in _documents(path, set(), root)]
-    except (OSError, tomllib.TOMLDecodeError):
+    except (OSError, ValueError, RecursionError):
         return []
 
 
-def _documents(path: str, seen: set[str], root: str) -> Iterator[dict[str, Any]]:
+def _documents(path: str, seen: set[str], root: str) -> Iterator[Mapping[str, Any]]:
     """`path` and what it imports are the node's names; one that is not absolute lies beside the file that says it."""
     real = os.path.realpath(in_root(path, root))
     if real in seen or len(seen) > _MAX_IMPORTS:
         return
     seen.add(real)
-    with open(in_root(path, root), "rb") as file:
-        document = tomllib.load(file)
+    document = _parsed(in_root(path, root))
     yield document
-    for pattern in document.get("imports", []):
-        place, names = os.path.split(os.path.join(os.path.dirname(path), str(pattern)))
+    for pattern in _texts(document.get("imports")):
+        place, names = os.path.split(os.path.join(os.path.dirname(path), pattern))
         found = in_root(place, root)
         for imported in sorted(glob.glob(os.path.join(found if glob.has_magic(place) else glob.escape(found), names))):
             beside = f"/{os.path.relpath(os.path.dirname(imported), root)}" if glob.has_magic(place) else place
             yield from _documents(os.path.join(beside, os.path.basename(imported)), seen, root)
+
+
+def _parsed(path: str) -> Mapping[str, Any]:
+    """Read again where the file was changed. What comes of it is for all who ask, and stays as it is."""
+    found = os.stat(path)
+    return _parsed_once(path, (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
+
+
+@functools.lru_cache(maxsize=32)
+def _parsed_once(path: str, _stamp: tuple[int, ...]) -> Mapping[str, Any]:
+    with open(path, "rb") as file:
+        return tomllib.load(file)
 
 
 def in_root(path: str, root: str) -> str:
@@ -144,6 +162,7 @@ def _handler(name: str, runtime: Mapping[str, Any]) -> Handler:
         config_path=str(options.get("ConfigPath", "")),
         binary=str(options.get("BinaryName", "")),
         pod_annotations=_texts(runtime.get("pod_annotations")),
+        snapshotter=str(runtime.get("snapshotter", "")),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 from blockdev import mounts
 from guestmount import (
@@ -23,6 +24,7 @@ from guestmount import (
     registration,
     repair,
 )
+from guestmount.containerd_places import Places
 from guestmount.cri import Sandboxes
 from guestmount.known_pods import KnownPods
 from guestmount.written import Trust
@@ -31,6 +33,9 @@ from volumes import Catalog
 from volumes.exports import Said
 from volumes.jobs import PATIENCE
 from volumes.registry import Settings
+
+if TYPE_CHECKING:
+    from guestmount.kubelet_pods import KubeletPods
 
 
 def build(config: Config, *, check_patience: float = PATIENCE) -> Node:
@@ -71,7 +76,7 @@ def build(config: Config, *, check_patience: float = PATIENCE) -> Node:
         guest_filesystems=Trust(config.text("node.guest_filesystems")),
         check_patience=check_patience,
         copy_gives_way=config.number("loop.copy_gives_way_seconds"),
-        sandboxes=Sandboxes(endpoint=config.text("cri.endpoint"), roots=config.words("node.roots")),
+        sandboxes=Sandboxes(endpoint=lambda: places(config).taken().endpoint, roots=config.words("node.roots")),
     )
     node.claims.remake = partial(repair.remade, node)
     return node
@@ -108,12 +113,40 @@ def kata_root(config: Config) -> str:
     return os.path.join(config.text("paths.host_root"), config.text("paths.kata_root").lstrip("/"))
 
 
+def places(config: Config) -> Places:
+    """Where kubelet's containerd is, as far as it is set."""
+    return Places(
+        config=config.text("paths.containerd_config"),
+        endpoint=config.text("cri.endpoint"),
+        root=config.text("paths.host_root"),
+    )
+
+
+def kept_containerd(config: Config) -> str:
+    """The file of what the running containerd said last."""
+    return os.path.join(config.text("paths.run_dir"), "containerd.json")
+
+
 def known_pods(config: Config, pods: KubernetesApi | None) -> KnownPods | None:
     """All that can tell of this node's pods, which follows them once it is started; None without an API."""
     if pods is None:
         return None
     kept, follows = os.path.join(config.text("paths.state_dir"), "answers"), "node" in config.words("csi.services")
-    return KnownPods(pods, node=config.node_id, kept=kept, follows=follows, roots=config.words("node.roots"))
+    return KnownPods(
+        pods, node=config.node_id, kept=kept, follows=follows, roots=config.words("node.roots"),
+        kubelet=kubelet_pods(config, pods),
+    )  # fmt: skip
+
+
+def kubelet_pods(config: Config, pods: KubernetesApi) -> KubeletPods | None:
+    """Kubelet's own list of its pods; None if it is not to be asked."""
+    if not config.text("detect.kubelet"):
+        return None
+    from guestmount.kubelet_pods import KubeletPods
+
+    return KubeletPods(
+        config.text("detect.kubelet"), pods, node=config.node_id, authority=config.text("detect.kubelet_ca")
+    )
 
 
 def detector(config: Config, known: KnownPods | None = None) -> Detector:
@@ -121,6 +154,9 @@ def detector(config: Config, known: KnownPods | None = None) -> Detector:
     return Detector(
         DetectSettings(
             containerd_config=config.text("paths.containerd_config"),
+            cri_endpoint=config.text("cri.endpoint"),
+            kept=kept_containerd(config),
+            roots=config.words("node.roots"),
             sandbox_handlers=config.words("detect.sandbox_handlers"),
             host_handlers=config.words("detect.host_handlers"),
             default_runtime=config.text("detect.default_runtime"),

@@ -59,7 +59,10 @@ TABLE: Mapping[str, Setting] = {
     "paths.direct_volumes": Setting(
         default="/run/kata-containers/shared/direct-volumes", meaning="where Kata's shims look for direct volumes"
     ),
-    "paths.containerd_config": Setting(default="/etc/containerd/config.toml", meaning="containerd's configuration"),
+    "paths.containerd_config": Setting(
+        default="auto",
+        meaning="configuration of kubelet's containerd; `auto`: /etc/containerd/config.toml, else k3s's, else RKE2's",
+    ),
     "paths.host_root": Setting(
         default="/", meaning="the node's root, as runvol sees it: where containerd's and Kata's configuration is read"
     ),
@@ -82,6 +85,16 @@ TABLE: Mapping[str, Setting] = {
     ),
     "detect.api_server": Setting(
         default="", meaning="the API's address, if not the configured one (a node-local proxy)"
+    ),
+    "detect.kubelet": Setting(
+        default="",
+        meaning="kubelet's address, asked for a pod that the API does not tell of: https://127.0.0.1:10250, or its "
+        "read-only http://127.0.0.1:10255; empty for never",
+    ),
+    "detect.kubelet_ca": Setting(
+        default="",
+        meaning="file of the certificates that kubelet's own is of; empty only for one on the loopback, whose "
+        "certificate is not looked at then",
     ),
     "kata.rust_shared_block": Setting(
         default="refuse",
@@ -116,9 +129,10 @@ TABLE: Mapping[str, Setting] = {
         default=(), meaning="where devices and images may lie that FlexVolume volumes name by `device`; empty for none"
     ),
     "cri.endpoint": Setting(
-        default="unix:///run/containerd/containerd.sock",
-        meaning="where the container runtime is asked whether a pod's sandbox lives (CRI); empty for never: volumes "
-        "that a sandbox has then grow with its next pod only",
+        default="auto",
+        meaning="where the container runtime is asked which runtimes it has and whether a pod's sandbox lives (CRI); "
+        "`auto`: the socket of that containerd, below paths.host_root; empty for never: then its file counts, and "
+        "volumes that a sandbox has grow with its next pod only",
     ),
     "nri.socket": Setting(default="/var/run/nri/nri.sock", meaning="the container runtime's NRI socket"),
     "csi.endpoint": Setting(
@@ -176,6 +190,9 @@ _WORDS = {
     "kata.rust_shared_block": ("refuse", "allow"),
 }
 _EXPORT = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^;/\[\]\s]+):/[^;\s]*(;[^;\s]+)*\Z")
+# Kubelet's address: on the loopback, and elsewhere.
+_HERE = re.compile(r"https?://(127\.[0-9.]+|localhost|\[::1\])(:[0-9]{1,5})?\Z")
+_THERE = re.compile(r"https://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9][-A-Za-z0-9.]*)(:[0-9]{1,5})?\Z")
 # A topology label's value (Kubernetes' limit).
 _NODE_ID = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?\Z")
 
@@ -307,6 +324,7 @@ def _check(config: Config) -> None:
                 f"nfs.exports = {one!r} (from {config.sources['nfs.exports']}): takes `server:/path`, with mount "
                 "options behind semicolons"
             )
+    _check_kubelet(config)
     _check_snapshotter(config)
     if not _NODE_ID.match(config.node_id):
         raise ConfigError(
@@ -325,6 +343,19 @@ def _check_node(config: Config) -> None:
         raise ConfigError("node.roots is empty; name kubelet's directory")
     if not config.text("node.kubelet_process"):
         raise ConfigError("node.kubelet_process is empty; name a process id, or a program such as kubelet")
+
+
+def _check_kubelet(config: Config) -> None:
+    address = config.text("detect.kubelet")
+    said = f"detect.kubelet = {address!r} (from {config.sources['detect.kubelet']})"
+    if not address:
+        return
+    if not config.text("detect.kubeconfig") and not config.text("detect.api_server"):
+        raise ConfigError(f"{said}: it knows no RuntimeClasses; set detect.kubeconfig too")
+    if not _HERE.match(address) and not _THERE.match(address):
+        raise ConfigError(f"{said}: takes https://HOST:PORT, or http:// on the loopback (127.0.0.1, ::1)")
+    if not _HERE.match(address) and not config.text("detect.kubelet_ca"):
+        raise ConfigError(f"{said}: is not on the loopback, so its certificate is looked at; set detect.kubelet_ca")
 
 
 _RANGES = {

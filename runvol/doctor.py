@@ -7,10 +7,11 @@ import shutil
 from collections.abc import Iterator
 
 from blockdev import Deadline, confined
-from guestmount import Node, guest_kernel, kata_config, preflight, repair, runtimes
+from guestmount import Node, guest_kernel, kata_config, preflight, repair
 from guestmount.errors import TROUBLE
+from guestmount.runtimes import ContainerdConfig
 from guestmount.usage import problems
-from runvol import assembly, doctor_cluster, doctor_kubelet, doctor_snapshots
+from runvol import assembly, doctor_cluster, doctor_containerd, doctor_kubelet, doctor_snapshots
 from runvol.config import Config
 from runvol.diagnosis import BROKEN, OK, WARNING, Diagnosis
 from volumes import VolumeError
@@ -25,8 +26,10 @@ def examine(config: Config, node: Node) -> Iterator[Diagnosis]:
     yield from _directories(config)
     yield from _reach(node)
     yield from doctor_kubelet.examine(config)
-    yield from doctor_cluster.examine(config, assembly.api(config))
-    yield from _runtimes(config)
+    containerd = doctor_containerd.asked(config)
+    yield from doctor_cluster.examine(config, assembly.api(config), containerd)
+    yield from doctor_containerd.examine(containerd)
+    yield from _runtimes(config, containerd.believed)
     yield from _backends(node)
     yield from _volumes(node)
     yield from doctor_snapshots.examine(config)
@@ -94,13 +97,8 @@ def _directories(config: Config) -> Iterator[Diagnosis]:
         )
 
 
-def _runtimes(config: Config) -> Iterator[Diagnosis]:
-    path = config.text("paths.containerd_config")
-    containerd = runtimes.read_containerd(path, config.text("paths.host_root"))
-    if containerd is None:
-        yield Diagnosis(state=WARNING, subject=path, finding="cannot be read: runtimes are known by name only")
-        return
-    for handler in containerd.handlers.values():
+def _runtimes(config: Config, containerd: ContainerdConfig | None) -> Iterator[Diagnosis]:
+    for handler in containerd.handlers.values() if containerd is not None else ():
         if not handler.is_sandbox:
             yield Diagnosis(state=OK, subject=f"handler {handler.name}", finding="runs pods on the host's kernel")
             continue

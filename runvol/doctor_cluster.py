@@ -7,8 +7,10 @@ from typing import Any
 from urllib.parse import quote
 
 from blockdev import Deadline, WaitExpired
-from guestmount import KubernetesApi, drivers, runtimes
+from guestmount import KubernetesApi, drivers
 from guestmount.pods import PodUnknown
+from guestmount.running_containerd import Answer
+from runvol import assembly
 from runvol.config import Config
 from runvol.diagnosis import BROKEN, OK, WARNING, Diagnosis
 
@@ -31,13 +33,14 @@ _FIELDS: Mapping[str, tuple[Any, str]] = {
 }
 
 
-def examine(config: Config, api: KubernetesApi | None) -> Iterator[Diagnosis]:
-    """One line where no API is configured."""
+def examine(config: Config, api: KubernetesApi | None, containerd: Answer) -> Iterator[Diagnosis]:
+    """One line where no API is configured. `containerd`: kubelet's, as far as it is known."""
     if api is None:
         finding = ("none is configured (detect.kubeconfig): which runtime a pod has is said by its StorageClass, or by "
                    "detect.default_runtime")  # fmt: skip
         yield Diagnosis(state=WARNING, subject="Kubernetes API", finding=finding)
         return
+    yield from _kubelet(config, api)
     # The node's pods are all that is followed, and all that its own credentials list.
     asked = {"pods": f"fieldSelector={quote(f'spec.nodeName={config.node_id}', safe='')}&"}
     others = () if config.text("csi.nfs_endpoint") else _FOR_NFS
@@ -51,7 +54,7 @@ def examine(config: Config, api: KubernetesApi | None) -> Iterator[Diagnosis]:
     elif all(unreadable):
         return
     yield from _drivers(config, api)
-    yield from _handlers(config, api)
+    yield from _handlers(config, api, containerd)
 
 
 def _readable(api: KubernetesApi, what: str, path: str, why: str, state: str) -> Diagnosis | None:
@@ -61,6 +64,19 @@ def _readable(api: KubernetesApi, what: str, path: str, why: str, state: str) ->
         cost = f"so nobody knows {why}" if state == BROKEN else "which only volumes on NFS need"
         return Diagnosis(state=state, subject=what, finding=f"cannot be read, {cost}: {error}")
     return None
+
+
+def _kubelet(config: Config, api: KubernetesApi) -> Iterator[Diagnosis]:
+    kubelet = assembly.kubelet_pods(config, api)
+    if kubelet is None:
+        return
+    try:
+        count = len(kubelet.pods(Deadline.after(_ASKING)))
+    except PodUnknown as error:
+        finding = f"cannot be asked, so it tells of no pod while the API is away: {error}"
+        yield Diagnosis(state=WARNING, subject="kubelet's pods", finding=finding)
+        return
+    yield Diagnosis(state=OK, subject="kubelet's pods", finding=f"{count} are told by {config.text('detect.kubelet')}")
 
 
 def _drivers(config: Config, api: KubernetesApi) -> Iterator[Diagnosis]:
@@ -83,10 +99,9 @@ def _drivers(config: Config, api: KubernetesApi) -> Iterator[Diagnosis]:
                         finding="; ".join(wrong) or "says what the driver needs")  # fmt: skip
 
 
-def _handlers(config: Config, api: KubernetesApi) -> Iterator[Diagnosis]:
-    """Whether containerd, as kubelet sees it, has the handlers that its configuration has: it may not have been started
-    again since."""
-    containerd = runtimes.read_containerd(config.text("paths.containerd_config"), config.text("paths.host_root"))
+def _handlers(config: Config, api: KubernetesApi, asked: Answer) -> Iterator[Diagnosis]:
+    """Whether the runtime that kubelet has is the containerd that is looked at here, and was started with its file."""
+    containerd = asked.believed
     if containerd is None:
         return
     try:
@@ -100,10 +115,14 @@ def _handlers(config: Config, api: KubernetesApi) -> Iterator[Diagnosis]:
         return  # a kubelet before 1.31
     running = {str(one.get("name", "")) for one in said if isinstance(one, dict)} - {""}
     missing, more = sorted(containerd.handlers.keys() - running), sorted(running - containerd.handlers.keys())
-    wrong, file = [], config.text("paths.containerd_config")
+    if not containerd.running:
+        more = [name for name in more if name != "runc"]  # which containerd has without a word
+    wrong, source = [], containerd.source
+    another = "is that kubelet's (cri.endpoint)?" if containerd.running else "restart it"
     if missing:
-        wrong.append(f"{', '.join(missing)}: in {file}, not in the running containerd; restart it")
+        wrong.append(f"{', '.join(missing)}: in {source}, not in kubelet's container runtime; {another}")
     if more:
-        wrong.append(f"{', '.join(more)}: in the running containerd, not in {file}; is that the file that it reads?")
-    well = f"{', '.join(sorted(running))}: as containerd's configuration has them"
+        another = another if containerd.running else "is that the file that it reads?"
+        wrong.append(f"{', '.join(more)}: in kubelet's container runtime, not in {source}; {another}")
+    well = f"{', '.join(sorted(running))}: as {source} has them"
     yield Diagnosis(state=WARNING if wrong else OK, subject="runtime handlers", finding="; ".join(wrong) or well)

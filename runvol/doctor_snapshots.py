@@ -10,6 +10,7 @@ from typing import Any
 from blockdev import BlockdevError, Deadline, devicemapper
 from blockdev.devicemapper import Mapper
 from guestmount import runtimes
+from runvol import assembly
 from runvol.config import Config
 from runvol.diagnosis import BROKEN, OK, WARNING, Diagnosis
 from snapshotter import backing
@@ -83,7 +84,7 @@ def _store(state: str) -> Iterator[Diagnosis]:
 
 
 def _containerd(config: Config) -> Iterator[Diagnosis]:
-    path, root = config.text("paths.containerd_config"), config.text("paths.host_root")
+    path, root = assembly.places(config).taken().config, config.text("paths.host_root")
     plugins = [table for table in runtimes.tables(path, "proxy_plugins", _NAME, root=root) if table]
     address = config.text("snapshotter.endpoint").removeprefix("unix://")
     if not plugins:

@@ -1,4 +1,4 @@
-"""A container runtime as CRI shows it: which pods have a sandbox."""
+"""A container runtime as CRI shows it: which pods have a sandbox, and which runtimes there are."""
 
 from __future__ import annotations
 
@@ -19,22 +19,31 @@ READY, NOT_READY = cri_pb2.SANDBOX_READY, cri_pb2.SANDBOX_NOTREADY
 
 
 class Runtime:
-    """`pods` are the uids and states that it lists. `before(n)` is called before the nth answer, from 1."""
+    """`pods` are the uids and states that it lists. `before(n)` is called before the nth answer, from 1.
 
-    def __init__(self) -> None:
+    `config`: what its Status has as `info["config"]`; None for a runtime without CRI. `path`: its socket's."""
+
+    def __init__(self, path: str = "") -> None:
+        self.config: str | None = None
+        self.told = 0
         self.pods: list[tuple[str, Any]] = []
         self.asked = 0
         self.before: Callable[[int], None] = lambda _n: None
         self._lock = threading.Lock()
         self._directory = tempfile.mkdtemp(prefix="cri-", dir="/dev/shm")
-        self.path = os.path.join(self._directory, "cri.sock")
+        self.path = path or os.path.join(self._directory, "cri.sock")
         self._server = grpc.server(futures.ThreadPoolExecutor(8))
         handlers = {
             "ListPodSandbox": grpc.unary_unary_rpc_method_handler(
                 self._list,
                 request_deserializer=cri_pb2.ListPodSandboxRequest.FromString,
                 response_serializer=cri_pb2.ListPodSandboxResponse.SerializeToString,
-            )
+            ),
+            "Status": grpc.unary_unary_rpc_method_handler(
+                self._status,
+                request_deserializer=cri_pb2.StatusRequest.FromString,
+                response_serializer=cri_pb2.StatusResponse.SerializeToString,
+            ),
         }
         self._server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler("runtime.v1.RuntimeService", handlers),)
@@ -54,6 +63,13 @@ class Runtime:
         for at, (uid, state) in enumerate([*self.pods, (WITNESS, READY)]):
             answer.items.add(id=f"{at:064x}", state=state, metadata={"name": "pod", "namespace": "default", "uid": uid})
         return answer
+
+    def _status(self, request: Any, context: Any) -> Any:
+        self.told += 1
+        self.before(self.told)
+        if self.config is None:
+            context.abort(grpc.StatusCode.UNIMPLEMENTED, "unknown service runtime.v1.RuntimeService")
+        return cri_pb2.StatusResponse(info={"config": self.config} if request.verbose else {})
 
     def __enter__(self) -> Runtime:
         self._server.start()

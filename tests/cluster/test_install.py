@@ -53,6 +53,7 @@ def test_both_drivers_are_registered_and_doctor_is_content(runvol: Cluster) -> N
     lines = {row["subject"]: row for row in installed.doctor(runvol)}
     for name in installed.drivers(runvol):
         assert lines[f"driver {name}"]["state"] == lines[f"registration {name}"]["state"] == "ok", lines
+    assert lines["containerd"]["state"] == lines["running containerd"]["state"] == "ok", lines
 
 
 def test_helm_test_passes(runvol: Cluster) -> None:

@@ -216,6 +216,35 @@ def test_imports_and_older_tables_of_containerd_are_read(tmp_path):
 # -- a real HTTP server that speaks as an API server does
 
 
+def test_the_default_runtime_of_containerd_up_to_1_7_comes_before_its_name(tmp_path):
+    file = tmp_path / "config.toml"
+    cri = '[plugins."io.containerd.grpc.v1.cri".containerd]\ndefault_runtime_name = "runc"\n'
+    runc = '[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]\nruntime_type = "io.containerd.runc.v2"\n'
+    unnamed = '[plugins."io.containerd.grpc.v1.cri".containerd.default_runtime]\nruntime_type = "{}"\n'
+    file.write_text(cri + runc + unnamed.format(""))
+    found = runtimes.read_containerd(str(file))
+    assert (found.default_handler, found.has_sandbox) == ("runc", False)
+    file.write_text(cri + runc + unnamed.format("io.containerd.kata.v2"))
+    found = runtimes.read_containerd(str(file))
+    assert (found.default_handler, found.has_sandbox) == ("default", True)
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe", b"a = " + b"[" * 100000, b"imports = 7\n= "], ids=["text", "deep", "no TOML"]
+)
+def test_a_configuration_that_cannot_be_read_is_nothing(tmp_path, content):
+    file = tmp_path / "config.toml"
+    file.write_bytes(content)
+    assert runtimes.read_containerd(str(file)) is None and runtimes.tables(str(file), "grpc") == []
+
+
+def test_a_configuration_that_was_changed_is_read_again(tmp_path):
+    file = tmp_path / "config.toml"
+    for name in ("a", "b"):
+        file.write_text(f'[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.{name}]\nruntime_type = "x"\n')
+        assert {*runtimes.read_containerd(str(file)).handlers} == {name}
+
+
 @pytest.fixture(params=["address", "in-cluster", "kubeconfig"])
 def api(request, tmp_path):
     pods = {"web": a_pod("isolated")}

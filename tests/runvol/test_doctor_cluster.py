@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from guestmount import KubernetesApi
-from runvol import config, doctor_cluster
+from runvol import config, doctor_cluster, doctor_containerd
 from tests.api_double import ApiDouble
 
 CSIDRIVERS = "csidrivers"
@@ -41,7 +41,8 @@ def lines(
     )
     flags = {"paths.containerd_config": str(containerd), "node.id": "n", "csi.nfs_endpoint": nfs}
     loaded = config.load(file=None, flags=flags, environment={})
-    found = doctor_cluster.examine(loaded, KubernetesApi(server=url or api.url, account=str(tmp_path)))
+    asked = doctor_containerd.asked(loaded)
+    found = doctor_cluster.examine(loaded, KubernetesApi(server=url or api.url, account=str(tmp_path)), asked)
     return {one.subject: (one.state, one.finding) for one in found}
 
 
@@ -53,7 +54,7 @@ def test_a_cluster_as_it_should_be(api, tmp_path):
 
 def test_without_an_api_there_is_one_line():
     loaded = config.load(file=None, flags={}, environment={})
-    (only,) = doctor_cluster.examine(loaded, None)
+    (only,) = doctor_cluster.examine(loaded, None, doctor_containerd.asked(loaded))
     assert (only.state, only.subject) == ("warning", "Kubernetes API")
 
 
