@@ -83,6 +83,11 @@ class Registration:
         self._silent = 0
         self._registered, self._state, self._trouble = False, "", ""
 
+    @property
+    def registered(self) -> bool:
+        """Whether kubelet has said so, of the socket that is there now."""
+        return self._registered
+
     def start(self) -> None:
         self._thread.start()
 

@@ -27,6 +27,7 @@ from guestmount import (
 from guestmount.containerd_places import Places
 from guestmount.cri import Sandboxes
 from guestmount.known_pods import KnownPods
+from guestmount.startup_taint import StartupTaint
 from guestmount.written import Trust
 from runvol.config import Config, ConfigError
 from volumes import Catalog
@@ -180,6 +181,14 @@ def _cluster_exports(config: Config, pods: KubernetesApi | None) -> Callable[[],
         return cluster_exports.said(pods)
 
     return ask
+
+
+def startup_taint(config: Config, registered: Callable[[], bool]) -> StartupTaint | None:
+    """Who takes the node's taint off; None where none is configured, or nobody to ask."""
+    pods, key = api(config), config.text("csi.startup_taint")
+    if pods is None or not key:
+        return None
+    return StartupTaint(pods, node_id=config.node_id, key=key, registered=registered)
 
 
 def claim_sources(config: Config) -> ClaimSources | None:

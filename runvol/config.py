@@ -148,6 +148,11 @@ TABLE: Mapping[str, Setting] = {
         meaning="where kubelet looks for plugins, and runvol introduces itself; `auto` is `plugins_registry` in the "
         "first of node.roots; empty for not at all (a node-driver-registrar does it)",
     ),
+    "csi.startup_taint": Setting(
+        default="",
+        meaning="the key of a taint that new nodes come with, such as csi.runvol.io/not-ready, and that the plugin "
+        "takes off its node once kubelet has registered it; empty for none",
+    ),
     "csi.metrics": Setting(default="", meaning="HOST:PORT of the plugin's metrics (loopback); empty for none"),
     "csi.services": Setting(default=("identity", "controller", "node"), meaning="the CSI services to serve"),
     "snapshotter.endpoint": Setting(default="unix:///run/runvol/snapshotter.sock", meaning="the socket for containerd"),

@@ -131,6 +131,9 @@ def csi_plugin(config: Config) -> None:
     registrations = [*_registrations(config, servers)] if "node" in config.words("csi.services") else []
     for registration in registrations:
         registration.start()
+    taint = assembly.startup_taint(config, lambda: all(one.registered for one in registrations))
+    if taint is not None and registrations:
+        taint.start()
     daemon.notify("READY=1")
     daemon.watched(lambda: all(server.answers() for server in servers), sign)
     endpoints = [config.text(key) for key in ("csi.endpoint", "csi.nfs_endpoint") if config.text(key)]
@@ -140,6 +143,8 @@ def csi_plugin(config: Config) -> None:
     told.recv(1)
     log.info("stopping")
     daemon.notify("STOPPING=1")
+    if taint is not None:
+        taint.stop()
     for registration in registrations:
         registration.end()  # of each while others are waited for
     for registration in registrations:

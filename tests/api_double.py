@@ -46,6 +46,8 @@ class ApiDouble:
         self.selects = True
         # Kinds that nobody here may ask for.
         self.denied: set[str] = set()
+        # Somebody else's change, just before one is put there.
+        self.before_put: Callable[[], object] | None = None
         self.changed = threading.Condition()
         self.bookmark_seconds = 0.2
         self._server: ThreadingHTTPServer | None = None
@@ -135,6 +137,8 @@ class ApiDouble:
         """409 for another version than the one that is there."""
         *_, kind, name = request.path.split("/")
         self.requests.append((f"PUT {request.path}", request.headers["User-Agent"]))
+        if self.before_put is not None:
+            self.before_put()
         what = json.loads(request.rfile.read(int(request.headers["Content-Length"])))
         found = self.objects.get(kind, {}).get(name)
         if self.forbids:

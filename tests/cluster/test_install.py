@@ -12,19 +12,26 @@ import pytest
 
 from tests.cluster import installed, rights
 from tests.cluster.cluster import Cluster, claim, pod
+from tests.cluster.node import Settings
 
 pytestmark = pytest.mark.kernel
+
+TAINT = "csi.runvol.io/not-ready"
 
 
 @pytest.fixture(scope="module")
 def runvol(built: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A cluster of its own with the chart."""
     directory = tmp_path_factory.mktemp("c")
-    with Cluster(directory, flags={"kube-apiserver": rights.audit(directory)}) as cluster:
+    # As new nodes come where pods shall wait for the driver.
+    new = Settings(kubelet={"registerWithTaints": [{"key": TAINT, "effect": "NoSchedule"}]})
+    with Cluster(directory, [new], flags={"kube-apiserver": rights.audit(directory)}) as cluster:
         installed.snapshot_crds(cluster)
         installed.import_images(cluster, cluster.nodes[0])
         flexvolume = {"enabled": True, "pluginDir": str(cluster.flexvolume)}
-        installed.install(cluster, installed.values(cluster.nodes[0], flexvolume=flexvolume))
+        values = installed.values(cluster.nodes[0], flexvolume=flexvolume)
+        values["node"] = {"startupTaint": TAINT}
+        installed.install(cluster, values)
         yield cluster
         installed.uninstall(cluster)
         node = cluster.nodes[0]
@@ -54,6 +61,11 @@ def test_both_drivers_are_registered_and_doctor_is_content(runvol: Cluster) -> N
     for name in installed.drivers(runvol):
         assert lines[f"driver {name}"]["state"] == lines[f"registration {name}"]["state"] == "ok", lines
     assert lines["containerd"]["state"] == lines["running containerd"]["state"] == "ok", lines
+
+
+def test_the_node_takes_pods_since_its_driver_is_registered(runvol: Cluster) -> None:
+    found = runvol.find("node", "node1")
+    assert found and TAINT not in [one["key"] for one in found["spec"].get("taints") or ()]
 
 
 def test_helm_test_passes(runvol: Cluster) -> None:
