@@ -21,6 +21,7 @@ CHART = ROOT / "deploy/helm/runvol"
 NAME, NAMESPACE = "runvol", "runvol-system"
 _SIDECARS = {"provisioner": "csi-provisioner", "resizer": "csi-resizer", "snapshotter": "csi-snapshotter",
              "snapshotController": "snapshot-controller"}  # fmt: skip
+_KEPT = 4
 _REGISTRY = "localhost/sidecars"
 # What goes into the image.
 _SOURCES = ("blockdev", "volumes", "guestmount", "csi", "flexvolume", "snapshotter", "runvol", "proto", "deploy/image",
@@ -36,10 +37,10 @@ def image(kept: Path | None = None) -> Path:
         new = cache / f"runvol-{os.getpid()}.new.tar"
         build = [sys.executable, ROOT / "deploy/image/build.py", "--output", new, "--name", "localhost/runvol:tests"]
         subprocess.run([*build, "--cache", cache], check=True)
-        for old in cache.glob("runvol-*.tar"):
-            if old != new:
-                old.unlink()
         new.rename(path)
+        # Other trees beside this one have theirs.
+        for old in sorted(cache.glob("runvol-*.tar"), key=lambda one: one.stat().st_mtime)[:-_KEPT]:
+            old.unlink()
     return path
 
 

@@ -13,7 +13,6 @@ import pytest
 from tests.cluster import units
 from tests.cluster.cluster import Cluster, claim, pod
 from tests.cluster.node import Node, Settings
-from tests.sandbox.guest import build
 
 pytestmark = pytest.mark.kernel
 
@@ -26,27 +25,14 @@ echo began $(wc -l < /data/starts)
 while :; do n=$((n + 1)); echo $n >> /data/log; sync; echo $n; sleep 1; done & wait"""
 
 
-def kata_configuration(more: str = "", runtime: str = "") -> str:
-    guest = build()
-    return f"""{runtime}
-[hypervisor.qemu]
-kernel = "{guest.kernel}"
-initrd = "{guest.initramfs}"
-shared_fs = "virtio-fs"
-block_device_driver = "virtio-scsi"
-block_device_aio = "threads"
-{more}
-"""
-
-
 @pytest.fixture(scope="module")
 def cluster(built: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """With a node whose kubelet has a caching proxy, handlers for both of Kata's shims, and runvol as a unit."""
     directory = tmp_path_factory.mktemp("s")
     kata = {
-        KATA: kata_configuration("disable_block_device_use = false"),
-        RUST: kata_configuration(runtime='[runtime]\nname = "virt_container"\nhypervisor_name = "qemu"'),
-        "kata-blind": kata_configuration("disable_block_device_use = true"),
+        KATA: units.kata_configuration("disable_block_device_use = false"),
+        RUST: units.kata_configuration(runtime='[runtime]\nname = "virt_container"\nhypervisor_name = "qemu"'),
+        "kata-blind": units.kata_configuration("disable_block_device_use = true"),
     }
     edge = units.by_proxy(directory)
     edge["kubelet"]["volumeStatsAggPeriod"] = "3s"

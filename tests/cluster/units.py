@@ -11,6 +11,7 @@ from tests.cluster import programs
 from tests.cluster.cluster import Cluster
 from tests.cluster.installed import ROOT
 from tests.cluster.node import Node, Settings
+from tests.sandbox.guest import build
 
 PORT = 10261
 # The name of a program of node1's.
@@ -65,3 +66,17 @@ def know_provisioner(node: Node) -> None:
          "--csi-address=/run/runvol/csi.sock", "--node-deployment", "--strict-topology", "--immediate-topology=false",
          "--enable-capacity", "--capacity-ownerref-level=-1"], keep=True, env=environment,
     )  # fmt: skip
+
+
+def kata_configuration(more: str = "", runtime: str = "") -> str:
+    """Kata's configuration for the guest of the tests; `runtime`: sections of the Rust shim's."""
+    guest = build()
+    return f"""{runtime}
+[hypervisor.qemu]
+kernel = "{guest.kernel}"
+initrd = "{guest.initramfs}"
+shared_fs = "virtio-fs"
+block_device_driver = "virtio-scsi"
+block_device_aio = "threads"
+{more}
+"""
