@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 def build(config: Config, *, check_patience: float = PATIENCE) -> Node:
     """A node's verbs over its real directories. `check_patience`: seconds that a call waits for a check."""
     run_dir, state_dir = config.text("paths.run_dir"), config.text("paths.state_dir")
-    _check_mounted(config)
+    check_mounted(config)
     pods = api(config)
     node = Node(
         catalog=Catalog.open(
@@ -88,7 +88,8 @@ def warm(node: Node) -> None:
     node.detector.warm()
 
 
-def _check_mounted(config: Config) -> None:
+def check_mounted(config: Config) -> None:
+    """ConfigError where the state directory has to be a mount and is none."""
     state_dir = config.text("paths.state_dir")
     if config.text("paths.state_dir_mounted") == "true" and not mounts.is_mount_point(state_dir):
         raise ConfigError(

@@ -88,6 +88,7 @@ def csi_plugin(config: Config) -> None:
     from flexvolume.service import Service
 
     told = daemon.signals()
+    assembly.check_mounted(config)
     held = [*_alone(config, "paths.run_dir", "paths.state_dir")]
     sign = daemon.sign_of(config.text("paths.run_dir"))
     with contextlib.suppress(FileNotFoundError):
