@@ -43,6 +43,7 @@ test-long: prepare
 	@RUNVOL_FUZZ=1000000 .venv/bin/python -m pytest tests/fuzz
 	@RUNVOL_ATTACKS=100 .venv/bin/python -m pytest -s tests/attacks
 	@.venv/bin/python -m tests.kill.load --rounds 200
+	@RUNVOL_CLUSTER_TIER=1 RUNVOL_ROUNDS=10 .venv/bin/python -m pytest -s tests/cluster/test_killed.py
 
 lint: venv
 	.venv/bin/ruff check .

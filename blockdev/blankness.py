@@ -25,6 +25,8 @@ _WHOLE, _LEAST, _NEAR, _PAGE, _PATIENCE = 1 << 30, 4096, 128 << 10, 4096, 5.0
 
 def signature(path: str, deadline: Deadline) -> str | None:
     """What libblkid recognises on the device (a filesystem, a RAID, LVM or LUKS member, a partition table)."""
+    if _is_hole(path):  # a new volume's file, which is looked at several times
+        return None
     code, output = run("blkid", "-p", "-o", "export", path, deadline=deadline, ok=(0, 2, 8))
     if code == 8:
         return "several signatures that contradict each other"
@@ -32,6 +34,13 @@ def signature(path: str, deadline: Deadline) -> str | None:
         return None
     facts = dict(line.split("=", 1) for line in output.splitlines() if "=" in line)
     return facts.get("TYPE") or (f"a {facts['PTTYPE']} partition table" if "PTTYPE" in facts else None)
+
+
+def _is_hole(path: str) -> bool:
+    """Whether it is a regular file of which nothing is on its disk, or on the way there."""
+    with opened(path) as fd:
+        facts = os.fstat(fd)
+        return stat.S_ISREG(facts.st_mode) and next(extents(fd, facts.st_size), None) is None
 
 
 def prove_blank(path: str, deadline: Deadline) -> bool:

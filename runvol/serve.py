@@ -64,6 +64,24 @@ def _registrations(config: Config, servers: Sequence[Server]) -> Iterator[Regist
         )
 
 
+@contextlib.contextmanager
+def _introduced(config: Config, servers: Sequence[Server]) -> Iterator[None]:
+    """kubelet is told of each driver, and the node takes pods then."""
+    registrations = [*_registrations(config, servers)]
+    for registration in registrations:
+        registration.start()
+    taint = assembly.startup_taint(config, lambda: all(one.registered for one in registrations))
+    if taint is not None and registrations:
+        taint.start()
+    yield
+    if taint is not None:
+        taint.stop()
+    for registration in registrations:
+        registration.end()  # of each while others are waited for
+    for registration in registrations:
+        registration.stop()
+
+
 def _alone(config: Config, *keys: str) -> Iterator[int]:
     """What keeps a second plugin from this node's volumes, before the first of them is looked at. BadRequest."""
     for key in keys:
@@ -129,12 +147,9 @@ def csi_plugin(config: Config) -> None:
     if flexvolume is not None:
         flexvolume.start()
         daemon.tell_process(config.text("paths.run_dir"))
-    registrations = [*_registrations(config, servers)] if "node" in config.words("csi.services") else []
-    for registration in registrations:
-        registration.start()
-    taint = assembly.startup_taint(config, lambda: all(one.registered for one in registrations))
-    if taint is not None and registrations:
-        taint.start()
+    known = contextlib.ExitStack()
+    if "node" in config.words("csi.services"):
+        known.enter_context(_introduced(config, servers))
     daemon.notify("READY=1")
     daemon.watched(lambda: all(server.answers() for server in servers), sign)
     endpoints = [config.text(key) for key in ("csi.endpoint", "csi.nfs_endpoint") if config.text(key)]
@@ -144,12 +159,7 @@ def csi_plugin(config: Config) -> None:
     told.recv(1)
     log.info("stopping")
     daemon.notify("STOPPING=1")
-    if taint is not None:
-        taint.stop()
-    for registration in registrations:
-        registration.end()  # of each while others are waited for
-    for registration in registrations:
-        registration.stop()
+    known.close()
     if flexvolume is not None:
         flexvolume.stop()
     for server in servers:

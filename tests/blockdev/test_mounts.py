@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 
@@ -13,10 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockdev import Deadline, DeviceBusy, MountFailed, WaitExpired, mountinfo, mounts
+from blockdev import Deadline, DeviceBusy, MountFailed, WaitExpired, commands, mountinfo, mounts
 from blockdev.commands import run
 from blockdev.deadlines import bounded
 from blockdev.errors import CommandFailed, CommandMissing
+from tests.until import until
 
 pytestmark = pytest.mark.kernel
 
@@ -128,9 +130,45 @@ def test_programs_end_with_the_deadline_and_report_what_they_said(soon):
     with pytest.raises(WaitExpired, match="sleep"):
         run("sleep", "30", deadline=Deadline.after(0.2))
     with pytest.raises(CommandFailed, match="No such file"):
-        run("ls", "/nowhere", deadline=soon)
+        run("ls", "/nowhere/at/all", deadline=soon)
     with pytest.raises(CommandMissing, match="no-such-program"):
         run("no-such-program", deadline=soon)
+
+
+@pytest.mark.parametrize("how", ["spawned", "forked"])
+def test_a_program_ends_with_who_began_it(tmp_path, how):
+    """Whatever ends that, and a program that has not begun by then never does."""
+    more = ", outlive=None" if how == "spawned" else ", limits=Limits(memory=1 << 30, cpu=60)"
+    code = ("import os; from blockdev import Deadline; from blockdev.commands import Limits, run; print(os.getpid(), flush=True); "
+            f"run('sleep', '4711.{os.getpid()}', deadline=Deadline.after(60){more})")  # fmt: skip
+    began = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    began.stdout.readline()
+
+    def sleeps() -> bool:
+        return (
+            subprocess.run(["pgrep", "-f", f"sleep 4711.{os.getpid()}"], capture_output=True, check=False).returncode
+            == 0
+        )
+
+    until(sleeps)
+    began.kill()
+    began.wait()
+    until(lambda: not sleeps())
+
+
+def test_a_program_that_was_begun_for_somebody_who_is_gone_does_nothing(tmp_path):
+    words = [*commands._begun_by(), "1", "touch", str(tmp_path / "made")]
+    assert subprocess.run(words, check=False).returncode == 1 and os.listdir(tmp_path) == []
+
+
+def test_what_a_program_says_and_how_it_ends_is_the_same_either_way(soon, monkeypatch):
+    for begun_by in (commands._begun_by, tuple):
+        monkeypatch.setattr(commands, "_begun_by", begun_by)
+        assert run("printf", "%s", "a $(b) '\"`", deadline=soon) == (0, "a $(b) '\"`")
+        assert run("false", deadline=soon, ok=(1,)) == (1, "")
+        with pytest.raises(CommandFailed) as failed:
+            run("sh", "-c", "echo said; kill -9 $$", deadline=soon)
+        assert failed.value.code == -9 and "said" in str(failed.value)
 
 
 def test_no_shell_sees_an_argument(soon, tmp_path):

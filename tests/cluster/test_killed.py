@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -60,7 +61,8 @@ KILLS = {"the driver": killed_driver} | {
 
 
 @pytest.mark.parametrize("what", KILLS)
-def test_it_is_killed_in_the_middle(cluster: Cluster, what: str) -> None:
+@pytest.mark.parametrize("_round", range(int(os.environ.get("RUNVOL_ROUNDS", "1"))))
+def test_it_is_killed_in_the_middle(cluster: Cluster, _round: int, what: str) -> None:
     cluster.apply(claim("goes", storageClassName="runvol"), writer("goes"))
     cluster.wait_ready("goes", seconds=120)
     before = {name: written(cluster, name) for name in STAY}

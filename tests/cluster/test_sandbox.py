@@ -194,6 +194,25 @@ def test_a_second_sandbox_is_refused_by_the_holders_name(cluster: Cluster, pods:
     cluster.delete("pod", "second")
 
 
+def test_a_flexvolume_goes_from_one_runtime_to_the_other(cluster: Cluster, node: Node) -> None:
+    units.command(node, "flexvolume", "install", "--plugin-dir", str(cluster.flexvolume))
+    made = units.command(node, "volumes", "create", "flexed", "--size", "67108864", "--json")
+    volume = json.loads(made)[0]["volume"]
+    source = {"driver": "runvol/runvol", "fsType": "ext4", "options": {"volume": volume}}
+    before = 0
+    for name, runtime in (("flex-runc", RUNC), ("flex-kata", KATA), ("flex-again", RUNC)):
+        mounts = {"volumeMounts": [{"name": "data", "mountPath": "/data"}]}
+        cluster.apply(pod(name, WRITE, volumes=[{"name": "data", "flexVolume": source}], main=mounts,
+                          automountServiceAccountToken=False, **in_runtime(runtime)))  # fmt: skip
+        cluster.wait_ready(name, seconds=120)
+        goes_on(cluster, name, before)
+        device, fstype = mounted_on_data(cluster, name)
+        assert device.startswith("/dev/sd" if runtime else "/dev/loop") and fstype == "ext4"
+        before = written(cluster, name)[-1]
+        cluster.delete("pod", name)
+    units.command(node, "volumes", "delete", "--yes", volume)
+
+
 @pytest.mark.parametrize(("runtime", "words"), [("kata-blind", "disable_block_device_use"), ("nowhere", "'nowhere'")])
 def test_what_cannot_have_the_device_is_refused(cluster: Cluster, runtime: str, words: str) -> None:
     cluster.apply(claim("refused", storageClassName="block"), with_claim("refused", "refused", runtime))

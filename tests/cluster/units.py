@@ -68,6 +68,11 @@ def know_provisioner(node: Node) -> None:
     )  # fmt: skip
 
 
+def command(node: Node, *words: str) -> str:
+    """What a command of runvol's prints on the node."""
+    return node.run(["sh", "-c", f"cd {ROOT}; exec {shlex.join([sys.executable, '-m', 'runvol', *words])}"])
+
+
 def kata_configuration(more: str = "", runtime: str = "") -> str:
     """Kata's configuration for the guest of the tests; `runtime`: sections of the Rust shim's."""
     guest = build()
