@@ -66,9 +66,8 @@ def import_images(cluster: Cluster, node: Node) -> None:
 
 
 def snapshot_crds(cluster: Cluster) -> None:
-    """The six of external-snapshotter."""
-    for path in sorted((programs.program("crds")).glob("*.yaml")):
-        cluster.apply(path)
+    """Those that a cluster without them is given."""
+    cluster.apply(ROOT / "deploy/crds/volumesnapshots.yaml")
     cluster.wait("the API has VolumeSnapshots", lambda: "volumesnapshots" in cluster.kubectl("api-resources"))
 
 
