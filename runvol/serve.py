@@ -64,6 +64,12 @@ def _registrations(config: Config, servers: Sequence[Server]) -> Iterator[Regist
         )
 
 
+def _registered(registrations: Sequence[Registration]) -> int:
+    """How often, of all of them; 0 while one is not."""
+    times = [one.registered for one in registrations]
+    return sum(times) if all(times) else 0
+
+
 def _alone(config: Config, *keys: str) -> Iterator[int]:
     """What keeps a second plugin from this node's volumes, before the first of them is looked at. BadRequest."""
     for key in keys:
@@ -116,7 +122,7 @@ def csi_plugin(config: Config) -> None:
 
         metrics.serve(config.text("csi.metrics"))
     node.catalog.prepare()
-    held += _alone(config, "paths.state_dir")  # there by now
+    held += _alone(config, *(() if len(held) > 1 else ("paths.state_dir",)))  # there by now
     _tell(repair.before_serving(node))
     for server in servers:
         server.start()
@@ -131,7 +137,7 @@ def csi_plugin(config: Config) -> None:
     registrations = [*_registrations(config, servers)] if "node" in config.words("csi.services") else []
     for registration in registrations:
         registration.start()
-    taint = assembly.startup_taint(config, lambda: all(one.registered for one in registrations))
+    taint = assembly.startup_taint(config, functools.partial(_registered, registrations))
     if taint is not None and registrations:
         taint.start()
     daemon.notify("READY=1")
