@@ -24,6 +24,8 @@ log = logging.getLogger("runvol.daemon")
 # Bytes of a unix socket's path (unix(7), less the zero at its end).
 LONGEST_PATH = 107
 _SUFFIX = ".sock"
+# Bytes of a lock's file, one for each of those that hang; `struct flock`.
+_PLACES, _FLOCK = 8, "hhqqi"
 # Seconds between two looks whether the process does its work.
 _EVERY = 10.0
 
@@ -67,6 +69,20 @@ def answers(path: str) -> bool:
         return False
 
 
+def is_taken(path: str) -> bool:
+    """Whether a process that is not about to end has the socket: one that was killed while it hangs in the kernel keeps
+    it, and answers nobody any more."""
+    if not answers(path):
+        return False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        try:
+            probe.connect(path)
+        except OSError as error:
+            return error.errno not in (errno.ENOENT, errno.ECONNREFUSED)
+        pid, _uid, _gid = struct.unpack("3i", probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        return not _is_killed(pid)
+
+
 def listen(server: grpc.Server, path: str) -> None:
     """The server listens at the path, for root only; what lay there is gone."""
     os.makedirs(os.path.dirname(path), mode=0o750, exist_ok=True)
@@ -106,19 +122,56 @@ class Held(Exception):
 
 def hold(path: str) -> int:
     """A descriptor that keeps the file from other processes until it is closed, or this process ends; children that
-    outlive it do not hold it (fcntl(2)'s record locks). Held, OSError."""
+    outlive it do not hold it (fcntl(2)'s record locks). Held, OSError.
+
+    A process that was killed while it hangs in the kernel keeps its lock, and does nothing any more: then the next
+    byte of the file is locked, by whoever finds all other bytes without a process that lives."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        try:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
-            asked = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-            raise Held(path, struct.unpack("hhqqi", fcntl.fcntl(fd, fcntl.F_GETLK, asked))[4]) from None
-        finally:
-            os.close(fd)
+        ours = next((place for place in range(_PLACES) if _locked(fd, place)), None)
+        for place in range(_PLACES):
+            pid = _holder(fd, place) if place != ours else None
+            if pid is not None and (ours is None or not _is_killed(pid)):
+                raise Held(path, pid)
+    except BaseException:
+        os.close(fd)
+        raise
     return fd
+
+
+def _locked(fd: int, place: int) -> bool:
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            raise
+        return False
+    return True
+
+
+def _holder(fd: int, place: int) -> int | None:
+    """The process that has this byte, 0 where it is not to be seen from here; None for nobody else."""
+    asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, place, 1, 0)
+    kind, _whence, _start, _length, pid = struct.unpack(_FLOCK, fcntl.fcntl(fd, fcntl.F_GETLK, asked))
+    return None if kind == fcntl.F_UNLCK else int(pid)
+
+
+def _is_killed(pid: int) -> bool:
+    """Whether none of its threads comes back from the kernel (proc(5))."""
+    try:
+        tasks = os.listdir(f"/proc/{pid}/task") if pid > 0 else []
+        return bool(tasks) and all(_has_ended(f"/proc/{pid}/task/{task}/status") for task in tasks)
+    except OSError:
+        return False
+
+
+def _has_ended(status: str) -> bool:
+    try:
+        with open(status) as file:
+            said = dict(line.split(":", 1) for line in file if ":" in line)
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return said["State"].split()[0] in "ZX" or bool(int(said["SigPnd"], 16) & 1 << (signal.SIGKILL - 1))
 
 
 def told_process(run_dir: str) -> str:

@@ -82,11 +82,12 @@ class Registration:
         self._seen_other = ""
         self._silent = 0
         self._registered, self._state, self._trouble = False, "", ""
+        self._times = 0
 
     @property
-    def registered(self) -> bool:
-        """Whether kubelet has said so, of the socket that is there now."""
-        return self._registered
+    def registered(self) -> int:
+        """How often kubelet has said so, which does so whenever it starts; 0 while the socket that is there is not."""
+        return self._times if self._registered else 0
 
     def start(self) -> None:
         self._thread.start()
@@ -209,7 +210,7 @@ class Registration:
 
     def _status(self, status: wire.RegistrationStatus, _context: object) -> wire.RegistrationStatusResponse:
         if status.plugin_registered:
-            self._registered, self._wait = True, _FIRST_WAIT
+            self._registered, self._wait, self._times = True, _FIRST_WAIT, self._times + 1
             self._say("registered")
         else:
             self._registered = False

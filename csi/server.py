@@ -80,7 +80,7 @@ class Server:
 
     def start(self) -> None:
         """BadRequest if another process answers on the socket; a socket that nobody serves is replaced."""
-        if daemon.answers(self.path):
+        if daemon.is_taken(self.path):
             raise BadRequest("--endpoint", f"unix://{self.path}", "another process serves this socket; stop it first")
         daemon.listen(self._server, self.path)
         self._server.start()

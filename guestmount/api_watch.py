@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import random
 import threading
 import time
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from blockdev import Deadline
+from blockdev import Deadline, WaitExpired
 from guestmount.pods import PodUnknown
 
 if TYPE_CHECKING:
@@ -78,12 +79,13 @@ class Watch:
 
         pause = _FIRST_PAUSE
         while not self._stop.is_set():
-            began = time.monotonic()
+            began = math.inf
             try:
                 if not self._version:
                     self._list()
+                began = time.monotonic()
                 self._follow()
-            except (OSError, ValueError, PodUnknown) as error:
+            except (OSError, ValueError, PodUnknown, WaitExpired) as error:
                 # 410, mostly: that moment is forgotten. 429 is about how much is asked, which a list would add to.
                 if isinstance(error, Refusal) and 400 <= error.status < 500 and error.status != 429:
                     self._version = ""

@@ -38,14 +38,14 @@ PLACES = (
 class Taken:
     """`endpoint`: as this process reaches it (`unix://…`), empty for never. `certain`: it is the one that `config` is
     of, or an operator's word. `proved`: something of a place says that it is kubelet's, not only that somebody has the
-    socket. `others`: further configurations on this node that kubelet's containerd may read."""
+    socket, and nothing says so of another. `others`: further ones on this node that may be kubelet's."""
 
     config: str
     endpoint: str
     certain: bool
     why: str
     proved: bool = True
-    others: tuple[str, ...] = ()
+    others: tuple[Taken, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,24 +67,31 @@ class Places:
         serving = [one for one in there if len(there) == 1 or self._serves(one)] or there
         if not serving:
             serving = [one for one in candidates if self._seen(one.socket)]
-        first = (serving or candidates)[0]
-        why = f"{first.name}'s own place" if serving else "nothing was found at any place that is known"
-        others = tuple(one.config for one in serving[1:])
-        taken = self._reached(first.config, self._address(first.config) or first.socket, why, others)
-        return replace(taken, proved=bool(there) or self.endpoint != AUTO)
+        elif self.endpoint == AUTO and not any(self._seen(self._socket(one)) for one in serving):
+            # What was left of an earlier containerd, or one that does not run yet.
+            serving += [one for one in candidates if one not in there and self._seen(one.socket)]
+        first, *others = [
+            self._reached(one.config, self._socket(one), f"{one.name}'s own place") for one in serving or candidates[:1]
+        ]
+        if not serving:
+            first = replace(first, why="nothing was found at any place that is known")
+        proved = (bool(there) and not others) or self.endpoint != AUTO
+        others = [replace(one, proved=proved) for one in others]
+        return replace(first, proved=proved, others=tuple(others))
 
     def _candidates(self) -> tuple[Place, ...]:
         """Those of the socket that is set, if it is one that is known."""
         said = [one for one in PLACES if one.socket == self.endpoint.removeprefix("unix://")]
         return tuple(said) or PLACES
 
-    def _reached(self, config: str, socket: str, why: str, others: tuple[str, ...] = ()) -> Taken:
+    def _reached(self, config: str, socket: str, why: str) -> Taken:
         if self.endpoint != AUTO:
-            return Taken(config=config, endpoint=self.endpoint, certain=True, why=why, others=others)
+            return Taken(config=config, endpoint=self.endpoint, certain=True, why=why)
         path = socket or PLACES[0].socket
-        return Taken(
-            config=config, endpoint=f"unix://{self._seen(path) or path}", certain=bool(socket), why=why, others=others
-        )
+        return Taken(config=config, endpoint=f"unix://{self._seen(path) or path}", certain=bool(socket), why=why)
+
+    def _socket(self, place: Place) -> str:
+        return self._address(place.config) or place.socket
 
     def _seen(self, socket: str) -> str:
         """Where a socket of the node's is seen: below its root, or mounted where it is there. Empty for nowhere."""

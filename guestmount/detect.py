@@ -94,7 +94,8 @@ class Detector:
 
     def _ask(self, ref: PodRef, attribute: str, asked: Answer, deadline: Deadline) -> Runtime:
         doubts, containerd = [], asked.believed
-        if containerd is not None and not any(one.has_sandbox or self._operator_knows(one) for one in asked.all):
+        any_sandbox = any(one.has_sandbox or self._operator_knows(one) for one in asked.all)
+        if containerd is not None and None not in asked.others and not any_sandbox:
             source = f"{containerd.source} has no sandbox handler"
             answer = Runtime(kind=HOST, handler=containerd.default_handler, source=source)
             return self._agreeing(answer, attribute, containerd, ref)
@@ -117,14 +118,26 @@ class Detector:
         return any(runtimes.matches(name, self._settings.sandbox_handlers) for name in containerd.handlers)
 
     def _of_pod(self, ref: PodRef, pods: PodSource, asked: Answer, deadline: Deadline) -> Runtime:
-        pod, containerd = with_own(pods.pod(ref, deadline), ref, pods, deadline), asked.believed
-        if pod.runtime_class:
-            handler = pods.handler(pod.runtime_class, deadline)
-            if asked.running is not None and handler not in asked.running.handlers:
-                raise RuntimeUnknown(
-                    f"{asked.running.source} has no handler {handler!r}, which the RuntimeClass {pod.runtime_class} of "
-                    f"{ref} names, so the pod cannot start; {_missing(handler, asked)}"
-                )
+        pod = with_own(pods.pod(ref, deadline), ref, pods, deadline)
+        handler = pods.handler(pod.runtime_class, deadline) if pod.runtime_class else ""
+        if handler and asked.running is not None and handler not in asked.running.handlers:
+            raise RuntimeUnknown(
+                f"{asked.running.source} has no handler {handler!r}, which the RuntimeClass {pod.runtime_class} of "
+                f"{ref} names, so the pod cannot start; {_missing(handler, asked)}"
+            )
+        answer = self._by(asked.believed, asked, pod, handler, ref)
+        if asked.running is None and any(self._differs(answer, one, asked, handler, ref) for one in asked.others):
+            raise RuntimeUnknown(
+                f"which containerd of this node is kubelet's is not known ({asked.doubt}), and they differ in what "
+                f"{ref} will run with; set paths.containerd_config and cri.endpoint"
+            )
+        return answer
+
+    def _by(
+        self, containerd: ContainerdConfig | None, asked: Answer, pod: PodFacts, handler: str, ref: PodRef
+    ) -> Runtime:
+        """By this configuration. `handler`: of the pod's RuntimeClass, empty if it has none."""
+        if handler:
             return self._runtime(handler, containerd, f"the pod's RuntimeClass {pod.runtime_class}", pod)
         if pod.untrusted:
             return self._runtime("untrusted", containerd, "the pod's untrusted-workload annotation", pod)
@@ -136,6 +149,18 @@ class Detector:
         return self._runtime(
             containerd.default_handler, containerd, f"default_runtime_name of {containerd.source}", pod
         )
+
+    def _differs(
+        self, answer: Runtime, other: ContainerdConfig | None, asked: Answer, handler: str, ref: PodRef
+    ) -> bool:
+        """Whether the pod may have another runtime by this configuration; without its handler it cannot start."""
+        if answer.pod is None or (handler and other is not None and handler not in other.handlers):
+            return False
+        try:
+            found = self._by(other, asked, answer.pod, handler, ref)
+        except (PodUnknown, RuntimeUnknown):
+            return True
+        return (found.kind, found.handler, found.dialect) != (answer.kind, answer.handler, answer.dialect)
 
     def _agreeing(self, answer: Runtime, attribute: str, containerd: ContainerdConfig | None, ref: PodRef) -> Runtime:
         """The attribute may fill a gap, but never overrule what is known."""

@@ -112,7 +112,7 @@ class KnownPods:
     def handler(self, runtime_class: str, deadline: Deadline) -> str:
         known = self._classes.get(runtime_class) if self.healthy() else None
         if known is None:
-            known = self._class_asked(runtime_class, deadline)
+            return self._class_asked(runtime_class, deadline)
         self._kept.put("class", runtime_class, known, cluster=self._api.cluster())
         return known
 
@@ -131,6 +131,7 @@ class KnownPods:
                 raise PodUnknown(f"{error}; and nothing is kept of that class on this node") from error
             return last
         self._answered[runtime_class] = found
+        self._kept.put("class", runtime_class, found, cluster=self._api.cluster())
         return found
 
     def claim_of(self, persistent_volume: str, deadline: Deadline, *, anew: bool = False) -> tuple[str, str]:

@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from blockdev import deadlines
+
 # Seconds. Who is asked for credentials (`exec`) may ask a network.
 _LONGEST = 30.0
 # Bytes of each stream that are kept.
@@ -77,8 +79,15 @@ class Kubeconfig:
             return self._begun(_stamps(self._path, self._named))
 
     def _begun(self, stamps: tuple[tuple[int, ...], ...]) -> threading.Event:
-        done = self._reading = threading.Event()
-        threading.Thread(target=self._read, args=(stamps, done), name="kubeconfig", daemon=True).start()
+        done = threading.Event()
+        reader = threading.Thread(target=self._read, args=(stamps, done), name="kubeconfig", daemon=True)
+        try:
+            deadlines.started("reading the kubeconfig", reader)
+        except deadlines.NoThread as error:  # of this moment: the next who asks begins it
+            self._trouble = str(error)
+            done.set()
+            return done
+        self._reading = done
         return done
 
     def _read(self, stamps: tuple[tuple[int, ...], ...], done: threading.Event) -> None:

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from blockdev import Deadline, WaitExpired
+from blockdev.deadlines import NoThread
 from guestmount.api_access import ByKubeconfig, answered
 from guestmount.kubeconfig import Resolved
 from guestmount.kubernetes_api import KubernetesApi
@@ -66,7 +67,7 @@ class KubeletPods:
                 body = answered(asking, self._access(), "/pods", max(0.05, until - began), largest=_LARGEST)
                 self._told, self._began = _told(body), began
             return self._told
-        except (OSError, ValueError, RecursionError, WaitExpired) as error:
+        except (OSError, ValueError, RecursionError, WaitExpired, NoThread) as error:
             raise PodUnknown(f"{asking}: {error}") from error
         finally:
             self._lock.release()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from blockdev import Deadline, WaitExpired
+from blockdev.deadlines import NoThread
 from guestmount.kubeconfig import Kubeconfig, Unusable
 from guestmount.pods import NotThere, PodFacts, PodRef, PodUnknown, facts_from
 
@@ -175,7 +176,7 @@ class KubernetesApi:
             # Others say nothing of what was asked for: 401 and 403 of who asks, 5xx of the server.
             gone = error.status == 404 and error.said
             raise (NotThere if gone else PodUnknown)(f"{asking}: {error}") from error
-        except (OSError, ValueError, RecursionError, WaitExpired, Unusable) as error:
+        except (OSError, ValueError, RecursionError, WaitExpired, NoThread, Unusable) as error:
             raise PodUnknown(f"{asking}: {error}") from error
         if not isinstance(reply, dict):
             raise PodUnknown(f"the API server's answer for {what} is no object")

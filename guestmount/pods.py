@@ -111,7 +111,8 @@ def with_own(pod: PodFacts, ref: PodRef, source: PodSource, deadline: Deadline) 
         return pod
     try:
         namespace, claim = source.claim_of(ref.persistent_volume, deadline)
-        if claim not in pod.claims.values():  # a volume that is retained may be given to another claim
+        elsewhere = bool(namespace and ref.namespace) and namespace != ref.namespace
+        if elsewhere or claim not in pod.claims.values():  # a volume that is retained may be given to another claim
             namespace, claim = source.claim_of(ref.persistent_volume, deadline, anew=True)
     except PodUnknown as error:
         log.warning("which of the pod's volumes is this one is not known, so how it is mounted was not checked",

@@ -91,12 +91,13 @@ class _Kept(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What is known of kubelet's containerd; `doubt`: why the running one did not tell."""
+    """What is known of kubelet's containerd; `doubt`: why the running one did not tell. `others`: of those that it may
+    be too, None for what cannot be read."""
 
     taken: Taken
     running: ContainerdConfig | None
     on_file: ContainerdConfig | None
-    others: tuple[ContainerdConfig, ...] = ()
+    others: tuple[ContainerdConfig | None, ...] = ()
     doubt: str = ""
 
     @property
@@ -117,21 +118,27 @@ class KubeletsContainerd:
     def __init__(self, places: Places, kept: str = "", roots: Sequence[str] = ()) -> None:
         self._places, self._kept, self._roots = places, kept, roots
         self._lock = threading.Lock()
-        self._known: tuple[str, _Stamp, ContainerdConfig] | None = None
-        self._silent: tuple[_Stamp, float, str] = ((0, 0, 0), 0.0, "")
+        # By the socket's path, of which there are few.
+        self._known: dict[str, tuple[_Stamp, ContainerdConfig]] = {}
+        self._silent: dict[str, tuple[_Stamp, float, str]] = {}
 
     def read(self, deadline: Deadline) -> Answer:
         """Both words, and no exception: who says nothing is None."""
-        taken, root = self._places.taken(), self._places.root
-        running, doubt = None, ""
-        try:
-            running = self._says(taken, deadline)
-        except Silent as error:
-            doubt = str(error)
-        others = (runtimes.read_containerd(one, root) for one in taken.others)
+        taken, root, doubts = self._places.taken(), self._places.root, []
+        running, found = None, taken
+        for one in (taken, *taken.others):
+            try:
+                running, found = self._says(one, deadline), one
+                break
+            except Silent as error:
+                doubts.append(str(error))
+        # Those of one socket are one containerd, of which is not known which file it reads.
+        others = (one for one in (taken, *taken.others)
+                  if one is not found and (running is None or one.endpoint == found.endpoint))  # fmt: skip
         return Answer(
-            taken=taken, running=running, on_file=runtimes.read_containerd(taken.config, root), doubt=doubt,
-            others=tuple(one for one in others if one is not None),
+            taken=found, running=running, on_file=runtimes.read_containerd(found.config, root),
+            doubt="" if running is not None else "; ".join(dict.fromkeys(doubts)),
+            others=tuple(runtimes.read_containerd(one.config, root) for one in others),
         )  # fmt: skip
 
     def _says(self, taken: Taken, deadline: Deadline) -> ContainerdConfig:
@@ -143,31 +150,36 @@ class KubeletsContainerd:
         if not path.startswith("/"):
             raise Silent(f"cri.endpoint {taken.endpoint!r} is no socket's path")
         stamp = _stamp(path)
-        if self._known is not None and self._known[:2] == (path, stamp):
-            return self._known[2]
+        known = self._known.get(path)
+        if known is not None and known[0] == stamp:
+            return known[1]
         if not self._lock.acquire(timeout=min(_LONGEST, deadline.remaining())):
             raise Silent("it is being asked")
         try:
-            if self._known is None or self._known[:2] != (path, stamp):
-                self._known = path, stamp, (self._from_disk(path, stamp) or self._asked(taken, path, stamp, deadline))
-            return self._known[2]
+            known = self._known.get(path)
+            if known is None or known[0] != stamp:
+                known = stamp, self._from_disk(path, stamp) or self._asked(taken, path, stamp, deadline)
+                self._known[path] = known
+            return known[1]
         finally:
             self._lock.release()
 
     def _asked(self, taken: Taken, path: str, stamp: _Stamp, deadline: Deadline) -> ContainerdConfig:
-        last, until, why = self._silent
+        last, until, why = self._silent.get(path, ((0, 0, 0), 0.0, ""))
         if last == stamp and time.monotonic() < until:
             raise Silent(why)
         try:
             found = parsed(_status(path, min(_LONGEST, deadline.remaining())), f"the running containerd ({path})")
-            if not taken.proved and (doubt := Sandboxes(endpoint=taken.endpoint, roots=self._roots).stranger(deadline)):
-                raise Silent(doubt)
+            if not taken.proved:
+                asked = Sandboxes(endpoint=taken.endpoint, roots=self._roots, patience=_LONGEST)
+                if doubt := asked.stranger(deadline):
+                    raise Silent(doubt)
             if _stamp(path) != stamp:
                 raise Silent(f"the containerd at {path} was started anew just now")
         except Silent as error:
             if why != str(error):  # one that never tells is told of once
                 log.warning("what the running containerd says is passed over", extra={"why": str(error)[:500]})
-            self._silent = stamp, time.monotonic() + _PAUSE, str(error)
+            self._silent[path] = stamp, time.monotonic() + _PAUSE, str(error)
             raise
         self._to_disk(_Kept(socket=path, stamp=stamp, handlers=tuple(found.handlers.values()),
                             default=found.default_handler))  # fmt: skip
@@ -231,7 +243,8 @@ def _status(path: str, seconds: float) -> str:
 
 
 def _stamp(path: str) -> _Stamp:
-    """Of a socket behind which somebody lives. A full backlog is somebody too."""
+    """Of a socket behind which somebody lives. A full backlog is somebody too, and want of a descriptor is no word of
+    anybody's death."""
     try:
         found = os.stat(path)
         if not stat.S_ISSOCK(found.st_mode):
@@ -239,7 +252,9 @@ def _stamp(path: str) -> _Stamp:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as tried:
             refused = tried.connect_ex(path)
     except OSError as error:
-        raise Silent(f"{path}: {error.strerror or error}") from error
+        if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
+            raise Silent(f"{path}: {error.strerror or error}") from error
+        refused = 0
     if refused not in (0, errno.EAGAIN):
         raise Silent(f"no containerd answers at {path}: {os.strerror(refused)}")
     return found.st_dev, found.st_ino, found.st_ctime_ns

@@ -16,14 +16,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("runvol.taint")
 
-# Seconds for one try; between looks whether the driver is registered; between tries.
-_ASKING, _LOOK, _FIRST_PAUSE, _LONGEST_PAUSE = 10.0, 0.5, 1.0, 60.0
+# Seconds for one try; between looks whether the driver is registered, and registered anew; between tries.
+_ASKING, _LOOK, _LATER, _FIRST_PAUSE, _LONGEST_PAUSE = 10.0, 0.5, 5.0, 1.0, 60.0
 
 
 class StartupTaint:
-    """Takes the taint of this key off the node as soon as `registered` says so, once in this process's life."""
+    """Takes the taint of this key off the node with each registration: a kubelet that starts may have made its node
+    anew, with the taint."""
 
-    def __init__(self, api: KubernetesApi, *, node_id: str, key: str, registered: Callable[[], bool]) -> None:
+    def __init__(self, api: KubernetesApi, *, node_id: str, key: str, registered: Callable[[], int]) -> None:
+        """`registered`: how often the driver was, 0 while it is not."""
         self._api, self._node_id, self._key, self._registered = api, node_id, key, registered
         self._stop = threading.Event()
 
@@ -35,18 +37,21 @@ class StartupTaint:
         self._stop.set()
 
     def _run(self) -> None:
-        while not self._registered():
-            if self._stop.wait(_LOOK):
-                return
-        pause, told = _FIRST_PAUSE, ""
+        pause, told, done = _FIRST_PAUSE, "", 0
         while not self._stop.is_set():
+            times = self._registered()
+            if times in (0, done):
+                self._stop.wait(_LATER if done else _LOOK)
+                continue
             try:
                 self._take_off(Deadline.after(_ASKING))
-                return
-            except (PodUnknown, WaitExpired) as error:
+                pause, told, done = _FIRST_PAUSE, "", times
+                continue
+            except Exception as error:
                 if told != str(error):
                     told = str(error)
-                    log.warning("the node keeps its taint; it is tried again", extra={"taint": self._key, "why": told})
+                    foreseen, facts = isinstance(error, (PodUnknown, WaitExpired)), {"taint": self._key, "why": told}
+                    log.warning("the node keeps its taint; it is tried again", extra=facts, exc_info=not foreseen)
             self._stop.wait(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
 

@@ -184,7 +184,7 @@ def _cluster_exports(config: Config, pods: KubernetesApi | None) -> Callable[[],
     return ask
 
 
-def startup_taint(config: Config, registered: Callable[[], bool]) -> StartupTaint | None:
+def startup_taint(config: Config, registered: Callable[[], int]) -> StartupTaint | None:
     """Who takes the node's taint off; None where none is configured, or nobody to ask."""
     pods, key = api(config), config.text("csi.startup_taint")
     if pods is None or not key:

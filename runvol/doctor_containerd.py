@@ -27,7 +27,8 @@ def examine(answer: Answer) -> Iterator[Diagnosis]:
     taken = answer.taken
     where = f"{taken.config}, {taken.endpoint or 'never asked'} ({taken.why})"
     if answer.others:
-        where += f"; {', '.join(taken.others)} may be kubelet's too: set paths.containerd_config to the one that is"
+        others = ", ".join(one.config for one in taken.others)
+        where += f"; {others} may be kubelet's too: set paths.containerd_config to the one that is"
     yield Diagnosis(state=WARNING if answer.others else OK, subject="containerd", finding=where)
     if answer.believed is None:
         finding = f"cannot be read, and {answer.doubt}: runtimes are known by name only"

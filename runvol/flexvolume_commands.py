@@ -34,14 +34,18 @@ if [ "$1" = init ]; then
     exit 0
 fi
 refuse() {{
-    echo '{{"status": "Failure", "message": "the node plugin of runvol does not run on this node"}}'
+    echo "{{\\"status\\": \\"Failure\\", \\"message\\": \\"$1\\"}}"
     exit 1
 }}
-{{ read -r pid began < {told}; }} 2>/dev/null || refuse
-[ "$(cut -d ' ' -f 22 "/proc/$pid/stat" 2>/dev/null)" = "$began" ] || refuse
+absent='the node plugin of runvol does not run on this node'
+for needed in cut env nsenter; do
+    command -v "$needed" >/dev/null || refuse "the program $needed is not installed where kubelet runs"
+done
+{{ read -r pid began < {told}; }} 2>/dev/null || refuse "$absent"
+[ "$(cut -d ' ' -f 22 "/proc/$pid/stat" 2>/dev/null)" = "${{began:-none}}" ] || refuse "$absent"
 reply=$(nsenter --target "$pid" --mount -- env {settings} {program} "$@" 2>/dev/null)
 status=$?
-[ "${{reply#\\{{}}" != "$reply" ] || refuse
+[ "${{reply#\\{{}}" != "$reply" ] || refuse "the container of the node plugin cannot be entered, or gave no answer"
 printf '%s\\n' "$reply"
 exit $status
 """
@@ -87,7 +91,7 @@ def install(
     # kubelet passes over names that begin with a dot.
     beside = os.path.join(place, f".{driver}.")
     durable.sweep(beside)
-    durable.replace(os.path.join(place, driver), text.encode(), beside=beside, mode=0o755)
+    durable.replace(os.path.join(place, driver), os.fsencode(text), beside=beside, mode=0o755)
     click.echo(f"installed {name} in {place}")
 
 

@@ -64,13 +64,19 @@ def _registrations(config: Config, servers: Sequence[Server]) -> Iterator[Regist
         )
 
 
+def _registered(registrations: Sequence[Registration]) -> int:
+    """How often, of all of them; 0 while one is not."""
+    times = [one.registered for one in registrations]
+    return sum(times) if all(times) else 0
+
+
 @contextlib.contextmanager
 def _introduced(config: Config, servers: Sequence[Server]) -> Iterator[None]:
     """kubelet is told of each driver, and the node takes pods then."""
     registrations = [*_registrations(config, servers)]
     for registration in registrations:
         registration.start()
-    taint = assembly.startup_taint(config, lambda: all(one.registered for one in registrations))
+    taint = assembly.startup_taint(config, lambda: _registered(registrations))
     if taint is not None and registrations:
         taint.start()
     yield
@@ -135,7 +141,7 @@ def csi_plugin(config: Config) -> None:
 
         metrics.serve(config.text("csi.metrics"))
     node.catalog.prepare()
-    held += _alone(config, "paths.state_dir")  # there by now
+    held += _alone(config, *(() if len(held) > 1 else ("paths.state_dir",)))  # there by now
     _tell(repair.before_serving(node))
     for server in servers:
         server.start()

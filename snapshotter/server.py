@@ -60,7 +60,7 @@ def alone(endpoint: str, state_dir: str, identity: str = "") -> list[int]:
 
     BadRequest if there is one.
     """
-    if daemon.answers(socket_path(endpoint)):
+    if daemon.is_taken(socket_path(endpoint)):
         raise BadRequest("--endpoint", endpoint, "another process serves this socket; stop it first")
     held = [_locked(os.path.join(state_dir, "lock"), state_dir, "another process uses it; stop that first")]
     if identity:

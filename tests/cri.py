@@ -21,10 +21,12 @@ READY, NOT_READY = cri_pb2.SANDBOX_READY, cri_pb2.SANDBOX_NOTREADY
 class Runtime:
     """`pods` are the uids and states that it lists. `before(n)` is called before the nth answer, from 1.
 
-    `config`: what its Status has as `info["config"]`; None for a runtime without CRI. `path`: its socket's."""
+    `config`: what its Status has as `info["config"]`; None for a runtime without CRI. `path`: its socket's. `kubelets`:
+    whether it has a pod of kubelet's."""
 
     def __init__(self, path: str = "") -> None:
         self.config: str | None = None
+        self.kubelets = True
         self.told = 0
         self.pods: list[tuple[str, Any]] = []
         self.asked = 0
@@ -60,7 +62,7 @@ class Runtime:
             number = self.asked
         self.before(number)
         answer = cri_pb2.ListPodSandboxResponse()
-        for at, (uid, state) in enumerate([*self.pods, (WITNESS, READY)]):
+        for at, (uid, state) in enumerate([*self.pods, *([(WITNESS, READY)] if self.kubelets else [])]):
             answer.items.add(id=f"{at:064x}", state=state, metadata={"name": "pod", "namespace": "default", "uid": uid})
         return answer
 

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import threading
@@ -62,6 +63,30 @@ def test_a_plugin_in_a_container_is_entered_from_the_node(flex):
     flex.driver.start()
     assert flex.run("unmount", target, **node)[0] == 0
     assert not os.path.ismount(target) and done_by_plugin(flex) > before
+
+
+def test_what_keeps_the_node_from_its_plugins_container_is_said(flex, tmp_path):
+    """One JSON object each time, whatever is missing; and values that are no text are kept as they are."""
+    plugins, told, begun = flex.driver.directory / "exec", flex.driver.run / "plugin", "/proc/self/stat"
+    odd = os.fsencode(flex.driver.directory) + b"/\xff"
+    flex.driver.environment["RUNVOL_NRI_SOCKET"] = os.fsdecode(odd)
+    flex.driver.cli("flexvolume", "install", "--through-plugin", "--plugin-dir", str(plugins))
+    flex.program = plugins / "runvol~runvol/runvol"
+    assert odd in flex.program.read_bytes()
+    for content in (b"", b"\n", b"1", b"1 \n", b"gone \n", b"0 0\n", b"../1 1\n", b"\xff\n"):
+        told.write_bytes(content)
+        status, reply = flex.run("unmount", "/x")
+        assert status == 1 and "does not run on this node" in str(reply["message"]), content
+    began = Path(begun).read_text().rpartition(")")[2].split()[19]
+    told.write_text(f"{os.getpid()} {began}\n")
+    for name in ("sh", "cut", "env"):
+        (tmp_path / name).symlink_to(str(shutil.which(name)))
+    status, reply = flex.run("unmount", "/x", PATH=str(tmp_path))
+    assert status == 1 and "the program nsenter is not installed" in str(reply["message"])
+    (tmp_path / "nsenter").symlink_to("/bin/false")
+    status, reply = flex.run("unmount", "/x", PATH=str(tmp_path))
+    assert status == 1 and "cannot be entered" in str(reply["message"])
+    assert flex.run("init", PATH=str(tmp_path))[0] == 0
 
 
 def test_the_plugin_does_the_work(flex):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -414,6 +415,63 @@ def test_another_clusters_classes_and_volumes_are_not_this_ones(api, known, tmp_
     assert answers(pods) == ALL
     (tmp_path / "ca.crt").write_text("two")
     assert answers(pods) == ["kata", PodUnknown, PodUnknown]
+
+
+def test_what_was_kept_of_a_cluster_stays_its_own_while_no_cluster_is_known(known, tmp_path):
+    """The kubeconfig of the cluster to which the node went cannot be read yet."""
+    pods = known(follows=False)
+    remembered(pods, cluster="one")
+    away = KnownPods(KubernetesApi(kubeconfig=str(tmp_path / "none")), node="node-1", kept=str(tmp_path / "answers"),
+                     follows=False)  # fmt: skip
+    assert away.handler("kata", Deadline.after(5)) == "kata-qemu"
+    time.sleep(0.1)
+    assert pods._kept.get("class", "kata", str, cluster="two") is None
+    assert pods._kept.get("class", "kata", str, cluster="one") == "kata-qemu"
+
+
+@pytest.mark.parametrize("what", ["api", "kubeconfig"])
+def test_where_no_thread_is_to_be_had_what_was_kept_counts(api, known, tmp_path, monkeypatch, what):
+    def none(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    pods = known(follows=False)
+    remembered(pods)
+    config = tmp_path / "kubeconfig"
+    config.write_text(
+        json.dumps({"clusters": [{"name": "a", "cluster": {"server": api.url}}], "current-context": "a",
+                    "contexts": [{"name": "a", "context": {"cluster": "a"}}]})
+    )  # fmt: skip
+    if what == "kubeconfig":
+        pods._api = KubernetesApi(kubeconfig=str(config))
+    with monkeypatch.context() as scarce:
+        scarce.setattr(threading.Thread, "start", none)
+        assert answers(pods) == ALL
+    api.pod("p", UID.format(0), runtime_class="now")
+    api.put("runtimeclasses", "now", {"handler": "now"})
+    assert pods.handler("now", Deadline.after(10)) == "now"
+
+
+@pytest.mark.parametrize("known_as", [("elsewhere", "data"), ("default", "older")])
+def test_a_claim_of_another_namespace_is_asked_for_anew(known_as):
+    class Lags:
+        def claim_of(self, _volume: str, _deadline: Deadline, *, anew: bool = False) -> tuple[str, str]:
+            return ("default", "data") if anew else known_as
+
+    pod = PodFacts(uid=UID.format(0), claims={"v": "data"})
+    own = with_own(pod, PodRef(namespace="default", name="p", persistent_volume="pv"), Lags(), Deadline.after(5))
+    assert own.own == {"v"}
+
+
+def test_a_list_that_takes_long_and_fails_is_not_asked_for_at_once_again(api, known, monkeypatch):
+    monkeypatch.setattr(api_watch, "_LIST", 0.3)  # longer than the longest pause
+    real = api._listed
+    monkeypatch.setattr(api, "_listed", lambda *asked: (time.sleep(0.4), real(*asked)))
+    pauses: list[float] = []
+    monkeypatch.setattr(api_watch.random, "uniform", lambda _low, _high: 1.0)
+    pods = known()
+    monkeypatch.setattr(pods._volumes._stop, "wait", lambda pause: (pauses.append(pause), time.sleep(pause)))
+    until(lambda: len(pauses) > 6)
+    assert pauses[-3:] == [0.1] * 3
 
 
 def kubelets(tmp_path: Path, *uids: str) -> Path:

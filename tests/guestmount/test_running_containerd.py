@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -304,6 +305,68 @@ def test_a_containerd_that_is_known_by_its_socket_alone_has_to_have_a_pod_of_kub
             detected(Detector(found))
         (tmp_path / "pods" / WITNESS).mkdir(parents=True)
         assert detected(Detector(found)) == ("host", "runc")
+
+
+def several(tmp_path: Path) -> DetectSettings:
+    (tmp_path / "pods" / WITNESS).mkdir(parents=True, exist_ok=True)
+    return DetectSettings(
+        containerd_config=AUTO, cri_endpoint=AUTO, host_root=str(tmp_path), root=str(tmp_path), roots=[str(tmp_path)]
+    )
+
+
+_RUNC_TOO = NEWER + '[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.secure]\nruntime_type = "runc.v2"\n'
+
+
+@pytest.mark.parametrize("handler", ["kata", "secure", ""])
+def test_of_several_the_one_that_has_a_pod_of_kubelets_is_kubelets(tmp_path, node, handler):
+    """A system's containerd with CRI, which nobody uses, beside k3s's."""
+    node(0, _RUNC_TOO, lives=False), node(1, WITH_KATA, lives=False)
+    sockets = [str(tmp_path / PLACES[place].socket.lstrip("/")) for place in (0, 1)]
+    with Runtime(sockets[0]) as system, Runtime(sockets[1]) as kubelets:
+        system.config, system.kubelets = says(secure=RUNC), False
+        kubelets.config = says("secure", kata=KATA, secure=KATA)
+        one = Detector(several(tmp_path), Pods(handler))
+        assert detected(one) == ("sandbox", handler or "secure")
+        told = kubelets.told
+        assert detected(one) == ("sandbox", handler or "secure") and kubelets.told == told
+
+
+def test_where_several_differ_and_none_is_known_to_be_kubelets_nothing_is(tmp_path, node):
+    node(0, _RUNC_TOO, lives=False), node(1, WITH_KATA.replace("runtimes.kata", "runtimes.secure"), lives=False)
+    found = several(tmp_path)
+    assert detected(Detector(found, Pods())) == ("host", "runc")
+    with pytest.raises(
+        RuntimeUnknown, match=r"which containerd of this node is kubelet's.*set paths\.containerd_config"
+    ):
+        detected(Detector(found, Pods("secure")))
+    node(1, WITH_KATA, lives=False)
+    assert detected(Detector(found, Pods("kata"))) == ("sandbox", "kata")
+
+
+def test_a_file_that_was_left_behind_proves_nothing_beside_a_containerd_that_runs(tmp_path, node):
+    """Of k3s, which was replaced by a containerd whose file is at no place that is known."""
+    node(1, lives=False), node(0, None, lives=False)
+    found = several(tmp_path)
+    assert detected(Detector(found)) == ("host", "runc")
+    with Runtime(str(tmp_path / PLACES[0].socket.lstrip("/"))) as runtime:
+        runtime.config = says("kata", kata=KATA)
+        assert detected(Detector(found, Pods("kata"))) == ("sandbox", "kata")
+        assert detected(Detector(found, Pods())) == ("sandbox", "kata")
+        runtime.config = None
+        with pytest.raises(RuntimeUnknown):
+            detected(Detector(found, Pods()))
+
+
+def test_want_of_descriptors_does_not_make_the_file_count(detector, runtime, monkeypatch):
+    runtime.config = says(secure=KATA)
+    one = detector(_RUNC_TOO, Pods("secure"))
+    assert detected(one) == ("sandbox", "secure")
+
+    def none(*_: object) -> socket.socket:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(running_containerd.socket, "socket", none)
+    assert detected(one) == ("sandbox", "secure")
 
 
 # -- doctor

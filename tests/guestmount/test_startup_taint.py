@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from blockdev.deadlines import NoThread
 from guestmount import KubernetesApi, startup_taint
 from guestmount.startup_taint import StartupTaint
 from tests.api_double import ApiDouble
@@ -19,6 +20,7 @@ OTHER = {"key": "node.kubernetes.io/unreachable", "effect": "NoExecute"}
 @pytest.fixture
 def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiDouble]:
     monkeypatch.setattr(startup_taint, "_LOOK", 0.01)
+    monkeypatch.setattr(startup_taint, "_LATER", 0.01)
     monkeypatch.setattr(startup_taint, "_FIRST_PAUSE", 0.02)
     monkeypatch.setattr(startup_taint, "_LONGEST_PAUSE", 0.1)
     one = ApiDouble()
@@ -33,7 +35,7 @@ def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiDouble]:
 def taint(api: ApiDouble, tmp_path) -> Iterator[Callable[..., StartupTaint]]:
     made = []
 
-    def one(registered: Callable[[], bool]) -> StartupTaint:
+    def one(registered: Callable[[], int]) -> StartupTaint:
         source = KubernetesApi(server=api.url, account=str(tmp_path))
         made.append(StartupTaint(source, node_id="node-1", key=KEY, registered=registered))
         made[-1].start()
@@ -87,3 +89,33 @@ def test_a_node_without_it_is_left_alone(api, taint, spec):
     until(lambda: api.requests)
     time.sleep(0.1)
     assert not any(path.startswith("PUT") for path, _ in api.requests) and len(api.requests) == 1
+
+
+def test_a_node_that_a_kubelet_made_anew_loses_it_again(api, taint):
+    """A kubelet that starts registers its node, and then the driver."""
+    before, times = api.objects["nodes"]["node-1"], [1]
+    taint(lambda: times[0])
+    until(lambda: taints(api) == [OTHER])
+    api.drop("nodes", "node-1")
+    api.put("nodes", "node-1", {"spec": before["spec"]})
+    time.sleep(0.1)
+    assert len(taints(api)) == 2
+    times[0] = 0  # it is not registered yet
+    time.sleep(0.1)
+    assert len(taints(api)) == 2
+    times[0] = 2
+    until(lambda: taints(api) == [OTHER])
+
+
+@pytest.mark.parametrize("error", [NoThread("asking"), MemoryError(), RuntimeError("can't start new thread")])
+def test_want_of_a_thread_or_of_memory_is_of_a_moment(api, taint, monkeypatch, error):
+    real, moments = KubernetesApi.one, [error] * 3
+
+    def one(self, *asked):
+        if moments:
+            raise moments.pop()
+        return real(self, *asked)
+
+    monkeypatch.setattr(KubernetesApi, "one", one)
+    taint(lambda: 1)
+    until(lambda: taints(api) == [OTHER])
