@@ -30,7 +30,7 @@ _SPAN, _SILENCE, _LINE, _LIST = 300, 340.0, 30.0, 60.0
 # Seconds without an event or a bookmark, which an API server sends every 60 to 75.
 _NEWS = 90.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
-# Objects of one answer: a pod with its status has some ten thousand bytes.
+# Objects of one answer, where they are as large as a pod with its status, which has some ten thousand bytes.
 _PAGE = 50
 # Bytes of one event: an object of 1.5 MiB, written in JSON.
 _LONGEST_LINE = 4 << 20
@@ -47,8 +47,9 @@ class Watch:
     def __init__(
         self, api: KubernetesApi, what: str, path: str, query: str = "", *,
         listed: Callable[[Iterator[Object]], None], changed: Callable[[Object], None], gone: Callable[[Object], None],
+        page: int = _PAGE,
     ) -> None:  # fmt: skip
-        self._api, self._what, self._path, self._query = api, what, path, query
+        self._api, self._what, self._path, self._query, self._page = api, what, path, query, page
         self._listed, self._changed, self._gone = listed, changed, gone
         self._stop = threading.Event()
         self._connection: Connection | None = None
@@ -104,7 +105,7 @@ class Watch:
         """All objects, page by page; what is watched next goes on from there."""
         found: list[str] = []
         self._listed(self._api.listed(self._what, self._path, Deadline.after(_LIST), query=self._query, version=found,
-                                      page=_PAGE))  # fmt: skip
+                                      page=self._page))  # fmt: skip
         self._version = found[-1] if found else ""
 
     def _follow(self) -> None:

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("runvol.pods")
 
 
+# PersistentVolumes of one answer, with some two thousand bytes each: 400 answers, which are the most, are 200,000.
+_VOLUMES = 500
+
+
 class KnownPods:
     """A source of all sources. `kept`: the directory of answers."""
 
@@ -60,7 +64,7 @@ class KnownPods:
                   changed=self._class, gone=self._no_class),
         ]  # fmt: skip
         self._volumes = Watch(self._api, "PersistentVolumes", "/api/v1/persistentvolumes", listed=self._all_volumes,
-                              changed=self._volume, gone=self._no_volume)  # fmt: skip
+                              changed=self._volume, gone=self._no_volume, page=_VOLUMES)  # fmt: skip
         for watch in self._watches:
             watch.start()
         self._volumes.start()

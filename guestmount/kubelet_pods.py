@@ -10,7 +10,7 @@ import contextlib
 import re
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -28,7 +28,7 @@ _LONGEST = 1.0
 # Bytes of an answer: 500 pods of 32 KiB. And of its commas, since each element of a list takes memory; a pod of 10 kB
 # has some 300.
 _LARGEST, _MOST_COMMAS = 16 << 20, 1_000_000
-_LOOPBACK = re.compile(r"127\.[0-9.]+\Z|localhost\Z|::1\Z")
+_CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL)
 
 
 class _List(msgspec.Struct):
@@ -38,9 +38,9 @@ class _List(msgspec.Struct):
 class KubeletPods:
     """Who asks is whom the API server knows; one question at a time, whose answer is for all that wait."""
 
-    def __init__(self, address: str, api: KubernetesApi, *, node: str, authority: str = "") -> None:
-        """`address`: http:// for the read-only port, which is told no token; `authority`: a file of certificates, empty
-        for a kubelet on the loopback whose certificate is not looked at."""
+    def __init__(self, address: str, api: KubernetesApi, *, node: str, authority: Sequence[str]) -> None:
+        """`address`: http:// for the read-only port, which is told no token; `authority`: files of certificates, of
+        which the first that is there has to prove kubelet's."""
         self._address, self._api, self._node, self._authority = address, api, node, authority
         self._lock = threading.Lock()
         self._began = 0.0
@@ -79,17 +79,23 @@ class KubeletPods:
             return ByKubeconfig(Resolved(server=self._address), "")
         account = self._api.account()
         known = account.resolved if isinstance(account, ByKubeconfig) else Resolved(server="")
-        authority = ""
-        if self._authority:
-            with open(self._authority, encoding="utf-8") as file:
-                authority = file.read()
-        loopback = _LOOPBACK.match(parts.hostname or "") is not None
         made = Resolved(
-            server=self._address, token=account.headers().get("Authorization", ""), authority=authority,
-            verify=bool(authority) or not loopback, server_name=self._node,
+            server=self._address, token=account.headers().get("Authorization", ""),
+            authority=_certificates(self._authority), server_name=self._node,
             certificate=known.certificate, key=known.key,
         )  # fmt: skip
         return ByKubeconfig(made, "")
+
+
+def _certificates(files: Sequence[str]) -> str:
+    """Those of the first file that is there; kubelet's own has its key too. OSError, ValueError."""
+    for path in files:
+        with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
+            found = _CERTIFICATE.findall(file.read())
+            if not found:
+                raise ValueError(f"{path} has no certificate (detect.kubelet_ca)")
+            return "\n".join(found)
+    raise ValueError(f"nothing proves kubelet's certificate: {' and '.join(files)} is not there (detect.kubelet_ca)")
 
 
 def _told(body: bytes) -> dict[str, PodFacts]:

@@ -146,9 +146,11 @@ def kubelet_pods(config: Config, pods: KubernetesApi) -> KubeletPods | None:
         return None
     from guestmount.kubelet_pods import KubeletPods
 
-    return KubeletPods(
-        config.text("detect.kubelet"), pods, node=config.node_id, authority=config.text("detect.kubelet_ca")
-    )
+    said = config.text("detect.kubelet_ca")
+    own = [os.path.join(root, "pki", name) for root in config.words("node.roots")
+           for name in ("kubelet-server-current.pem", "kubelet.crt")]  # fmt: skip
+    authority = own if said in ("", "auto") else [said]
+    return KubeletPods(config.text("detect.kubelet"), pods, node=config.node_id, authority=authority)
 
 
 def detector(config: Config, known: KnownPods | None = None) -> Detector:

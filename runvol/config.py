@@ -92,9 +92,9 @@ TABLE: Mapping[str, Setting] = {
         "read-only http://127.0.0.1:10255; empty for never",
     ),
     "detect.kubelet_ca": Setting(
-        default="",
-        meaning="file of the certificates that kubelet's own is of; empty only for one on the loopback, whose "
-        "certificate is not looked at then",
+        default="auto",
+        meaning="file of the certificates that kubelet's own is of; `auto` is kubelet-server-current.pem or "
+        "kubelet.crt in `pki` of the first of node.roots that has one",
     ),
     "kata.rust_shared_block": Setting(
         default="refuse",
@@ -359,8 +359,6 @@ def _check_kubelet(config: Config) -> None:
         raise ConfigError(f"{said}: it knows no RuntimeClasses; set detect.kubeconfig too")
     if not _HERE.match(address) and not _THERE.match(address):
         raise ConfigError(f"{said}: takes https://HOST:PORT, or http:// on the loopback (127.0.0.1, ::1)")
-    if not _HERE.match(address) and not config.text("detect.kubelet_ca"):
-        raise ConfigError(f"{said}: is not on the loopback, so its certificate is looked at; set detect.kubelet_ca")
 
 
 _RANGES = {

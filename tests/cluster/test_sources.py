@@ -23,9 +23,9 @@ from guestmount.known_pods import KnownPods
 kubeconfig, address, authority, node, uid = sys.argv[1:]
 api = KubernetesApi(kubeconfig=kubeconfig, server="https://127.0.0.1:1")
 api.warm()
-kubelet = KubeletPods(address, api, node=node, authority=authority)
+kubelet = KubeletPods(address, api, node=node, authority=[authority])
 ref = PodRef(namespace="default", name="known", uid=uid)
-facts = KnownPods(api, node=node, kept="/nowhere", follows=False, kubelet=kubelet).pod(ref, Deadline.after(40))
+facts = KnownPods(api, node=node, kept="/run/answers", follows=False, kubelet=kubelet).pod(ref, Deadline.after(40))
 print(json.dumps([facts.uid, facts.node, [mount.path for mount in facts.mounts]]))
 """
 

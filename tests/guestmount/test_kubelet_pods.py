@@ -101,7 +101,7 @@ def api() -> Iterator[ApiDouble]:
 def known(api: ApiDouble, kubelet: Kubelet, tmp_path: Path) -> Callable[[], KnownPods]:
     def one() -> KnownPods:
         source = KubernetesApi(server=api.url, account=str(tmp_path))
-        asked = KubeletPods(kubelet.url, source, node="node-1")
+        asked = KubeletPods(kubelet.url, source, node="node-1", authority=[])
         return KnownPods(source, node="node-1", kept=str(tmp_path / "answers"), follows=False, kubelet=asked)
 
     return one
@@ -167,7 +167,7 @@ def test_a_kubelet_that_is_slow_costs_a_second(api, kubelet, known, how):
 
 def test_many_that_ask_at_once_are_told_by_few_answers(api, kubelet, tmp_path):
     kubelet.slow = 0.2
-    asked = KubeletPods(kubelet.url, KubernetesApi(server=api.url, account=str(tmp_path)), node="node-1")
+    asked = KubeletPods(kubelet.url, KubernetesApi(server=api.url, account=str(tmp_path)), node="node-1", authority=[])
     found: list[str] = []
     threads = [threading.Thread(target=lambda: found.append(asked(REF, soon()).uid)) for _ in range(30)]
     for one in threads:
@@ -200,25 +200,36 @@ def test_the_accounts_token_is_shown_to_a_kubelet_whose_certificate_is_the_nodes
     (tmp_path / "token").write_text("secret\n")
     source = KubernetesApi(server="http://127.0.0.1:1", account=str(tmp_path))
     authority = str(tmp_path / "crt")
-    assert KubeletPods(address, source, node="node-1", authority=authority)(REF, soon()).uid == "uid-1"
-    assert KubeletPods(address, source, node="node-1")(REF, soon()).uid == "uid-1"
+    assert KubeletPods(address, source, node="node-1", authority=[authority])(REF, soon()).uid == "uid-1"
+    (tmp_path / "both").write_text((tmp_path / "key").read_text() + (tmp_path / "crt").read_text())
+    several = [str(tmp_path / "none"), str(tmp_path / "both"), str(tmp_path / "key")]
+    assert KubeletPods(address, source, node="node-1", authority=several)(REF, soon()).uid == "uid-1"
     assert kubelet.tokens == ["Bearer secret"] * 2
+    with pytest.raises(PodUnknown, match="nothing proves kubelet's certificate"):
+        KubeletPods(address, source, node="node-1", authority=[])(REF, soon())
     with pytest.raises(PodUnknown, match="certificate"):
-        KubeletPods(address, source, node="node-2", authority=authority)(REF, soon())
+        KubeletPods(address, source, node="node-2", authority=[authority])(REF, soon())
     (tmp_path / "other").mkdir()
     for wrong, words in (
-        (str(tmp_path / "absent"), "No such file"),
-        (str(tmp_path / "key"), "certificates cannot be used"),
+        (str(tmp_path / "absent"), "is not there"),
+        (str(tmp_path / "key"), "has no certificate"),
     ):
         with pytest.raises(PodUnknown, match=words):
-            KubeletPods(address, source, node="node-1", authority=wrong)(REF, soon())
+            KubeletPods(address, source, node="node-1", authority=[wrong])(REF, soon())
+    certified_again = tmp_path / "another"
+    certified_again.mkdir()
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", certified_again / "key", "-out",
+                    certified_again / "crt", "-subj", "/CN=node-1", "-addext", "subjectAltName=DNS:node-1"],
+                   check=True, capture_output=True)  # fmt: skip
+    with pytest.raises(PodUnknown, match="certificate"):  # of the node's name, by somebody else
+        KubeletPods(address, source, node="node-1", authority=[str(certified_again / "crt")])(REF, soon())
     assert len(kubelet.tokens) == 2
 
 
 def test_the_read_only_port_is_shown_no_token(kubelet, tmp_path):
     (tmp_path / "token").write_text("secret\n")
     source = KubernetesApi(server="http://127.0.0.1:1", account=str(tmp_path))
-    assert KubeletPods(kubelet.url, source, node="node-1")(REF, soon()).uid == "uid-1"
+    assert KubeletPods(kubelet.url, source, node="node-1", authority=[])(REF, soon()).uid == "uid-1"
     assert kubelet.tokens == [None]
 
 
@@ -226,8 +237,7 @@ def test_the_read_only_port_is_shown_no_token(kubelet, tmp_path):
     ("flags", "words"),
     [({}, "set detect.kubeconfig too"), ({"detect.kubelet": "10250"}, "takes https://"),
      ({"detect.kubelet": "http://10.0.0.1:10255"}, "on the loopback"),
-     ({"detect.kubelet": "https://node:10250"}, "set detect.kubelet_ca"),
-     ({"detect.kubelet": "https://127.0.0.1.example.org:10250"}, "set detect.kubelet_ca"),
+     ({"detect.kubelet": "http://127.0.0.1.example.org:10255"}, "on the loopback"),
      ({"detect.kubelet": "https://a@127.0.0.1:10250"}, "takes https://")],
 )  # fmt: skip
 def test_an_address_that_would_be_believed_without_proof_is_refused(flags, words):
@@ -237,7 +247,7 @@ def test_an_address_that_would_be_believed_without_proof_is_refused(flags, words
 
 
 def test_it_is_asked_only_where_it_is_set(tmp_path, kubelet):
-    for address in ("", kubelet.url, "https://[::1]:10250", "https://localhost:10250"):
+    for address in ("", kubelet.url, "https://[::1]:10250", "https://node:10250"):
         flags = {"detect.kubeconfig": "in-cluster", "detect.kubelet": address}
         loaded = config.load(file=None, flags=flags, environment={})
         made = assembly.kubelet_pods(loaded, KubernetesApi(account=str(tmp_path)))
