@@ -77,10 +77,11 @@ def _outcome(cluster: Cluster, name: str, seconds: float, sandboxed: bool) -> Ou
     ]  # fmt: skip
     try:
         for pod in pods:
-            cluster.wait_ready(pod, seconds=seconds if name != "nfs" else 20)
+            cluster.wait_ready(pod, seconds=seconds if name != "nfs" else 40)
         return Outcome(name, shows, time.monotonic() - began, "its pods run" if pods else "is taken")
     except Broken:
         said = [event for pod in [*pods, name] for event in cluster.events(pod) if "Failed" in event]
+        said = [event for event in said if "FailedScheduling" not in event] or said  # why, before what comes of it
         return Outcome(name, shows, None, said[-1][:300] if said else "its pods do not run")
 
 
