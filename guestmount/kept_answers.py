@@ -132,15 +132,15 @@ class Kept:
     def _write(self) -> None:
         again, count = 0.0, 0
         while True:
-            with contextlib.suppress(queue.Empty):
-                self._now(*self._waiting.get(timeout=_TIDY))
-                count += 1
-            if self._gone is not None and (time.monotonic() > again or count > _MANY):
-                again, count = time.monotonic() + _TIDY, 0
-                try:
+            try:
+                with contextlib.suppress(queue.Empty):
+                    self._now(*self._waiting.get(timeout=_TIDY))
+                    count += 1
+                if self._gone is not None and (time.monotonic() > again or count > _MANY):
+                    again, count = time.monotonic() + _TIDY, 0
                     self.tidy()
-                except OSError as error:
-                    log.warning("what is kept was not tidied", extra={"why": str(error)})
+            except Exception as error:  # no memory, no descriptor: of this moment, and what waits is many more
+                log.warning("an answer is not kept, or not tidied", extra={"why": f"{type(error).__name__}: {error}"})
 
     def _now(self, file: str, answer: _Answer[Any] | None) -> None:
         path = os.path.join(self._directory, file)

@@ -67,7 +67,9 @@ class KubeletPods:
                 body = answered(asking, self._access(), "/pods", max(0.05, until - began), largest=_LARGEST)
                 self._told, self._began = _told(body), began
             return self._told
-        except (OSError, ValueError, RecursionError, WaitExpired, NoThread) as error:
+        except WaitExpired as error:  # by other seconds each time, and kubelet would make an event of each sentence
+            raise PodUnknown(f"{asking}: no answer within a second") from error
+        except (OSError, ValueError, RecursionError, NoThread) as error:
             raise PodUnknown(f"{asking}: {error}") from error
         finally:
             self._lock.release()

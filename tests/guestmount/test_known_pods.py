@@ -207,6 +207,21 @@ def test_a_class_that_was_made_anew_has_its_new_handler(api, known):
     until(lambda: pods.handler("k", Deadline.after(5)) == "two")
 
 
+def test_a_writer_without_memory_for_a_moment_writes_on(tmp_path, monkeypatch):
+    kept = Kept(str(tmp_path / "answers"))
+    whole = kept_answers.durable.replace
+    for trouble in (MemoryError, IndexError):
+        monkeypatch.setattr(
+            kept_answers.durable, "replace", lambda *_, _trouble=trouble, **__: (_ for _ in ()).throw(_trouble)
+        )
+        kept.put("class", trouble.__name__.lower(), "x")
+    until(kept._waiting.empty)
+    time.sleep(0.05)
+    monkeypatch.setattr(kept_answers.durable, "replace", whole)
+    kept.put("class", "after", "x")
+    until(lambda: kept.get("class", "after", str))
+
+
 @pytest.mark.parametrize("content", ["{", '{"uid": 7}', "\0", "[]"])
 def test_what_was_kept_and_cannot_be_read_is_nothing(tmp_path, content):
     kept = Kept(str(tmp_path))
