@@ -92,8 +92,9 @@ def _kernel() -> Iterator[Diagnosis]:
 def _directories(config: Config) -> Iterator[Diagnosis]:
     for root in config.words("node.roots"):
         there = os.path.isdir(root)
+        missing = "does not exist: no kubelet has run here, or its --root-dir is another one (setting node.roots)"
         yield Diagnosis(
-            state=OK if there else WARNING, subject=root, finding="kubelet's directory" if there else "does not exist"
+            state=OK if there else WARNING, subject=root, finding="kubelet's directory" if there else missing
         )
 
 

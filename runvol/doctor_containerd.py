@@ -28,7 +28,8 @@ def examine(answer: Answer) -> Iterator[Diagnosis]:
     where = f"{taken.config}, {taken.endpoint or 'never asked'} ({taken.why})"
     if answer.others:
         where += f"; {', '.join(taken.others)} may be kubelet's too: set paths.containerd_config to the one that is"
-    yield Diagnosis(state=WARNING if answer.others else OK, subject="containerd", finding=where)
+    doubtful = answer.others or (answer.believed is None and not taken.proved)
+    yield Diagnosis(state=WARNING if doubtful else OK, subject="containerd", finding=where)
     if answer.believed is None:
         finding = f"cannot be read, and {answer.doubt}: runtimes are known by name only"
         yield Diagnosis(state=WARNING, subject=taken.config, finding=finding)
