@@ -129,7 +129,11 @@ def _called(
     patience = min(PATIENCE, max(0.1, deadline.remaining()))
     words = (_XID, 0, 2, *procedure, 0, 0, 0, 0, *arguments)
     call = struct.pack(f">{len(words)}I", *words)
-    with socket.create_connection((address, port), patience) as connection:
+    try:
+        connection = socket.create_connection((address, port), patience)
+    except TimeoutError as error:
+        raise OSError("nothing answers at that address, or a firewall drops what is sent there") from error
+    with connection:
         client = str(connection.getsockname()[0])
         connection.settimeout(patience)
         connection.sendall(struct.pack(">I", 0x80000000 | len(call)) + call)

@@ -31,11 +31,11 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class QuotaUnavailable(BlockdevError):
     """The filesystem keeps no project quotas."""
 
-    def __init__(self, path: str, why: str) -> None:
+    def __init__(self, path: str, why: str, *, instead: str = "") -> None:
         self.why = why
         super().__init__(
             f"{path} lies on a filesystem without enforced project quotas ({why}); mount it with prjquota (ext4: "
-            "made with -O quota,project as well)"
+            f"made with -O quota,project as well){instead}"
         )
 
 

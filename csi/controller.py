@@ -21,6 +21,7 @@ from volumes import (
     Capability,
     Catalog,
     ContentSource,
+    InvalidParameter,
     OfANode,
     OfAnotherDriver,
     StoreAway,
@@ -228,9 +229,14 @@ class Controller(SnapshotCalls):
         return response
 
     def GetCapacity(self, request: csi_pb2.GetCapacityRequest, _deadline: Deadline) -> csi_pb2.GetCapacityResponse:
-        chosen = parameters.check(checks.bounded_map("parameters", request.parameters), default=self._catalog.default)
+        asked = checks.bounded_map("parameters", request.parameters)
         uses = [checks.capability("volume_capabilities", one) for one in request.volume_capabilities]
-        backend = self._catalog.for_parameters(chosen)
+        try:
+            backend = self._catalog.for_parameters(parameters.check(asked, default=self._catalog.default))
+        except InvalidParameter:
+            # Without an answer the scheduler tells the pod that no node has room, and nobody asks for the volume; the
+            # creation says what is wrong.
+            backend = self._catalog.for_parameters({})
         usable = all(use.refusal(backend.kind, multi_node=backend.multi_node) is None for use in uses)
         here = not request.HasField("accessible_topology") or topology.is_here(
             request.accessible_topology, self._node_id

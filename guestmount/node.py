@@ -365,13 +365,14 @@ class Node:
             return ways.of_claim(claim).grow(self.means, cell, backend, size, deadline)
 
     def check_copy(self, volume_id: str) -> None:
-        """Refused while a sandbox may write to the volume at any moment. For callers that keep it `still`."""
+        """Refused while a pod may write to the volume at any moment. For callers that keep it `still`."""
         claim = self.claims.peek(volume_id)
-        if claim is not None and exclusion.in_guest(claim):
+        if claim is not None and claim.owner is not None and claim.targets:
+            pods = ", ".join(sorted({f"pod {target.pod}" for target in claim.targets.values()}))
+            has = f"belongs to the guest of {claim.owner}" if exclusion.in_guest(claim) else f"is in use by {pods}"
             raise Refused(
-                f"volume {volume_id} belongs to the guest of {claim.owner}, which may write to it at any moment, and "
-                "it cannot be copied in one step where it lies: delete the pod first, or keep volumes on a filesystem "
-                "that shares blocks (XFS, btrfs)"
+                f"volume {volume_id} {has}, which may write to it at any moment, and it cannot be copied in one step "
+                "where it lies: delete the pod first, or keep volumes on a filesystem that shares blocks (XFS, btrfs)"
             )
 
     def check_unowned(self, volume_id: str) -> None:

@@ -293,6 +293,8 @@ def _from_text(key: str, value: Any) -> Any:
 
 def _typed(key: str, value: Any, source: str) -> Any:
     default = TABLE[key].default
+    if isinstance(value, bool) and _WORDS.get(key) == ("true", "false"):
+        return str(value).lower()
     if isinstance(default, tuple):
         if isinstance(value, list | tuple) and all(isinstance(word, str) for word in value):
             return tuple(value)

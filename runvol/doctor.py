@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 
 from blockdev import Deadline, confined
-from guestmount import Node, guest_kernel, kata_config, preflight, repair
+from guestmount import Node, guest_kernel, kata_config, preflight, registration, repair
 from guestmount.errors import TROUBLE
 from guestmount.runtimes import ContainerdConfig
 from guestmount.usage import problems
@@ -92,8 +92,9 @@ def _kernel() -> Iterator[Diagnosis]:
 def _directories(config: Config) -> Iterator[Diagnosis]:
     for root in config.words("node.roots"):
         there = os.path.isdir(root)
+        missing = "does not exist: no kubelet has run here, or its --root-dir is another one (setting node.roots)"
         yield Diagnosis(
-            state=OK if there else WARNING, subject=root, finding="kubelet's directory" if there else "does not exist"
+            state=OK if there else WARNING, subject=root, finding="kubelet's directory" if there else missing
         )
 
 
@@ -124,7 +125,7 @@ def _runtimes(config: Config, containerd: ContainerdConfig | None) -> Iterator[D
         if kata is not None and kata.shim == kata_config.RUST:
             yield from _rust_shared_block(config, handler.name)
         if kata is not None and kata.kernel and "nfs" in config.words("volumes.backends"):
-            yield _guest_nfs(handler.name, kata.kernel)
+            yield _guest_nfs(handler.name, kata.kernel, config.text("paths.run_dir"))
         if kata is not None and not preflight.shares_by_virtio_fs(kata.shared_fs):
             yield Diagnosis(
                 state=WARNING,
@@ -150,7 +151,7 @@ def _rust_shared_block(config: Config, handler: str) -> Iterator[Diagnosis]:
     yield Diagnosis(state=WARNING, subject=f"handler {handler}", finding=f"{what}: {why}")
 
 
-def _guest_nfs(handler: str, kernel: str) -> Diagnosis:
+def _guest_nfs(handler: str, kernel: str, run_dir: str) -> Diagnosis:
     """Whether the guests of a handler can mount NFS themselves."""
     lacking = {version: guest_kernel.missing(kernel, version) for version in guest_kernel.NEEDED}
     can = [version for version, options in lacking.items() if options == []]
@@ -159,7 +160,10 @@ def _guest_nfs(handler: str, kernel: str) -> Diagnosis:
         finding = f"whether its guests can mount NFS is not known: {kernel} has no configuration in it nor beside it"
         return Diagnosis(state=WARNING, subject=subject, finding=finding)
     if can:
-        return Diagnosis(state=OK, subject=subject, finding=f"its guests can mount NFS {', '.join(can)} ({kernel})")
+        finding = f"its guests can mount NFS {', '.join(can)} ({kernel})"
+        if not registration.is_alive(run_dir):
+            finding += "; for that `runvol nri` has to run here, and does not (nri.enabled of the chart)"
+        return Diagnosis(state=OK, subject=subject, finding=finding)
     options = sorted({option for found in lacking.values() for option in found or ()})
     finding = f"its guests cannot mount NFS: {kernel} has no {', '.join(options)}; classes need inSandbox: share"
     return Diagnosis(state=WARNING, subject=subject, finding=finding)

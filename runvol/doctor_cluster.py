@@ -87,7 +87,8 @@ def _drivers(config: Config, api: KubernetesApi) -> Iterator[Diagnosis]:
             found = api.one(f"CSIDriver {name}", f"/apis/storage.k8s.io/v1/csidrivers/{name}", Deadline.after(_ASKING))
         except (PodUnknown, WaitExpired) as error:
             missing = "404" in str(error)
-            finding = "is not there: pods hang without any event; apply deploy/kubernetes/csidrivers.yaml"
+            finding = "is not there: pods hang without any event; `helm upgrade` brings it back, "
+            finding += "and where there is no chart: kubectl apply -f deploy/kubernetes/csidrivers.yaml"
             yield Diagnosis(state=BROKEN if missing else WARNING, subject=f"CSIDriver {name}",
                             finding=finding if missing else f"cannot be read: {error}")  # fmt: skip
             continue

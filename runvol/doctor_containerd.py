@@ -29,7 +29,8 @@ def examine(answer: Answer) -> Iterator[Diagnosis]:
     if answer.others:
         others = ", ".join(one.config for one in taken.others)
         where += f"; {others} may be kubelet's too: set paths.containerd_config to the one that is"
-    yield Diagnosis(state=WARNING if answer.others else OK, subject="containerd", finding=where)
+    doubtful = answer.others or (answer.believed is None and not taken.proved)
+    yield Diagnosis(state=WARNING if doubtful else OK, subject="containerd", finding=where)
     if answer.believed is None:
         finding = f"cannot be read, and {answer.doubt}: runtimes are known by name only"
         yield Diagnosis(state=WARNING, subject=taken.config, finding=finding)

@@ -99,7 +99,9 @@ def _alone(config: Config, *keys: str) -> Iterator[int]:
         except daemon.Held as held:
             words = f"process {held.pid} serves it" if held.pid else "another process serves it"
             raise BadRequest(key, directory, f"{words} already; stop that one first") from None
-        except OSError as error:  # not made yet, or it takes no writes
+        except FileNotFoundError:
+            continue  # not made yet
+        except OSError as error:  # it takes no writes
             log.info("a second plugin would not be seen by this directory",
                      extra={"directory": directory, "why": str(error)})  # fmt: skip
 
@@ -131,7 +133,8 @@ def csi_plugin(config: Config) -> None:
         for key, driver in (("csi.endpoint", drivers.of_nodes), ("csi.nfs_endpoint", drivers.of_nfs))
         if config.text(key)
     ]
-    doubt = node.reach.doubt() if node.reach is not None else None
+    # Only a node's plugin mounts for kubelet.
+    doubt = node.reach.doubt() if node.reach is not None and "node" in config.words("csi.services") else None
     if doubt is not None:
         log.error("mounts may not reach kubelet", extra={"why": doubt.why, "certain": doubt.certain})
     assembly.warm(node)

@@ -233,6 +233,8 @@ def where(load: Loader, pod: str, as_json: bool) -> None:
 def detect(load: Loader, namespace_name: str, attribute: str) -> None:
     """Tell which runtime will run a pod, and how that is known."""
     namespace, _, name = namespace_name.partition("/")
+    if not namespace or not name:
+        raise click.BadParameter(f"{namespace_name!r}: takes NAMESPACE/NAME", param_hint="NAMESPACE/NAME")
     answer = _node(load).detector.detect(PodRef(namespace=namespace, name=name), attribute, Deadline.after(5))
     click.echo(f"{answer.kind} (handler {answer.handler}), from {answer.source}")
 

@@ -206,7 +206,9 @@ class DirectoryBackend(Stored):
                 quotas.prove_enforced(new, row.capacity)
             except QuotaUnavailable as error:
                 # The same words at each try, though the directory's name is another one.
-                raise QuotaUnavailable(self._directory, f"{error.why}; or set quota: none in the class") from None
+                raise QuotaUnavailable(
+                    self._directory, error.why, instead=", or let the class say quota: none"
+                ) from None
         # Pods of any user write here, as in a volume that was just formatted.
         os.chmod(new, 0o777)  # noqa: S103
         os.rename(new, self._path(row.volume_id))

@@ -49,8 +49,17 @@ class AccessMode(enum.StrEnum):
     def is_read_only(self) -> bool:
         return self in (AccessMode.SINGLE_NODE_READER_ONLY, AccessMode.MULTI_NODE_READER_ONLY)
 
+    @property
+    def claimed(self) -> str:
+        """Its name, and what a claim calls it."""
+        word = _CLAIMED.get(self.value)
+        return f"{self} ({word})" if word else str(self)
+
     def __str__(self) -> str:
         return self.value.upper()
+
+
+_CLAIMED = {"multi_node_reader_only": "ReadOnlyMany", "multi_node_multi_writer": "ReadWriteMany"}
 
 
 class VolumeKind(enum.StrEnum):
@@ -79,10 +88,16 @@ class Capability:
             if self.raw:
                 return "a volume of files has no block device (volumeMode: Block); use backend loop"
             if self.mode.is_multi_node and not multi_node:
-                return f"access mode {self.mode} needs a volume that several nodes reach; this one lives on one node"
+                return (
+                    f"access mode {self.mode.claimed} needs a volume that several nodes reach, and this one "
+                    "lives on one node: claim it as ReadWriteOnce, or from a class of the driver nfs.csi.runvol.io"
+                )
             return None
         if not self.raw and self.mode.is_multi_node:
-            return f"access mode {self.mode} needs a filesystem that several nodes can share; use SINGLE_NODE_WRITER"
+            return (
+                f"access mode {self.mode.claimed} needs a filesystem that several nodes can share: claim it "
+                "as ReadWriteOnce, or from a class of the driver nfs.csi.runvol.io"
+            )
         return None
 
 

@@ -116,8 +116,9 @@ class KataDialect:
         if not self._nri_alive():
             raise Refused(
                 f"volume {delivery.volume_id} is an NFS export, which an NRI plugin has the guest mount, and none is "
-                "registered with the container runtime: run `runvol nri` on this node. With the class's parameter "
-                "`inSandbox: share` the host's mount is shared into the guest by virtio-fs instead"
+                "registered with the container runtime: run `runvol nri` on this node (nri.enabled=true of the chart). "
+                "With the class's parameter `inSandbox: share` the host's mount is shared into the guest by virtio-fs "
+                "instead"
             )
 
     def deliver_nfs(self, delivery: NfsDelivery) -> None:

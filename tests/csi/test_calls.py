@@ -74,6 +74,14 @@ def test_a_volume_lives_on_this_node_only(driver):
     assert driver.client.GetCapacity(accessible_topology=there).available_capacity == 0
 
 
+@pytest.mark.parametrize("wrong", [{"backnd": "loop"}, {"backend": "tape"}, {"csi.storage.k8s.io/fstype": "btrfs"}])
+def test_a_wrong_class_is_refused_when_its_volume_is_made_and_not_by_the_scheduler(driver, wrong):
+    """A capacity that is not answered counts as none, and the pod reads that no node has enough free storage."""
+    assert driver.client.GetCapacity(parameters=wrong).available_capacity > 0
+    with refused("INVALID_ARGUMENT", *wrong.values()):
+        driver.create("wrong", **wrong)
+
+
 def test_capacity_counts_promises():
     with Driver(environment={"RUNVOL_LOOP_CAPACITY_BYTES": str(100 * MIB)}) as driver:
         driver.create("a", 60 * MIB)

@@ -117,6 +117,15 @@ def test_what_cannot_be_copied_is_refused_and_leaves_nothing(driver):
     driver.unpublish(volume, A)
 
 
+def test_a_runc_pod_that_keeps_a_volume_from_being_copied_is_named(driver):
+    volume = driver.create("pvc")
+    driver.stage(volume)
+    driver.publish(volume, A, runtime="runc", name="db-0")
+    with refused("FAILED_PRECONDITION", "in use by pod default/db-0", "delete the pod", "XFS, btrfs"):
+        driver.client.CreateSnapshot(source_volume_id=volume.volume_id, name="snap")
+    driver.unpublish(volume, A)
+
+
 def test_on_a_filesystem_with_reflinks_a_volume_in_use_is_snapshot_in_one_step(soon):
     """XFS under the state directory: the copy is what a power cut would have left."""
     with Driver() as driver:

@@ -30,6 +30,10 @@ securityContext:
 {{- end }}
 {{- end }}
 {{- end }}
+{{/* Not empty where the snapshot-controller runs: without the API it would only end again and again. */}}
+{{- define "runvol.snapshotController" -}}
+{{- if and .Values.snapshots.controller (or (ne (toString .Values.snapshots.enabled) "auto") (include "runvol.snapshots" .)) }}yes{{ end }}
+{{- end }}
 {{/* Not empty where the snapshotters run: as said, or where the cluster has the API. */}}
 {{- define "runvol.snapshots" -}}
 {{- if eq (toString .Values.snapshots.enabled) "auto" }}
