@@ -98,7 +98,7 @@ def is_told(cluster: Cluster, name: str, *words: str) -> Callable[[], bool]:
 
 
 def test_the_guest_mounts_the_export(cluster: Cluster, node: Node, server: FileServer) -> None:
-    cluster.apply(writer("one"))
+    cluster.apply(writer("one"), claim("disk", storageClassName="block"), writer("disk", claimed="disk"))
     cluster.wait_ready("one", seconds=120)
     goes_on(cluster, server, "one", 2)
     assert mounted_on_data(cluster, "one") == [f"{ADDRESS}:/exp", "nfs4"]
@@ -108,17 +108,20 @@ def test_the_guest_mounts_the_export(cluster: Cluster, node: Node, server: FileS
     assert starts(server, "one") == 1
 
 
-def test_two_guests_share_it(cluster: Cluster, server: FileServer) -> None:
+def test_a_plugin_that_was_killed_is_back_for_the_second_guest(cluster: Cluster, server: FileServer) -> None:
+    before, had = container(cluster, "one"), written(server, "one")
+    cluster.kill("node1/nri")
     cluster.apply(writer("two"))
+    goes_on(cluster, server, "one", had + 2)
     cluster.wait_ready("two", seconds=120)
+    assert mounted_on_data(cluster, "two") == [f"{ADDRESS}:/exp", "nfs4"]
     inside(cluster, "one", "echo by one > /data/from-one")
     inside(cluster, "two", "echo by two > /data/from-two")
     assert inside(cluster, "two", "cat /data/from-one") == "by one\n"
     assert inside(cluster, "one", "cat /data/from-two") == "by two\n"
-    for name in ("one", "two"):
-        goes_on(cluster, server, name, written(server, name))
-    cluster.delete("pod", "two")
-    goes_on(cluster, server, "one", written(server, "one"))
+    goes_on(cluster, server, "two", written(server, "two"))
+    assert container(cluster, "one") == before
+    cluster.kubectl("delete", "pod", "two", "--wait=false")
 
 
 def test_a_kernel_without_a_client_is_told_to_who_wants_it_on_the_host(cluster: Cluster, node: Node) -> None:
@@ -128,18 +131,6 @@ def test_a_kernel_without_a_client_is_told_to_who_wants_it_on_the_host(cluster: 
     cluster.wait("it is told", is_told(cluster, "on-runc", "FailedMount", "no NFS client"),
                  about=("pod", "on-runc", "default"))  # fmt: skip
     cluster.delete("pod", "on-runc")
-
-
-def test_a_plugin_that_was_killed_is_back_for_the_next_pod(cluster: Cluster, server: FileServer) -> None:
-    before, had = container(cluster, "one"), written(server, "one")
-    cluster.kill("node1/nri")
-    cluster.apply(writer("next"))
-    goes_on(cluster, server, "one", had + 2)
-    cluster.wait_ready("next", seconds=120)
-    goes_on(cluster, server, "next", 0)
-    assert mounted_on_data(cluster, "next") == [f"{ADDRESS}:/exp", "nfs4"]
-    assert container(cluster, "one") == before
-    cluster.delete("pod", "next")
 
 
 def test_without_the_plugin_no_container_begins(cluster: Cluster, server: FileServer) -> None:
@@ -157,11 +148,10 @@ def test_without_the_plugin_no_container_begins(cluster: Cluster, server: FileSe
     assert starts(server, "one") == had + 1 and starts(server, "waits") == 1
     assert mounted_on_data(cluster, "one") == [f"{ADDRESS}:/exp", "nfs4"]
     goes_on(cluster, server, "one", written(server, "one"))
-    cluster.delete("pod", "waits")
+    cluster.kubectl("delete", "pod", "waits", "--wait=false")
 
 
 def test_a_node_that_was_off_comes_back_without_the_cloud(cluster: Cluster, node: Node, server: FileServer) -> None:
-    cluster.apply(claim("disk", storageClassName="block"), writer("disk", claimed="disk"))
     # Each number is on the disk before the next.
     cluster.wait("the disk is written", lambda: "\n2\n" in cluster.kubectl("logs", "disk"), 120,
                  about=("pod", "disk", "default"))  # fmt: skip
@@ -184,8 +174,8 @@ def test_a_node_that_was_off_comes_back_without_the_cloud(cluster: Cluster, node
 
 
 def test_nothing_is_left_of_what_was_deleted(cluster: Cluster, node: Node) -> None:
-    for name in ("one", "disk"):
-        cluster.delete("pod", name)
+    cluster.kubectl("delete", "pod", "one", "disk", "--wait=false")
+    cluster.wait("no pod is left", lambda: not cluster.list("pods"))
     for name in (*EXPORTS, "disk"):
         cluster.delete("pvc", name)
     for name in EXPORTS:
