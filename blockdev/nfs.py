@@ -210,6 +210,7 @@ def _why(error: OSError) -> str:
         "No such file or directory": "the server exports no such path",
         "Permission denied": "the server does not let this node in; see its exports",
         "Invalid argument": "the kernel refuses an option",
+        "No such device": "this node's kernel has no NFS client; load its module (modprobe nfs)",
     }
     text = str(error.strerror)
     return f"{text}: {hints[text]}" if text in hints else text

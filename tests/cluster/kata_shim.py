@@ -4,9 +4,9 @@ It is started as Kata's is, speaks the version of the protocol that Kata's shims
 for where a shim prints nothing but an address), and reads Kata's configuration from ConfigPath or its usual places. The
 root of a container is its image, shared by virtio-fs; its first process is pid 1 of the guest's namespaces.
 
-The pod's network does not reach the guest, and there is neither a terminal nor a standard input. The pause container
-stands for the guest and is not run. containerd's CRI plugin learns of an end by Wait alone, so no event is sent. When
-this process is killed the guest ends with it.
+The pod's network does not reach the guest; with `outward = true` in its table the guest reaches what the node does. There is neither a terminal nor a standard input. The pause container stands for the guest and is not run.
+containerd's CRI plugin learns of an end by Wait alone, so no event is sent. When this process is killed the guest ends
+with it.
 """
 
 from __future__ import annotations

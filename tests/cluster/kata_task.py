@@ -147,6 +147,7 @@ class Shim:
             memory=f"{table.get('default_memory', 512)}M",
             processors=table.get("default_vcpus", 1),
             virtiofs=self.shared,
+            outward=table.get("outward", False),
             guest=Guest(kernel=Path(table["kernel"]), initramfs=Path(table["initrd"])),
             prefix=("setpriv", "--pdeathsig", "KILL"),
         ).__enter__()

@@ -26,6 +26,18 @@ def _ip(*words: str, inside: Machine | None = None) -> None:
         raise Broken(f"ip {' '.join(words)}: {done.stderr}")
 
 
+def link(one: Machine, address: str, name: str, other: Machine, others_address: str, others_name: str) -> None:
+    """A cable between two machines; what `one` still has of that name goes before."""
+    subprocess.run(
+        ["nsenter", f"--net=/proc/{one.pid}/ns/net", "--", "ip", "link", "delete", name], capture_output=True
+    )
+    _ip("link", "add", name, "type", "veth", "peer", "name", others_name, "netns", str(other.pid), inside=one)
+    _ip("addr", "add", address, "peer", f"{others_address}/32", "dev", name, inside=one)
+    _ip("addr", "add", others_address, "peer", f"{address}/32", "dev", others_name, inside=other)
+    _ip("link", "set", name, "up", inside=one)
+    _ip("link", "set", others_name, "up", inside=other)
+
+
 @dataclass(frozen=True)
 class Network:
     """The number tells one cluster's network from another's on the same machine."""

@@ -23,6 +23,7 @@ from tests.cluster.waiting import wait
 
 if TYPE_CHECKING:
     from tests.cluster.cluster import Cluster
+    from tests.cluster.file_server import FileServer
 
 CONTAINERD_SOCKET = Path("/run/containerd/containerd.sock")
 _TREE = Path(__file__).resolve().parents[2]
@@ -41,7 +42,7 @@ class Settings:
     `kubelet` is merged into KubeletConfiguration; `shims` are runtime handlers by name, each with the path of its
     shim; `kata` are handlers whose pods run in a guest, each with Kata's configuration as TOML, which may be the Rust
     shim's. `containerd` is more of containerd's configuration, as TOML. `root` is kubelet's root directory, below
-    /var/lib or one that exists already.
+    /var/lib or one that exists already. `server` is reached also when the node's network is cut.
     """
 
     kubelet: Mapping[str, Any] = field(default_factory=dict)
@@ -51,6 +52,7 @@ class Settings:
     containerd: str = ""
     root: Path = Path("/var/lib/kubelet")
     labels: Mapping[str, str] = field(default_factory=dict)
+    server: FileServer | None = None
 
 
 class Node:
@@ -93,6 +95,8 @@ class Node:
         self._mount()
         cgroups.make(self.cgroup)
         self.cluster.network.join(self.cluster.machine, self.machine, self.index)
+        if self.settings.server is not None:
+            self.settings.server.join(self.machine, self.index)
         if away:
             self.cut()
         self.containerd.start()

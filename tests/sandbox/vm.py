@@ -100,11 +100,12 @@ class VM:
         guest: Guest | None = None,
         prefix: tuple[str, ...] = (),
         network: tuple[str, str] | None = None,
+        outward: bool = False,
         processors: int = 2,
     ) -> None:
         self._guest = guest or build()
-        # A tap device, and the guest's address with its prefix length.
-        self._network, self._processors = network, processors
+        # A tap device, and the guest's address with its prefix length; `outward`: what QEMU reaches, the guest does.
+        self._network, self._outward, self._processors = network, outward, processors
         # What QEMU is started by, for one in a network namespace.
         self._prefix = prefix
         self._memory, self._virtiofs, self._shares, self._drives = memory, virtiofs, shares or {}, drives or []
@@ -149,7 +150,7 @@ class VM:
             "-object", f"memory-backend-memfd,id=mem,size={self._memory},share=on",
             "-kernel", str(self._guest.kernel), "-initrd", str(self._guest.initramfs),
             "-append", "console=ttyS0 panic=-1 scsi_mod.scan=none mitigations=off tsc=reliable random.trust_cpu=on"
-            + (f" runvol.ip={self._network[1]}" if self._network else ""),
+            + self._addresses(),
             "-chardev", f"file,id=console,path={self.directory}/console.log", "-serial", "chardev:console",
             "-qmp", f"unix:{self.directory}/qmp.sock,server=on,wait=off",
             "-device", "pci-bridge,bus=pcie.0,id=pci-bridge-0,chassis_nr=1,shpc=off,addr=2,io-reserve=4k,mem-reserve=1m,pref64-reserve=1m",
@@ -174,9 +175,14 @@ class VM:
                         "-device", f"virtio-blk-pci,bus=port{number},drive=cold{number},iothread=io{number},num-queues=2,id=vd{number}"]  # fmt: skip
         return command
 
+    def _addresses(self) -> str:
+        if self._network is not None:
+            return f" runvol.ip={self._network[1]}"
+        return " runvol.ip=10.0.2.15/24 runvol.gateway=10.0.2.2" if self._outward else ""  # of QEMU's user network
+
     def _nic(self) -> list[str]:
         if self._network is None:
-            return ["-nic", "user,model=virtio-net-pci,restrict=on"]
+            return ["-nic", f"user,model=virtio-net-pci,restrict={'off' if self._outward else 'on'}"]
         return ["-netdev", f"tap,id=net0,ifname={self._network[0]},script=no,downscript=no",
                 "-device", "virtio-net-pci,netdev=net0"]  # fmt: skip
 
