@@ -7,10 +7,12 @@ import errno
 import fcntl
 import logging
 import os
+import random
 import signal
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -26,6 +28,8 @@ LONGEST_PATH = 107
 _SUFFIX = ".sock"
 # Bytes of a lock's file, one for each of those that hang; `struct flock`.
 _PLACES, _FLOCK = 8, "hhqqi"
+# Tries to hold a file besides the last, and seconds between them.
+_TRIES, _MOMENT = 2, 0.02
 # Seconds between two looks whether the process does its work.
 _EVERY = 10.0
 
@@ -125,8 +129,17 @@ def hold(path: str) -> int:
     outlive it do not hold it (fcntl(2)'s record locks). Held, OSError.
 
     A process that was killed while it hangs in the kernel keeps its lock, and does nothing any more: then the next
-    byte of the file is locked, by whoever finds all other bytes without a process that lives."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    byte of the file is locked, by whoever finds all other bytes without a process that lives. The file is open for
+    reading only, so that its filesystem can be made read-only."""
+    for _ in range(_TRIES):
+        with contextlib.suppress(Held):
+            return _held(path)
+        time.sleep(random.uniform(_MOMENT, 3 * _MOMENT))  # noqa: S311  (two that begin at once see each other)
+    return _held(path)
+
+
+def _held(path: str) -> int:
+    fd = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         ours = next((place for place in range(_PLACES) if _locked(fd, place)), None)
         for place in range(_PLACES):
@@ -140,13 +153,18 @@ def hold(path: str) -> int:
 
 
 def _locked(fd: int, place: int) -> bool:
+    """Whether this process alone has the byte. Its lock is a reader's, since a writer's needs a file that is open for
+    writing, and readers do not exclude each other: so it is looked afterwards who else has one."""
     try:
-        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+        fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, place)
     except OSError as error:
         if error.errno not in (errno.EAGAIN, errno.EACCES):
             raise
         return False
-    return True
+    if _holder(fd, place) is None:
+        return True
+    fcntl.lockf(fd, fcntl.LOCK_UN, 1, place)
+    return False
 
 
 def _holder(fd: int, place: int) -> int | None:

@@ -99,3 +99,14 @@ def test_a_lock_goes_with_its_process(tmp_path):
     process.wait(10)
     os.close(daemon.hold(lock))
     assert not daemon.is_taken(str(tmp_path / "it.sock"))
+
+
+def test_of_those_that_begin_at_once_one_holds_at_most(tmp_path):
+    code = ("import sys, time; from blockdev import daemon\n"
+            "try:\n    daemon.hold(sys.argv[1])\nexcept daemon.Held:\n    sys.exit(1)\nprint('held', flush=True); sys.stdin.read()")  # fmt: skip
+    for _ in range(3):
+        began = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "lock")], stdin=subprocess.PIPE,
+                                  stdout=subprocess.PIPE) for _ in range(4)]  # fmt: skip
+        until(lambda began=began: sum(one.poll() is None for one in began) <= 1, 20)
+        for one in began:
+            one.communicate()

@@ -33,7 +33,7 @@ def serve(address: str) -> None:
         for directory in ("bin", "etc", "proc", "sys", "dev", "tmp", "run"):
             (root / directory).mkdir()
         shutil.copy(shutil.which("busybox") or "/bin/busybox", root / "bin/busybox")
-        for name in ("sh", "cat", "sync", "ls"):
+        for name in ("sh", "cat", "sync", "ls", "sleep"):
             (root / "bin" / name).symlink_to("busybox")
         (root / "etc/hello").write_text("from the image\n")
     node.snapshots.commit("image", "making", {}, "", soon())
