@@ -111,14 +111,16 @@ class Cluster:
         self._known_control(
             "kube-controller-manager", f"--kubeconfig={manager}", f"--root-ca-file={authority}", "--leader-elect=false",
             f"--service-account-private-key-file={signing}", "--use-service-account-credentials=true",
-            f"--flex-volume-plugin-dir={self.flexvolume}", f"--cert-dir={certificates}",
+            f"--flex-volume-plugin-dir={self.flexvolume}", f"--cert-dir={certificates}", keep=True,
         )  # fmt: skip
+        # It ends where an API server that was killed has it find its memory wrong, and kubelet would start it again.
         self._known_control(
-            "kube-scheduler", f"--kubeconfig={scheduler}", "--leader-elect=false", f"--cert-dir={certificates}"
-        )
+            "kube-scheduler", f"--kubeconfig={scheduler}", "--leader-elect=false", f"--cert-dir={certificates}",
+            keep=True,
+        )  # fmt: skip
 
-    def _known_control(self, name: str, *words: str) -> None:
-        self.known(name, [programs.program(name), *words, *self.flags.get(name, ())])
+    def _known_control(self, name: str, *words: str, keep: bool = False) -> None:
+        self.known(name, [programs.program(name), *words, *self.flags.get(name, ())], keep=keep)
 
     def known(self, name: str, argv: Sequence[str | Path], *, machine: Machine | None = None, keep: bool = False,
               env: dict[str, str] | None = None) -> Program:  # fmt: skip
