@@ -26,7 +26,7 @@ class PluginWatcher:
         self.registry, self.refuse = registry, refuse
         self.names: dict[str, str] = {}
         self.asked = 0
-        self._seen: dict[str, tuple[int, str]] = {}
+        self._seen: dict[str, tuple[tuple[int, int], str]] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -43,15 +43,16 @@ class PluginWatcher:
             self._look()
 
     def _look(self) -> None:
-        now = {str(path): path.lstat().st_ino for path in self.registry.glob("**/*")
-               if not path.name.startswith(".") and _is_socket(path)}  # fmt: skip
-        for path, (inode, name) in [*self._seen.items()]:
-            if now.get(path) != inode:
+        # The number of an inode that is gone is given to the next one.
+        now = {str(path): (facts.st_ino, facts.st_ctime_ns) for path in self.registry.glob("**/*")
+               if not path.name.startswith(".") and (facts := _socket(path))}  # fmt: skip
+        for path, (which, name) in [*self._seen.items()]:
+            if now.get(path) != which:
                 self.names.pop(name, None)
                 del self._seen[path]
-        for path, inode in now.items():
+        for path, which in now.items():
             if path not in self._seen:
-                self._seen[path] = inode, self._registered(path)
+                self._seen[path] = which, self._registered(path)
 
     def _registered(self, path: str) -> str:
         self.asked += 1
@@ -75,8 +76,9 @@ def _call(channel: grpc.Channel, method: str, request: object, answer: type) -> 
     return ask(request, timeout=2)
 
 
-def _is_socket(path: Path) -> bool:
+def _socket(path: Path) -> os.stat_result | None:
     try:
-        return stat.S_ISSOCK(os.lstat(path).st_mode)
+        facts = os.lstat(path)
     except FileNotFoundError:
-        return False
+        return None
+    return facts if stat.S_ISSOCK(facts.st_mode) else None
