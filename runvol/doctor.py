@@ -11,7 +11,7 @@ from guestmount import Node, guest_kernel, kata_config, preflight, registration,
 from guestmount.errors import TROUBLE
 from guestmount.runtimes import ContainerdConfig
 from guestmount.usage import problems
-from runvol import assembly, doctor_cluster, doctor_containerd, doctor_kubelet, doctor_snapshots
+from runvol import assembly, doctor_cluster, doctor_containerd, doctor_kubelet, doctor_sidecars, doctor_snapshots
 from runvol.config import Config
 from runvol.diagnosis import BROKEN, OK, WARNING, Diagnosis
 from volumes import VolumeError
@@ -26,6 +26,7 @@ def examine(config: Config, node: Node) -> Iterator[Diagnosis]:
     yield from _directories(config)
     yield from _reach(node)
     yield from doctor_kubelet.examine(config)
+    yield from doctor_sidecars.examine(config)
     containerd = doctor_containerd.asked(config)
     yield from doctor_cluster.examine(config, assembly.api(config), containerd)
     yield from doctor_containerd.examine(containerd)
