@@ -101,10 +101,7 @@ def _spawned(program: str, arguments: tuple[str, ...], deadline: Deadline, ok: t
 def _command(program: str) -> sh.Command:
     import sh
 
-    try:
-        return sh.Command(program, search_paths=[*_SEARCH, *os.environ.get("PATH", "").split(":")])
-    except sh.CommandNotFound:
-        raise CommandMissing(program) from None
+    return sh.Command(_path(program))
 
 
 def run(

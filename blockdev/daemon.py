@@ -83,8 +83,14 @@ def is_taken(path: str) -> bool:
             probe.connect(path)
         except OSError as error:
             return error.errno not in (errno.ENOENT, errno.ECONNREFUSED)
-        pid, _uid, _gid = struct.unpack("3i", probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        pid, _uid = peer(probe)
         return not _is_killed(pid)
+
+
+def peer(connection: socket.socket) -> tuple[int, int]:
+    """The process at the other end of a unix socket, and its user (unix(7), SO_PEERCRED)."""
+    pid, uid, _gid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return int(pid), int(uid)
 
 
 def listen(server: grpc.Server, path: str) -> None:

@@ -11,12 +11,11 @@ import json
 import logging
 import os
 import socket
-import struct
 import threading
 import time
 from collections.abc import Sequence
 
-from blockdev import Deadline
+from blockdev import Deadline, daemon
 from flexvolume.calls import Driver, Status
 from guestmount import Node
 
@@ -86,7 +85,7 @@ class Service:
         connection, _ = self._listener.accept()
         with contextlib.ExitStack() as unless_served:
             unless_served.callback(connection.close)
-            if _peer(connection) != os.geteuid() or not self._free.acquire(blocking=False):
+            if daemon.peer(connection)[1] != os.geteuid() or not self._free.acquire(blocking=False):
                 return
             unless_served.callback(self._free.release)
             threading.Thread(target=self._serve, args=[connection], name="flexvolume call", daemon=True).start()
@@ -116,11 +115,6 @@ class Service:
         log.log(level, "call done", extra={"call": words[0][:40], "target": target[:4096], "ms": took,
                                            "status": reply.status.value, "reason": reply.message})  # fmt: skip
         return json.dumps(reply.document())
-
-
-def _peer(connection: socket.socket) -> int:
-    _pid, uid, _gid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return int(uid)
 
 
 def _all_of(connection: socket.socket) -> bytes:

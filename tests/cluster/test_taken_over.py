@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
-from tests.cluster import installed, programs, released
+from tests.cluster import installed, released, units
 from tests.cluster.cluster import Cluster, claim
 from tests.cluster.machines import Broken
 from tests.cluster.node import Node
@@ -18,11 +16,9 @@ from tests.cluster.writers import writer, written
 pytestmark = pytest.mark.kernel
 
 CLASSES = [
-    {"apiVersion": "storage.k8s.io/v1", "kind": "StorageClass", "metadata": {"name": name}, "provisioner": "csi.runvol.io",
-     "parameters": parameters, "volumeBindingMode": "WaitForFirstConsumer", "allowVolumeExpansion": True}
-    for name, parameters in (("block", {"backend": "loop", "csi.storage.k8s.io/fstype": "xfs"}),
-                             ("files", {"backend": "directory", "quota": "none"}))
-]  # fmt: skip
+    units.storage_class("block", **{"backend": "loop", "csi.storage.k8s.io/fstype": "xfs"}),
+    units.storage_class("files", backend="directory", quota="none"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -42,23 +38,15 @@ class Processes:
     def __init__(self, node: Node, release: str = "") -> None:
         self._node, self._names = node, [f"runvol{release}", f"provisioner{release}"]
         tree = released.tree(release) if release else installed.ROOT
-        plugin = [f"RUNVOL_NODE_ID={node.name}", f"RUNVOL_DETECT_KUBECONFIG={node.cluster.kubeconfig}",
+        plugin = ["env", f"RUNVOL_NODE_ID={node.name}", f"RUNVOL_DETECT_KUBECONFIG={node.cluster.kubeconfig}",
                   f"RUNVOL_NODE_ROOTS={node.root}", sys.executable, "-m", "runvol", "csi"]  # fmt: skip
-        self._launch(self._names[0], tree, plugin)
-        node.launched(
-            self._names[1],
-            [programs.program("csi-provisioner"), f"--kubeconfig={node.cluster.kubeconfig}",
-             "--csi-address=/run/runvol/csi.sock", "--node-deployment", "--strict-topology", "--immediate-topology=false",
-             "--enable-capacity", "--capacity-ownerref-level=-1"],
-            keep=True, env={"NODE_NAME": node.name, "NAMESPACE": "default", "POD_NAME": "none"})  # fmt: skip
+        node.launched(self._names[0], units.in_tree(plugin, tree), keep=True)
+        units.know_provisioner(node, self._names[1])
         if release:
             registrar = [sys.executable, "-m", "tests.cluster.registrar", "csi.runvol.io", "/run/runvol/csi.sock",
                          f"{node.root}/plugins_registry"]  # fmt: skip
             self._names.append("registrar")
-            self._launch("registrar", installed.ROOT, registrar)
-
-    def _launch(self, name: str, tree: Any, words: list[str]) -> None:
-        self._node.launched(name, ["sh", "-c", f"cd {tree}; exec env {shlex.join(words)}"], keep=True)
+            node.launched("registrar", units.in_tree(registrar), keep=True)
 
     def start(self) -> None:
         for name in self._names:

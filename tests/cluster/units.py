@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +57,19 @@ def launched(node: Node, api_server: str, *, nri: bool = False) -> None:
               f"RUNVOL_CSI_NFS_ENDPOINT={'unix:///run/runvol/nfs.sock' if nri else ''}", sys.executable, "-m", "runvol"]  # fmt: skip
     units = {"proxy": proxy, "runvol": [*runvol, "csi"], **({"nri": [*runvol, "nri"]} if nri else {})}
     for name, words in units.items():
-        node.launched(name, ["sh", "-c", f"cd {ROOT}; exec {shlex.join(words)}"], keep=True)
+        node.launched(name, in_tree(words), keep=True)
 
 
-def know_provisioner(node: Node) -> None:
+def in_tree(words: Sequence[str], tree: Path = ROOT) -> list[str]:
+    """A command that runs in this tree, or in another release's."""
+    return ["sh", "-c", f"cd {tree}; exec {shlex.join(words)}"]
+
+
+def know_provisioner(node: Node, name: str = "csi-provisioner") -> None:
     """In the cloud's time only: nothing is provisioned without it."""
     environment = {"NODE_NAME": node.name, "NAMESPACE": "default", "POD_NAME": "none"}
     node.launched(
-        "csi-provisioner",
+        name,
         [programs.program("csi-provisioner"), f"--kubeconfig={node.cluster.kubeconfig}",
          "--csi-address=/run/runvol/csi.sock", "--node-deployment", "--strict-topology", "--immediate-topology=false",
          "--enable-capacity", "--capacity-ownerref-level=-1"], keep=True, env=environment,
@@ -72,7 +78,7 @@ def know_provisioner(node: Node) -> None:
 
 def command(node: Node, *words: str) -> str:
     """What a command of runvol's prints on the node."""
-    return node.run(["sh", "-c", f"cd {ROOT}; exec {shlex.join([sys.executable, '-m', 'runvol', *words])}"])
+    return node.run(in_tree([sys.executable, "-m", "runvol", *words]))
 
 
 def kata_configuration(more: str = "", runtime: str = "") -> str:
