@@ -18,8 +18,7 @@ from snapshotter import backing, making
 from snapshotter.backing import Backing, Description
 from snapshotter.errors import PoolRefused, SnapshotterError, Unavailable
 from snapshotter.making import Wish
-from snapshotter.pool import Limits, Pool
-from snapshotter.store import Store
+from snapshotter.pool import KEEPER, Limits, Pool
 
 log = logging.getLogger("runvol.snapshotter")
 
@@ -183,7 +182,7 @@ def check_metadata(name: str, metadata: str, deadline: Deadline) -> None:
 
 def disassemble(mapper: Mapper, pool: Pool, below: Backing, deadline: Deadline) -> None:
     """Unmap the pool and everything of ours on it; DeviceBusy-like Unavailable while something is open."""
-    for device in pool.active():
+    for device in (*pool.active(), KEEPER):
         if not pool.deactivate(device):
             raise Unavailable(f"device {pool.path(device)} is open: {pool.holders(device)}")
     if mapper.find(pool.name) is not None:
@@ -199,7 +198,7 @@ def repair(mapper: Mapper, state_dir: str, deadline: Deadline) -> str:
     below = Backing(mapper, state_dir, description)
     metadata, _ = below.attach(deadline)
     pool = Pool(mapper, description.name, description.identity, metadata)
-    for device in pool.active():
+    for device in (*pool.active(), KEEPER):
         if not pool.deactivate(device):
             raise Unavailable(f"device {pool.path(device)} is open: {pool.holders(device)}; stop that first")
     if mapper.find(pool.name) is not None:
@@ -305,33 +304,4 @@ class Extender:
         return done
 
 
-def bind(pool: Pool, store: Store) -> None:
-    """Prove that store and pool belong together, and open a new generation.
-
-    The pool's transaction id is the generation: it starts at a random number and moves by one with each bind, so an
-    older copy of the database, or another pool, is recognised; a copy that was made since the last bind is not
-    (`strangers` is for its devices). A store without a pool adopts this one. PoolRefused where they do not fit.
-    """
-    status = pool.status()
-    known, pending = store.read_fact("generation"), store.read_fact("generation_next")
-    if known is None:
-        with store.transaction():
-            store.set_fact("pool", pool.identity)
-            store.set_fact("generation", str(status.transaction))
-    elif store.read_fact("pool") != pool.identity or str(status.transaction) not in (known, pending):
-        raise PoolRefused(
-            f"the store {store.path} belongs to pool {store.read_fact('pool')}, generation {known}, {pool.name} "
-            f"is {pool.identity}, generation {status.transaction}. If the store is an old copy, restore the newest; "
-            "to go on with this pool and an empty store, move the store away: its devices are then quarantined"
-        )
-    if status.mode not in ("rw", "out_of_data_space") or status.needs_check:
-        return
-    following = status.transaction + 1
-    with store.transaction():
-        store.set_fact("generation_next", str(following))
-    pool.set_transaction(status.transaction, following)
-    with store.transaction():
-        store.set_fact("generation", str(following))
-
-
-__all__ = ["SECTOR", "Extender", "Wish", "assemble", "bind", "check_metadata", "disassemble", "init", "node", "repair"]
+__all__ = ["SECTOR", "Extender", "Wish", "assemble", "check_metadata", "disassemble", "init", "node", "repair"]

@@ -222,23 +222,6 @@ def test_a_half_made_device_is_finished_by_mounts(lab: Lab) -> None:
         assert os.listdir(root) == []
 
 
-def test_an_older_copy_of_the_store_is_refused(lab: Lab, tmp_path: Path) -> None:
-    lab.layer("layer", files={"f": b"x"})
-    lab.stop()
-    for suffix in ("", "-wal"):
-        with contextlib.suppress(FileNotFoundError):
-            shutil.copy(os.path.join(lab.state, STORE + suffix), tmp_path / f"old{suffix}")
-    lab.start()
-    lab.layer("second", files={"f": b"x"})
-    lab.stop()
-    for suffix in ("", "-wal"):
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(os.path.join(lab.state, STORE + suffix))
-            shutil.copy(tmp_path / f"old{suffix}", os.path.join(lab.state, STORE + suffix))
-    with pytest.raises(PoolRefused, match="old copy"):
-        lab.start()
-
-
 def test_a_foreign_device_of_the_pools_name_is_not_taken_for_it(lab: Lab, mapper: Mapper) -> None:
     lab.stop()
     pool, below = assembly.assemble(mapper, lab.state, soon())
