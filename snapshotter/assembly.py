@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import threading
@@ -155,9 +156,15 @@ def _assemble(
     found = _found(mapper, it)
     metadata, data = below.attach(deadline)
     if found is None:
+        _prove_free(it, metadata, data)
         if check:
             check_metadata(it.name, metadata, deadline)
-        mapper.create(it.name, UUID + it.identity)
+        try:
+            mapper.create(it.name, UUID + it.identity)
+        except MapperError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            raise Unavailable(f"another process is assembling pool {it.name} just now; try again") from None
         try:
             mapper.load(it.name, [below.table(metadata, data)])
         except MapperError as error:
@@ -167,6 +174,23 @@ def _assemble(
     elif found.suspended:
         mapper.resume(it.name)
     return Pool(mapper, it.name, it.identity, metadata, limits)
+
+
+def _prove_free(it: Description, metadata: str, data: str) -> None:
+    """Unavailable where anybody has one of the devices: what is mapped over it, mounted from it or swapped to.
+
+    Let go of at once, as the kernel takes them for the table: who came first is decided by the pool's name then.
+    """
+    for device in (metadata, data):
+        try:
+            os.close(os.open(device, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC))
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            raise Unavailable(
+                f"{device}, on which pool {it.name} stands, is in use by somebody else: it is mounted, or another "
+                "device is mapped over it; end that first"
+            ) from None
 
 
 def check_metadata(name: str, metadata: str, deadline: Deadline) -> None:

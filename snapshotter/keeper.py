@@ -114,6 +114,7 @@ class Keeper:
                 f"device {KEEPER} of pool {self._pool.name} is somebody else's, and that id is what runvol holds its "
                 "pools by; whoever made it has to remove it"
             )
+        self._room(_PAGE)
         _write(fd, self._name(), 0)
         os.fsync(fd)
 

@@ -19,7 +19,7 @@ from snapshotter import assembly, backing, past, recovery, strangers
 from snapshotter.assembly import Extender
 from snapshotter.background import Background
 from snapshotter.bases import Bases
-from snapshotter.errors import PoolRefused, SnapshotterError, StoreFailed, Unavailable
+from snapshotter.errors import PoolFull, PoolRefused, SnapshotterError, StoreFailed, Unavailable
 from snapshotter.idle import Idle
 from snapshotter.keeper import Keeper
 from snapshotter.pool import Limits, Pool
@@ -92,7 +92,7 @@ class Node:
         self.pool = Pool(self.mapper, description.name, description.identity, "", settings.limits)
         self.stamp, self.keeper = Stamp(self.store, self.pool), Keeper(self.pool)
         self.store.closing.append(self.keeper.close)
-        self._copied, self._copy_at = 0, 0.0
+        self._copied, self._copy_at, self.copied_at = 0, 0.0, 0.0
         self.bases = Bases(self.store, self.pool, os.path.join(settings.state_dir, "bases"))
         self.images = self._shared_images()
         self.seals, self.sealer = self._verified_layers()
@@ -178,7 +178,7 @@ class Node:
         """Be the one that serves the pool. One that takes no keeper now is held by the locks of `server` alone."""
         try:
             self.keeper.open()
-        except Unavailable as error:
+        except (Unavailable, PoolFull, BlockdevError, OSError) as error:
             log.warning("the pool is not held by its keeper", extra={"why": str(error)})
 
     def _recognise(self) -> None:
@@ -251,7 +251,7 @@ class Node:
             try:
                 self.store.write_made()
                 self.keeper.write(self.store.image(), self.stamp.number, self.store.read_fact("lineage") or "")
-                self._copied = changes
+                self._copied, self.copied_at = changes, time.time()
             finally:
                 ended = time.monotonic()
                 self._copy_at = ended + max(_COPY_PAUSE, _COPY_SHARE * (ended - began))

@@ -366,7 +366,17 @@ class Snapshotter:
         self._committed(name)
 
     def remove(self, key: str, deadline: Deadline) -> None:
-        """Forget the snapshot; its device is deleted behind, once nobody has it open."""
+        """Forget the snapshot; its device is deleted behind, once nobody has it open. Works on a full disk too, since
+        containerd makes room by removals, and stops them at the first that fails."""
+        try:
+            self._remove(key, deadline)
+        except StoreFailed:
+            if not self._store.make_room():
+                raise
+            with contextlib.suppress(NotFound):  # it may be gone, and only the disk did not say so
+                self._remove(key, deadline)
+
+    def _remove(self, key: str, deadline: Deadline) -> None:
         self._seen(key, deadline)
         with self._locks.held(key, deadline=deadline), self._store.transaction():
             row = self._store.find(key)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sqlite3
 import threading
@@ -22,6 +23,8 @@ from snapshotter.errors import IdsUsedUp, StoreFailed, Unavailable
 from snapshotter.flushes import Flushes
 from snapshotter.model import Kind, Snapshot, State
 from snapshotter.refusals import SLOTS, Refusals
+
+log = logging.getLogger("runvol.snapshotter")
 
 _SCHEMA = 1
 _TABLES = """
@@ -57,6 +60,8 @@ STORE = "snapshots.db"
 # rest of a run.
 RUN = 64
 _LONG_LOG = 2 << 20
+# What is kept free on the store's disk for removals, in bytes: some hundreds of them.
+_RESERVE = 1 << 20
 # Ids above one that somebody else has taken are drawn as long as this many are left; below that, those around it.
 _ENOUGH = MAX_THIN_ID // 2
 # One row a device. Not part of the schema's number, as an older release works with it too.
@@ -108,7 +113,7 @@ class Store:
         self.shared: frozenset[int] = frozenset()
         # Ids that the pool turned out to have already, and that could not be quarantined yet; on the disk as well.
         self._refused: set[int] = set()
-        self._refusals = Refusals(f"{path}.refused")
+        self._refusals, self._reserve = Refusals(f"{path}.refused"), f"{path}.reserve"
         with _explained(path):
             self._db = self._connect()
             self._db.execute("PRAGMA journal_mode = WAL")
@@ -204,6 +209,7 @@ class Store:
         kept to in memory all the same, and no id is given until it is.
         """
         self.guarded = False
+        self._keep_reserve()
         self._refused |= self._refusals.prepare() | set(self._numbers(_SEVERAL))
         several = sorted(self._refused)
         self.shared = frozenset(self._owners(several))
@@ -245,6 +251,33 @@ class Store:
             return
         with _explained(self.path):
             self._keeper.execute("PRAGMA wal_checkpoint(PASSIVE)")
+        self._keep_reserve()
+
+    def make_room(self) -> bool:
+        """The disk is full: give back what is kept for removals, which are what makes room. Whether there was any."""
+        with contextlib.suppress(StoreFailed), _explained(self.path):
+            self._keeper.execute("PRAGMA wal_checkpoint(PASSIVE)")
+        try:
+            os.unlink(self._reserve)
+        except OSError:
+            return False
+        log.warning("the store's disk is full; its reserve is given to removals", extra={"store": self.path})
+        return True
+
+    def _keep_reserve(self) -> None:
+        """Room for removals, whatever others fill the disk with; none where there is little left anyway."""
+        if os.path.exists(self._reserve):
+            return
+        with contextlib.suppress(OSError):
+            facts = os.statvfs(os.path.dirname(self.path))
+            if facts.f_bavail * facts.f_frsize < 2 * _RESERVE:
+                return
+            fd = os.open(f"{self._reserve}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            try:
+                os.posix_fallocate(fd, 0, _RESERVE)
+            finally:
+                os.close(fd)
+            os.rename(f"{self._reserve}.new", self._reserve)
 
     def image(self) -> bytes:
         """All of the store as one file of SQLite's, as last committed; nobody waits for it. For one thread only."""
@@ -257,8 +290,8 @@ class Store:
         return self._past
 
     def enter_past(self, why: str, lineage: str, unproven: Iterable[int], now: int) -> None:
-        """The pool went on without this store. Devices of which nothing proves that they still are what the rows say are
-        quarantined: not mapped, no parents, no bases, never deleted."""
+        """The pool went on without this store. Devices of which nothing proves that they still are what the rows say
+        are quarantined: not mapped, no parents, no bases, never deleted."""
         devices = sorted(unproven)
         with self.transaction():
             self.set_fact("past", why)
@@ -392,8 +425,8 @@ class Store:
             device, self._following = self._following, self._following + 1
             if device > MAX_THIN_ID:
                 raise IdsUsedUp(
-                    f"the pool has given all of its {MAX_THIN_ID} device ids; they come back in a new epoch, which begins "
-                    "as soon as its devices were compared with the store's"
+                    f"the pool has given all of its {MAX_THIN_ID} device ids; they come back in a new epoch, which "
+                    "begins as soon as its devices were compared with the store's"
                 )
             if not self._db.execute(_GIVEN, (device,)).fetchone()[0]:
                 self.drawn += 1
