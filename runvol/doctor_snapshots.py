@@ -86,7 +86,7 @@ def _store(state: str) -> Iterator[Diagnosis]:
         yield Diagnosis(state=BROKEN, subject="store", finding=past)
     if used >= _MANY_IDS:
         yield Diagnosis(state=WARNING, subject="store", finding=f"{used}% of the pool's {MAX_THIN_ID} device ids were "
-                        "given; after the last a new epoch begins by itself, and those that nothing has come back")  # fmt: skip
+                        "given; then a new epoch begins by itself, with those that nothing has any more")  # fmt: skip
     if quarantined:
         yield Diagnosis(state=WARNING, subject="store", finding=f"{len(quarantined)} devices of the pool belong to no "
                         "snapshot; `runvol pool quarantine` lists and frees them")  # fmt: skip

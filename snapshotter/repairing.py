@@ -108,9 +108,10 @@ def _take(store: Store, copy: sqlite3.Connection, ids: set[int], report: Report)
                 continue
             known.add(base.device)
             back.add(base.device)
-            if base.ready and store.base(base.fstype, base.size) is None:
+            there = store.base(base.fstype, base.size)
+            if base.ready and there is None:
                 store.set_base(base)
-            else:
+            elif there is None or there.device != base.device:
                 store.release([base.device])
                 store.doom(base.device, time.time_ns())
         for device, size in copy.execute("SELECT device, size FROM doomed"):

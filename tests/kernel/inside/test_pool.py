@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -465,7 +464,7 @@ def _taken_apart(lab: Lab, mapper: Mapper) -> bytes:
 def test_damaged_metadata_is_not_assembled_and_a_repair_that_fails_changes_nothing(lab: Lab, mapper: Mapper) -> None:
     lab.layer("layer", files={"f": b"x"})
     sound = _taken_apart(lab, mapper)
-    damaged = _damage(lab.description.metadata, sound)
+    damaged = _spoil(lab.description.metadata, sound)
     with pytest.raises(Unavailable, match="damaged"):
         lab.start()
     lab.stop()
@@ -477,6 +476,16 @@ def test_damaged_metadata_is_not_assembled_and_a_repair_that_fails_changes_nothi
     Path(lab.description.metadata).write_bytes(sound)
     lab.start()
     assert lab.read("layer", "f") == b"x"
+
+
+def _spoil(path: str, sound: bytes) -> bytes:
+    """Spoil all but the superblock, so that nothing is left to rebuild from; the spoilt metadata."""
+    with open(path, "r+b") as opened:
+        for at in range(4096, len(sound), 4096):
+            if any(sound[at : at + 4096]):
+                opened.seek(at)
+                opened.write(b"\xff" * 4096)
+    return Path(path).read_bytes()
 
 
 def _damage(path: str, sound: bytes) -> bytes:
