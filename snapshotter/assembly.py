@@ -19,7 +19,8 @@ from snapshotter import backing, making
 from snapshotter.backing import Backing, Description
 from snapshotter.errors import PoolRefused, SnapshotterError, Unavailable
 from snapshotter.making import Wish
-from snapshotter.pool import KEEPER, Limits, Pool
+from snapshotter.pool import KEEPER, Limits, Pool, numbers
+from snapshotter.store import STORE, Store
 
 log = logging.getLogger("runvol.snapshotter")
 
@@ -246,10 +247,30 @@ def _rebuild(state_dir: str, metadata: str, deadline: Deadline) -> str:
             opened.truncate(os.path.getsize(kept))
         with _as_device(kept, deadline) as damaged, _as_device(rebuilt, deadline) as sound:
             run("thin_repair", "-i", damaged, "-o", sound, deadline=deadline)
+            found = numbers(run("thin_ls", "--no-headers", "-o", "DEV", sound, deadline=deadline)[1])
+        missing = _missing(state_dir, set(found))
         _copy(rebuilt, metadata)
     finally:
         os.unlink(rebuilt)
-    return f"the metadata was rebuilt from what could be read; the damaged one is kept as {kept}"
+    return f"the metadata was rebuilt from what could be read{missing}; the damaged one is kept as {kept}"
+
+
+def _missing(state_dir: str, found: set[int]) -> str:
+    """What a rebuilt pool lacks of the snapshots' devices. PoolRefused if it has none of them: thin_repair calls that a
+    success too, and the damaged metadata may still tell somebody more."""
+    path = os.path.join(state_dir, STORE)
+    if not os.path.exists(path):
+        return ""
+    store = Store(path)
+    try:
+        known = store.fulfilled()
+    finally:
+        store.close()
+    if known and not known & found:
+        raise PoolRefused(
+            f"thin_repair found none of the {len(known)} devices that the store {path} knows; the pool is left as it is"
+        )
+    return f" ({len(known - found)} of {len(known)} devices could not be)" if known - found else ""
 
 
 @contextlib.contextmanager

@@ -420,7 +420,7 @@ class Pool:
         """Every device that the pool has, but for the keeper."""
         with self.metadata_snapshot(deadline):
             _, output = run("thin_ls", "-m", "--no-headers", "-o", "DEV", self.metadata, deadline=deadline)
-        return set(_numbers(output)) - {KEEPER}
+        return set(numbers(output)) - {KEEPER}
 
     def mapped_sectors(self, device: int) -> int:
         """What a mapped device has blocks for, shared ones included."""
@@ -453,7 +453,7 @@ class Pool:
         }
 
 
-def _numbers(output: str) -> Iterator[int]:
+def numbers(output: str) -> Iterator[int]:
     """The lines that are a number. A tool's warning among them is told, and is no device."""
     for line in filter(None, map(str.strip, output.splitlines())):
         if line.isdecimal():
