@@ -20,6 +20,7 @@ import os
 import sqlite3
 import struct
 import time
+import weakref
 import zlib
 from dataclasses import dataclass
 
@@ -33,6 +34,8 @@ _HEADER = struct.Struct("<8sIQQQQ32s16s")
 _MAGIC, _VERSION = b"runvolsc", 1
 # Of SQLite's file format: whether readers and writers expect a write-ahead log, which a copy has not.
 _LOG_FLAGS = slice(18, 20)
+# Of this process, by the pool's identity.
+_HELD: weakref.WeakValueDictionary[str, Keeper] = weakref.WeakValueDictionary()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +81,10 @@ class Keeper:
     def _open(self) -> None:
         made = self._map()
         path = self._pool.path(KEEPER)
+        before = _HELD.get(self._pool.identity)
+        if before is not None:
+            # A process is one server: what it left open without an end is not another's.
+            before.close()
         try:
             fd = os.open(path, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC)
         except OSError as error:
@@ -92,6 +99,7 @@ class Keeper:
             os.close(fd)
             raise
         self._fd = fd
+        _HELD[self._pool.identity] = self
 
     def _map(self) -> bool:
         """Whether the device was made just now."""
