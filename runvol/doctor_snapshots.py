@@ -9,6 +9,7 @@ from typing import Any
 
 from blockdev import BlockdevError, Deadline, devicemapper
 from blockdev.devicemapper import Mapper
+from blockdev.dm_targets import MAX_THIN_ID
 from guestmount import runtimes
 from runvol import assembly
 from runvol.config import Config
@@ -21,6 +22,8 @@ from snapshotter.pool import Pool
 from snapshotter.store import Store
 
 _NAME = "runvol"
+# Percent of the device ids that were given, from which on an operator is told.
+_MANY_IDS = 75
 
 
 def examine(config: Config) -> Iterator[Diagnosis]:
@@ -73,11 +76,17 @@ def _store(state: str) -> Iterator[Diagnosis]:
     try:
         store = Store(path)
         quarantined, doomed = store.quarantined(), store.doomed()
+        past, used = store.read_fact("past"), store.following() * 100 // MAX_THIN_ID
         yield Diagnosis(state=OK, subject="store", finding=f"{store.count()} snapshots, {len(doomed)} to be deleted")
         store.close()
     except SnapshotterError as error:
         yield Diagnosis(state=BROKEN, subject="store", finding=str(error))
         return
+    if past:
+        yield Diagnosis(state=BROKEN, subject="store", finding=past)
+    if used >= _MANY_IDS:
+        yield Diagnosis(state=WARNING, subject="store", finding=f"{used}% of the pool's {MAX_THIN_ID} device ids were "
+                        "given; then a new epoch begins by itself, with those that nothing has any more")  # fmt: skip
     if quarantined:
         yield Diagnosis(state=WARNING, subject="store", finding=f"{len(quarantined)} devices of the pool belong to no "
                         "snapshot; `runvol pool quarantine` lists and frees them")  # fmt: skip

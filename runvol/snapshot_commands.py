@@ -18,9 +18,8 @@ from snapshotter.assembly import Extender, Wish
 from snapshotter.backing import Backing
 from snapshotter.errors import NotFound, PoolRefused, WrongState
 from snapshotter.model import Kind
-from snapshotter.node import STORE
 from snapshotter.pool import Pool
-from snapshotter.store import Store
+from snapshotter.store import STORE, Store
 
 _CALL = 300.0
 
@@ -183,6 +182,31 @@ def pool_check(load: Loader, repair: bool) -> None:
             one, _ = assembly.assemble(mapper, state_dir(config), Deadline.after(_CALL))
             one.check_live(Deadline.after(_CALL))
     click.echo(f"pool {it.name}: the metadata is sound")
+
+
+@pool.command("repair-store")
+@click.option("--keep", is_flag=True, help="The store is right as it stands; nothing is taken from the copy.")
+@as_json_option
+@click.pass_obj
+def pool_repair_store(load: Loader, keep: bool, as_json: bool) -> None:
+    """Make a store that is lost, or an old copy, one with its pool again; the snapshotter must be stopped."""
+    from snapshotter import repairing
+
+    config = load()
+    with Mapper() as mapper:
+        done = repairing.repair_store(mapper, state_dir(config), Deadline.after(_CALL), keep=keep)
+    made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(done.made / 1e9)) if done.made else ""
+    if not as_json:
+        click.echo(f"{len(done.restored)} snapshots came back" + (f" from the copy of {made}" if made else "")
+                   + (f", {done.kept} are kept as they were" if keep else "")
+                   + f"; {len(done.quarantined)} devices stay quarantined (`runvol pool quarantine`)")  # fmt: skip
+        if done.lost:
+            click.echo("Gone; containerd must forget them (`ctr -n NAMESPACE snapshots --snapshotter runvol rm NAME`, "
+                       "and the images and containers on them):")  # fmt: skip
+    rows = [{"key": key, "state": "restored"} for key in done.restored] if as_json else []
+    rows += [{"key": key, "state": "lost"} for key in done.lost]
+    if rows or as_json:
+        tables.show(rows, ("key", "state"), as_json=as_json, empty="")
 
 
 @pool.command("quarantine")

@@ -8,10 +8,11 @@ a size that was never asked for before.
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from blockdev import Deadline, filesystems, superblocks
 from blockdev.errors import BlockdevError
@@ -20,9 +21,11 @@ from snapshotter.bases import Bases
 from snapshotter.errors import (
     AlreadyExists,
     BadRequest,
+    IdsUsedUp,
     NotFound,
     NotOffered,
     SnapshotterError,
+    StoreFailed,
     Unavailable,
     WrongState,
 )
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from snapshotter.seals import Seals
 
 _LABEL_LIMIT = 4096
+_T = TypeVar("_T")
 # A label may ask for a filesystem that is so many times as large as the pool, which can grow.
 _OVERCOMMIT = 4
 
@@ -83,17 +87,20 @@ class _Origin:
 class Snapshotter:
     """The verbs. Safe to use from several threads.
 
-    `after` is told of devices that may be unmapped or deleted, `committed` of names that were committed.
+    `after` is told of devices that may be unmapped or deleted, `committed` of names that were committed, `drawn` of an
+    id that was taken; `renew` makes ids come back.
     """
 
     def __init__(
         self, store: Store, pool: Pool, golden: Bases, sizes: Sizes, after: Callable[[int], None],
         images: Images | None = None, seals: Seals | None = None, idle: Idle | None = None,
-        committed: Callable[[str], None] = lambda _name: None,
+        committed: Callable[[str], None] = lambda _name: None, drawn: Callable[[], None] = lambda: None,
+        renew: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
         self._store, self._pool, self._bases, self._sizes, self._after = store, pool, golden, sizes, after
         self._images: Images = images or NoImages()
         self._seals, self._committed, self._idle = seals, committed, idle or Idle(0)
+        self._drawn, self._renew, self._renewal = drawn, renew, threading.Lock()
         self._locks, self._devices = Locks(), Locks()
 
     def prepare(
@@ -110,11 +117,12 @@ class Snapshotter:
                 raise AlreadyExists(labels[LABEL_REF])
             self._settle(key, deadline)
             self._pool.admit()
-            origin = self._origin(key, parent, labels, deadline)
+            origin = self._with_ids(lambda: self._origin(key, parent, labels, deadline))
             size = self._wanted_size(key, labels, origin) if kind is Kind.ACTIVE else origin.size
             if size > origin.size:
                 self._pool.admit(*bases.cost(origin.fstype, self._made_with(parent, origin), origin.size, size))
-            row = self._intend(key, parent, kind, labels, origin, size)
+            row = self._intended(key, parent, kind, labels, origin, size)
+            self._drawn()
             try:
                 row = self._create(row, origin, deadline)
             except DeviceMissing as error:
@@ -172,13 +180,44 @@ class Snapshotter:
         return min([first, *(base.size for base in self._store.bases() if base.fstype == origin.fstype)])
 
     def _refuse_shared(self, row: Snapshot) -> None:
-        """WrongState for a snapshot whose device several had: whose data it holds, nobody knows."""
+        """WrongState for a snapshot of whose device nobody knows whose data it holds: several had it, or the store is
+        not the one that its pool was served with."""
         if row.device in self._store.shared:
+            if self._store.past:
+                raise WrongState(
+                    f"nothing proves that device {row.device} of the pool is still that of snapshot {row.key!r}: "
+                    f"{self._store.past}"
+                )
             raise WrongState(
                 f"device {row.device} of snapshot {row.key!r} was given more than once by an older release, or is not "
                 "its own, so its data may be another's: it is quarantined. Remove the snapshot and make it anew "
                 "(`runvol pool quarantine` lists such devices)"
             )
+
+    def _intended(
+        self, key: str, parent: str, kind: Kind, labels: Mapping[str, str], origin: _Origin, size: int
+    ) -> Snapshot:  # fmt: skip
+        """`_intend`; an intent that may not be on the disk is none."""
+        try:
+            return self._with_ids(lambda: self._intend(key, parent, kind, labels, origin, size))
+        except StoreFailed:
+            row = self._store.get(key)
+            if row is not None and row.state is State.PREPARING:
+                with contextlib.suppress(SnapshotterError):
+                    self._drop(row)
+            raise
+
+    def _with_ids(self, work: Callable[[], _T]) -> _T:
+        """`work`, and once more where no id was left: one call begins a new epoch for all that meet the end at once."""
+        try:
+            return work()
+        except IdsUsedUp:
+            if self._renew is None:
+                raise
+        with self._renewal:
+            if self._store.used_up():
+                self._renew()
+        return work()
 
     def _intend(
         self, key: str, parent: str, kind: Kind, labels: Mapping[str, str], origin: _Origin, size: int
@@ -327,7 +366,17 @@ class Snapshotter:
         self._committed(name)
 
     def remove(self, key: str, deadline: Deadline) -> None:
-        """Forget the snapshot; its device is deleted behind, once nobody has it open."""
+        """Forget the snapshot; its device is deleted behind, once nobody has it open. Works on a full disk too, since
+        containerd makes room by removals, and stops them at the first that fails."""
+        try:
+            self._remove(key, deadline)
+        except StoreFailed:
+            if not self._store.make_room():
+                raise
+            with contextlib.suppress(NotFound):  # it may be gone, and only the disk did not say so
+                self._remove(key, deadline)
+
+    def _remove(self, key: str, deadline: Deadline) -> None:
         self._seen(key, deadline)
         with self._locks.held(key, deadline=deadline), self._store.transaction():
             row = self._store.find(key)
