@@ -9,7 +9,7 @@ import click
 
 from blockdev import Deadline
 from blockdev.devicemapper import Mapper
-from runvol import tables
+from runvol import pool_absence, tables
 from runvol.cli import Loader, as_json_option
 from runvol.config import Config
 from runvol.containerd_commands import containerd_config
@@ -17,7 +17,7 @@ from runvol.serve_snapshots import limits, state_dir
 from snapshotter import assembly, backing
 from snapshotter.assembly import Extender, Wish
 from snapshotter.backing import Backing
-from snapshotter.errors import NotFound, PoolRefused, WrongState
+from snapshotter.errors import NotFound, PoolRefused, Unavailable, WrongState
 from snapshotter.model import Kind
 from snapshotter.node import STORE
 from snapshotter.pool import Pool
@@ -125,6 +125,8 @@ def pool_status(load: Loader, as_json: bool) -> None:
     config = load()
     it = _description(config)
     with Mapper() as mapper:
+        if not pool_absence.is_assembled(mapper, it):
+            raise Unavailable(f"pool {it.name} is not assembled: {pool_absence.why(mapper, state_dir(config), it)}")
         one = Pool(mapper, it.name, it.identity, it.metadata, limits(config))
         status = one.status()
         findings = one.health(status)
