@@ -59,7 +59,7 @@ def make(path: str, fstype: str, deadline: Deadline) -> None:
 
 
 def make_ext4_on_zeros(path: str, deadline: Deadline, *options: str) -> None:
-    """An ext4 on what reads as zeros all over, written sparsely. Its inode tables are marked as zeros, so no kernel writes
+    """An ext4 on what reads as zeros all over, written sparsely. Its inode tables are marked as zeros: no kernel writes
     them later.
 
     e2fsprogs before 1.47 has no option for that, and refuses it: then the marks are set afterwards.
