@@ -240,8 +240,8 @@ def test_the_container_mounts_the_export_itself(driver, plugin, cri, version):
     (other / "kept").write_text("as it is")
     pod = cri.pod(POD.format(1), "kata")
     name = f"c-{version}"
-    cri.container(pod, name, "echo hi > /data/f; cat /data/f /other/kept; grep -c ' /data nfs' /proc/mounts; grep ' /data ' /proc/mounts; "
-                             "echo done; sleep 1000", {"/data": target, "/other": str(other)})  # fmt: skip
+    cri.container(pod, name, "echo hi > /data/f; cat /data/f /other/kept; grep -c ' /data nfs' /proc/mounts; grep ' "
+                             "/data ' /proc/mounts; echo done; sleep 1000", {"/data": target, "/other": str(other)})  # fmt: skip
     text = cri.output(name, "done")
     assert "as it is" in text, "another mount was changed"
     assert f"vers={version}" in text
