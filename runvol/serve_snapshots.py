@@ -10,7 +10,6 @@ import stat
 from blockdev import Deadline
 from runvol.config import Config, ConfigError
 from snapshotter.errors import PoolRefused, Unavailable
-from snapshotter.images import Share
 from snapshotter.node import Node, Settings
 from snapshotter.pool import Limits
 
@@ -53,6 +52,7 @@ def _check_images(config: Config) -> None:
     directory = config.text("snapshotter.images")
     if not directory:
         return
+    from snapshotter.images import Share
 
     def wrong() -> str:
         try:
