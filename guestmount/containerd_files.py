@@ -14,7 +14,7 @@ import glob
 import os
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,13 @@ from guestmount.runtimes import in_root
 CRI, RUNTIME, IMAGES = "io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime", "io.containerd.cri.v1.images"
 _WHOLE = ("proxy_plugins", "stream_processors", "timeouts")
 _MOST = 64
+# What is read below: tables all of them, and all on their way.
+_TABLES = (
+    *((key, "*") for key in ("plugins", "proxy_plugins")),
+    ("stream_processors",), ("timeouts",), ("proxy_plugins", "*", "exports"),
+    *(("plugins", plugin, "containerd", "runtimes", "*", "options") for plugin in ("cri", CRI, RUNTIME)),
+    ("plugins", IMAGES, "runtime_platforms", "*"),
+)  # fmt: skip
 # What a file may say its version is.
 _NEWEST_FORM = {(1, 6): 2, (1, 7): 2, (2, 0): 3, (2, 1): 3, (2, 2): 3}
 _LATER_FORM = 4
@@ -115,11 +122,25 @@ def _read(path: str, version: Version, root: str) -> File:
         raise Refused(f"{path}: version = {said!r} is no number")
     if said > version.form:
         raise Refused(f"{path}: version = {said} is not read by containerd {version}, which knows up to {version.form}")
-    for names in ("plugins", "proxy_plugins"):
-        table = document.get(names, {})
-        if not isinstance(table, dict) or not all(isinstance(one, dict) for one in table.values()):
-            raise Refused(f"{path}: {names} holds something that is no table")
+    for names in _TABLES:
+        for trodden, table in _found(document, names):
+            if not isinstance(table, dict):
+                raise Refused(f"{path}: {trodden} = {table!r} is no table"[:500])
+    disabled = document.get("disabled_plugins", [])
+    if not isinstance(disabled, list):
+        raise Refused(f"{path}: disabled_plugins = {disabled!r} is no list"[:500])
     return file
+
+
+def _found(table: Any, names: Sequence[str], trodden: str = "") -> Iterator[tuple[str, Any]]:
+    """(name, value) of all that lies on the way of these names, of which `*` is each."""
+    if trodden:
+        yield trodden, table
+    if not names or not isinstance(table, dict):
+        return
+    for name in table if names[0] == "*" else (names[0],):
+        if name in table:
+            yield from _found(table[name], names[1:], f"{trodden}.{name}" if trodden else name)
 
 
 def _imports(file: File, version: Version, root: str) -> list[str]:

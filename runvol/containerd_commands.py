@@ -194,7 +194,11 @@ def _write(files: Sequence[File], made: Merged, real: str) -> str:
         if content != files[0].text.encode():
             raise Refused(f"{files[0].path} was changed by somebody else just now; run the command again")
         copy = _copy(real, content, files, stat.S_IMODE(old.st_mode))
-        durable.replace(real, made.text.encode(), mode=stat.S_IMODE(old.st_mode), owner=(old.st_uid, old.st_gid))
+        mode, owner = stat.S_IMODE(old.st_mode), (old.st_uid, old.st_gid)
+        # Names that are nobody else's, as what a killed call has left of them goes.
+        beside = os.path.join(os.path.dirname(real), f".{os.path.basename(real)}.runvol-")
+        durable.replace(real, made.text.encode(), beside=beside, mode=mode, owner=owner)
+        durable.sweep(beside)
     except FileExistsError as error:
         raise Refused(f"{files[0].path} was made by somebody else just now; run the command again") from error
     except PermissionError:

@@ -108,6 +108,9 @@ def _platforms(document: Mapping[str, Any]) -> Iterator[str]:
             yield (f"runtime_platforms.{toml_text.name((handler,))}.platform is {one['platform']!r}, and this machine "
                    f"is {here}: its pods get images of the other; take the line out")  # fmt: skip
     entries = plugins.get(TRANSFER, {}).get("unpack_config")
+    if entries is not None and not (isinstance(entries, list) and all(isinstance(one, dict) for one in entries)):
+        yield f"{toml_text.name(('plugins', TRANSFER, 'unpack_config'))} is no list of tables"
+        return
     if entries is None:
         yield f"has no unpack_config for {NAME}: layers are unpacked inside CreateContainer; {COMMAND} puts one in"
         return

@@ -271,6 +271,18 @@ CONTRADICTIONS = {
     "no TOML": ("1.7", "x = [\n", (), "is no TOML"),
     "no such import": ("1.7", f'imports = ["x.toml"]\n{NODE}', (), "x.toml, which does not exist"),
     "a pattern from nowhere": ("1.7", f'imports = ["x*"]\n{NODE}', (), "write it from the root on"),
+    "no table": (
+        "1.7",
+        f'version = 2\n[plugins."{CRI}".containerd.runtimes]\nkata = 3\n',
+        (),
+        "runtimes.kata = 3 is no",
+    ),
+    "no list": (
+        "2.0",
+        f'{NODE_3}[plugins."{TRANSFER}"]\nunpack_config = 3\n',
+        (),
+        "unpack_config is no list of tables",
+    ),
     "no such version": ("1.5", NODE, (), "containerd 1.5 is not known"),
     "no version": ("new", NODE, (), "is no version of containerd"),
     "1.6 only": ("1.7", NODE, ("--all-runtimes",), "--all-runtimes is for containerd 1.6"),
