@@ -16,6 +16,7 @@ from typing import Any
 
 Path = tuple[str, ...]
 _BARE = re.compile(r"[A-Za-z0-9_-]+\Z")
+_OTHER_FORM = "the file has these tables in another form than under headings of their own"
 # What TOML has a letter for.
 _ESCAPES = {'"': '\\"', "\\": "\\\\", "\b": "\\b", "\t": "\\t", "\n": "\\n", "\f": "\\f", "\r": "\\r"}
 
@@ -96,9 +97,9 @@ def edited(text: str, changes: Sequence[Change]) -> str:
     try:
         found = tomllib.loads(made)
     except tomllib.TOMLDecodeError as error:
-        raise NoPlace(str(error)) from error
+        raise NoPlace(_OTHER_FORM) from error
     if found != wanted:
-        raise NoPlace("the file has these tables in another form than under headings of their own")
+        raise NoPlace(_OTHER_FORM)
     return made
 
 
