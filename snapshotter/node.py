@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -229,7 +228,7 @@ class Node:
             self.stamp.take(self.pool.status())
         if not self.store.read_fact("lineage"):
             with self.store.transaction():
-                self.store.set_fact("lineage", secrets.token_hex(8))
+                self.store.set_fact("lineage", os.urandom(8).hex())
         self.store.barred = ""
 
     def renew_ids(self) -> None:

@@ -10,7 +10,7 @@ neither side can have given.
 from __future__ import annotations
 
 import logging
-import secrets
+import os
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -84,7 +84,7 @@ def enter(store: Store, keeper: Keeper, status: PoolStatus, why: str) -> None:
         doomed -= {int(row[0]) for row in copy.execute("SELECT device FROM doomed")}
         copy.close()
     unproven = {device for _, device in rows} | {device for _, _, device in bases} | doomed
-    store.enter_past(why, secrets.token_hex(8), unproven, time.time_ns())
+    store.enter_past(why, os.urandom(8).hex(), unproven, time.time_ns())
     log.error("the store is not the pool's own", extra={"why": why, "unproven": len(unproven)})
 
 
