@@ -38,7 +38,7 @@ _MOST_NAMES = 100_000
 _LEFT = re.compile(r"\.[0-9a-f]{64}\.[0-9a-f]{8}(\.removed)?\Z")
 # Seconds after which nobody writes to it any more.
 _ABANDONED = 86400.0
-_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 Progress = Callable[[str, int], object]
 T = TypeVar("T")
 
@@ -166,7 +166,7 @@ class Share:
     def _inside(self, chain: str) -> Iterator[int]:
         """The image's directory, open. FileNotFoundError if there is nothing, SnapshotterError if it is none."""
         try:
-            fd = os.open(self.place(chain), os.O_DIRECTORY | _READ)
+            fd = os.open(self.place(chain), _DIRECTORY)
         except OSError as error:
             if error.errno in (errno.ENOTDIR, errno.ELOOP):
                 raise SnapshotterError(f"{self.place(chain)} is no directory; remove it") from None
@@ -326,17 +326,15 @@ class Share:
 
 
 def _regular(directory: int, name: str) -> int:
-    """The file, open for reading. FileNotFoundError, and SnapshotterError for what is no regular file."""
+    """The file, open for reading. FileNotFoundError, and SnapshotterError for what is no regular file: that is not even
+    opened, as a device may do something then."""
+    found = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
     try:
-        fd = os.open(name, _READ, dir_fd=directory)
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENXIO):
-            raise SnapshotterError(f"{name} is no regular file") from None
-        raise
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise SnapshotterError(f"{name} is no regular file")
-    return fd
+        if not stat.S_ISREG(os.fstat(found).st_mode):
+            raise SnapshotterError(f"{name} is no regular file")
+        return os.open(f"/proc/self/fd/{found}", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        os.close(found)
 
 
 def _content(directory: int, name: str, troubles: list[str]) -> bytes | None:
@@ -370,7 +368,7 @@ def _write(
     beside: str, chain: str, device: str, fstype: str, progress: Progress | None, key: PrivateKey | None
 ) -> Manifest:
     """The image's files. The tree is that of the device: what is read back from the share may be somebody else's."""
-    inside = os.open(beside, os.O_DIRECTORY | _READ)
+    inside = os.open(beside, _DIRECTORY)
     try:
         size, salt = ioctls.size_bytes(device), secrets.token_bytes(32)
         with _new(inside, _IMAGE) as image:

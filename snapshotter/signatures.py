@@ -1,8 +1,8 @@
 """Ed25519 signatures over what a shared image is: the keys' files, and the file that carries content and signatures.
 
 `manifest.signed` is lines: one that names the format, one that is the content, and one for each signature (`ed25519`,
-the key's short name, the signature in base64). A signature covers the first two lines as they stand in the file, and the
-second one is what is parsed then. Nothing else in the file is believed.
+the key's short name, the signature in base64). A signature covers the first two lines as they stand in the file, and
+the second one is what is parsed then. Nothing else in the file is believed.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def unseal(raw: bytes) -> Envelope:
     return Envelope(content=lines[1], signatures=tuple(found))
 
 
-# -- keys' files --------------------------------------------------------------------------------------------------------
+# -- keys' files ------------------------------------------------------------------------------------------------------
 
 
 def make_key(path: str) -> tuple[PrivateKey, str]:
