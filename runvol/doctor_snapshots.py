@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -154,7 +155,8 @@ def _pins(config: Config) -> dict[str, str]:
     if not os.path.exists(path):
         return {}
     try:
-        return images.pins(Store(path))
+        with contextlib.closing(Store(path)) as store:
+            return images.pins(store)
     except SnapshotterError:
         return {}  # `_store` tells
 

@@ -86,7 +86,10 @@ def images(context: click.Context, as_json: bool) -> None:
 def _row(share: Share, trust: Trust, store: Store | None, chain: str, pin: str | None) -> dict[str, object]:
     said = share.said(chain, Deadline.after(_CALL))
     verdict = trust.judge(said, pin) if said is not None else Verdict(reason="gone")
-    row: dict[str, object] = {"chain": chain, "trust": verdict.by or f"{verdict.reason}: not used", "why": verdict.why,
+    # For what is used here already it is told as well whether it would be used if it were not.
+    fresh = trust.judge(said) if said is not None and verdict.manifest is not None else verdict
+    by = fresh.by if fresh.manifest == verdict.manifest else verdict.by
+    row: dict[str, object] = {"chain": chain, "trust": by or f"{verdict.reason}: not used", "why": verdict.why,
                               "advice": verdict.advice, "pinned": pin is not None}  # fmt: skip
     if said is None or not said.manifests:
         return row

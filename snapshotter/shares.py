@@ -13,7 +13,6 @@ import errno
 import itertools
 import os
 import re
-import secrets
 import shutil
 import stat
 import threading
@@ -34,6 +33,7 @@ PATIENCE = 3.0
 _PLAIN, _SIGNED, _IMAGE, _HASHES = "manifest.json", "manifest.signed", "image", "hashes"
 _LARGEST_MANIFEST = 64 << 10
 _MOST_NAMES = 100_000
+_LONGEST_TROUBLE = 200
 # What a killed `make` or `remove` has left.
 _LEFT = re.compile(r"\.[0-9a-f]{64}\.[0-9a-f]{8}(\.removed)?\Z")
 # Seconds after which nobody writes to it any more.
@@ -249,7 +249,7 @@ class Share:
             return found
         self.sweep()
         with self._told(f"the image of {chain} cannot be made in {self.directory}"):
-            beside = os.path.join(self.directory, f".{chain[7:]}.{secrets.token_hex(4)}")
+            beside = os.path.join(self.directory, f".{chain[7:]}.{os.urandom(4).hex()}")
             os.mkdir(beside, mode=0o755)
             try:
                 made = _write(beside, chain, device, fstype, progress, key)
@@ -305,7 +305,7 @@ class Share:
             raise NotFound(chain, "image")
         self.sweep()
         with self._told(f"the image of {chain} cannot be removed from {self.directory}"):
-            beside = os.path.join(self.directory, f".{chain[7:]}.{secrets.token_hex(4)}.removed")
+            beside = os.path.join(self.directory, f".{chain[7:]}.{os.urandom(4).hex()}.removed")
             os.rename(self.place(chain), beside)
             durable.sync_directory(self.directory)
             durable.clear(beside)
@@ -361,7 +361,9 @@ def _noting(name: str, troubles: list[str]) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        troubles.append(f"{name}: {error}")
+        # It may quote what somebody has written there for a terminal to obey.
+        quoted = "".join(one if one.isprintable() else "?" for one in str(error))
+        troubles.append(f"{name}: {quoted[:_LONGEST_TROUBLE]}")
 
 
 def _write(
@@ -370,7 +372,8 @@ def _write(
     """The image's files. The tree is that of the device: what is read back from the share may be somebody else's."""
     inside = os.open(beside, _DIRECTORY)
     try:
-        size, salt = ioctls.size_bytes(device), secrets.token_bytes(32)
+        os.fchmod(inside, 0o755)
+        size, salt = ioctls.size_bytes(device), os.urandom(32)
         with _new(inside, _IMAGE) as image:
             os.truncate(image, size)
             sparse.copy_written(device, f"/proc/self/fd/{image}", lambda done: progress and progress("copying", done))
@@ -395,6 +398,7 @@ def _write(
 def _new(directory: int, name: str) -> Iterator[int]:
     fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644, dir_fd=directory)
     try:
+        os.fchmod(fd, 0o644)  # nodes may come as nobody, whatever the umask was here
         yield fd
     finally:
         os.close(fd)

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import errno
 import hashlib
 import os
+import re
 import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ _ALGORITHM = "ed25519"
 # More than so many signatures are not looked at.
 _MOST = 16
 _LARGEST_KEY = 16 << 10
+_NAME = re.compile(rb"[0-9a-f]{16}\Z")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,11 +106,9 @@ def unseal(raw: bytes) -> Envelope:
     found = []
     for line in lines[2 : 2 + _MOST]:
         words = line.split(b" ")
-        if len(words) == 3 and words[0] == _ALGORITHM.encode():
-            try:
-                found.append((words[1].decode("ascii"), base64.b64decode(words[2], validate=True)))
-            except (UnicodeDecodeError, binascii.Error):
-                continue
+        if len(words) == 3 and words[0] == _ALGORITHM.encode() and _NAME.match(words[1]):
+            with contextlib.suppress(binascii.Error):
+                found.append((words[1].decode(), base64.b64decode(words[2], validate=True)))
     return Envelope(content=lines[1], signatures=tuple(found))
 
 

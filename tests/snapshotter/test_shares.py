@@ -72,7 +72,12 @@ def write(share: Share, name: str, content: bytes) -> None:
 def test_a_signed_image_is_used_and_an_unsigned_one_is_not(
     share: Share, layer: str, key: PrivateKey, trust: Trust
 ) -> None:
+    before = os.umask(0o077)
     made = share.make(CHAIN, layer, "ext4", key=key)
+    os.umask(before)
+    # Nodes may come as nobody.
+    place = Path(share.place(CHAIN))
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (place, *place.iterdir())} == {0o755, 0o644}
     verdict = trust.judge(said(share))
     assert (verdict.manifest, verdict.by) == (made, f"signed by {key.public.name}")
     os.unlink(Path(share.place(CHAIN), "manifest.signed"))
@@ -149,11 +154,19 @@ def test_another_key_is_not_trusted_until_it_is_named(
 def test_many_false_signatures_are_not_looked_at(share: Share, layer: str, key: PrivateKey, trust: Trust) -> None:
     share.make(CHAIN, layer, "ext4", key=key)
     first, content, signature, _ = lines(share)
-    false = [b"ed25519 " + key.public.name.encode() + b" " + b"A" * 86 + b"==", b"ed25519 x", b"\xff \xff \xff", b""]
+    false = [
+        b"ed25519 \x1b[2J " + b"A" * 88,
+        b"ed25519 " + key.public.name.encode() + b" " + b"A" * 86 + b"==",
+        b"ed25519 x",
+        b"\xff \xff \xff",
+        b"",
+    ]
     write(share, "manifest.signed", b"\n".join([first, content, *false, signature]))
     assert trust.judge(said(share)).manifest is not None
     write(share, "manifest.signed", b"\n".join([first, content, *false * 100, signature]))
-    assert trust.judge(said(share)).manifest is None
+    verdict = trust.judge(said(share))
+    assert verdict.manifest is None
+    assert verdict.why.isprintable()
 
 
 def test_an_older_releases_image_is_signed_after_it_was_read(
@@ -244,9 +257,9 @@ def _manifest(**changed: object) -> bytes:
         _manifest(salt="0"), _manifest(salt="00 01"), _manifest(salt="zz"), _manifest(salt="00" * 257),
         _manifest(made="x" * 65), _manifest(made="\x1b[2J"),
         _manifest()[:-1] + b',"root":"' + b"1" * 64 + b'"}', _manifest() + _manifest(), _manifest() + b" " * 70_000,
-        _manifest().decode().encode("utf-16"),
+        _manifest().decode().encode("utf-16"), _manifest(**{"\x1b[2J" * 50: 1}),
     ],
-    ids=range(36),
+    ids=range(37),
 )  # fmt: skip
 def test_a_manifest_that_is_none_is_passed_over(share: Share, content: bytes) -> None:
     os.mkdir(share.place(CHAIN))
@@ -255,6 +268,7 @@ def test_a_manifest_that_is_none_is_passed_over(share: Share, content: bytes) ->
     assert (verdict.manifest, verdict.reason) == (None, DAMAGED)
     assert verdict.why
     assert len(verdict.why) < 500
+    assert verdict.why.isprintable()
     with pytest.raises(SnapshotterError, match="make it again"):
         share.manifest(CHAIN, Deadline.after(10))
 
@@ -428,6 +442,7 @@ def test_who_was_faster_must_have_made_all_of_it(share: Share, layer: str, key: 
 
 def test_a_rename_that_fails_is_told(share: Share, layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for number, name in ((28, "No space left"), (13, "Permission denied"), (30, "Read-only"), (116, "Stale")):
+
         def fails(*_: object, number: int = number) -> None:
             raise OSError(number, os.strerror(number))
 
@@ -442,7 +457,9 @@ def test_a_rename_that_fails_is_told(share: Share, layer: str, monkeypatch: pyte
 
 
 def test_what_killed_calls_have_left_goes(share: Share, layer: str) -> None:
-    old, new, going = (Path(share.directory, f".{'0' * 64}.{name}") for name in ("0000000a", "0000000b", "0000000c.removed"))
+    old, new, going = (
+        Path(share.directory, f".{'0' * 64}.{name}") for name in ("0000000a", "0000000b", "0000000c.removed")
+    )
     for path in (old, new, going):
         path.mkdir()
         (path / "image").write_bytes(b"half")

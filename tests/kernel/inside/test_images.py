@@ -479,7 +479,9 @@ def test_what_is_no_layer_is_not_lent(other: Lab) -> None:
 
 
 @pytest.mark.parametrize("at", ["doomed", "made", "mapped"])
-def test_a_server_that_is_killed_while_it_lends_leaves_nothing(lab: Lab, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
+def test_a_server_that_is_killed_while_it_lends_leaves_nothing(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
     lab.layer("base", files={"f": b"base"})
     snapshots, pool = lab.node.snapshots, lab.node.pool
 

