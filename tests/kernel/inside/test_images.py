@@ -16,7 +16,7 @@ import pytest
 from blockdev import Deadline, loops
 from blockdev.devicemapper import Mapper, node
 from blockdev.dm_targets import SECTOR, Linear
-from snapshotter import images, signatures, verity
+from snapshotter import images, metrics, signatures, verity
 from snapshotter.errors import AlreadyExists, BadRequest, NotFound, SnapshotterError, Unavailable, WrongState
 from snapshotter.images import PATIENCE, Share
 from snapshotter.model import LABEL_REF, Mount
@@ -327,6 +327,10 @@ def test_an_image_that_nobody_has_signed_is_pulled_instead(
     assert not lab.names()
     assert lab.node.images is not None
     assert lab.node.images.passed_over() == {"unsigned": 3}
+    (counted,) = [one for one in metrics._Pool(lab.node).collect() if one.name == "runvol_images_passed_over"]
+    assert [(one.name, one.labels, one.value) for one in counted.samples] == [
+        ("runvol_images_passed_over_total", {"reason": "unsigned"}, 3)
+    ]
     (line,) = [one for one in caplog.records if "passed over" in one.message]
     assert (line.__dict__["chain"], line.__dict__["why"]) == (chain("theirs"), "it is not signed")
     assert extract(lab, "base", "")
