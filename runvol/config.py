@@ -171,6 +171,19 @@ TABLE: Mapping[str, Setting] = {
     "snapshotter.images": Setting(
         default="", meaning="directory of shared images (a local one or NFS); empty for none"
     ),
+    "snapshotter.image_keys": Setting(
+        default=(),
+        meaning="public keys whose signature makes this node use a shared image: files, or directories whose *.pub are "
+        "read",
+    ),
+    "snapshotter.image_roots": Setting(
+        default="",
+        meaning="file of shared images that this node uses although no such key has signed them: a line CHAIN ROOT for "
+        "each; empty for none",
+    ),
+    "snapshotter.images_unsigned": Setting(
+        default=0, meaning="1: use shared images whoever has made them; 0: those that are signed or listed"
+    ),
     "snapshotter.verity": Setting(
         default=0, meaning="1: hash committed layers behind, and let Views read through dm-verity; 0: do not"
     ),
@@ -374,6 +387,7 @@ _RANGES = {
     "snapshotter.size_bytes": (8 << 20, 1 << 50),
     "snapshotter.call_seconds": (1, 3600),
     "snapshotter.discard": (0, 1),
+    "snapshotter.images_unsigned": (0, 1),
     "snapshotter.verity": (0, 1),
     "snapshotter.unmap_idle_seconds": (0, 1 << 30),
     "pool.data_reserve_percent": (0, 50),
@@ -405,8 +419,13 @@ def _check_snapshotter(config: Config) -> None:
             raise ConfigError(f"snapshotter.namespace_sizes = {one!r}: {name} has a size already")
         sizes.add(name)
         _check_size(f"snapshotter.namespace_sizes: {name}", int(size), fstype)
-    if config.text("snapshotter.images") and not config.text("snapshotter.images").startswith("/"):
-        raise ConfigError(f"snapshotter.images = {config.text('snapshotter.images')!r}: must be an absolute path")
+    for key in ("snapshotter.images", "snapshotter.image_roots"):
+        if config.text(key) and not config.text(key).startswith("/"):
+            raise ConfigError(f"{key} = {config.text(key)!r} (from {config.sources[key]}): must be an absolute path")
+    for path in config.words("snapshotter.image_keys"):
+        if not path.startswith("/"):
+            source = config.sources["snapshotter.image_keys"]
+            raise ConfigError(f"snapshotter.image_keys = {path!r} (from {source}): must be absolute paths")
     idle, call = config.number("snapshotter.unmap_idle_seconds"), config.number("snapshotter.call_seconds")
     # The default follows a longer call.
     if idle and idle < call and config.sources["snapshotter.unmap_idle_seconds"] != "default":

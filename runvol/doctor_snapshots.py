@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from blockdev import BlockdevError, Deadline, devicemapper
 from blockdev.devicemapper import Mapper
@@ -11,15 +12,18 @@ from blockdev.dm_targets import MAX_THIN_ID
 from runvol import assembly, doctor_proxy_plugin, pool_absence
 from runvol.config import Config
 from runvol.diagnosis import BROKEN, OK, WARNING, Diagnosis
-from snapshotter import backing
+from snapshotter import backing, images
 from snapshotter.errors import SnapshotterError
 from snapshotter.images import Share
 from snapshotter.node import STORE
 from snapshotter.pool import Pool
 from snapshotter.store import Store
+from snapshotter.trust import Trust
 
 # Percent of the device ids that were given, from which on an operator is told.
 _MANY_IDS = 75
+# Images of one kind that are named one by one.
+_NAMED = 5
 
 
 def examine(config: Config) -> Iterator[Diagnosis]:
@@ -136,9 +140,66 @@ def _images(config: Config) -> Iterator[Diagnosis]:
     directory = config.text("snapshotter.images")
     if not directory:
         return
-    share = Share(directory)
+    trust = Trust(
+        config.words("snapshotter.image_keys"), config.text("snapshotter.image_roots"),
+        unsigned=bool(config.number("snapshotter.images_unsigned")),
+    )  # fmt: skip
+    yield from _trusts(config, trust)
+    share, pins = Share(directory), _pins(config)
     try:
-        count = len(share.ask("listing the images", share.chains, Deadline.after(5)))
-        yield Diagnosis(state=OK, subject=directory, finding=f"{count} shared images")
+        chains = share.ask("listing the images", share.chains, Deadline.after(5))
+        yield Diagnosis(state=OK, subject=directory, finding=f"{len(chains)} shared images")
+        yield from _passed_over(share, trust, chains, pins)
     except SnapshotterError as error:
         yield Diagnosis(state=BROKEN, subject=directory, finding=str(error))
+
+
+def _trusts(config: Config, trust: Trust) -> Iterator[Diagnosis]:
+    """Whose images this node uses."""
+    for trouble in trust.troubles():
+        yield Diagnosis(state=BROKEN, subject="shared images", finding=trouble)
+    if config.number("snapshotter.images_unsigned"):
+        yield Diagnosis(state=WARNING, subject="shared images", finding="snapshotter.images_unsigned = 1: whoever can "
+                        "write to the share decides what containers here run; `runvol images sign --all --key FILE`, "
+                        "name the public key in snapshotter.image_keys, and set it to 0")  # fmt: skip
+    elif trust.names():
+        yield Diagnosis(state=OK, subject="shared images", finding=f"signed by {', '.join(trust.names())} are used")
+    elif not config.text("snapshotter.image_roots"):
+        yield Diagnosis(state=WARNING, subject="shared images", finding="only those are used that this node has used "
+                        "before: name the public key that signs them in snapshotter.image_keys (`runvol images keygen "
+                        "FILE` makes one), or list them in snapshotter.image_roots")  # fmt: skip
+
+
+def _pins(config: Config) -> dict[str, str]:
+    path = os.path.join(config.text("snapshotter.state_dir"), STORE)
+    if not os.path.exists(path):
+        return {}
+    try:
+        with contextlib.closing(Store(path)) as store:
+            return images.pins(store)
+    except SnapshotterError:
+        return {}  # `_store` tells
+
+
+def _passed_over(share: Share, trust: Trust, chains: list[str], pins: Mapping[str, str]) -> Iterator[Diagnosis]:
+    """Images that this node does not use, or uses only since it did before: some by name, the others counted."""
+    kinds: dict[tuple[str, str], list[Diagnosis]] = {}
+    for chain in chains:
+        said = share.said(chain, Deadline.after(5))
+        if said is None:
+            continue
+        verdict, fresh = trust.judge(said, pins.get(chain)), trust.judge(said)
+        if verdict.manifest is None:
+            finding = f"is passed over, and its layers are pulled: {verdict.why}; {verdict.advice}"
+            kind = ("passed over", verdict.reason)
+        elif fresh.manifest is None:
+            finding = f"is used only since this node has used it before: {fresh.why}; {fresh.advice}"
+            kind = ("used", fresh.reason)
+        else:
+            continue
+        kinds.setdefault(kind, []).append(Diagnosis(state=WARNING, subject=f"image {chain}", finding=finding))
+    for (what, reason), found in sorted(kinds.items()):
+        yield from found[:_NAMED]
+        if len(found) > _NAMED:
+            yield Diagnosis(state=WARNING, subject="shared images", finding=f"{len(found) - _NAMED} more are {what} "
+                            f"({reason}); `runvol images` lists them")  # fmt: skip

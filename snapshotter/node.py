@@ -21,6 +21,7 @@ from snapshotter.bases import Bases
 from snapshotter.errors import PoolFull, PoolRefused, SnapshotterError, StoreFailed, Unavailable
 from snapshotter.idle import Idle
 from snapshotter.keeper import Keeper
+from snapshotter.lending import Lender
 from snapshotter.pool import Limits, Pool
 from snapshotter.reaper import Reaper
 from snapshotter.snapshots import Sizes, Snapshotter
@@ -51,6 +52,10 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
     discard: bool = True
     images: str = ""
+    # Whose shared images are used: see `trust`.
+    image_keys: tuple[str, ...] = ()
+    image_roots: str = ""
+    images_unsigned: bool = False
     verity: bool = False
     # Seconds after which a mapped device that nobody has open is unmapped; 0 is never.
     unmap_idle: float = 600
@@ -98,13 +103,14 @@ class Node:
         self.idle = Idle(settings.unmap_idle)
         self.reaper = Reaper(self.store, self.pool, self.idle, discard=settings.discard, busy=self.activity.quiet_for,
                              release_images=self.images.release_unused if self.images else None,
-                             seals=self.seals, background=self.background)  # fmt: skip
+                             seals=self.seals, background=self.background, lent=self._is_lent)  # fmt: skip
         self.snapshots = Snapshotter(
             self.store, self.pool, self.bases,
             Sizes(fstype=settings.fstype, size=settings.size, by_namespace=settings.by_namespace),
             self._done_with, self.images, self.seals, self.idle,
             self.sealer.tell if self.sealer else lambda _name: None, self.stamp.follow, self.renew_ids,
         )  # fmt: skip
+        self.lender = Lender(self.store, self.pool, self.snapshots)
         self._usable, self._stop = threading.Event(), threading.Event()
         self._why_not = f"pool {description.name} is being assembled"
         self._extender: Extender | None = None
@@ -124,8 +130,10 @@ class Node:
             return None
         # With what it hashes by, a tenth of a start.
         from snapshotter.images import Images, Share
+        from snapshotter.trust import Trust
 
-        return Images(self.mapper, self.store, Share(self.settings.images))
+        trust = Trust(self.settings.image_keys, self.settings.image_roots, unsigned=self.settings.images_unsigned)
+        return Images(self.mapper, self.store, Share(self.settings.images), trust)
 
     def _verified_layers(self) -> tuple[Seals | None, Sealer | None]:
         """Trees that were made stay in use when no more are made."""
@@ -139,6 +147,9 @@ class Node:
 
     def _done_with(self, device: int) -> None:
         self.reaper.tell(device)
+
+    def _is_lent(self, device: int) -> bool:
+        return self.lender.keeps(device)
 
     @property
     def ready(self) -> bool:

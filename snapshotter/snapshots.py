@@ -145,7 +145,7 @@ class Snapshotter:
             above = self._seen(parent, deadline, what="parent")
             if above.kind is not Kind.COMMITTED:
                 raise BadRequest("parent", parent, "is not committed")
-            self._refuse_shared(above)
+            self.refuse_shared(above)
             return _Origin(device=above.device, size=above.size, fstype=above.fstype, image=above.image)
         fstype = labels.get(LABEL_FSTYPE, self._sizes.fstype)
         size = self._size_label(key, labels) or self._sizes.of(key)
@@ -179,7 +179,7 @@ class Snapshotter:
             parent, first = row.parent, row.size
         return min([first, *(base.size for base in self._store.bases() if base.fstype == origin.fstype)])
 
-    def _refuse_shared(self, row: Snapshot) -> None:
+    def refuse_shared(self, row: Snapshot) -> None:
         """WrongState for a snapshot of whose device nobody knows whose data it holds: several had it, or the store is
         not the one that its pool was served with."""
         if row.device in self._store.shared:
@@ -251,9 +251,7 @@ class Snapshotter:
             if not origin.device:
                 self._pool.create_thin(device, again=again)
                 return
-            alone = self._devices.held(str(origin.device), deadline=deadline)
-            with alone, self._pool.quiet(origin.device):
-                self._pool.create_snapshot(device, origin.device, again=again)
+            self.copy(device, origin.device, deadline, again=again)
 
         device = strangers.make(
             self._store, self._pool, row.device, create, lambda taken: self._store.replace_device(row.key, taken),
@@ -264,6 +262,16 @@ class Snapshotter:
         if row.size > origin.size:
             filesystems.grow(self._pool.path(row.device), deadline)
         return row
+
+    def copy(self, device: int, origin: int, deadline: Deadline, *, again: bool = False) -> None:
+        """The device is a snapshot of `origin`, as that is at one instant. DeviceThere, DeviceMissing."""
+        with self._devices.held(str(origin), deadline=deadline), self._pool.quiet(origin):
+            self._pool.create_snapshot(device, origin, again=again)
+
+    def map_read_only(self, device: int, layer: Snapshot, deadline: Deadline) -> None:
+        """Map a copy of a committed layer's device, which has no row."""
+        below = self._images.origin(layer.image, deadline) if layer.image else ""
+        self._pool.activate(device, layer.size, read_only=True, origin=below)
 
     def _activate(self, row: Snapshot, deadline: Deadline) -> None:
         below = self._images.origin(row.image, deadline) if row.image else ""
@@ -316,7 +324,7 @@ class Snapshotter:
     def mounts(self, key: str, deadline: Deadline) -> list[Mount]:
         """The mount of an active snapshot or view; its device is there when the call returns."""
         row = self._seen(key, deadline)
-        self._refuse_shared(row)
+        self.refuse_shared(row)
         if row.state is State.READY and row.kind is not Kind.COMMITTED:
             self._idle.handed(row.device, deadline.began)
             if not self._idle.leaving(row.device) and self._pool.find(row.device) is not None:
@@ -344,7 +352,7 @@ class Snapshotter:
         """The active snapshot `key` becomes the committed `name`; its device is unmapped behind."""
         _check_key("name", name)
         labels = _check_labels(labels)
-        self._refuse_shared(self._seen(key, deadline))
+        self.refuse_shared(self._seen(key, deadline))
         with self._locks.held(key, name, deadline=deadline):
             row = self._seen_now(key)
             if row.kind is Kind.ACTIVE:
