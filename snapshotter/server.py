@@ -16,7 +16,10 @@ from snapshotter.workers import Workers
 
 # Of all snapshotters of the machine, wherever their state lies.
 _LOCKS = "/run/runvol"
-_GRACE, _WORKERS = 10.0, 16
+_GRACE, _AFTER = 10.0, 1.0
+# Threads for the calls that make devices, for those that only look or write down, and for measuring; so many more of
+# each lane may wait or hang at once.
+_MAKING, _QUICK, _MEASURING, _ASIDE = 16, 16, 4, 112
 _LARGEST_MESSAGE = 16 << 20
 
 
@@ -29,12 +32,15 @@ def socket_path(endpoint: str) -> str:
 
 
 def serve(node: Node, *, endpoint: str, limit: float, observe: Observer | None = None) -> None:
-    """Serve until SIGTERM or SIGINT; calls under way then have ten seconds."""
+    """Serve until SIGTERM or SIGINT; calls under way then have ten seconds, and what hangs is left behind."""
     path, told = socket_path(endpoint), daemon.signals()
-    workers = Workers(_WORKERS)
-    service = Service(node, workers, limit=limit, observe=observe, background=node.background)
+    quick = Workers(_QUICK, most=_ASIDE, name="quick")
+    service = Service(
+        node, Workers(_MAKING, most=_ASIDE, name="making"), limit=limit, observe=observe, background=node.background,
+        quick=quick, measuring=Workers(_MEASURING, most=_ASIDE, name="measuring"),
+    )  # fmt: skip
     server = grpc.server(
-        workers,  # type: ignore[arg-type]  # an Executor is what it uses
+        quick,
         options=[
             ("grpc.max_receive_message_length", _LARGEST_MESSAGE),
             ("grpc.max_send_message_length", _LARGEST_MESSAGE),
@@ -47,7 +53,7 @@ def serve(node: Node, *, endpoint: str, limit: float, observe: Observer | None =
     daemon.notify("READY=1")
     told.recv(1)
     daemon.notify("STOPPING=1")
-    server.stop(_GRACE).wait()
+    server.stop(_GRACE).wait(_GRACE + _AFTER)
     service.close()
     node.stop()
     with contextlib.suppress(FileNotFoundError):

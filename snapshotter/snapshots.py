@@ -26,11 +26,13 @@ from snapshotter.errors import (
     Unavailable,
     WrongState,
 )
+from snapshotter.flushes import Flushes
 from snapshotter.idle import Idle
 from snapshotter.locks import Locks
 from snapshotter.model import LABEL_FSTYPE, LABEL_PREFIX, LABEL_REF, LABEL_SIZE, Kind, Mount, Snapshot, State
 from snapshotter.pool import DeviceMissing, Pool
 from snapshotter.store import Store
+from snapshotter.workers import aside
 
 if TYPE_CHECKING:
     from snapshotter.seals import Seals
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 _LABEL_LIMIT = 4096
 # A label may ask for a filesystem that is so many times as large as the pool, which can grow.
 _OVERCOMMIT = 4
+# Seconds for which a snapshot may wait for others of its parent without being in anybody's way.
+_MAKING = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +98,11 @@ class Snapshotter:
         self._store, self._pool, self._bases, self._sizes, self._after = store, pool, golden, sizes, after
         self._images: Images = images or NoImages()
         self._seals, self._committed, self._idle = seals, committed, idle or Idle(0)
-        self._locks, self._devices = Locks(), Locks()
+        # A layer's children are made one after the other, each in milliseconds.
+        self._locks, self._devices = Locks(), Locks(patience=_MAKING)
+        self._flushes = Flushes(pool)
+        # Keys of intents that a call of this process is fulfilling.
+        self._preparing: set[str] = set()
 
     def prepare(
         self, key: str, parent: str, labels: Mapping[str, str], deadline: Deadline, *, kind: Kind = Kind.ACTIVE
@@ -105,7 +113,7 @@ class Snapshotter:
         """
         _check_key("key", key)
         labels = _check_labels(labels)
-        with self._locks.held(key, deadline=deadline):
+        with self._locks.held(key, deadline=deadline), self._fulfilling(key):
             if kind is Kind.ACTIVE and self._images.claim(parent, labels, deadline):
                 raise AlreadyExists(labels[LABEL_REF])
             self._settle(key, deadline)
@@ -131,6 +139,15 @@ class Snapshotter:
                 raise
             self._store.made(row)
             return self._mounts(row, deadline)
+
+    @contextlib.contextmanager
+    def _fulfilling(self, key: str) -> Iterator[None]:
+        """Whose lock is held."""
+        self._preparing.add(key)
+        try:
+            yield
+        finally:
+            self._preparing.discard(key)
 
     def _origin(self, key: str, parent: str, labels: Mapping[str, str], deadline: Deadline) -> _Origin:
         if parent:
@@ -238,7 +255,7 @@ class Snapshotter:
 
     def settle(self, key: str, deadline: Deadline) -> None:
         """Decide about an intent that no running call owns: a device that exists is kept, another was never made."""
-        with self._locks.held(key, deadline=deadline):
+        with aside(), self._locks.held(key, deadline=deadline):
             self._settle(key, deadline)
 
     def _settle(self, key: str, deadline: Deadline) -> None:
@@ -282,7 +299,7 @@ class Snapshotter:
             self._idle.handed(row.device, deadline.began)
             if not self._idle.leaving(row.device) and self._pool.find(row.device) is not None:
                 return self._mounts(row, deadline)
-        with self._locks.held(key, deadline=deadline):
+        with aside(), self._locks.held(key, deadline=deadline):
             row = self._seen_now(key)
             if row.kind is Kind.COMMITTED:
                 raise WrongState(f"snapshot {key!r} is committed and cannot be mounted; prepare or view one of it")
@@ -309,7 +326,7 @@ class Snapshotter:
         with self._locks.held(key, name, deadline=deadline):
             row = self._seen_now(key)
             if row.kind is Kind.ACTIVE:
-                self._pool.flush(row.device)
+                self._flushes.flush(row.device, key, deadline)
             with self._store.transaction():
                 found = self._store.find(key)
                 if found is None:
@@ -339,8 +356,12 @@ class Snapshotter:
         self._after(row.device)
 
     def stat(self, key: str, deadline: Deadline) -> Snapshot:
-        """The row, without waiting unless an intent has to be settled first. NotFound if there is nothing."""
-        return self._seen(key, deadline)
+        """The row, without waiting for the call that makes it: it is there once that has ended. NotFound if there is
+        nothing. An intent that an earlier process has left is settled first."""
+        row = self._store.get(key)
+        if row is None or (row.state is State.PREPARING and key in self._preparing):
+            raise NotFound(key)
+        return self._seen(key, deadline) if row.state is State.PREPARING else row
 
     def update(
         self, key: str, labels: Mapping[str, str], paths: Sequence[str] | None, deadline: Deadline
