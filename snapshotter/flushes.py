@@ -9,18 +9,20 @@ from __future__ import annotations
 import errno
 import logging
 import threading
+import time
 from concurrent import futures
 
 from blockdev import Deadline
 from blockdev.deadlines import started
-from snapshotter.errors import SnapshotterError, TookTooLong
+from snapshotter.errors import PoolFull, SnapshotterError, TookTooLong
 from snapshotter.pool import Pool
 from snapshotter.workers import Workers, aside, current
 
 log = logging.getLogger("runvol.snapshotter")
 _AT_ONCE = 16
-# Seconds until a flush is one that is waited for, and between two looks at the pool.
-_SOON, _LOOK = 0.25, 0.5
+# Seconds until a flush is one that is waited for, between two looks at the pool, and for which a full pool may still be
+# extended by itself.
+_SOON, _LOOK, _EXTENDED = 0.25, 0.5, 1.0
 # The device was unmapped meanwhile, by somebody who has flushed it before.
 _UNMAPPED = (errno.ENOENT, errno.ENXIO)
 
@@ -49,13 +51,25 @@ class Flushes:
         some of it is lost. May be repeated.
         """
         self._refuse_lost(device, key)
-        self._pool.refuse_broken()
+        while self._is_full(deadline):
+            with aside():
+                time.sleep(_SOON)
         one = self._begun(device)
         if not one.ended.wait(min(_SOON, deadline.remaining())):
             self._wait(one, device, key, deadline)
         if one.error is not None:
             self._refuse_lost(device, key)
             raise one.error
+
+    def _is_full(self, deadline: Deadline) -> bool:
+        """False if the pool takes writes, True if it is full and may be extended yet. PoolFull, Unavailable."""
+        try:
+            self._pool.refuse_broken()
+        except PoolFull:
+            if not self._pool.limits.extend_by or time.monotonic() > deadline.began + _EXTENDED:
+                raise
+            return True
+        return False
 
     def _refuse_lost(self, device: int, key: str) -> None:
         why = self._lost.get(device)
@@ -69,7 +83,7 @@ class Flushes:
         with aside():
             while not one.ended.is_set():
                 try:
-                    self._pool.refuse_broken()
+                    self._is_full(deadline)
                     if not deadline.remaining():
                         raise TookTooLong(
                             f"what was written to snapshot {key!r} was not on the disk within {deadline.given:.0f} s: "

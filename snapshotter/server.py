@@ -17,9 +17,9 @@ from snapshotter.workers import Workers
 # Of all snapshotters of the machine, wherever their state lies.
 _LOCKS = "/run/runvol"
 _GRACE, _AFTER = 10.0, 1.0
-# Threads for the calls that make devices, for those that only look or write down, and for measuring; so many more of
-# each lane may wait or hang at once.
-_MAKING, _QUICK, _MEASURING, _ASIDE = 16, 16, 4, 112
+# Threads of each lane, and how many more of it may wait or hang at once: for what makes devices, for what the store
+# alone answers, for Lists, and for Usage.
+_MAKING, _QUICK, _READING, _MEASURING = (16, 112), (16, 112), (2, 40), (4, 12)
 _LARGEST_MESSAGE = 16 << 20
 
 
@@ -34,10 +34,10 @@ def socket_path(endpoint: str) -> str:
 def serve(node: Node, *, endpoint: str, limit: float, observe: Observer | None = None) -> None:
     """Serve until SIGTERM or SIGINT; calls under way then have ten seconds, and what hangs is left behind."""
     path, told = socket_path(endpoint), daemon.signals()
-    quick = Workers(_QUICK, most=_ASIDE, name="quick")
+    quick = _lane("quick", *_QUICK)
     service = Service(
-        node, Workers(_MAKING, most=_ASIDE, name="making"), limit=limit, observe=observe, background=node.background,
-        quick=quick, measuring=Workers(_MEASURING, most=_ASIDE, name="measuring"),
+        node, _lane("making", *_MAKING), limit=limit, observe=observe, background=node.background, quick=quick,
+        reading=_lane("reading", *_READING), measuring=_lane("measuring", *_MEASURING),
     )  # fmt: skip
     server = grpc.server(
         quick,
@@ -58,6 +58,10 @@ def serve(node: Node, *, endpoint: str, limit: float, observe: Observer | None =
     node.stop()
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
+
+
+def _lane(name: str, limit: int, most: int) -> Workers:
+    return Workers(limit, most=most, name=name)
 
 
 def alone(endpoint: str, state_dir: str, identity: str = "") -> list[int]:

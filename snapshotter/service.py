@@ -41,7 +41,7 @@ _GRACE = 1.0
 # How long a List may stand still, and how long it may take in all, in seconds; how many there may be at once, and for
 # how long one stands still at least before a new one takes its place then.
 _STILL, _LONGEST, _LISTS, _SURELY = 7.0, 300.0, 32, 1.0
-_QUICK, _MEASURING = ("Mounts", "Remove", "Stat", "Update", "Cleanup", "List"), ("Usage",)
+_QUICK = ("Mounts", "Remove", "Stat", "Update", "Cleanup")
 Observer = Callable[[str, str, float], None]
 
 
@@ -60,17 +60,19 @@ class _Running:
 class Service:
     """The RPCs over a node's snapshotter. `limit` is the longest that a call may take, in seconds.
 
-    `quick` are the threads for what the store alone can answer, `measuring` those for Usage; without them `workers`
-    does all.
+    `quick` are the threads for what the store alone can answer, `reading` those for List, `measuring` those for Usage;
+    without them `workers` does all.
     """
 
     def __init__(
         self, node: Node, workers: Workers, *, limit: float, observe: Observer | None = None,
-        background: Background | None = None, quick: Workers | None = None, measuring: Workers | None = None,
+        background: Background | None = None, quick: Workers | None = None, reading: Workers | None = None,
+        measuring: Workers | None = None,
     ) -> None:  # fmt: skip
         self._background = background or Background()
         self._node, self._limit, self._observe = node, limit, observe
-        self._workers, self._quick, self._measuring = workers, quick or workers, measuring or workers
+        self._workers, self._quick = workers, quick or workers
+        self._lanes = {"List": reading or workers, "Usage": measuring or workers} | dict.fromkeys(_QUICK, self._quick)
         self._numbers = itertools.count(1)
         self._running: dict[int, _Running] = {}
         self._ending = threading.Lock()
@@ -123,7 +125,7 @@ class Service:
         return grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Check": handler})
 
     def _lane(self, name: str) -> Workers:
-        return self._quick if name in _QUICK else self._measuring if name in _MEASURING else self._workers
+        return self._lanes.get(name, self._workers)
 
     def _unary(
         self, name: str, method: Callable[[Any, Deadline], Message]
@@ -156,7 +158,7 @@ class Service:
 
     def _watch(self) -> None:
         """Release callers whose call hangs in the kernel, and let others go before what takes long."""
-        lanes = {self._workers, self._quick, self._measuring}
+        lanes = {self._workers, *self._lanes.values()}
         while not self._stop.wait(1.0):
             with self._background.survived("releasing calls that hang"):
                 self._release_hanging(time.monotonic())
