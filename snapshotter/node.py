@@ -35,7 +35,7 @@ log = logging.getLogger("runvol.snapshotter")
 STORE = "snapshots.db"
 _RETRY, _LOOK, _PAUSE = 2.0, 10.0, 1.0
 # Seconds that a call waits for the pool: containerd may hold its database's transaction meanwhile.
-_PATIENCE = 1.25
+_PATIENCE = 1.5
 _OPENING = "opening the pool"
 
 

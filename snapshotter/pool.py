@@ -180,12 +180,10 @@ class Pool:
 
         Hangs where the pool has no room (`flushes` is for calls).
         """
-        if self.find(device) is None:
-            return
         try:
             fd = os.open(self.path(device), os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
-            # Who has unmapped it meanwhile has flushed it.
+            # Who has unmapped it has flushed it.
             if self.find(device) is None:
                 return
             raise

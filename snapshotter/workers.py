@@ -66,8 +66,9 @@ class Workers(futures.ThreadPoolExecutor):
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> futures.Future[Any]:
         """Never waits, and never fails for want of threads: the job is begun when there is one."""
         future: futures.Future[Any] = futures.Future()
-        self._jobs.put((time.monotonic(), future, fn, args, kwargs))
+        job = (time.monotonic(), future, fn, args, kwargs)
         with self._lock:
+            self._jobs.put(job)
             if self._free:
                 self._free -= 1
             else:
