@@ -80,7 +80,7 @@ class Flushes:
         """
         self._refuse_lost(device, key)
         one = None if self._is_full(deadline) else self._begun(device)
-        if one is None or not one.wait(min(_SOON, deadline.remaining())):
+        if one is None or not one.wait(_SOON):
             with aside():
                 one = self._waited_for(one, device, key, deadline)
         if one.error is not None:

@@ -313,6 +313,8 @@ class Pool:
     def refuse_broken(self) -> PoolStatus:
         """The status a moment ago. PoolFull where the pool has no room, Unavailable where it takes no writes else."""
         status = self._recent()
+        if status.mode == "rw" and not status.needs_check:
+            return status
         for finding in self.health(status):
             if finding.state == "broken":
                 raise (PoolFull if finding.mode in ("out_of_data_space", "out_of_metadata") else Unavailable)(

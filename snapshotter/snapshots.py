@@ -297,8 +297,9 @@ class Snapshotter:
         self._refuse_shared(row)
         if row.state is State.READY and row.kind is not Kind.COMMITTED:
             self._idle.handed(row.device, deadline.began)
-            if not self._idle.leaving(row.device) and self._pool.find(row.device) is not None:
-                return self._mounts(row, deadline)
+            with aside(must=False):
+                if not self._idle.leaving(row.device) and self._pool.find(row.device) is not None:
+                    return self._mounts(row, deadline)
         with aside(), self._locks.held(key, deadline=deadline):
             row = self._seen_now(key)
             if row.kind is Kind.COMMITTED:
@@ -346,7 +347,7 @@ class Snapshotter:
     def remove(self, key: str, deadline: Deadline) -> None:
         """Forget the snapshot; its device is deleted behind, once nobody has it open."""
         self._seen(key, deadline)
-        with self._locks.held(key, deadline=deadline), self._store.transaction():
+        with self._locks.held(key, deadline=deadline), aside(must=False), self._store.transaction():
             row = self._store.find(key)
             if row is None:
                 raise NotFound(key)
@@ -372,7 +373,7 @@ class Snapshotter:
                 raise BadRequest("update_mask", path, "takes labels and labels.<name>")
         self._seen(key, deadline)
         with self._locks.held(key, deadline=deadline):
-            with self._store.transaction():
+            with aside(must=False), self._store.transaction():
                 row = self._store.find(key)
                 if row is None:
                     raise NotFound(key)

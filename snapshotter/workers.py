@@ -100,10 +100,10 @@ class Workers(futures.ThreadPoolExecutor):
                 self._free += 1
             return True
 
-    def step_aside(self, worker: Worker) -> bool:
-        """Another thread may take this one's place; whether that is new. Unavailable once too many have."""
+    def step_aside(self, worker: Worker, *, must: bool = True) -> bool:
+        """Another thread may take this one's place; whether that is new. Unavailable once too many have, if it must."""
         with self._lock:
-            if worker.aside:
+            if worker.aside or (self._aside >= self._most and not must):
                 return False
             if self._aside >= self._most:
                 raise Unavailable("too many calls wait for others already; try again when some of them have ended")
@@ -198,14 +198,15 @@ def current() -> Worker | None:
 
 
 @contextlib.contextmanager
-def aside() -> Iterator[None]:
-    """What is done inside may wait for somebody: it does not use up the lane. Unavailable if too much does.
+def aside(*, must: bool = True) -> Iterator[None]:
+    """What is done inside may wait for somebody: it does not use up the lane. If too much does already, Unavailable;
+    without `must`, for what hardly ever waits, it is done in its place then.
 
     Threads of no lane just do it.
     """
     worker = current()
     turn = worker.turn if worker is not None else 0
-    new = worker is not None and worker.lane.step_aside(worker)
+    new = worker is not None and worker.lane.step_aside(worker, must=must)
     try:
         yield
     finally:

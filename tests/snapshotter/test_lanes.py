@@ -18,6 +18,7 @@ from google.protobuf.empty_pb2 import Empty
 from blockdev import Deadline
 from runvol_proto import containerd_snapshots_pb2 as pb
 from runvol_proto import grpc_health_pb2 as health_pb
+from snapshotter import node as nodes
 from snapshotter import service as services
 from snapshotter.errors import PoolFull, Unavailable
 from snapshotter.model import Kind, Snapshot, State
@@ -265,6 +266,44 @@ def test_mounts_of_a_device_that_is_not_mapped_do_not_use_up_the_lane(served: Se
     assert {code(call) for call in waiting} == {"OK"}
 
 
+def test_a_kernel_that_answers_no_question_keeps_no_stat_waiting(served: Served) -> None:
+    go_on, find = threading.Event(), served.pool.find
+
+    def hanging(device: int) -> object:
+        go_on.wait(30)
+        return find(device)
+
+    served.pool.find = hanging  # type: ignore[method-assign]
+    waiting = [served.begin("Mounts", key="a") for _ in range(ASIDE)]
+    until(lambda: served.quick.given_up == ASIDE)
+    started = time.monotonic()
+    assert served.call("Stat", key="a").info.name == "a"
+    served.call("Remove", key="spare")
+    assert time.monotonic() - started < AT_ONCE
+    go_on.set()
+    assert {code(call) for call in waiting} == {"OK"}
+
+
+def test_a_disk_of_the_store_that_hangs_keeps_no_stat_waiting(served: Served) -> None:
+    for number in range(2 * QUICK):
+        served.call("Prepare", key=f"p {number}")
+    go_on, commit = threading.Event(), served.store._commit
+
+    def hanging() -> None:
+        go_on.wait(30)
+        commit()
+
+    served.store._commit = hanging  # type: ignore[method-assign]
+    waiting = [served.begin("Remove", key=f"p {number}") for number in range(2 * QUICK)]
+    until(lambda: served.quick.given_up == 2 * QUICK)
+    started = time.monotonic()
+    assert served.call("Stat", key="a").info.name == "a"
+    assert served.call("Mounts", key="a").mounts
+    assert time.monotonic() - started < AT_ONCE
+    go_on.set()
+    assert {code(call) for call in waiting} == {"OK"}
+
+
 def test_readers_that_do_not_read_on_keep_nobody_waiting_and_are_ended(
     served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -328,11 +367,11 @@ def test_while_the_pool_is_being_assembled_calls_are_refused_in_two_seconds_and_
         before = time.monotonic()
         served.call("Stat", key="a")
         times.append(time.monotonic() - before)
-    assert sorted(times)[len(times) // 2] < 0.02
-    assert code(commit) == "UNAVAILABLE: the pool is being assembled"
-    assert time.monotonic() - started < 2
-    assert {code(call) for call in [*begun, *mounts]} == {"UNAVAILABLE: the pool is being assembled"}
-    assert time.monotonic() - started < 3
+    assert sorted(times)[len(times) // 2] < 0.05
+    assert {code(call) for call in [commit, *begun, *mounts]} == {"UNAVAILABLE: the pool is being assembled"}
+    # As much again for a machine with much else to do.
+    assert nodes._PATIENCE < 2
+    assert time.monotonic() - started < 2 * nodes._PATIENCE
     assert served.making.threads <= MAKING
 
 
