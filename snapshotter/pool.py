@@ -178,7 +178,7 @@ class Pool:
     def flush(self, device: int) -> None:
         """What was written to the device is on the disk, mappings included; nothing if it is not mapped.
 
-        Hangs where the pool has no room (`flushes` is for calls).
+        Hangs where the pool has no room (`writebacks` is for calls).
         """
         try:
             fd = os.open(self.path(device), os.O_RDONLY | os.O_CLOEXEC)

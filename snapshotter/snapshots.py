@@ -26,13 +26,13 @@ from snapshotter.errors import (
     Unavailable,
     WrongState,
 )
-from snapshotter.flushes import Flushes
 from snapshotter.idle import Idle
 from snapshotter.locks import Locks
 from snapshotter.model import LABEL_FSTYPE, LABEL_PREFIX, LABEL_REF, LABEL_SIZE, Kind, Mount, Snapshot, State
 from snapshotter.pool import DeviceMissing, Pool
 from snapshotter.store import Store
 from snapshotter.workers import aside
+from snapshotter.writebacks import Writebacks
 
 if TYPE_CHECKING:
     from snapshotter.seals import Seals
@@ -100,7 +100,7 @@ class Snapshotter:
         self._seals, self._committed, self._idle = seals, committed, idle or Idle(0)
         # A layer's children are made one after the other, each in milliseconds.
         self._locks, self._devices = Locks(), Locks(patience=_MAKING)
-        self._flushes = Flushes(pool)
+        self._writebacks = Writebacks(pool)
         # Keys of intents that a call of this process is fulfilling.
         self._preparing: set[str] = set()
 
@@ -327,7 +327,7 @@ class Snapshotter:
         with self._locks.held(key, name, deadline=deadline):
             row = self._seen_now(key)
             if row.kind is Kind.ACTIVE:
-                self._flushes.flush(row.device, key, deadline)
+                self._writebacks.flush(row.device, key, deadline)
             with self._store.transaction():
                 found = self._store.find(key)
                 if found is None:

@@ -45,9 +45,9 @@ class _Flush:
 class _Thread(threading.Thread):
     """Flushes one device after the other. Handing over costs each Commit, so nothing dearer than a lock does it."""
 
-    def __init__(self, flushes: Flushes) -> None:
-        super().__init__(name="flushes", daemon=True)
-        self._flushes, self._awake = flushes, threading.Lock()
+    def __init__(self, writebacks: Writebacks) -> None:
+        super().__init__(name="writebacks", daemon=True)
+        self._writebacks, self._awake = writebacks, threading.Lock()
         self._awake.acquire()
         self._job = _Flush(), 0
 
@@ -57,10 +57,10 @@ class _Thread(threading.Thread):
 
     def run(self) -> None:
         while self._awake.acquire():
-            self._flushes.run(*self._job, self)
+            self._writebacks.run(*self._job, self)
 
 
-class Flushes:
+class Writebacks:
     """Flushes of one pool's devices: at most one a device, and so many at once."""
 
     def __init__(self, pool: Pool) -> None:
