@@ -19,6 +19,7 @@ prepare: venv
 	@tests/prepare/debian.sh test kernel
 	@tests/prepare/nfs.sh
 	@tests/prepare/go.sh
+	@tests/prepare/containerds.sh
 
 demo: venv
 	@tests/prepare/debian.sh test

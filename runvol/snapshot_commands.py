@@ -9,31 +9,38 @@ import click
 
 from blockdev import Deadline
 from blockdev.devicemapper import Mapper
-from runvol import tables
+from runvol import pool_absence, tables
 from runvol.cli import Loader, as_json_option
 from runvol.config import Config
+from runvol.containerd_commands import containerd_config
 from runvol.serve_snapshots import limits, state_dir
 from snapshotter import assembly, backing
 from snapshotter.assembly import Extender, Wish
 from snapshotter.backing import Backing
-from snapshotter.errors import NotFound, PoolRefused, WrongState
+from snapshotter.errors import NotFound, PoolRefused, Unavailable, WrongState
 from snapshotter.model import Kind
-from snapshotter.node import STORE
 from snapshotter.pool import Pool
-from snapshotter.store import Store
+from snapshotter.store import STORE, Store
 
 _CALL = 300.0
 
 
-@click.command()
+@click.group(invoke_without_command=True)
 @click.option("--endpoint", metavar="URL", help="unix:///…/snapshotter.sock")
 @click.option("--pool", "pool_name", metavar="NAME", help="Refuse to start on another pool than this.")
-@click.pass_obj
-def snapshotter(load: Loader, endpoint: str | None, pool_name: str | None) -> None:
-    """Serve containerd's snapshots service."""
+@click.pass_context
+def snapshotter(context: click.Context, endpoint: str | None, pool_name: str | None) -> None:
+    """Serve containerd's snapshots service; containerd-config puts it into containerd's file."""
+    load: Loader = context.obj
+    if context.invoked_subcommand is not None:
+        context.obj = lambda **more: load(**({"snapshotter.endpoint": endpoint} | more))
+        return
     from runvol import serve_snapshots
 
     serve_snapshots.serve(load(**{"snapshotter.endpoint": endpoint}), pool_name)
+
+
+snapshotter.add_command(containerd_config)
 
 
 def _store(config: Config) -> Store:
@@ -117,6 +124,8 @@ def pool_status(load: Loader, as_json: bool) -> None:
     config = load()
     it = _description(config)
     with Mapper() as mapper:
+        if not pool_absence.is_assembled(mapper, it):
+            raise Unavailable(f"pool {it.name} is not assembled: {pool_absence.why(mapper, state_dir(config), it)}")
         one = Pool(mapper, it.name, it.identity, it.metadata, limits(config))
         status = one.status()
         findings = one.health(status)
@@ -183,6 +192,31 @@ def pool_check(load: Loader, repair: bool) -> None:
             one, _ = assembly.assemble(mapper, state_dir(config), Deadline.after(_CALL))
             one.check_live(Deadline.after(_CALL))
     click.echo(f"pool {it.name}: the metadata is sound")
+
+
+@pool.command("repair-store")
+@click.option("--keep", is_flag=True, help="The store is right as it stands; nothing is taken from the copy.")
+@as_json_option
+@click.pass_obj
+def pool_repair_store(load: Loader, keep: bool, as_json: bool) -> None:
+    """Make a store that is lost, or an old copy, one with its pool again; the snapshotter must be stopped."""
+    from snapshotter import repairing
+
+    config = load()
+    with Mapper() as mapper:
+        done = repairing.repair_store(mapper, state_dir(config), Deadline.after(_CALL), keep=keep)
+    made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(done.made / 1e9)) if done.made else ""
+    if not as_json:
+        click.echo(f"{len(done.restored)} snapshots came back" + (f" from the copy of {made}" if made else "")
+                   + (f", {done.kept} are kept as they were" if keep else "")
+                   + f"; {len(done.quarantined)} devices stay quarantined (`runvol pool quarantine`)")  # fmt: skip
+        if done.lost:
+            click.echo("Gone; containerd must forget them (`ctr -n NAMESPACE snapshots --snapshotter runvol rm NAME`, "
+                       "and the images and containers on them):")  # fmt: skip
+    rows = [{"key": key, "state": "restored"} for key in done.restored] if as_json else []
+    rows += [{"key": key, "state": "lost"} for key in done.lost]
+    if rows or as_json:
+        tables.show(rows, ("key", "state"), as_json=as_json, empty="")
 
 
 @pool.command("quarantine")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import threading
@@ -18,8 +19,8 @@ from snapshotter import backing, making
 from snapshotter.backing import Backing, Description
 from snapshotter.errors import PoolRefused, SnapshotterError, Unavailable
 from snapshotter.making import Wish
-from snapshotter.pool import Limits, Pool
-from snapshotter.store import Store
+from snapshotter.pool import KEEPER, Limits, Pool, numbers
+from snapshotter.store import STORE, Store
 
 log = logging.getLogger("runvol.snapshotter")
 
@@ -156,9 +157,15 @@ def _assemble(
     found = _found(mapper, it)
     metadata, data = below.attach(deadline)
     if found is None:
+        _prove_free(it, metadata, data)
         if check:
             check_metadata(it.name, metadata, deadline)
-        mapper.create(it.name, UUID + it.identity)
+        try:
+            mapper.create(it.name, UUID + it.identity)
+        except MapperError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            raise Unavailable(f"another process is assembling pool {it.name} just now; try again") from None
         try:
             mapper.load(it.name, [below.table(metadata, data)])
         except MapperError as error:
@@ -168,6 +175,23 @@ def _assemble(
     elif found.suspended:
         mapper.resume(it.name)
     return Pool(mapper, it.name, it.identity, metadata, limits)
+
+
+def _prove_free(it: Description, metadata: str, data: str) -> None:
+    """Unavailable where anybody has one of the devices: what is mapped over it, mounted from it or swapped to.
+
+    Let go of at once, as the kernel takes them for the table: who came first is decided by the pool's name then.
+    """
+    for device in (metadata, data):
+        try:
+            os.close(os.open(device, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC))
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            raise Unavailable(
+                f"{device}, on which pool {it.name} stands, is in use by somebody else: it is mounted, or another "
+                "device is mapped over it; end that first"
+            ) from None
 
 
 def check_metadata(name: str, metadata: str, deadline: Deadline) -> None:
@@ -183,7 +207,7 @@ def check_metadata(name: str, metadata: str, deadline: Deadline) -> None:
 
 def disassemble(mapper: Mapper, pool: Pool, below: Backing, deadline: Deadline) -> None:
     """Unmap the pool and everything of ours on it; DeviceBusy-like Unavailable while something is open."""
-    for device in pool.active():
+    for device in (*pool.active(), KEEPER):
         if not pool.deactivate(device):
             raise Unavailable(f"device {pool.path(device)} is open: {pool.holders(device)}")
     if mapper.find(pool.name) is not None:
@@ -199,7 +223,7 @@ def repair(mapper: Mapper, state_dir: str, deadline: Deadline) -> str:
     below = Backing(mapper, state_dir, description)
     metadata, _ = below.attach(deadline)
     pool = Pool(mapper, description.name, description.identity, metadata)
-    for device in pool.active():
+    for device in (*pool.active(), KEEPER):
         if not pool.deactivate(device):
             raise Unavailable(f"device {pool.path(device)} is open: {pool.holders(device)}; stop that first")
     if mapper.find(pool.name) is not None:
@@ -223,10 +247,30 @@ def _rebuild(state_dir: str, metadata: str, deadline: Deadline) -> str:
             opened.truncate(os.path.getsize(kept))
         with _as_device(kept, deadline) as damaged, _as_device(rebuilt, deadline) as sound:
             run("thin_repair", "-i", damaged, "-o", sound, deadline=deadline)
+            found = numbers(run("thin_ls", "--no-headers", "-o", "DEV", sound, deadline=deadline)[1])
+        missing = _missing(state_dir, set(found))
         _copy(rebuilt, metadata)
     finally:
         os.unlink(rebuilt)
-    return f"the metadata was rebuilt from what could be read; the damaged one is kept as {kept}"
+    return f"the metadata was rebuilt from what could be read{missing}; the damaged one is kept as {kept}"
+
+
+def _missing(state_dir: str, found: set[int]) -> str:
+    """What a rebuilt pool lacks of the snapshots' devices. PoolRefused if it has none of them: thin_repair calls that a
+    success too, and the damaged metadata may still tell somebody more."""
+    path = os.path.join(state_dir, STORE)
+    if not os.path.exists(path):
+        return ""
+    store = Store(path)
+    try:
+        known = store.fulfilled()
+    finally:
+        store.close()
+    if known and not known & found:
+        raise PoolRefused(
+            f"thin_repair found none of the {len(known)} devices that the store {path} knows; the pool is left as it is"
+        )
+    return f" ({len(known - found)} of {len(known)} devices could not be)" if known - found else ""
 
 
 @contextlib.contextmanager
@@ -305,33 +349,4 @@ class Extender:
         return done
 
 
-def bind(pool: Pool, store: Store) -> None:
-    """Prove that store and pool belong together, and open a new generation.
-
-    The pool's transaction id is the generation: it starts at a random number and moves by one with each bind, so an
-    older copy of the database, or another pool, is recognised; a copy that was made since the last bind is not
-    (`strangers` is for its devices). A store without a pool adopts this one. PoolRefused where they do not fit.
-    """
-    status = pool.status()
-    known, pending = store.read_fact("generation"), store.read_fact("generation_next")
-    if known is None:
-        with store.transaction():
-            store.set_fact("pool", pool.identity)
-            store.set_fact("generation", str(status.transaction))
-    elif store.read_fact("pool") != pool.identity or str(status.transaction) not in (known, pending):
-        raise PoolRefused(
-            f"the store {store.path} belongs to pool {store.read_fact('pool')}, generation {known}, {pool.name} "
-            f"is {pool.identity}, generation {status.transaction}. If the store is an old copy, restore the newest; "
-            "to go on with this pool and an empty store, move the store away: its devices are then quarantined"
-        )
-    if status.mode not in ("rw", "out_of_data_space") or status.needs_check:
-        return
-    following = status.transaction + 1
-    with store.transaction():
-        store.set_fact("generation_next", str(following))
-    pool.set_transaction(status.transaction, following)
-    with store.transaction():
-        store.set_fact("generation", str(following))
-
-
-__all__ = ["SECTOR", "Extender", "Wish", "assemble", "bind", "check_metadata", "disassemble", "init", "node", "repair"]
+__all__ = ["SECTOR", "Extender", "Wish", "assemble", "check_metadata", "disassemble", "init", "node", "repair"]

@@ -126,8 +126,7 @@ class Bases:
             if fstype == "xfs":
                 run("mkfs.xfs", "-q", "-K", path, deadline=deadline)
             else:
-                run("mkfs.ext4", "-q", "-F", "-m", "0", "-b", "4096", "-E", "nodiscard,assume_storage_prezeroed=1",
-                    path, deadline=deadline)  # fmt: skip
+                filesystems.make_ext4_on_zeros(path, deadline, "-b", "4096")
                 _, said = run("debugfs", "-w", "-R", "rmdir lost+found", path, deadline=deadline)
                 if "rmdir:" in said:
                     raise SnapshotterError(f"debugfs could not remove lost+found from the base: {said}")

@@ -34,6 +34,10 @@ class PoolFull(SnapshotterError):
     """RESOURCE_EXHAUSTED."""
 
 
+class IdsUsedUp(PoolFull):
+    """No device id is left in this epoch of the pool."""
+
+
 class Unavailable(SnapshotterError):
     """UNAVAILABLE: trying again later may help; the message says what has to happen first."""
 

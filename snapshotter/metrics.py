@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from blockdev import scraped
+from blockdev.dm_targets import MAX_THIN_ID
 from snapshotter.errors import BadRequest, SnapshotterError
 from snapshotter.node import Node
 from snapshotter.service import Observer
@@ -55,6 +56,29 @@ class _Pool:
         yield GaugeMetricFamily(
             "runvol_devices_quarantined", "Devices that no snapshot owns.", value=len(node.store.quarantined())
         )
+        yield GaugeMetricFamily(
+            "runvol_device_ids_given", "Share of the pool's device ids that were given in this epoch.",
+            value=node.store.following() / MAX_THIN_ID,
+        )  # fmt: skip
+        yield GaugeMetricFamily(
+            "runvol_store_past", "1 while the store is not what its pool was last served with.",
+            value=float(bool(node.store.past)),
+        )  # fmt: skip
+        yield GaugeMetricFamily(
+            "runvol_store_copied_seconds", "When the store was last copied into its pool, in seconds since 1970.",
+            value=node.copied_at,
+        )  # fmt: skip
+        yield CounterMetricFamily(
+            "runvol_store_flushes", "How often the disk was waited for.", value=node.store.flushes
+        )
+        if node.images is not None:
+            passed = CounterMetricFamily(
+                "runvol_images_passed_over", "Shared images that were not used, and whose layers were pulled.",
+                labels=["reason"],
+            )  # fmt: skip
+            for reason, count in node.images.passed_over().items():
+                passed.add_metric([reason], count)
+            yield passed
         if node.ready:
             yield from self._status()
 

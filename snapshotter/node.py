@@ -14,16 +14,19 @@ from typing import TYPE_CHECKING
 from blockdev import Deadline
 from blockdev.devicemapper import Events, Mapper
 from blockdev.errors import BlockdevError
-from snapshotter import assembly, backing, recovery, strangers
+from snapshotter import assembly, backing, past, recovery, strangers
 from snapshotter.assembly import Extender
 from snapshotter.background import Background
 from snapshotter.bases import Bases
-from snapshotter.errors import PoolRefused, SnapshotterError, StoreFailed, Unavailable
+from snapshotter.errors import PoolFull, PoolRefused, SnapshotterError, StoreFailed, Unavailable
 from snapshotter.idle import Idle
+from snapshotter.keeper import Keeper
+from snapshotter.lending import Lender
 from snapshotter.pool import Limits, Pool
 from snapshotter.reaper import Reaper
 from snapshotter.snapshots import Sizes, Snapshotter
-from snapshotter.store import Store
+from snapshotter.stamps import Stamp
+from snapshotter.store import STORE, Store
 from snapshotter.strangers import Compared
 
 if TYPE_CHECKING:
@@ -32,11 +35,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("runvol.snapshotter")
 
-STORE = "snapshots.db"
 _RETRY, _LOOK, _PAUSE = 2.0, 10.0, 1.0
 # Seconds that a call waits for the pool: containerd may hold its database's transaction meanwhile.
 _PATIENCE = 1.5
 _OPENING = "opening the pool"
+# A copy of the store is made at most so often, in seconds, and takes at most this part of the time.
+_COPY_PAUSE, _COPY_SHARE = 2.0, 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +54,10 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
     discard: bool = True
     images: str = ""
+    # Whose shared images are used: see `trust`.
+    image_keys: tuple[str, ...] = ()
+    image_roots: str = ""
+    images_unsigned: bool = False
     verity: bool = False
     # Seconds after which a mapped device that nobody has open is unmapped; 0 is never.
     unmap_idle: float = 600
@@ -88,19 +96,23 @@ class Node:
         self.mapper = Mapper()
         # Its nodes are known only once it is assembled; the name and the identity are known now.
         self.pool = Pool(self.mapper, description.name, description.identity, "", settings.limits)
+        self.stamp, self.keeper = Stamp(self.store, self.pool), Keeper(self.pool)
+        self.store.closing.append(self.keeper.close)
+        self._copied, self._copy_at, self.copied_at = 0, 0.0, 0.0
         self.bases = Bases(self.store, self.pool, os.path.join(settings.state_dir, "bases"))
         self.images = self._shared_images()
         self.seals, self.sealer = self._verified_layers()
         self.idle = Idle(settings.unmap_idle)
         self.reaper = Reaper(self.store, self.pool, self.idle, discard=settings.discard, busy=self.activity.quiet_for,
                              release_images=self.images.release_unused if self.images else None,
-                             seals=self.seals, background=self.background)  # fmt: skip
+                             seals=self.seals, background=self.background, lent=self._is_lent)  # fmt: skip
         self.snapshots = Snapshotter(
             self.store, self.pool, self.bases,
             Sizes(fstype=settings.fstype, size=settings.size, by_namespace=settings.by_namespace),
             self._done_with, self.images, self.seals, self.idle,
-            self.sealer.tell if self.sealer else lambda _name: None,
+            self.sealer.tell if self.sealer else lambda _name: None, self.stamp.follow, self.renew_ids,
         )  # fmt: skip
+        self.lender = Lender(self.store, self.pool, self.snapshots)
         self._usable, self._stop = threading.Event(), threading.Event()
         # Set once the pool was opened, or could not be.
         self._tried = threading.Event()
@@ -114,15 +126,18 @@ class Node:
         }  # fmt: skip
         if self.sealer is not None:
             self._ahead["starting the sealer"] = self.sealer.start
-        self._threads = [threading.Thread(target=self._run, name="pool", daemon=True)]
+        self._threads = [threading.Thread(target=self._run, name="pool", daemon=True),
+                         threading.Thread(target=self._follow, name="follower", daemon=True)]  # fmt: skip
 
     def _shared_images(self) -> Images | None:
         if not self.settings.images:
             return None
         # With what it hashes by, a tenth of a start.
         from snapshotter.images import Images, Share
+        from snapshotter.trust import Trust
 
-        return Images(self.mapper, self.store, Share(self.settings.images))
+        trust = Trust(self.settings.image_keys, self.settings.image_roots, unsigned=self.settings.images_unsigned)
+        return Images(self.mapper, self.store, Share(self.settings.images), trust)
 
     def _verified_layers(self) -> tuple[Seals | None, Sealer | None]:
         """Trees that were made stay in use when no more are made."""
@@ -136,6 +151,9 @@ class Node:
 
     def _done_with(self, device: int) -> None:
         self.reaper.tell(device)
+
+    def _is_lent(self, device: int) -> bool:
+        return self.lender.keeps(device)
 
     @property
     def ready(self) -> bool:
@@ -167,13 +185,28 @@ class Node:
             self.mapper, self.settings.state_dir, Deadline.after(300), self.settings.limits
         )  # fmt: skip
         self.pool.metadata = pool.metadata
+        self._hold()
         with contextlib.suppress(StoreFailed):
             self._guard()  # what failed is tried again before ids are given; what there is is served meanwhile
-        assembly.bind(self.pool, self.store)
+        self._recognise()
         self._compare()
         self._extender = Extender(self.mapper, self.pool, below)
         self._usable.set()
         self._tried.set()
+
+    def _hold(self) -> None:
+        """Be the one that serves the pool. One that takes no keeper now is held by the locks of `server` alone."""
+        try:
+            self.keeper.open()
+        except (Unavailable, PoolFull, BlockdevError, OSError) as error:
+            log.warning("the pool is not held by its keeper", extra={"why": str(error)})
+
+    def _recognise(self) -> None:
+        """Whether store and pool are of one moment; what cannot be told now is told before ids are given."""
+        status = self.pool.status()
+        why = past.recognised(self.store, self.pool, self.stamp, status, Deadline.after(120))
+        if why:
+            past.enter(self.store, self.keeper, status, why)
 
     def _guard(self) -> None:
         for device, keys in self.store.guard(time.time_ns()).items():
@@ -197,6 +230,7 @@ class Node:
     def _compare_now(self) -> None:
         if not self.store.guarded:
             self._guard()
+        self.stamp.check()
         status = self.pool.status()
         if status.mode not in ("rw", "out_of_data_space") or status.needs_check:
             self.store.barred = (
@@ -209,7 +243,44 @@ class Node:
         if unknown:
             log.warning("the pool has devices that the store does not know; they are quarantined",
                         extra={"devices": unknown[:20], "count": len(unknown)})  # fmt: skip
+        if not self.keeper.held:
+            self._hold()
+        if not self.stamp.number:
+            self.stamp.take(self.pool.status())
+        if not self.store.read_fact("lineage"):
+            with self.store.transaction():
+                self.store.set_fact("lineage", os.urandom(8).hex())
         self.store.barred = ""
+
+    def renew_ids(self) -> None:
+        """Begin a new epoch of ids: what the pool has, what is mapped and what the store knows is never given."""
+        strangers.compare(self.store, self.pool, Deadline.after(120))
+        with self.store.transaction():
+            self.store.quarantine(sorted(set(self.pool.active()) - self.store.devices()), time.time_ns())
+        self.stamp.begin_epoch()
+
+    def follow(self, *, copy: bool = True) -> None:
+        """Move the stamp, and copy the store into the pool, if anything was done since."""
+        if not self.ready or self.store.barred:
+            return
+        self.stamp.move()
+        if not copy or not self.keeper.held or not self.stamp.number:
+            return
+        changes, began = self.store.changes, time.monotonic()
+        if changes != self._copied and began >= self._copy_at:
+            try:
+                self.store.write_made()
+                self.keeper.write(self.store.image(), self.stamp.number, self.store.read_fact("lineage") or "")
+                self._copied, self.copied_at = changes, time.time()
+            finally:
+                ended = time.monotonic()
+                self._copy_at = ended + max(_COPY_PAUSE, _COPY_SHARE * (ended - began))
+
+    def _follow(self) -> None:
+        self.stamp.followed = True
+        while not self._stop.wait(_PAUSE):
+            with self.background.survived("following the calls with the pool's stamp and copy of the store"):
+                self.follow()
 
     def recover(self) -> recovery.Found:
         """Finish or undo what a killed process left."""
@@ -317,5 +388,12 @@ class Node:
         for thread in self._threads:
             if thread.is_alive():
                 thread.join(10)
+        if not any(thread.is_alive() for thread in self._threads):
+            self._copy_at = 0.0
+            with self.background.survived("the last copy of the store"):
+                self.follow()
         self.store.close()
         self.mapper.close()
+
+
+__all__ = ["STORE", "Activity", "Node", "Settings"]

@@ -28,6 +28,8 @@ _BLKDISCARD = 0x1277
 _DISCARD_STEP = 1 << 30
 # Seconds for which a status is good enough to let a snapshot be made.
 _FRESH = 0.25
+# The id of the device that whoever serves the pool holds; see `keeper`. No snapshot ever has it.
+KEEPER = 0
 # Mappings in a metadata block, at the least, when they are made here and there.
 _MAPPINGS = 32
 
@@ -70,13 +72,17 @@ class Pool:
 
     # -- devices ----------------------------------------------------------------------------------------------------
 
+    @property
+    def prefix(self) -> str:
+        """What the names of the pool's devices begin with."""
+        return f"runvol-{self.identity[:8]}-"
+
     def device_name(self, device: int) -> str:
-        return f"runvol-{self.identity[:8]}-{device}"
+        return f"{self.prefix}{device if device != KEEPER else 'keeper'}"
 
     def device_of(self, name: str) -> int | None:
         """The thin id in a device's name; None for one that is not of this pool."""
-        prefix = f"runvol-{self.identity[:8]}-"
-        tail = name.removeprefix(prefix)
+        tail = name.removeprefix(self.prefix)
         return int(tail) if name != tail and tail.isdecimal() else None
 
     def path(self, device: int) -> str:
@@ -88,7 +94,7 @@ class Pool:
         return found if found is not None and found.active and not found.suspended else None
 
     def active(self) -> list[int]:
-        """Ids of the devices that are mapped now, whole or not."""
+        """Ids of snapshots' devices that are mapped now, whole or not."""
         ids = (self.device_of(entry.name) for entry in self.mapper.devices())
         return [one for one in ids if one is not None]
 
@@ -425,10 +431,14 @@ class Pool:
             flocks.release(fd)
 
     def ids(self, deadline: Deadline) -> set[int]:
-        """Every device that the pool has."""
+        """Every device that the pool has, but for the keeper."""
         with self.metadata_snapshot(deadline):
             _, output = run("thin_ls", "-m", "--no-headers", "-o", "DEV", self.metadata, deadline=deadline)
-        return set(_numbers(output))
+        return set(numbers(output)) - {KEEPER}
+
+    def mapped_sectors(self, device: int) -> int:
+        """What a mapped device has blocks for, shared ones included."""
+        return self.mapper.thin_status(self.device_name(device)).mapped
 
     def check_live(self, deadline: Deadline) -> None:
         """thin_check on the pool as it runs; CommandFailed with its words."""
@@ -451,11 +461,13 @@ class Pool:
                             deadline=deadline)  # fmt: skip
         rows = (line.split() for line in output.splitlines())
         return {
-            int(row[0]): (int(row[1]), int(row[2])) for row in rows if len(row) == 3 and all(map(str.isdecimal, row))
+            int(row[0]): (int(row[1]), int(row[2]))
+            for row in rows
+            if len(row) == 3 and all(map(str.isdecimal, row)) and int(row[0]) != KEEPER
         }
 
 
-def _numbers(output: str) -> Iterator[int]:
+def numbers(output: str) -> Iterator[int]:
     """The lines that are a number. A tool's warning among them is told, and is no device."""
     for line in filter(None, map(str.strip, output.splitlines())):
         if line.isdecimal():

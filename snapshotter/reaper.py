@@ -42,11 +42,12 @@ class Reaper:
     def __init__(
         self, store: Store, pool: Pool, idle: Idle, *, discard: bool, busy: Callable[[], float],
         release_images: Callable[[], object] | None = None, seals: Seals | None = None,
-        background: Background | None = None,
+        background: Background | None = None, lent: Callable[[int], bool] = lambda _device: False,
     ) -> None:  # fmt: skip
         self._background = background or Background()
         self._store, self._pool, self._idle, self._discard, self._busy = store, pool, idle, discard, busy
         self._release_images, self._seals = release_images or (lambda: None), seals
+        self._lent = lent
         self.entries = Entries()
         self._lock = threading.Lock()
         self._done_with: set[int] = set()
@@ -148,7 +149,7 @@ class Reaper:
     def _delete(self, device: int, size: int) -> bool:
         """Whether the device is gone from the pool."""
         try:
-            if self._store.is_foreign(device) or not self._unmap(device):
+            if self._store.is_foreign(device) or self._lent(device) or not self._unmap(device):
                 return False
             if self._discard and size:
                 self._give_blocks_back(device, size)

@@ -66,7 +66,7 @@ def _unmap(store: Store, pool: Pool, reaper: Reaper) -> int:
     needed |= {base.device for base in store.bases() if not base.ready}
     for device in mapped - needed:
         reaper.tell(device)
-    for path in stale_nodes(pool.mapper, pool.device_name(0)[:-1]):
+    for path in stale_nodes(pool.mapper, pool.prefix):
         log.info("a node without a device", extra={"path": path, "directory": DIRECTORY})
     return len(mapped - needed)
 

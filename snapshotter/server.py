@@ -46,7 +46,7 @@ def serve(node: Node, *, endpoint: str, limit: float, observe: Observer | None =
             ("grpc.max_send_message_length", _LARGEST_MESSAGE),
         ],
     )
-    server.add_generic_rpc_handlers((service.handler(), service.health()))
+    server.add_generic_rpc_handlers((service.handler(), service.lending(), service.health()))
     daemon.listen(server, path)
     server.start()
     node.start()

@@ -33,6 +33,7 @@ from snapshotter.workers import Worker, Workers, aside, current
 
 log = logging.getLogger("runvol.snapshotter")
 NAME = "containerd.services.snapshots.v1.Snapshots"
+LENDING = "runvol.snapshotter.v1.Lending"
 _PAGE = 100
 # A call that takes longer is worth a line, in seconds.
 _SLOW = 5.0
@@ -88,7 +89,7 @@ class Service:
         """What a server registers."""
         methods: dict[str, Any] = {
             name: grpc.unary_unary_rpc_method_handler(
-                _on(self._lane(name), self._unary(name, getattr(self, name))), request_deserializer=request.FromString,
+                self._unary(name, getattr(self, name)), request_deserializer=request.FromString,
                 response_serializer=response.SerializeToString,
             )
             for name, request, response in (
@@ -108,6 +109,20 @@ class Service:
             response_serializer=pb.ListSnapshotsResponse.SerializeToString,
         )  # fmt: skip
         return grpc.method_handlers_generic_handler(NAME, methods)
+
+    def lending(self) -> grpc.GenericRpcHandler[Any, Any]:
+        """What `runvol images make` asks for, in containerd's messages; see `lending`."""
+        methods: dict[str, Any] = {
+            name: grpc.unary_unary_rpc_method_handler(
+                self._unary(name, getattr(self, name)), request_deserializer=request.FromString,
+                response_serializer=response.SerializeToString,
+            )
+            for name, request, response in (
+                ("Lend", pb.MountsRequest, pb.MountsResponse),
+                ("GiveBack", pb.RemoveSnapshotRequest, Empty),
+            )
+        }  # fmt: skip
+        return grpc.method_handlers_generic_handler(LENDING, methods)
 
     def health(self) -> grpc.GenericRpcHandler[Any, Any]:
         """gRPC's health service: SERVING while calls are answered, whatever the pool's state is, and while what runs
@@ -147,7 +162,7 @@ class Service:
             self._done(name, running.key, ended - started)
             return response
 
-        return call
+        return _on(self._lane(name), call)
 
     def _begin(self, name: str, key: str, context: grpc.ServicerContext) -> tuple[float, int, _Running]:
         """When the call came, its number, and what the watchdog knows of it."""
@@ -257,6 +272,16 @@ class Service:
 
     def Cleanup(self, _request: Any, _deadline: Deadline) -> Message:
         """Deletion goes on by itself; this only asks for it now."""
+        self._node.cleanup()
+        return Empty()
+
+    def Lend(self, request: Any, deadline: Deadline) -> Message:
+        self._node.wait_for_pool(deadline)
+        return pb.MountsResponse(mounts=wire.mounts([self._node.lender.lend(request.key, deadline)]))
+
+    def GiveBack(self, request: Any, _deadline: Deadline) -> Message:
+        """`key` is the node that was lent."""
+        self._node.lender.give_back(request.key)
         self._node.cleanup()
         return Empty()
 

@@ -8,10 +8,11 @@ a size that was never asked for before.
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from blockdev import Deadline, filesystems, superblocks
 from blockdev.errors import BlockdevError
@@ -20,9 +21,11 @@ from snapshotter.bases import Bases
 from snapshotter.errors import (
     AlreadyExists,
     BadRequest,
+    IdsUsedUp,
     NotFound,
     NotOffered,
     SnapshotterError,
+    StoreFailed,
     Unavailable,
     WrongState,
 )
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
     from snapshotter.seals import Seals
 
 _LABEL_LIMIT = 4096
+_T = TypeVar("_T")
 # A label may ask for a filesystem that is so many times as large as the pool, which can grow.
 _OVERCOMMIT = 4
 # Seconds for which a snapshot may wait for others of its parent without being in anybody's way.
@@ -87,17 +91,20 @@ class _Origin:
 class Snapshotter:
     """The verbs. Safe to use from several threads.
 
-    `after` is told of devices that may be unmapped or deleted, `committed` of names that were committed.
+    `after` is told of devices that may be unmapped or deleted, `committed` of names that were committed, `drawn` of an
+    id that was taken; `renew` makes ids come back.
     """
 
     def __init__(
         self, store: Store, pool: Pool, golden: Bases, sizes: Sizes, after: Callable[[int], None],
         images: Images | None = None, seals: Seals | None = None, idle: Idle | None = None,
-        committed: Callable[[str], None] = lambda _name: None,
+        committed: Callable[[str], None] = lambda _name: None, drawn: Callable[[], None] = lambda: None,
+        renew: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
         self._store, self._pool, self._bases, self._sizes, self._after = store, pool, golden, sizes, after
         self._images: Images = images or NoImages()
         self._seals, self._committed, self._idle = seals, committed, idle or Idle(0)
+        self._drawn, self._renew, self._renewal = drawn, renew, threading.Lock()
         # A layer's children are made one after the other, each in milliseconds.
         self._locks, self._devices = Locks(), Locks(patience=_MAKING)
         self._writebacks = Writebacks(pool)
@@ -118,11 +125,12 @@ class Snapshotter:
                 raise AlreadyExists(labels[LABEL_REF])
             self._settle(key, deadline)
             self._pool.admit()
-            origin = self._origin(key, parent, labels, deadline)
+            origin = self._with_ids(lambda: self._origin(key, parent, labels, deadline))
             size = self._wanted_size(key, labels, origin) if kind is Kind.ACTIVE else origin.size
             if size > origin.size:
                 self._pool.admit(*bases.cost(origin.fstype, self._made_with(parent, origin), origin.size, size))
-            row = self._intend(key, parent, kind, labels, origin, size)
+            row = self._intended(key, parent, kind, labels, origin, size)
+            self._drawn()
             try:
                 row = self._create(row, origin, deadline)
             except DeviceMissing as error:
@@ -154,7 +162,7 @@ class Snapshotter:
             above = self._seen(parent, deadline, what="parent")
             if above.kind is not Kind.COMMITTED:
                 raise BadRequest("parent", parent, "is not committed")
-            self._refuse_shared(above)
+            self.refuse_shared(above)
             return _Origin(device=above.device, size=above.size, fstype=above.fstype, image=above.image)
         fstype = labels.get(LABEL_FSTYPE, self._sizes.fstype)
         size = self._size_label(key, labels) or self._sizes.of(key)
@@ -188,14 +196,45 @@ class Snapshotter:
             parent, first = row.parent, row.size
         return min([first, *(base.size for base in self._store.bases() if base.fstype == origin.fstype)])
 
-    def _refuse_shared(self, row: Snapshot) -> None:
-        """WrongState for a snapshot whose device several had: whose data it holds, nobody knows."""
+    def refuse_shared(self, row: Snapshot) -> None:
+        """WrongState for a snapshot of whose device nobody knows whose data it holds: several had it, or the store is
+        not the one that its pool was served with."""
         if row.device in self._store.shared:
+            if self._store.past:
+                raise WrongState(
+                    f"nothing proves that device {row.device} of the pool is still that of snapshot {row.key!r}: "
+                    f"{self._store.past}"
+                )
             raise WrongState(
                 f"device {row.device} of snapshot {row.key!r} was given more than once by an older release, or is not "
                 "its own, so its data may be another's: it is quarantined. Remove the snapshot and make it anew "
                 "(`runvol pool quarantine` lists such devices)"
             )
+
+    def _intended(
+        self, key: str, parent: str, kind: Kind, labels: Mapping[str, str], origin: _Origin, size: int
+    ) -> Snapshot:  # fmt: skip
+        """`_intend`; an intent that may not be on the disk is none."""
+        try:
+            return self._with_ids(lambda: self._intend(key, parent, kind, labels, origin, size))
+        except StoreFailed:
+            row = self._store.get(key)
+            if row is not None and row.state is State.PREPARING:
+                with contextlib.suppress(SnapshotterError):
+                    self._drop(row)
+            raise
+
+    def _with_ids(self, work: Callable[[], _T]) -> _T:
+        """`work`, and once more where no id was left: one call begins a new epoch for all that meet the end at once."""
+        try:
+            return work()
+        except IdsUsedUp:
+            if self._renew is None:
+                raise
+        with self._renewal:
+            if self._store.used_up():
+                self._renew()
+        return work()
 
     def _intend(
         self, key: str, parent: str, kind: Kind, labels: Mapping[str, str], origin: _Origin, size: int
@@ -229,9 +268,7 @@ class Snapshotter:
             if not origin.device:
                 self._pool.create_thin(device, again=again)
                 return
-            alone = self._devices.held(str(origin.device), deadline=deadline)
-            with alone, self._pool.quiet(origin.device):
-                self._pool.create_snapshot(device, origin.device, again=again)
+            self.copy(device, origin.device, deadline, again=again)
 
         device = strangers.make(
             self._store, self._pool, row.device, create, lambda taken: self._store.replace_device(row.key, taken),
@@ -242,6 +279,16 @@ class Snapshotter:
         if row.size > origin.size:
             filesystems.grow(self._pool.path(row.device), deadline)
         return row
+
+    def copy(self, device: int, origin: int, deadline: Deadline, *, again: bool = False) -> None:
+        """The device is a snapshot of `origin`, as that is at one instant. DeviceThere, DeviceMissing."""
+        with self._devices.held(str(origin), deadline=deadline), self._pool.quiet(origin):
+            self._pool.create_snapshot(device, origin, again=again)
+
+    def map_read_only(self, device: int, layer: Snapshot, deadline: Deadline) -> None:
+        """Map a copy of a committed layer's device, which has no row."""
+        below = self._images.origin(layer.image, deadline) if layer.image else ""
+        self._pool.activate(device, layer.size, read_only=True, origin=below)
 
     def _activate(self, row: Snapshot, deadline: Deadline) -> None:
         below = self._images.origin(row.image, deadline) if row.image else ""
@@ -294,7 +341,7 @@ class Snapshotter:
     def mounts(self, key: str, deadline: Deadline) -> list[Mount]:
         """The mount of an active snapshot or view; its device is there when the call returns."""
         row = self._seen(key, deadline)
-        self._refuse_shared(row)
+        self.refuse_shared(row)
         if row.state is State.READY and row.kind is not Kind.COMMITTED:
             self._idle.handed(row.device, deadline.began)
             with aside(must=False):
@@ -323,7 +370,7 @@ class Snapshotter:
         """The active snapshot `key` becomes the committed `name`; its device is unmapped behind."""
         _check_key("name", name)
         labels = _check_labels(labels)
-        self._refuse_shared(self._seen(key, deadline))
+        self.refuse_shared(self._seen(key, deadline))
         with self._locks.held(key, name, deadline=deadline):
             row = self._seen_now(key)
             if row.kind is Kind.ACTIVE:
@@ -345,7 +392,17 @@ class Snapshotter:
         self._committed(name)
 
     def remove(self, key: str, deadline: Deadline) -> None:
-        """Forget the snapshot; its device is deleted behind, once nobody has it open."""
+        """Forget the snapshot; its device is deleted behind, once nobody has it open. Works on a full disk too, since
+        containerd makes room by removals, and stops them at the first that fails."""
+        try:
+            self._remove(key, deadline)
+        except StoreFailed:
+            if not self._store.make_room():
+                raise
+            with contextlib.suppress(NotFound):  # it may be gone, and only the disk did not say so
+                self._remove(key, deadline)
+
+    def _remove(self, key: str, deadline: Deadline) -> None:
         self._seen(key, deadline)
         with self._locks.held(key, deadline=deadline), aside(must=False), self._store.transaction():
             row = self._store.find(key)

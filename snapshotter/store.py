@@ -1,25 +1,30 @@
 """The snapshotter's memory: one row a snapshot, with its device, in SQLite.
 
-Write-ahead log, synchronous=FULL for what a caller is told, so that it is on the disk when the call returns; what a
-later start can find out again from the pool (that an intended device exists by now) is written without waiting for the
-disk. Device ids are never used twice: whatever becomes of a transaction, memory follows the disk, and the database
-itself refuses a second row with a device. Nothing but SQL happens under the lock.
+Write-ahead log. What a caller is told is on the disk when the call returns: one flush serves all who wait for one
+(`flushes`). What a later start can find out again from the pool (that an intended device exists by now) is written
+without waiting for the disk. A device id is given once in an epoch: whatever becomes of a transaction, memory follows
+the disk, and the database itself refuses a second row with a device. Nothing but SQL happens under the lock.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from blockdev.dm_targets import MAX_THIN_ID
-from snapshotter.errors import PoolFull, StoreFailed, Unavailable
+from blockdev.durable import sync_directory
+from snapshotter.errors import IdsUsedUp, StoreFailed, Unavailable
+from snapshotter.flushes import Flushes
 from snapshotter.model import Kind, Snapshot, State
 from snapshotter.refusals import SLOTS, Refusals
+
+log = logging.getLogger("runvol.snapshotter")
 
 _SCHEMA = 1
 _TABLES = """
@@ -50,16 +55,20 @@ CREATE TABLE IF NOT EXISTS quarantined (device INTEGER PRIMARY KEY, since INTEGE
 _COLUMNS = "key, parent, kind, state, device, size, fstype, created, updated, image, labels"
 _VALUES = "?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?"
 _PAGE = 256
+STORE = "snapshots.db"
 # Device ids are taken in runs of this many, so that most transactions need not write the counter; a start skips the
 # rest of a run.
-_RUN = 64
+RUN = 64
 _LONG_LOG = 2 << 20
+# What is kept free on the store's disk for removals, in bytes: some hundreds of them.
+_RESERVE = 1 << 20
 # Ids above one that somebody else has taken are drawn as long as this many are left; below that, those around it.
 _ENOUGH = MAX_THIN_ID // 2
 # One row a device. Not part of the schema's number, as an older release works with it too.
 _ONE_ROW = "CREATE UNIQUE INDEX IF NOT EXISTS one_row ON snapshots (device) WHERE device <> 0"
 _BY_DEVICE = "CREATE INDEX IF NOT EXISTS by_device ON snapshots (device) WHERE device <> 0"
 _ONE_BASE = "CREATE UNIQUE INDEX IF NOT EXISTS one_base ON bases (device)"
+_BASES = "SELECT fstype, size, device, ready FROM bases"
 _SEVERAL = (
     "SELECT device FROM (SELECT device FROM snapshots WHERE device <> 0 UNION ALL SELECT device FROM bases "
     "UNION ALL SELECT device FROM doomed) GROUP BY device HAVING count(*) > 1"
@@ -90,8 +99,12 @@ class Store:
         self._lock = threading.Lock()
         self._reading = threading.Lock()
         self._made: dict[str, int] = {}
+        self._past = ""
         self._following = self._reserved = 0
-        self._synchronous = ""
+        # How many ids were drawn, and how many changes were made; for what follows behind (`stamps`, `keeper`).
+        self.drawn = self.changes = 0
+        # What else ends with the store.
+        self.closing: list[Callable[[], None]] = []
         # Why no id may be given yet; empty once the pool's devices were compared with the rows.
         self.barred = ""
         # Whether what `guard` does is on the disk.
@@ -100,7 +113,7 @@ class Store:
         self.shared: frozenset[int] = frozenset()
         # Ids that the pool turned out to have already, and that could not be quarantined yet; on the disk as well.
         self._refused: set[int] = set()
-        self._refusals = Refusals(f"{path}.refused")
+        self._refusals, self._reserve = Refusals(f"{path}.refused"), f"{path}.reserve"
         with _explained(path):
             self._db = self._connect()
             self._db.execute("PRAGMA journal_mode = WAL")
@@ -116,6 +129,12 @@ class Store:
             self._reader = self._connect()
             self._reader.execute("PRAGMA query_only = ON")
             self._keeper = self._connect()
+            # The log is there from the first look on. Each commit leaves its flush to `transaction`.
+            self._db.execute("PRAGMA synchronous = NORMAL")
+            self._db.execute("SELECT count(*) FROM facts").fetchone()
+        with _told(path):
+            self._flushes = Flushes(f"{path}-wal", self._lock)
+            sync_directory(os.path.dirname(path))
 
     def _connect(self) -> sqlite3.Connection:
         made = sqlite3.connect(self.path, timeout=10, isolation_level=None, check_same_thread=False)
@@ -123,15 +142,28 @@ class Store:
         return made
 
     def close(self) -> None:
+        """Also what was to end with it. May be repeated."""
+        while self.closing:
+            self.closing.pop()()
         with self._lock, self._reading:
             for connection in (self._db, self._reader, self._keeper):
                 connection.close()
+            self._flushes.close()
+
+    @property
+    def flushes(self) -> int:
+        """How often the disk was waited for."""
+        return self._flushes.count
 
     @contextlib.contextmanager
     def transaction(self, *, durable: bool = True) -> Iterator[None]:
-        """What happens inside is seen whole or not at all; unless `durable`, a power cut may undo it."""
+        """What happens inside is seen whole or not at all; unless `durable`, a power cut may undo it.
+
+        StoreFailed where it is not on the disk at the end. Others may have seen it by then: like a call that was
+        killed, it is finished or undone by the next one.
+        """
         with self._lock, _explained(self.path):
-            self._begin("FULL" if durable else "NORMAL")
+            self._begin()
             before = self._following, self._reserved
             try:
                 yield
@@ -145,14 +177,16 @@ class Store:
                 # Nobody knows what is on the disk: the counter is read from there again.
                 self._roll_back(0, 0)
                 raise
+            self.changes += 1
+            number = self._flushes.written()
+        if durable:
+            with _told(self.path):
+                self._flushes.wait(number)
 
-    def _begin(self, synchronous: str) -> None:
+    def _begin(self) -> None:
         if self._db.in_transaction:
             # A rollback that failed has left it open.
             self._db.execute("ROLLBACK")
-        if synchronous != self._synchronous:
-            self._db.execute(f"PRAGMA synchronous = {synchronous}")
-            self._synchronous = synchronous
         self._db.execute("BEGIN IMMEDIATE")
 
     def _commit(self) -> None:
@@ -175,6 +209,7 @@ class Store:
         kept to in memory all the same, and no id is given until it is.
         """
         self.guarded = False
+        self._keep_reserve()
         self._refused |= self._refusals.prepare() | set(self._numbers(_SEVERAL))
         several = sorted(self._refused)
         self.shared = frozenset(self._owners(several))
@@ -189,6 +224,7 @@ class Store:
             self._db.execute(_ONE_BASE)
         owners = self._owners(self.quarantined())
         self.shared = frozenset(owners)
+        self._past = self.read_fact("past") or ""
         self._refused.difference_update(several)
         if several:
             self._refusals.clear()
@@ -215,6 +251,79 @@ class Store:
             return
         with _explained(self.path):
             self._keeper.execute("PRAGMA wal_checkpoint(PASSIVE)")
+        self._keep_reserve()
+
+    def make_room(self) -> bool:
+        """The disk is full: give back what is kept for removals, which are what makes room. Whether there was any."""
+        with contextlib.suppress(StoreFailed), _explained(self.path):
+            self._keeper.execute("PRAGMA wal_checkpoint(PASSIVE)")
+        try:
+            os.unlink(self._reserve)
+        except OSError:
+            return False
+        log.warning("the store's disk is full; its reserve is given to removals", extra={"store": self.path})
+        return True
+
+    def _keep_reserve(self) -> None:
+        """Room for removals, whatever others fill the disk with; none where there is little left anyway."""
+        if os.path.exists(self._reserve):
+            return
+        with contextlib.suppress(OSError):
+            facts = os.statvfs(os.path.dirname(self.path))
+            if facts.f_bavail * facts.f_frsize < 2 * _RESERVE:
+                return
+            fd = os.open(f"{self._reserve}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            try:
+                os.posix_fallocate(fd, 0, _RESERVE)
+            finally:
+                os.close(fd)
+            os.rename(f"{self._reserve}.new", self._reserve)
+
+    def image(self) -> bytes:
+        """All of the store as one file of SQLite's, as last committed; nobody waits for it. For one thread only."""
+        with _explained(self.path):
+            return self._keeper.serialize()
+
+    @property
+    def past(self) -> str:
+        """Why the store is not what its pool was last served with, as a sentence; empty if it is."""
+        return self._past
+
+    def enter_past(self, why: str, lineage: str, unproven: Iterable[int], now: int) -> None:
+        """The pool went on without this store. Devices of which nothing proves that they still are what the rows say
+        are quarantined: not mapped, no parents, no bases, never deleted."""
+        devices = sorted(unproven)
+        with self.transaction():
+            self.set_fact("past", why)
+            self.set_fact("lineage", lineage)
+            self.quarantine(devices, now)
+            self.buried(devices)
+            self._db.executemany("DELETE FROM bases WHERE device = ?", ((device,) for device in devices))
+            # Whether a caller was ever answered is written down later than that, so it may have been.
+            self._db.executemany(
+                "UPDATE snapshots SET state = ? WHERE state = ? AND device = ?",
+                ((State.READY, State.PREPARING, device) for device in devices),
+            )
+        self._past = why
+        self.shared = frozenset(self._owners(self.quarantined()))
+
+    def rows_of(self, copy: sqlite3.Connection) -> list[Snapshot]:
+        """All rows of a copy of a store."""
+        return [self._snapshot(row) for row in copy.execute(f"SELECT {_COLUMNS} FROM snapshots ORDER BY key")]  # noqa: S608
+
+    def bases_of(self, copy: sqlite3.Connection) -> list[Base]:
+        """The bases of a copy of a store."""
+        return [_base(row) for row in copy.execute(_BASES)]
+
+    def put(self, row: Snapshot) -> None:
+        """The row is as it is here, whatever there was of its key or device. Inside a transaction."""
+        self._db.execute("DELETE FROM snapshots WHERE key = ? OR (device = ? AND device <> 0)", (row.key, row.device))
+        self.insert(row)
+
+    def leave_past(self) -> None:
+        """An operator has decided. Inside a transaction."""
+        self.forget_facts(["past"])
+        self._past = ""
 
     def facts(self, prefix: str) -> list[str]:
         """Names of facts that begin so."""
@@ -311,15 +420,37 @@ class Store:
         while True:
             if self._following >= self._reserved:
                 self._following = int(self.fact("next_device") or "1")
-                self._reserved = self._following + _RUN
+                self._reserved = self._following + RUN
                 self.set_fact("next_device", str(self._reserved))
             device, self._following = self._following, self._following + 1
             if device > MAX_THIN_ID:
-                raise PoolFull(
-                    f"the pool has given all of its {MAX_THIN_ID} device ids; drain the node and make a new pool"
+                raise IdsUsedUp(
+                    f"the pool has given all of its {MAX_THIN_ID} device ids; they come back in a new epoch, which "
+                    "begins as soon as its devices were compared with the store's"
                 )
             if not self._db.execute(_GIVEN, (device,)).fetchone()[0]:
+                self.drawn += 1
                 return device
+
+    def give_from(self, first: int) -> None:
+        """Give no id below this one any more, however few that leaves."""
+        if max(first, self._following) > max(int(self.fact("next_device") or "1"), self._following):
+            self.set_fact("next_device", str(first))
+            self._following = self._reserved = 0
+
+    def begin_again(self) -> None:
+        """Ids are given from the first on again, but for those that anything has. Inside a transaction, and only in a
+        new epoch of the pool, once its devices were compared with the store's."""
+        self.set_fact("next_device", "1")
+        self._following = self._reserved = 0
+
+    def used_up(self) -> bool:
+        """Whether no id is left in this epoch."""
+        return self.following() > MAX_THIN_ID and self._following >= min(self._reserved, MAX_THIN_ID + 1)
+
+    def following(self) -> int:
+        """All ids below were given in this epoch, or may have been."""
+        return int(self.read_fact("next_device") or "1")
 
     def raise_devices(self, above: int) -> None:
         """Give no id up to `above`, which the pool has already, unless that would leave few."""
@@ -486,8 +617,7 @@ class Store:
 
     def bases(self) -> list[Base]:
         with self._reading, _explained(self.path):
-            rows = self._reader.execute("SELECT fstype, size, device, ready FROM bases").fetchall()
-        return [Base(fstype=row[0], size=row[1], device=row[2], ready=bool(row[3])) for row in rows]
+            return [_base(row) for row in self._reader.execute(_BASES).fetchall()]
 
     def read_fact(self, name: str) -> str | None:
         with self._reading, _explained(self.path):
@@ -500,6 +630,10 @@ class Store:
     def _numbers(self, query: str, *values: int) -> list[int]:
         with self._reading, _explained(self.path):
             return [int(row[0]) for row in self._reader.execute(query, values).fetchall()]
+
+
+def _base(row: tuple[str, int, int, int]) -> Base:
+    return Base(fstype=row[0], size=row[1], device=row[2], ready=bool(row[3]))
 
 
 def _dump(labels: Mapping[str, str]) -> str:

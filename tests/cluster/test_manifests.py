@@ -22,6 +22,7 @@ def test_the_manifests_are_those_of_the_chart(built: None, name: str) -> None:
 def test_a_server_takes_everything_that_is_deployed(cluster: Cluster) -> None:
     cluster.kubectl("apply", "--dry-run=server", "-f", ROOT / "deploy/crds/volumesnapshots.yaml")
     cluster.kubectl("create", "namespace", "runvol-system")
+    cluster.kubectl("delete", "storageclass", "--all")  # other tests' classes have these names and other parameters
     for path in [manifests.PLACE / "runvol.yaml", manifests.PLACE / "runvol-with-nri.yaml",
                  *(path for path in examples.EXAMPLES.glob("*.yaml") if path.stem != "snapshot")]:  # fmt: skip
         cluster.kubectl("apply", "--dry-run=server", "-f", path)

@@ -10,7 +10,7 @@ import pytest
 
 from blockdev import Deadline
 from blockdev.errors import CommandMissing
-from snapshotter import assembly, backing, node
+from snapshotter import assembly, backing, keeper, node, stamps
 from snapshotter.backing import Description
 from snapshotter.errors import PoolFull, Unavailable
 from snapshotter.model import Kind, Snapshot, State
@@ -26,10 +26,11 @@ def test_what_is_there_is_served_although_the_pool_cannot_be_compared(tmp_path: 
                                             metadata_bytes=2 << 20, block=65536))  # fmt: skip
     monkeypatch.setattr(node, "Mapper", lambda: SimpleNamespace(close=lambda: None))
     monkeypatch.setattr(assembly, "assemble", lambda *_: (SimpleNamespace(metadata="/m"), None))
-    monkeypatch.setattr(assembly, "bind", lambda *_: None)
+    monkeypatch.setattr(stamps.Stamp, "take", lambda *_: None)
+    monkeypatch.setattr(keeper.Keeper, "open", lambda *_: None)
     served = node.Node(node.Settings(state_dir=str(tmp_path)))
     pool: Any = served.pool
-    pool.status = lambda: SimpleNamespace(mode="rw", needs_check=False)
+    pool.status = lambda: SimpleNamespace(mode="rw", needs_check=False, transaction=1)
     known: set[int] = set()
 
     def ids(_deadline: Deadline) -> set[int]:

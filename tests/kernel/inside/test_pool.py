@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -220,23 +219,6 @@ def test_a_half_made_device_is_finished_by_mounts(lab: Lab) -> None:
     lab.node.mapper.create(name)
     with mounted(lab.mounts("a")) as root:
         assert os.listdir(root) == []
-
-
-def test_an_older_copy_of_the_store_is_refused(lab: Lab, tmp_path: Path) -> None:
-    lab.layer("layer", files={"f": b"x"})
-    lab.stop()
-    for suffix in ("", "-wal"):
-        with contextlib.suppress(FileNotFoundError):
-            shutil.copy(os.path.join(lab.state, STORE + suffix), tmp_path / f"old{suffix}")
-    lab.start()
-    lab.layer("second", files={"f": b"x"})
-    lab.stop()
-    for suffix in ("", "-wal"):
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(os.path.join(lab.state, STORE + suffix))
-            shutil.copy(tmp_path / f"old{suffix}", os.path.join(lab.state, STORE + suffix))
-    with pytest.raises(PoolRefused, match="old copy"):
-        lab.start()
 
 
 def test_a_foreign_device_of_the_pools_name_is_not_taken_for_it(lab: Lab, mapper: Mapper) -> None:
@@ -482,11 +464,11 @@ def _taken_apart(lab: Lab, mapper: Mapper) -> bytes:
 def test_damaged_metadata_is_not_assembled_and_a_repair_that_fails_changes_nothing(lab: Lab, mapper: Mapper) -> None:
     lab.layer("layer", files={"f": b"x"})
     sound = _taken_apart(lab, mapper)
-    damaged = _damage(lab.description.metadata, sound)
+    damaged = _spoil(lab.description.metadata, sound)
     with pytest.raises(Unavailable, match="damaged"):
         lab.start()
     lab.stop()
-    with pytest.raises(CommandFailed, match="thin_repair"):
+    with pytest.raises((CommandFailed, PoolRefused), match="thin_repair"):
         assembly.repair(mapper, lab.state, Deadline.after(120))
     assert Path(lab.description.metadata).read_bytes() == damaged
     for device in loops.find(lab.description.metadata):
@@ -494,6 +476,16 @@ def test_damaged_metadata_is_not_assembled_and_a_repair_that_fails_changes_nothi
     Path(lab.description.metadata).write_bytes(sound)
     lab.start()
     assert lab.read("layer", "f") == b"x"
+
+
+def _spoil(path: str, sound: bytes) -> bytes:
+    """Spoil all but the superblock, so that nothing is left to rebuild from; the spoilt metadata."""
+    with open(path, "r+b") as opened:
+        for at in range(4096, len(sound), 4096):
+            if any(sound[at : at + 4096]):
+                opened.seek(at)
+                opened.write(b"\xff" * 4096)
+    return Path(path).read_bytes()
 
 
 def _damage(path: str, sound: bytes) -> bytes:

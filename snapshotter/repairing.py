@@ -1,0 +1,147 @@
+"""`runvol pool repair-store`: a store that is lost, or came back from the past, is made again from the pool's own copy.
+
+The copy knows what was there when it was made, a few seconds before the end; the pool knows which devices are there
+now. What both agree on comes back. What was done since with the store that is there now stays. A device that nobody
+knows stays quarantined, and what containerd still knows although its device is gone is named.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+import time
+from dataclasses import dataclass, field
+
+from blockdev import Deadline
+from blockdev.devicemapper import Mapper
+from snapshotter import assembly, past
+from snapshotter.errors import NotFound, PoolRefused
+from snapshotter.keeper import Keeper
+from snapshotter.pool import Pool
+from snapshotter.stamps import Stamp
+from snapshotter.store import STORE, Store
+
+log = logging.getLogger("runvol.snapshotter")
+# Facts of the store that say something of images and layers, whoever served.
+_KEPT_FACTS = ("image ", "seal ")
+
+
+@dataclass
+class Report:
+    """What came back, and what did not; keys as containerd has them in the backend (`namespace/number/name`).
+
+    `made` is when the copy was made, in nanoseconds since 1970; 0 where none was needed.
+    """
+
+    made: int = 0
+    restored: list[str] = field(default_factory=list)
+    kept: int = 0
+    lost: list[str] = field(default_factory=list)
+    quarantined: list[int] = field(default_factory=list)
+
+
+def repair_store(mapper: Mapper, state_dir: str, deadline: Deadline, *, keep: bool = False) -> Report:
+    """Make the store one with its pool. With `keep` as it stands: an operator says that it is right.
+
+    PoolRefused where a process serves the pool, or where there is nothing to repair; NotFound where the pool has no
+    copy. May be interrupted and repeated.
+    """
+    pool, _ = assembly.assemble(mapper, state_dir, deadline)
+    store = Store(os.path.join(state_dir, STORE))
+    keeper = Keeper(pool)
+    store.closing.append(keeper.close)
+    try:
+        keeper.open()
+        store.guard(time.time_ns())
+        return _repair(store, pool, keeper, deadline, keep=keep)
+    finally:
+        store.close()
+
+
+def _repair(store: Store, pool: Pool, keeper: Keeper, deadline: Deadline, *, keep: bool) -> Report:
+    stamp, status = Stamp(store, pool), pool.status()
+    why = past.recognised(store, pool, stamp, status, deadline)
+    if why:
+        past.enter(store, keeper, status, why)
+    elif not store.past:
+        raise PoolRefused(f"the store {store.path} is what pool {pool.name} was last served with: nothing to repair")
+    ids, report = pool.ids(deadline), Report()
+    if keep:
+        _keep(store, ids, report)
+    else:
+        for copy, content in past.copies(keeper, status, besides=store.read_fact("lineage") or ""):
+            report.made = report.made or copy.made
+            _take(store, content, ids, report)
+            content.close()
+        if not report.made:
+            raise NotFound(pool.name, "a copy of the store in pool")
+    _drop_lost(store, ids, report)
+    with store.transaction():
+        store.leave_past()
+    stamp.take(pool.status())
+    report.quarantined = store.quarantined()
+    keeper.write(store.image(), stamp.number, store.read_fact("lineage") or "")
+    return report
+
+
+def _take(store: Store, copy: sqlite3.Connection, ids: set[int], report: Report) -> None:
+    """What the copy knows, unless what is there now says otherwise."""
+    rows = store.rows_of(copy)
+    with store.transaction():
+        trusted = {row.device for page in store.pages() for row in page} - set(store.quarantined())
+        back: set[int] = set()
+        for row in rows:
+            here = store.find(row.key)
+            if here is not None and (here.device in trusted or not here.device):
+                continue
+            if row.device and (row.device not in ids or row.device in trusted):
+                report.lost.append(row.key)
+                continue
+            store.put(row)
+            trusted.add(row.device)
+            back.add(row.device)
+            report.restored.append(row.key)
+        known = trusted | {row.device for row in rows}
+        for base in store.bases_of(copy):
+            if base.device not in ids - known:
+                continue
+            known.add(base.device)
+            back.add(base.device)
+            there = store.base(base.fstype, base.size)
+            if base.ready and there is None:
+                store.set_base(base)
+            elif there is None or there.device != base.device:
+                store.release([base.device])
+                store.doom(base.device, time.time_ns())
+        for device, size in copy.execute("SELECT device, size FROM doomed"):
+            if device in ids - known:
+                store.release([device])
+                store.doom(int(device), time.time_ns(), int(size))
+        store.release(sorted(back))
+        for name, value in copy.execute("SELECT name, value FROM facts"):
+            if str(name).startswith(_KEPT_FACTS) and store.fact(str(name)) is None:
+                store.set_fact(str(name), str(value))
+
+
+def _keep(store: Store, ids: set[int], report: Report) -> None:
+    """An operator says that the rows are right: their devices are trusted again."""
+    with store.transaction():
+        owned = [row.device for page in store.pages() for row in page if row.device in ids]
+        store.release(owned)
+        report.kept = len(owned)
+
+
+def _drop_lost(store: Store, ids: set[int], report: Report) -> None:
+    """Rows without a device, and rows of which nothing proves that the device is theirs: it stays quarantined."""
+    unproven, now = set(store.quarantined()), time.time_ns()
+    gone = [row.key for page in store.pages() for row in page
+            if row.device and (row.device not in ids or row.device in unproven)]  # fmt: skip
+    with store.transaction():
+        for key in gone:
+            store.remove(key, now)
+    report.lost = sorted({*report.lost, *gone} - set(report.restored) | set(gone))
+    report.restored = [key for key in report.restored if key not in set(gone)]
+
+
+__all__ = ["Report", "repair_store"]
