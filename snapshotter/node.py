@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("runvol.snapshotter")
 
 _RETRY, _LOOK, _PAUSE = 2.0, 10.0, 1.0
+# Seconds that a call waits for the pool: containerd may hold its database's transaction meanwhile.
+_PATIENCE = 1.5
 _OPENING = "opening the pool"
 # A copy of the store is made at most so often, in seconds, and takes at most this part of the time.
 _COPY_PAUSE, _COPY_SHARE = 2.0, 20
@@ -112,6 +114,8 @@ class Node:
         )  # fmt: skip
         self.lender = Lender(self.store, self.pool, self.snapshots)
         self._usable, self._stop = threading.Event(), threading.Event()
+        # Set once the pool was opened, or could not be.
+        self._tried = threading.Event()
         self._why_not = f"pool {description.name} is being assembled"
         self._extender: Extender | None = None
         self.found = recovery.Found()
@@ -166,8 +170,13 @@ class Node:
             self.background.started(thread)
 
     def wait_for_pool(self, deadline: Deadline) -> None:
-        """Unavailable, with the reason, if the pool does not come in time."""
-        if not self._usable.is_set() and not self._usable.wait(min(deadline.remaining(), 20)):
+        """Unavailable, with the reason: at once if the pool could not be opened, else if it does not come within two
+        seconds of the call's beginning."""
+        if self._usable.is_set():
+            return
+        left = min(deadline.at, deadline.began + _PATIENCE) - time.monotonic()
+        self._tried.wait(max(0.0, left))
+        if not self._usable.is_set():
             raise Unavailable(self._why_not)
 
     def open_pool(self) -> None:
@@ -183,6 +192,7 @@ class Node:
         self._compare()
         self._extender = Extender(self.mapper, self.pool, below)
         self._usable.set()
+        self._tried.set()
 
     def _hold(self) -> None:
         """Be the one that serves the pool. One that takes no keeper now is held by the locks of `server` alone."""
@@ -288,6 +298,7 @@ class Node:
                 self._try_to_open()
             if not self.ready:
                 self._why_not = self.background.fails(_OPENING) or self._why_not
+                self._tried.set()
                 self._stop.wait(_RETRY)
         # Whoever waited for this start goes first; what they ask for is settled by their calls.
         self._stop.wait(_PAUSE)

@@ -182,10 +182,17 @@ class Pool:
         return True
 
     def flush(self, device: int) -> None:
-        """What was written to the device is on the disk, mappings included; nothing if it is not mapped."""
-        if self.find(device) is None:
-            return
-        fd = os.open(self.path(device), os.O_RDONLY | os.O_CLOEXEC)
+        """What was written to the device is on the disk, mappings included; nothing if it is not mapped.
+
+        Hangs where the pool has no room (`writebacks` is for calls).
+        """
+        try:
+            fd = os.open(self.path(device), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            # Who has unmapped it has flushed it.
+            if self.find(device) is None:
+                return
+            raise
         try:
             os.fsync(fd)
         finally:
@@ -309,17 +316,24 @@ class Pool:
         seen = self._seen
         return seen[1] if seen is not None and time.monotonic() - seen[0] < _FRESH else self.status()
 
-    def admit(self, places: int = 0, each: int = 0) -> None:
-        """Return if a new snapshot may be made that writes `each` bytes at so many places at once.
-
-        PoolFull before writes would hang, Unavailable where nothing can be made.
-        """
+    def refuse_broken(self) -> PoolStatus:
+        """The status a moment ago. PoolFull where the pool has no room, Unavailable where it takes no writes else."""
         status = self._recent()
+        if status.mode == "rw" and not status.needs_check:
+            return status
         for finding in self.health(status):
             if finding.state == "broken":
                 raise (PoolFull if finding.mode in ("out_of_data_space", "out_of_metadata") else Unavailable)(
                     finding.message
                 )
+        return status
+
+    def admit(self, places: int = 0, each: int = 0) -> None:
+        """Return if a new snapshot may be made that writes `each` bytes at so many places at once.
+
+        PoolFull before writes would hang, Unavailable where nothing can be made.
+        """
+        status = self.refuse_broken()
         if status.data_free * 100 < status.data_total * self.limits.data_reserve:
             raise PoolFull(
                 f"pool {self.name} is full: {status.data_free} of {status.data_total} blocks are free, and "

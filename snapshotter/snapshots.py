@@ -34,6 +34,8 @@ from snapshotter.locks import Locks
 from snapshotter.model import LABEL_FSTYPE, LABEL_PREFIX, LABEL_REF, LABEL_SIZE, Kind, Mount, Snapshot, State
 from snapshotter.pool import DeviceMissing, Pool
 from snapshotter.store import Store
+from snapshotter.workers import aside
+from snapshotter.writebacks import Writebacks
 
 if TYPE_CHECKING:
     from snapshotter.seals import Seals
@@ -42,6 +44,8 @@ _LABEL_LIMIT = 4096
 _T = TypeVar("_T")
 # A label may ask for a filesystem that is so many times as large as the pool, which can grow.
 _OVERCOMMIT = 4
+# Seconds for which a snapshot may wait for others of its parent without being in anybody's way.
+_MAKING = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +105,11 @@ class Snapshotter:
         self._images: Images = images or NoImages()
         self._seals, self._committed, self._idle = seals, committed, idle or Idle(0)
         self._drawn, self._renew, self._renewal = drawn, renew, threading.Lock()
-        self._locks, self._devices = Locks(), Locks()
+        # A layer's children are made one after the other, each in milliseconds.
+        self._locks, self._devices = Locks(), Locks(patience=_MAKING)
+        self._writebacks = Writebacks(pool)
+        # Keys of intents that a call of this process is fulfilling.
+        self._preparing: set[str] = set()
 
     def prepare(
         self, key: str, parent: str, labels: Mapping[str, str], deadline: Deadline, *, kind: Kind = Kind.ACTIVE
@@ -112,7 +120,7 @@ class Snapshotter:
         """
         _check_key("key", key)
         labels = _check_labels(labels)
-        with self._locks.held(key, deadline=deadline):
+        with self._locks.held(key, deadline=deadline), self._fulfilling(key):
             if kind is Kind.ACTIVE and self._images.claim(parent, labels, deadline):
                 raise AlreadyExists(labels[LABEL_REF])
             self._settle(key, deadline)
@@ -139,6 +147,15 @@ class Snapshotter:
                 raise
             self._store.made(row)
             return self._mounts(row, deadline)
+
+    @contextlib.contextmanager
+    def _fulfilling(self, key: str) -> Iterator[None]:
+        """Whose lock is held."""
+        self._preparing.add(key)
+        try:
+            yield
+        finally:
+            self._preparing.discard(key)
 
     def _origin(self, key: str, parent: str, labels: Mapping[str, str], deadline: Deadline) -> _Origin:
         if parent:
@@ -285,7 +302,7 @@ class Snapshotter:
 
     def settle(self, key: str, deadline: Deadline) -> None:
         """Decide about an intent that no running call owns: a device that exists is kept, another was never made."""
-        with self._locks.held(key, deadline=deadline):
+        with aside(), self._locks.held(key, deadline=deadline):
             self._settle(key, deadline)
 
     def _settle(self, key: str, deadline: Deadline) -> None:
@@ -327,9 +344,10 @@ class Snapshotter:
         self.refuse_shared(row)
         if row.state is State.READY and row.kind is not Kind.COMMITTED:
             self._idle.handed(row.device, deadline.began)
-            if not self._idle.leaving(row.device) and self._pool.find(row.device) is not None:
-                return self._mounts(row, deadline)
-        with self._locks.held(key, deadline=deadline):
+            with aside(must=False):
+                if not self._idle.leaving(row.device) and self._pool.find(row.device) is not None:
+                    return self._mounts(row, deadline)
+        with aside(), self._locks.held(key, deadline=deadline):
             row = self._seen_now(key)
             if row.kind is Kind.COMMITTED:
                 raise WrongState(f"snapshot {key!r} is committed and cannot be mounted; prepare or view one of it")
@@ -356,7 +374,7 @@ class Snapshotter:
         with self._locks.held(key, name, deadline=deadline):
             row = self._seen_now(key)
             if row.kind is Kind.ACTIVE:
-                self._pool.flush(row.device)
+                self._writebacks.flush(row.device, key, deadline)
             with self._store.transaction():
                 found = self._store.find(key)
                 if found is None:
@@ -386,7 +404,7 @@ class Snapshotter:
 
     def _remove(self, key: str, deadline: Deadline) -> None:
         self._seen(key, deadline)
-        with self._locks.held(key, deadline=deadline), self._store.transaction():
+        with self._locks.held(key, deadline=deadline), aside(must=False), self._store.transaction():
             row = self._store.find(key)
             if row is None:
                 raise NotFound(key)
@@ -396,8 +414,12 @@ class Snapshotter:
         self._after(row.device)
 
     def stat(self, key: str, deadline: Deadline) -> Snapshot:
-        """The row, without waiting unless an intent has to be settled first. NotFound if there is nothing."""
-        return self._seen(key, deadline)
+        """The row, without waiting for the call that makes it: it is there once that has ended. NotFound if there is
+        nothing. An intent that an earlier process has left is settled first."""
+        row = self._store.get(key)
+        if row is None or (row.state is State.PREPARING and key in self._preparing):
+            raise NotFound(key)
+        return self._seen(key, deadline) if row.state is State.PREPARING else row
 
     def update(
         self, key: str, labels: Mapping[str, str], paths: Sequence[str] | None, deadline: Deadline
@@ -408,7 +430,7 @@ class Snapshotter:
                 raise BadRequest("update_mask", path, "takes labels and labels.<name>")
         self._seen(key, deadline)
         with self._locks.held(key, deadline=deadline):
-            with self._store.transaction():
+            with aside(must=False), self._store.transaction():
                 row = self._store.find(key)
                 if row is None:
                     raise NotFound(key)
