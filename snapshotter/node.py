@@ -92,7 +92,8 @@ class Node:
         self.idle = Idle(settings.unmap_idle)
         self.reaper = Reaper(self.store, self.pool, self.idle, discard=settings.discard, busy=self.activity.quiet_for,
                              release_images=self.images.release_unused if self.images else None,
-                             seals=self.seals, background=self.background)  # fmt: skip
+                             seals=self.seals, background=self.background,
+                             held=self._is_held, chores=(self._part_layers,))  # fmt: skip
         self.snapshots = Snapshotter(
             self.store, self.pool, self.bases,
             Sizes(fstype=settings.fstype, size=settings.size, by_namespace=settings.by_namespace),
@@ -132,6 +133,12 @@ class Node:
 
     def _done_with(self, device: int) -> None:
         self.reaper.tell(device)
+
+    def _is_held(self, device: int) -> bool:
+        return self.snapshots.copies.holds(device)
+
+    def _part_layers(self) -> None:
+        self.snapshots.part_layers()
 
     @property
     def ready(self) -> bool:

@@ -24,7 +24,7 @@ from snapshotter.errors import PoolFull, SnapshotterError, Unavailable
 
 log = logging.getLogger("runvol.snapshotter")
 
-_BLKDISCARD = 0x1277
+_BLKROSET, _BLKDISCARD = 0x125D, 0x1277
 _DISCARD_STEP = 1 << 30
 # Seconds for which a status is good enough to let a snapshot be made.
 _FRESH = 0.25
@@ -182,6 +182,47 @@ class Pool:
         fd = os.open(self.path(device), os.O_RDONLY | os.O_CLOEXEC)
         try:
             os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def shut(self, device: int) -> bool:
+        """Whoever opens the device from now on cannot write to it; whether nobody has it open who could.
+
+        BLKROSET instead of a read-only table: it holds for a write through any descriptor and for each mount that is
+        made after it, until the device is unmapped, and needs no suspend. It does not stop a filesystem that is
+        mounted for writing, nor a mapped page.
+        """
+        found = self.mapper.find(self.device_name(device))
+        if found is None or not found.active:
+            return True
+        with self._opened(found) as fd:
+            if fd is None:
+                return True
+            fcntl.ioctl(fd, _BLKROSET, struct.pack("i", 1))
+            now = self.mapper.find(found.name)
+            return now is None or now.open_count <= 1
+
+    def reopen(self, device: int) -> None:
+        """Undo `shut` for those who have the device open."""
+        found = self.mapper.find(self.device_name(device))
+        if found is not None and found.active:
+            with self._opened(found) as fd:
+                if fd is not None:
+                    fcntl.ioctl(fd, _BLKROSET, struct.pack("i", 0))
+
+    @contextlib.contextmanager
+    def _opened(self, found: Device) -> Iterator[int | None]:
+        """The node of this very device; None if it is unmapped meanwhile."""
+        try:
+            fd = os.open(node(found.name), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENXIO):
+                raise
+            yield None
+            return
+        try:
+            same = os.fstat(fd).st_rdev == os.makedev(found.major, found.minor)
+            yield fd if same else None
         finally:
             os.close(fd)
 

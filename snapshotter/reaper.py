@@ -42,9 +42,11 @@ class Reaper:
     def __init__(
         self, store: Store, pool: Pool, idle: Idle, *, discard: bool, busy: Callable[[], float],
         release_images: Callable[[], object] | None = None, seals: Seals | None = None,
-        background: Background | None = None,
+        background: Background | None = None, held: Callable[[int], bool] = lambda _device: False,
+        chores: Sequence[Callable[[], object]] = (),
     ) -> None:  # fmt: skip
         self._background = background or Background()
+        self._held, self._chores = held, chores
         self._store, self._pool, self._idle, self._discard, self._busy = store, pool, idle, discard, busy
         self._release_images, self._seals = release_images or (lambda: None), seals
         self.entries = Entries()
@@ -120,6 +122,8 @@ class Reaper:
             self.deleted += len(gone)
         more = self._unmap_idle() or self._shorten()
         self._release_images()
+        for chore in self._chores:
+            chore()
         self._store.tidy()
         return more or self._goes_on(doomed, gone)
 
@@ -148,7 +152,7 @@ class Reaper:
     def _delete(self, device: int, size: int) -> bool:
         """Whether the device is gone from the pool."""
         try:
-            if self._store.is_foreign(device) or not self._unmap(device):
+            if self._is_wanted(device) or self._store.is_foreign(device) or not self._unmap(device):
                 return False
             if self._discard and size:
                 self._give_blocks_back(device, size)
@@ -162,6 +166,10 @@ class Reaper:
                 log.warning("device is not deleted yet", extra={"device": device, "why": str(error)})
             return False
         return True
+
+    def _is_wanted(self, device: int) -> bool:
+        """Whether it is doomed only until a row has it, or has one by now; asked in this order (see `copies`)."""
+        return self._held(device) or bool(self._store.owners(device))
 
     def _unmap_idle(self) -> bool:
         """Unmap some of those that nobody needs for long; whether there may be more."""

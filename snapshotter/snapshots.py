@@ -8,8 +8,9 @@ a size that was never asked for before.
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,6 +18,7 @@ from blockdev import Deadline, filesystems, superblocks
 from blockdev.errors import BlockdevError
 from snapshotter import bases, filters, strangers
 from snapshotter.bases import Bases
+from snapshotter.copies import Copies
 from snapshotter.errors import (
     AlreadyExists,
     BadRequest,
@@ -35,7 +37,11 @@ from snapshotter.store import Store
 if TYPE_CHECKING:
     from snapshotter.seals import Seals
 
+log = logging.getLogger("runvol.snapshotter")
+
 _LABEL_LIMIT = 4096
+# Seconds that what is done behind the calls waits for a device to come to rest.
+_PATIENCE = 20.0
 # A label may ask for a filesystem that is so many times as large as the pool, which can grow.
 _OVERCOMMIT = 4
 
@@ -95,6 +101,9 @@ class Snapshotter:
         self._images: Images = images or NoImages()
         self._seals, self._committed, self._idle = seals, committed, idle or Idle(0)
         self._locks, self._devices = Locks(), Locks()
+        self.copies = Copies(store, pool, self._devices)
+        # Committed, and somebody has them open who may write: see `part`.
+        self._open_layers: set[str] = set()
 
     def prepare(
         self, key: str, parent: str, labels: Mapping[str, str], deadline: Deadline, *, kind: Kind = Kind.ACTIVE
@@ -122,6 +131,9 @@ class Snapshotter:
                 if not parent:
                     self._bases.forget(origin.fstype, origin.size)
                     raise Unavailable(f"{error}; the empty base is made anew, try again") from None
+                above = self._store.get(parent)
+                if above is not None and above.device != origin.device:
+                    raise Unavailable(f"snapshot {parent!r} got another device meanwhile; try again") from None
                 raise SnapshotterError(f"the data of {parent!r} is lost: {error}; pull its image again") from None
             except (SnapshotterError, BlockdevError, OSError):
                 # The caller may never come again, and would not find it: an intent is in no list.
@@ -302,29 +314,85 @@ class Snapshotter:
         return row
 
     def commit(self, name: str, key: str, labels: Mapping[str, str], parent: str, deadline: Deadline) -> None:
-        """The active snapshot `key` becomes the committed `name`; its device is unmapped behind."""
+        """The active snapshot `key` becomes the committed `name`, as it is now.
+
+        A device that nobody has open is the layer, and is written by nobody from then on; it is unmapped behind. Of one
+        that somebody has open the layer is a snapshot: the device stays with its holder until the last close.
+        """
         _check_key("name", name)
         labels = _check_labels(labels)
         self._refuse_shared(self._seen(key, deadline))
         with self._locks.held(key, name, deadline=deadline):
             row = self._seen_now(key)
             if row.kind is Kind.ACTIVE:
+                self._idle.keep(row.device, deadline)
                 self._pool.flush(row.device)
-            with self._store.transaction():
-                found = self._store.find(key)
-                if found is None:
-                    raise NotFound(key)
-                if found.kind is not Kind.ACTIVE:
-                    raise WrongState(f"snapshot {key!r} is {found.kind.name.lower()}; only an active one is committed")
-                if self._store.find(name) is not None:
-                    raise AlreadyExists(name)
-                if parent and parent != found.parent:
-                    if found.parent:
-                        raise BadRequest("parent", parent, f"snapshot {key!r} has the parent {found.parent!r}")
-                    raise NotOffered("rebase is not offered: a block device cannot be put on another parent at Commit")
-                self._store.commit(key, name, labels, time.time_ns())
+            _refuse_commit(row, key, parent)
+            with self._layer_of(row, name, deadline) as device:
+                with self._store.transaction():
+                    found = self._store.find(key)
+                    if found is None:
+                        raise NotFound(key)
+                    _refuse_commit(found, key, parent)
+                    if self._store.find(name) is not None:
+                        raise AlreadyExists(name)
+                    self._store.commit(key, name, labels, time.time_ns())
+                    if device != row.device:
+                        self._store.move(name, device, time.time_ns())
+            if device == row.device:
+                self._shut(name, device, deadline)
         self._after(row.device)
         self._committed(name)
+
+    @contextlib.contextmanager
+    def _layer_of(self, row: Snapshot, name: str, deadline: Deadline) -> Iterator[int]:
+        """The device that is to be the layer: the snapshot's own, or inside a snapshot of that."""
+        if not self._pool.in_use(row.device) or self._store.get(name) is not None:
+            yield row.device
+            return
+        with self.copies.made(row.device, deadline) as device:
+            yield device
+
+    def _shut(self, name: str, device: int, deadline: Deadline) -> None:
+        """Nobody writes to a committed device: not who opens it from now on, and whoever has opened it since it was
+        looked at keeps another."""
+        if self._pool.shut(device):
+            return
+        self._open_layers.add(name)
+        try:
+            self._part(name, deadline)
+        except (SnapshotterError, BlockdevError, OSError) as error:
+            log.error("a layer is open, and its holder can still write to it; it is tried again",
+                      extra={"key": name, "why": str(error)})  # fmt: skip
+
+    def _part(self, name: str, deadline: Deadline) -> None:
+        """Give a committed snapshot a device of its own, and leave the one it has to whoever has that open."""
+        row = self._store.get(name)
+        if row is not None and row.kind is Kind.COMMITTED and row.device and not self._pool.shut(row.device):
+            with self.copies.made(row.device, deadline) as device, self._store.transaction():
+                found = self._store.find(name)
+                if found is not None and found.device == row.device:
+                    self._store.move(name, device, time.time_ns())
+            self._pool.reopen(row.device)
+            self._after(row.device)
+        self._open_layers.discard(name)
+
+    def shut_layers(self, names: Iterable[str], deadline: Deadline) -> None:
+        """Of committed snapshots that are mapped: a process that was killed, or is older, may have left them open."""
+        for name in names:
+            row = self._store.get(name)
+            if row is not None and row.device not in self._store.shared:
+                with self._locks.held(name, deadline=deadline):
+                    self._shut(name, row.device, deadline)
+
+    def part_layers(self) -> None:
+        """What `_shut` could not do; behind the calls."""
+        for name in list(self._open_layers):
+            try:
+                with self._locks.held(name, deadline=Deadline.after(_PATIENCE)):
+                    self._part(name, Deadline.after(_PATIENCE))
+            except (SnapshotterError, BlockdevError, OSError) as error:
+                log.warning("a layer is still open", extra={"key": name, "why": str(error)})
 
     def remove(self, key: str, deadline: Deadline) -> None:
         """Forget the snapshot; its device is deleted behind, once nobody has it open."""
@@ -398,6 +466,15 @@ class Snapshotter:
             return 0
         block = superblocks.space(self._pool.path(device))
         return max(0, block.inodes - block.free_inodes) if block is not None else 0
+
+
+def _refuse_commit(row: Snapshot, key: str, parent: str) -> None:
+    if row.kind is not Kind.ACTIVE:
+        raise WrongState(f"snapshot {key!r} is {row.kind.name.lower()}; only an active one is committed")
+    if parent and parent != row.parent:
+        if row.parent:
+            raise BadRequest("parent", parent, f"snapshot {key!r} has the parent {row.parent!r}")
+        raise NotOffered("rebase is not offered: a block device cannot be put on another parent at Commit")
 
 
 def _check_key(field: str, key: str) -> None:

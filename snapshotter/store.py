@@ -337,6 +337,17 @@ class Store:
         self._db.execute("UPDATE snapshots SET device = ? WHERE key = ? AND device = ?", (new, key, device))
         return new
 
+    def adopt(self, device: int) -> None:
+        """A device that was doomed while it was made is not to be deleted: a row takes it in this transaction."""
+        self.buried([device])
+
+    def move(self, key: str, device: int, now: int) -> None:
+        """The snapshot has this device, made for it, from now on; the one that it had is to be deleted."""
+        before = self._db.execute("SELECT device, size FROM snapshots WHERE key = ?", (key,)).fetchone()
+        self.adopt(device)
+        self._db.execute("UPDATE snapshots SET device = ? WHERE key = ?", (device, key))
+        self.abandon(before[0], now, before[1])
+
     def doom(self, device: int, now: int, size: int = 0) -> None:
         """Delete this device behind, unless a snapshot has it; without a size its blocks are not discarded first."""
         self._db.execute(

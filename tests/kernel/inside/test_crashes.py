@@ -76,6 +76,16 @@ SCENES = {
     "commit": Scene(
         lambda lab: lab.prepare("a", "layer"), lambda lab: lab.commit("done", "a"), lambda lab: "done" in lab
     ),
+    "commit of what somebody has open": Scene(
+        lambda lab: _hold(lab, lab.prepare("a", "layer")[0].source),
+        lambda lab: lab.commit("done", "a"),
+        lambda lab: "done" in lab and _let_go(lab),
+    ),
+    "commit of what somebody opens meanwhile": Scene(
+        lambda lab: _hold(lab, lab.prepare("a", "layer")[0].source),
+        lambda lab: _unseen(lab, lambda: lab.commit("done", "a")),
+        lambda lab: "done" in lab and _let_go(lab),
+    ),
     "remove, and what is done behind": Scene(
         lambda lab: lab.prepare("a", "layer"),
         lambda lab: (lab.remove("a"), lab.reap()),
@@ -123,6 +133,28 @@ SCENES = {
         lambda lab: lab.status().data_total > 256 * 16,
     ),
 }
+
+
+_HELD: dict[Path, int] = {}
+
+
+def _hold(lab: Lab, path: str) -> None:
+    _HELD[lab.directory] = os.open(path, os.O_RDWR)
+
+
+def _let_go(lab: Lab) -> bool:
+    os.close(_HELD.pop(lab.directory))
+    return True
+
+
+def _unseen(lab: Lab, work: Callable[[], object]) -> None:
+    """As if nobody had it open at the first look."""
+    seen = lab.node.pool.in_use
+    lab.node.pool.in_use = lambda _device: False  # type: ignore[method-assign]
+    try:
+        work()
+    finally:
+        lab.node.pool.in_use = seen  # type: ignore[method-assign]
 
 
 def _soon() -> object:
