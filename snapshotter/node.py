@@ -93,12 +93,13 @@ class Node:
         self.reaper = Reaper(self.store, self.pool, self.idle, discard=settings.discard, busy=self.activity.quiet_for,
                              release_images=self.images.release_unused if self.images else None,
                              seals=self.seals, background=self.background,
-                             held=self._is_held, chores=(self._part_layers,))  # fmt: skip
+                             held=self._is_held, chores=(self._part_layers, self._write_counts),
+                             leaving=self._leaving)  # fmt: skip
         self.snapshots = Snapshotter(
             self.store, self.pool, self.bases,
             Sizes(fstype=settings.fstype, size=settings.size, by_namespace=settings.by_namespace),
             self._done_with, self.images, self.seals, self.idle,
-            self.sealer.tell if self.sealer else lambda _name: None,
+            self.sealer.tell if self.sealer else lambda _name: None, self.activity.quiet_for, self.background,
         )  # fmt: skip
         self._usable, self._stop = threading.Event(), threading.Event()
         self._why_not = f"pool {description.name} is being assembled"
@@ -107,7 +108,7 @@ class Node:
         self._compared: Compared | None = None
         self._ahead: dict[str, Callable[[], None]] = {
             "the recovery": self._recover_behind, "starting the reaper": self._start_reaper,
-            "making the empty base": self._make_base,
+            "making the empty base": self._make_base, "starting the counts": self.snapshots.counts.start,
         }  # fmt: skip
         if self.sealer is not None:
             self._ahead["starting the sealer"] = self.sealer.start
@@ -139,6 +140,12 @@ class Node:
 
     def _part_layers(self) -> None:
         self.snapshots.part_layers()
+
+    def _write_counts(self) -> None:
+        self.snapshots.counts.write()
+
+    def _leaving(self, device: int) -> None:
+        self.snapshots.counts.leaving(device)
 
     @property
     def ready(self) -> bool:
@@ -308,6 +315,7 @@ class Node:
         if self.sealer is not None:
             self.sealer.stop()
         self.reaper.stop()
+        self.snapshots.counts.stop()
         with self.background.survived("writing down what was made"):
             self.store.write_made()
         for thread in self._threads:

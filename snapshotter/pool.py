@@ -462,24 +462,45 @@ class Pool:
         with self.metadata_snapshot(deadline):
             run("thin_check", "-q", "-m", self.metadata, deadline=deadline)
 
-    def added_bytes(self, device: int, origin: int, deadline: Deadline) -> int:
-        """Bytes in blocks of `device` that are not those of `origin`."""
-        with self.metadata_snapshot(deadline):
-            _, output = run(
-                "thin_delta", "-m", "--snap1", str(origin), "--snap2", str(device), self.metadata, deadline=deadline
-            )
+    def added(self, device: int, origin: int, deadline: Deadline) -> int:
+        """Bytes in blocks of `device` that are not those of `origin`; inside a `metadata_snapshot`."""
+        _, output = run(
+            "thin_delta", "-m", "--snap1", str(origin), "--snap2", str(device), self.metadata, deadline=deadline
+        )
         xml = _document(output)
         return _added_blocks(xml) * int(_attribute(xml, "data_block_size")) * SECTOR
 
-    def mapped_bytes(self, deadline: Deadline) -> dict[int, tuple[int, int]]:
-        """Id to (bytes that only it maps, bytes that it shares)."""
-        with self.metadata_snapshot(deadline):
-            _, output = run("thin_ls", "-m", "--no-headers", "-o", "DEV,EXCLUSIVE_BYTES,SHARED_BYTES", self.metadata,
-                            deadline=deadline)  # fmt: skip
+    def listed(self, deadline: Deadline) -> dict[int, tuple[int, int]]:
+        """Id to (bytes that only it maps, bytes that it shares); inside a `metadata_snapshot`."""
+        _, output = run("thin_ls", "-m", "--no-headers", "-o", "DEV,EXCLUSIVE_BYTES,SHARED_BYTES", self.metadata,
+                        deadline=deadline)  # fmt: skip
         rows = (line.split() for line in output.splitlines())
         return {
             int(row[0]): (int(row[1]), int(row[2])) for row in rows if len(row) == 3 and all(map(str.isdecimal, row))
         }
+
+    def mapped_bytes(self, deadline: Deadline) -> dict[int, tuple[int, int]]:
+        """Id to (bytes that only it maps, bytes that it shares)."""
+        with self.metadata_snapshot(deadline):
+            return self.listed(deadline)
+
+    def mapped(self, device: int) -> int:
+        """Bytes in blocks that the mapped device has, those that it shares included. SnapshotterError if it is gone."""
+        name = self.device_name(device)
+        try:
+            return self.mapper.thin_status(name).mapped * SECTOR
+        except (MapperError, ValueError) as error:
+            raise SnapshotterError(f"device {name} says nothing of what it maps: {error}") from None
+
+    def writes(self, device: int) -> int:
+        """How many writes and discards the mapped device has had since it was mapped; -1 if it is not mapped."""
+        found = self.mapper.find(self.device_name(device))
+        try:
+            with open(f"/sys/dev/block/{found.number}/stat" if found is not None else os.devnull) as counters:
+                words = counters.read().split()
+        except FileNotFoundError:
+            return -1
+        return sum(int(words[at]) for at in (4, 11) if at < len(words)) if words else -1
 
 
 def _numbers(output: str) -> Iterator[int]:

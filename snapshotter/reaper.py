@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from blockdev.devicemapper import MapperError
+from blockdev.errors import BlockdevError
 from snapshotter.background import Background
 from snapshotter.entries import Entries
 from snapshotter.errors import SnapshotterError, StoreFailed
@@ -43,10 +44,10 @@ class Reaper:
         self, store: Store, pool: Pool, idle: Idle, *, discard: bool, busy: Callable[[], float],
         release_images: Callable[[], object] | None = None, seals: Seals | None = None,
         background: Background | None = None, held: Callable[[int], bool] = lambda _device: False,
-        chores: Sequence[Callable[[], object]] = (),
+        chores: Sequence[Callable[[], object]] = (), leaving: Callable[[int], object] = lambda _device: None,
     ) -> None:  # fmt: skip
         self._background = background or Background()
-        self._held, self._chores = held, chores
+        self._held, self._chores, self._leaving = held, chores, leaving
         self._store, self._pool, self._idle, self._discard, self._busy = store, pool, idle, discard, busy
         self._release_images, self._seals = release_images or (lambda: None), seals
         self.entries = Entries()
@@ -144,10 +145,19 @@ class Reaper:
 
     def _unmap_if_free(self, device: int) -> bool:
         try:
+            if not self._pool.in_use(device):
+                self._tell_leaving(device)
             return self._unmap(device)
         except (MapperError, SnapshotterError, OSError) as error:
             log.warning("device is not unmapped yet", extra={"device": device, "why": str(error)})
             return False
+
+    def _tell_leaving(self, device: int) -> None:
+        """It is unmapped whatever comes of it."""
+        try:
+            self._leaving(device)
+        except (SnapshotterError, BlockdevError, OSError) as error:
+            log.warning("what a device holds is not counted yet", extra={"device": device, "why": str(error)})
 
     def _delete(self, device: int, size: int) -> bool:
         """Whether the device is gone from the pool."""
@@ -187,6 +197,7 @@ class Reaper:
         try:
             if (self._seals is None or self._seals.release(device)) and not self._pool.in_use(device):
                 self._pool.flush(device)
+                self._tell_leaving(device)
                 return self._unmap(device)
         except (MapperError, SnapshotterError, OSError) as error:
             log.warning("idle device is not unmapped", extra={"device": device, "why": str(error)})

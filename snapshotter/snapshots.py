@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Protocol
 from blockdev import Deadline, filesystems, superblocks
 from blockdev.errors import BlockdevError
 from snapshotter import bases, filters, strangers
+from snapshotter.background import Background
 from snapshotter.bases import Bases
 from snapshotter.copies import Copies
+from snapshotter.counts import Counts
 from snapshotter.errors import (
     AlreadyExists,
     BadRequest,
@@ -95,13 +97,15 @@ class Snapshotter:
     def __init__(
         self, store: Store, pool: Pool, golden: Bases, sizes: Sizes, after: Callable[[int], None],
         images: Images | None = None, seals: Seals | None = None, idle: Idle | None = None,
-        committed: Callable[[str], None] = lambda _name: None,
+        committed: Callable[[str], None] = lambda _name: None, quiet: Callable[[], float] = lambda: 9.0,
+        background: Background | None = None,
     ) -> None:  # fmt: skip
         self._store, self._pool, self._bases, self._sizes, self._after = store, pool, golden, sizes, after
         self._images: Images = images or NoImages()
         self._seals, self._committed, self._idle = seals, committed, idle or Idle(0)
         self._locks, self._devices = Locks(), Locks()
         self.copies = Copies(store, pool, self._devices)
+        self.counts = Counts(store, pool, after, inodes_of_image=self._inodes_of, quiet=quiet, background=background)
         # Committed, and somebody has them open who may write: see `part`.
         self._open_layers: set[str] = set()
 
@@ -328,20 +332,20 @@ class Snapshotter:
                 self._idle.keep(row.device, deadline)
                 self._pool.flush(row.device)
             _refuse_commit(row, key, parent)
-            with self._layer_of(row, name, deadline) as device:
-                with self._store.transaction():
-                    found = self._store.find(key)
-                    if found is None:
-                        raise NotFound(key)
-                    _refuse_commit(found, key, parent)
-                    if self._store.find(name) is not None:
-                        raise AlreadyExists(name)
-                    self._store.commit(key, name, labels, time.time_ns())
-                    if device != row.device:
-                        self._store.move(name, device, time.time_ns())
+            with self._layer_of(row, name, deadline) as device, self._store.transaction():
+                found = self._store.find(key)
+                if found is None:
+                    raise NotFound(key)
+                _refuse_commit(found, key, parent)
+                if self._store.find(name) is not None:
+                    raise AlreadyExists(name)
+                self._store.commit(key, name, labels, time.time_ns())
+                if device != row.device:
+                    self._store.move(name, device, time.time_ns())
             if device == row.device:
                 self._shut(name, device, deadline)
         self._after(row.device)
+        self.counts.ask(name)
         self._committed(name)
 
     @contextlib.contextmanager
@@ -444,27 +448,16 @@ class Snapshotter:
     def usage(self, key: str, deadline: Deadline) -> tuple[int, int]:
         """Bytes in blocks that the parent does not have, and inodes more than it has; never negative."""
         row = self._seen(key, deadline)
-        if row.kind is Kind.VIEW or not row.device:
-            return 0, 0
-        origin = self._origin_of(row)
-        if not origin:
-            exclusive, shared = self._pool.mapped_bytes(deadline).get(row.device, (0, 0))
-            return exclusive + shared, self._inodes(row.device)
-        added = self._pool.added_bytes(row.device, origin, deadline)
-        return added, max(0, self._inodes(row.device) - self._inodes(origin))
 
-    def _origin_of(self, row: Snapshot) -> int:
-        if row.parent:
-            above = self._store.get(row.parent)
-            return above.device if above is not None else 0
-        base = self._store.base(row.fstype, row.size)
-        return base.device if base is not None else 0
+        def activate() -> None:
+            with self._locks.held(key, deadline=deadline):
+                if self._seen_now(key).device == row.device:
+                    self._activate(row, deadline)
 
-    def _inodes(self, device: int) -> int:
-        """Used inodes as last written back; 0 for a device that is not mapped, as nothing is mapped to count them."""
-        if self._pool.find(device) is None:
-            return 0
-        block = superblocks.space(self._pool.path(device))
+        return self.counts.usage(row, activate, deadline)
+
+    def _inodes_of(self, image: str, deadline: Deadline) -> int:
+        block = superblocks.space(self._images.origin(image, deadline))
         return max(0, block.inodes - block.free_inodes) if block is not None else 0
 
 

@@ -59,6 +59,12 @@ _ENOUGH = MAX_THIN_ID // 2
 # One row a device. Not part of the schema's number, as an older release works with it too.
 _ONE_ROW = "CREATE UNIQUE INDEX IF NOT EXISTS one_row ON snapshots (device) WHERE device <> 0"
 _BY_DEVICE = "CREATE INDEX IF NOT EXISTS by_device ON snapshots (device) WHERE device <> 0"
+# What snapshots use; an older release leaves what it says of devices that are gone.
+_COUNTED = (
+    "CREATE TABLE IF NOT EXISTS counted (device INTEGER PRIMARY KEY, mapped INTEGER NOT NULL, inodes INTEGER NOT NULL, "
+    "added INTEGER, final INTEGER NOT NULL) STRICT"
+)
+_STALE = "DELETE FROM counted WHERE device NOT IN (SELECT device FROM snapshots)"
 _ONE_BASE = "CREATE UNIQUE INDEX IF NOT EXISTS one_base ON bases (device)"
 _SEVERAL = (
     "SELECT device FROM (SELECT device FROM snapshots WHERE device <> 0 UNION ALL SELECT device FROM bases "
@@ -81,6 +87,17 @@ class Base:
     ready: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class Counted:
+    """Bytes in blocks that a device maps, and inodes used in its filesystem. `added`: bytes that are not its origin's,
+    where that was looked at. `final`: the device does not change any more."""
+
+    mapped: int
+    inodes: int
+    added: int | None = None
+    final: bool = False
+
+
 class Store:
     """Rows. Safe to use from several threads; a second process may read beside it. Raises StoreFailed."""
 
@@ -94,6 +111,8 @@ class Store:
         self._synchronous = ""
         # Why no id may be given yet; empty once the pool's devices were compared with the rows.
         self.barred = ""
+        # Whether the table of what snapshots use is there.
+        self._counts = False
         # Whether what `guard` does is on the disk.
         self.guarded = False
         # Quarantined devices that snapshots have; see `guard`.
@@ -187,6 +206,9 @@ class Store:
             ).fetchone()
             self._db.execute(_BY_DEVICE if doubled else _ONE_ROW)
             self._db.execute(_ONE_BASE)
+            self._db.execute(_COUNTED)
+            self._db.execute(_STALE)
+        self._counts = True
         owners = self._owners(self.quarantined())
         self.shared = frozenset(owners)
         self._refused.difference_update(several)
@@ -358,7 +380,19 @@ class Store:
 
     def buried(self, devices: Iterable[int]) -> None:
         """These are gone from the pool."""
-        self._db.executemany("DELETE FROM doomed WHERE device = ?", ((device,) for device in devices))
+        gone = [(device,) for device in devices]
+        self._db.executemany("DELETE FROM doomed WHERE device = ?", gone)
+        if self._counts:
+            self._db.executemany("DELETE FROM counted WHERE device = ?", gone)
+
+    def set_counted(self, device: int, counted: Counted) -> None:
+        """What the device of a snapshot holds; nothing if no snapshot has it by now."""
+        if self._counts:
+            self._db.execute(
+                "INSERT OR REPLACE INTO counted SELECT ?1, ?2, ?3, ?4, ?5 "
+                "WHERE EXISTS (SELECT 1 FROM snapshots WHERE device = ?1)",
+                (device, counted.mapped, counted.inodes, counted.added, int(counted.final)),
+            )
 
     def set_base(self, base: Base) -> None:
         self._db.execute(
@@ -471,9 +505,22 @@ class Store:
         with self._reading, _explained(self.path):
             return dict(self._reader.execute("SELECT device, size FROM doomed ORDER BY since, device").fetchall())
 
+    def counted(self, device: int) -> Counted | None:
+        """What was written down of a device."""
+        if not self._counts:
+            return None
+        with self._reading, _explained(self.path):
+            query = "SELECT mapped, inodes, added, final FROM counted WHERE device = ?"
+            row = self._reader.execute(query, (device,)).fetchone()
+        return None if row is None else Counted(mapped=row[0], inodes=row[1], added=row[2], final=bool(row[3]))
+
+    def of_device(self, device: int) -> list[Snapshot]:
+        """The snapshots that have this device: one, or none."""
+        return self._many("device = ? AND device <> 0", device)
+
     def owners(self, device: int) -> list[str]:
         """Keys of the snapshots that have this device: one, or none."""
-        return [row.key for row in self._many("device = ? AND device <> 0", device)]
+        return [row.key for row in self.of_device(device)]
 
     def quarantined(self) -> list[int]:
         return self._numbers("SELECT device FROM quarantined ORDER BY device")
