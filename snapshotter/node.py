@@ -20,6 +20,7 @@ from snapshotter.background import Background
 from snapshotter.bases import Bases
 from snapshotter.errors import PoolRefused, SnapshotterError, StoreFailed, Unavailable
 from snapshotter.idle import Idle
+from snapshotter.pace import Pace
 from snapshotter.pool import Limits, Pool
 from snapshotter.reaper import Reaper
 from snapshotter.snapshots import Sizes, Snapshotter
@@ -80,6 +81,7 @@ class Node:
         if description is None:
             raise PoolRefused(f"no pool is described in {settings.state_dir}; make one with `runvol pool init`")
         self.settings, self.activity = settings, Activity()
+        self._usable, self._stop = threading.Event(), threading.Event()
         self.background = Background()
         self.store = Store(os.path.join(settings.state_dir, STORE))
         self.store.barred = f"the devices of pool {description.name} are not compared with the store's yet"
@@ -101,7 +103,6 @@ class Node:
             self._done_with, self.images, self.seals, self.idle,
             self.sealer.tell if self.sealer else lambda _name: None, self.activity.quiet_for, self.background,
         )  # fmt: skip
-        self._usable, self._stop = threading.Event(), threading.Event()
         self._why_not = f"pool {description.name} is being assembled"
         self._extender: Extender | None = None
         self.found = recovery.Found()
@@ -129,7 +130,7 @@ class Node:
             return None, None
         from snapshotter.seals import Sealer, Seals
 
-        seals = Seals(self.mapper, self.store, self.pool, directory)
+        seals = Seals(self.mapper, self.store, self.pool, directory, Pace(self.activity.quiet_for, self._stop).step)
         return seals, Sealer(seals, self.store, self._done_with, self.background) if self.settings.verity else None
 
     def _done_with(self, device: int) -> None:

@@ -260,14 +260,30 @@ class Pool:
         found = [*holders.mount_points(self.path(device)), *map(str, holders.processes(self.path(device)))]
         return ", ".join(found) or "nobody that this process can see"
 
-    def discard(self, device: int, size: int) -> None:
-        """Give the device's own blocks back, to the disk below too. The device must be mapped."""
-        fd = os.open(self.path(device), os.O_WRONLY | os.O_CLOEXEC)
+    def is_writable(self, device: int) -> bool:
+        """Whether the device is mapped, for writing too; what `shut` refuses is allowed again."""
+        self.reopen(device)
+        found = self.find(device)
+        return found is not None and not found.read_only
+
+    def discard(self, device: int, size: int) -> bool:
+        """Give the device's own blocks back, to the disk below too; False if somebody has it open. It must be mapped,
+        and mounts of it fail meanwhile."""
         try:
+            fd = os.open(self.path(device), os.O_WRONLY | os.O_EXCL | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            return False
+        try:
+            found = self.mapper.find(self.device_name(device))
+            if found is not None and found.open_count > 1:
+                return False
             for start in range(0, size, _DISCARD_STEP):
                 fcntl.ioctl(fd, _BLKDISCARD, struct.pack("QQ", start, min(_DISCARD_STEP, size - start)))
         finally:
             os.close(fd)
+        return True
 
     # -- messages ---------------------------------------------------------------------------------------------------
 
