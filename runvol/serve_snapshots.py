@@ -35,6 +35,7 @@ def settings_of(config: Config) -> Settings:
         limits=limits(config),
         images=config.text("snapshotter.images"),
         verity=bool(config.number("snapshotter.verity")),
+        share_layers=bool(config.number("snapshotter.share_layers")),
         unmap_idle=config.number("snapshotter.unmap_idle_seconds"),
         discard=bool(config.number("snapshotter.discard")),
     )

@@ -17,7 +17,7 @@ from blockdev.errors import BlockdevError
 from snapshotter import assembly, backing, recovery, strangers
 from snapshotter.assembly import Extender
 from snapshotter.background import Background
-from snapshotter.bases import Bases
+from snapshotter.bases import GRAIN, Bases
 from snapshotter.errors import PoolRefused, SnapshotterError, StoreFailed, Unavailable
 from snapshotter.idle import Idle
 from snapshotter.pace import Pace
@@ -50,6 +50,8 @@ class Settings:
     discard: bool = True
     images: str = ""
     verity: bool = False
+    # Layers that another namespace has unpacked are not stored again.
+    share_layers: bool = True
     # Seconds after which a mapped device that nobody has open is unmapped; 0 is never.
     unmap_idle: float = 600
 
@@ -102,6 +104,7 @@ class Node:
             Sizes(fstype=settings.fstype, size=settings.size, by_namespace=settings.by_namespace),
             self._done_with, self.images, self.seals, self.idle,
             self.sealer.tell if self.sealer else lambda _name: None, self.activity.quiet_for, self.background,
+            settings.share_layers,
         )  # fmt: skip
         self._why_not = f"pool {description.name} is being assembled"
         self._extender: Extender | None = None
@@ -270,7 +273,8 @@ class Node:
 
     def _make_base(self) -> None:
         try:
-            self.bases.device(self.settings.fstype, self.settings.size, Deadline.after(300))
+            size = -(-self.settings.size // GRAIN) * GRAIN
+            self.bases.device(self.settings.fstype, size, Deadline.after(300))
         except (SnapshotterError, BlockdevError, OSError) as error:
             log.error("the empty base cannot be made yet", extra={"why": str(error)})
 

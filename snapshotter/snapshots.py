@@ -31,8 +31,19 @@ from snapshotter.errors import (
     WrongState,
 )
 from snapshotter.idle import Idle
+from snapshotter.layers import Layers
 from snapshotter.locks import Locks
-from snapshotter.model import LABEL_FSTYPE, LABEL_PREFIX, LABEL_REF, LABEL_SIZE, Kind, Mount, Snapshot, State
+from snapshotter.model import (
+    LABEL_FSTYPE,
+    LABEL_PREFIX,
+    LABEL_REF,
+    LABEL_SIZE,
+    Kind,
+    Mount,
+    Snapshot,
+    State,
+    chain_of,
+)
 from snapshotter.pool import DeviceMissing, Pool
 from snapshotter.store import Store
 
@@ -98,13 +109,14 @@ class Snapshotter:
         self, store: Store, pool: Pool, golden: Bases, sizes: Sizes, after: Callable[[int], None],
         images: Images | None = None, seals: Seals | None = None, idle: Idle | None = None,
         committed: Callable[[str], None] = lambda _name: None, quiet: Callable[[], float] = lambda: 9.0,
-        background: Background | None = None,
+        background: Background | None = None, share_layers: bool = True,
     ) -> None:  # fmt: skip
         self._store, self._pool, self._bases, self._sizes, self._after = store, pool, golden, sizes, after
         self._images: Images = images or NoImages()
         self._seals, self._committed, self._idle = seals, committed, idle or Idle(0)
         self._locks, self._devices = Locks(), Locks()
         self.copies = Copies(store, pool, self._devices)
+        self._layers = Layers(store, self.copies) if share_layers else None
         self.counts = Counts(store, pool, after, inodes_of_image=self._inodes_of, quiet=quiet, background=background)
         # Committed, and somebody has them open who may write: see `part`.
         self._open_layers: set[str] = set()
@@ -119,7 +131,9 @@ class Snapshotter:
         _check_key("key", key)
         labels = _check_labels(labels)
         with self._locks.held(key, deadline=deadline):
-            if kind is Kind.ACTIVE and self._images.claim(parent, labels, deadline):
+            if kind is Kind.ACTIVE and (
+                self._images.claim(parent, labels, deadline) or self._claim(key, parent, labels, deadline)
+            ):
                 raise AlreadyExists(labels[LABEL_REF])
             self._settle(key, deadline)
             self._pool.admit()
@@ -148,17 +162,35 @@ class Snapshotter:
             self._store.made(row)
             return self._mounts(row, deadline)
 
+    def _claim(self, key: str, parent: str, labels: Mapping[str, str], deadline: Deadline) -> bool:
+        """Whether another namespace has the layer that is about to be unpacked; see `layers`."""
+        if self._layers is None or not labels.get(LABEL_REF):
+            return False
+        above = self._store.get(parent) if parent else None
+        if parent and (above is None or above.kind is not Kind.COMMITTED):
+            return False
+        if above is not None:
+            fstype, size = above.fstype, self._wanted_size(key, labels, _origin_in(above))
+        else:
+            fstype, size = labels.get(LABEL_FSTYPE, self._sizes.fstype), self._first_size(key, labels)
+        self._pool.admit()
+        return self._layers.claim(key, parent, labels, fstype, size, deadline)
+
+    def _first_size(self, key: str, labels: Mapping[str, str]) -> int:
+        size = self._size_label(key, labels) or self._sizes.of(key)
+        return -(-size // bases.GRAIN) * bases.GRAIN
+
     def _origin(self, key: str, parent: str, labels: Mapping[str, str], deadline: Deadline) -> _Origin:
         if parent:
             above = self._seen(parent, deadline, what="parent")
             if above.kind is not Kind.COMMITTED:
                 raise BadRequest("parent", parent, "is not committed")
             self._refuse_shared(above)
-            return _Origin(device=above.device, size=above.size, fstype=above.fstype, image=above.image)
+            return _origin_in(above)
         fstype = labels.get(LABEL_FSTYPE, self._sizes.fstype)
         size = self._size_label(key, labels) or self._sizes.of(key)
         bases.check(fstype, size, field=LABEL_SIZE if LABEL_SIZE in labels else "snapshotter.size")
-        size = -(-size // bases.GRAIN) * bases.GRAIN
+        size = self._first_size(key, labels)
         return _Origin(device=self._bases.device(fstype, size, deadline), size=size, fstype=fstype, image="")
 
     def _wanted_size(self, key: str, labels: Mapping[str, str], origin: _Origin) -> int:
@@ -346,6 +378,8 @@ class Snapshotter:
                 self._shut(name, device, deadline)
         self._after(row.device)
         self.counts.ask(name)
+        if self._layers is not None:
+            self._layers.committed(name, chain_of(replace(row, key=name, labels=labels)))
         self._committed(name)
 
     @contextlib.contextmanager
@@ -459,6 +493,10 @@ class Snapshotter:
     def _inodes_of(self, image: str, deadline: Deadline) -> int:
         block = superblocks.space(self._images.origin(image, deadline))
         return max(0, block.inodes - block.free_inodes) if block is not None else 0
+
+
+def _origin_in(above: Snapshot) -> _Origin:
+    return _Origin(device=above.device, size=above.size, fstype=above.fstype, image=above.image)
 
 
 def _refuse_commit(row: Snapshot, key: str, parent: str) -> None:

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from blockdev import Deadline
 from snapshotter.errors import AlreadyExists, NotFound
+from snapshotter.model import LABEL_REF
 from tests.kernel.inside.killpoints import Steps
 from tests.kernel.inside.lab import MIB, Lab, in_child
 
@@ -86,6 +88,11 @@ SCENES = {
         lambda lab: _unseen(lab, lambda: lab.commit("done", "a")),
         lambda lab: "done" in lab and _let_go(lab),
     ),
+    "prepare of a layer that another namespace has": Scene(
+        lambda lab: _unpacked(lab, "k8s.io"),
+        lambda lab: _claimed(lab, "moby"),
+        lambda lab: any(name.startswith("runvol-layer/moby/") for name in lab.names()),
+    ),
     "remove, and what is done behind": Scene(
         lambda lab: lab.prepare("a", "layer"),
         lambda lab: (lab.remove("a"), lab.reap()),
@@ -133,6 +140,19 @@ SCENES = {
         lambda lab: lab.status().data_total > 256 * 16,
     ),
 }
+
+
+_CHAIN = f"sha256:{'a' * 64}"
+
+
+def _unpacked(lab: Lab, namespace: str) -> None:
+    lab.prepare("extract")
+    lab.commit(f"{namespace}/8/{_CHAIN}", "extract")
+
+
+def _claimed(lab: Lab, namespace: str) -> None:
+    with pytest.raises(AlreadyExists):
+        lab.node.snapshots.prepare(f"{namespace}/7/x", "", {LABEL_REF: _CHAIN}, Deadline.after(60))
 
 
 _HELD: dict[Path, int] = {}
