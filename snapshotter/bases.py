@@ -10,7 +10,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 
 from blockdev import Deadline, filesystems, sparse
@@ -25,6 +25,22 @@ LARGEST = 1 << 50
 # What a filesystem writes when it is made or grows lies in places: a group of block groups of an ext4 (16 of 128 MiB),
 # an allocation group of an XFS (a quarter of what it was made with). Bytes that each takes, measured and doubled.
 _EXT4_PLACE, _XFS_PLACES, _PLACE_BYTES = 2 << 30, 4, 256 << 10
+
+
+# The name of a fact that says what an empty filesystem holds begins so; its type and its size follow.
+EMPTY = "empty "
+# Seconds after which a base of another size than the configured ones is not needed any more; longer than a call.
+_UNUSED = 3600.0
+
+
+def rounded(size: int) -> int:
+    """The size of the base for this many bytes."""
+    return -(-size // GRAIN) * GRAIN
+
+
+def _sizes_in(fact: str) -> tuple[str, int]:
+    fstype, size = fact.removeprefix(EMPTY).split()
+    return fstype, int(size)
 
 
 def check(fstype: str, size: int, *, field: str = "size") -> None:
@@ -47,15 +63,25 @@ def cost(fstype: str, first: int, before: int, size: int) -> tuple[int, int]:
 
 
 class Bases:
-    """One base for each filesystem type and size, in the pool; made on first demand."""
+    """One base for each filesystem type and size, in the pool; made on first demand.
 
-    def __init__(self, store: Store, pool: Pool, directory: str) -> None:
-        self._store, self._pool, self._directory = store, pool, directory
+    Those of the sizes in `kept` stay; another goes once nobody has asked for it for `unused_after` seconds. A snapshot
+    does not need the device that it was made of.
+    """
+
+    def __init__(
+        self, store: Store, pool: Pool, directory: str, kept: Collection[tuple[str, int]] = ()
+    ) -> None:  # fmt: skip
+        self._store, self._pool, self._directory, self._kept = store, pool, directory, frozenset(kept)
         self._lock = threading.Lock()
         self._ready: dict[tuple[str, int], int] = {}
+        self._asked: dict[tuple[str, int], float] = {}
+        self.unused_after = _UNUSED
+        self._began = self._looked = time.monotonic()
 
     def device(self, fstype: str, size: int, deadline: Deadline) -> int:
         """The thin id of the base, whole and not mapped."""
+        self._asked[fstype, size] = time.monotonic()
         known = self._ready.get((fstype, size))
         if known is not None:
             return known
@@ -75,6 +101,38 @@ class Bases:
             if base is not None:
                 with self._store.transaction():
                     self._store.forget_base(base)
+
+    def drop_unused(self, leaving: Callable[[Base], object], *, every: float = 60) -> None:
+        """Doom the bases that nobody needs; `leaving` is told of one whose snapshots are still there. Does nothing
+        until `every` seconds after the last time."""
+        now = time.monotonic()
+        if now - self._looked < every:
+            return
+        self._looked = now
+        first = self._store.first_layers()
+        for base in self._store.bases():
+            if base.ready and self._is_unused(base, now):
+                if (base.fstype, base.size) in first:
+                    leaving(base)
+                with self._lock:
+                    if self._is_unused(base, now):
+                        self._drop(base)
+        needed = first | {(base.fstype, base.size) for base in self._store.bases()}
+        gone = [fact for fact in self._store.facts(EMPTY) if _sizes_in(fact) not in needed]
+        if gone:
+            with self._store.transaction(durable=False):
+                self._store.forget_facts(gone)
+
+    def _is_unused(self, base: Base, now: float) -> bool:
+        kind = base.fstype, base.size
+        return kind not in self._kept and now - self._asked.get(kind, self._began) >= self.unused_after
+
+    def _drop(self, base: Base) -> None:
+        self._ready.pop((base.fstype, base.size), None)
+        with self._store.transaction():
+            self._store.abandon(base.device, time.time_ns(), base.size)
+            self._store.forget_base(base)
+        self._asked.pop((base.fstype, base.size), None)
 
     def drop_unfinished(self) -> None:
         """Bases that a killed process was making."""

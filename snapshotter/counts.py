@@ -18,11 +18,12 @@ from dataclasses import dataclass, replace
 from blockdev import Deadline, superblocks
 from blockdev.errors import BlockdevError
 from snapshotter.background import Background
+from snapshotter.bases import EMPTY
 from snapshotter.errors import SnapshotterError
 from snapshotter.locks import Locks
 from snapshotter.model import Kind, Snapshot
 from snapshotter.pool import DeviceMissing, Pool
-from snapshotter.store import Counted, Store
+from snapshotter.store import Base, Counted, Store
 
 log = logging.getLogger("runvol.snapshotter")
 # Seconds between looks into the pool's metadata, from the first that asks for one until it is made, and that it waits
@@ -142,23 +143,29 @@ class Counts:
 
     def _empty(self, row: Snapshot, deadline: Deadline) -> Counted:
         """The base of a first layer. It does not change either; it may be gone, what was counted of it is not."""
-        fact = f"empty {row.fstype} {row.size}"
-        said = self._store.read_fact(fact)
+        said = self._store.read_fact(f"{EMPTY}{row.fstype} {row.size}")
         if said is None:
             base = self._store.base(row.fstype, row.size)
             if base is None or not base.ready:
                 return Counted(mapped=0, inodes=0)
-            with self._counting.held(fact, deadline=deadline):
-                found = self._now(base.device, row.fstype)
-                if found is None:
-                    self._pool.activate(base.device, base.size, read_only=True)
-                    found = self._now(base.device, row.fstype) or Counted(mapped=0, inodes=0)
-                    self._after(base.device)
-            said = f"{found.mapped} {found.inodes}"
-            with self._store.transaction(durable=False):
-                self._store.set_fact(fact, said)
+            return self.count_base(base, deadline)
         mapped, inodes = map(int, said.split())
         return Counted(mapped=mapped, inodes=inodes)
+
+    def count_base(self, base: Base, deadline: Deadline) -> Counted:
+        """What an empty filesystem holds, written down."""
+        fact = f"{EMPTY}{base.fstype} {base.size}"
+        with self._counting.held(fact, deadline=deadline):
+            found = self._now(base.device, base.fstype)
+            if found is None:
+                self._pool.activate(base.device, base.size, read_only=True)
+                found = self._now(base.device, base.fstype)
+                self._after(base.device)
+        if found is None:
+            raise SnapshotterError(f"base {base.device} was unmapped while it was counted; try again")
+        with self._store.transaction(durable=False):
+            self._store.set_fact(fact, f"{found.mapped} {found.inodes}")
+        return found
 
     def _now(self, device: int, fstype: str) -> Counted | None:
         """What a mapped device maps, and the inodes that are used in it as last written back; None if it is not mapped.

@@ -17,7 +17,7 @@ from blockdev.errors import BlockdevError
 from snapshotter import assembly, backing, recovery, strangers
 from snapshotter.assembly import Extender
 from snapshotter.background import Background
-from snapshotter.bases import GRAIN, Bases
+from snapshotter.bases import Bases, rounded
 from snapshotter.errors import PoolRefused, SnapshotterError, StoreFailed, Unavailable
 from snapshotter.idle import Idle
 from snapshotter.pace import Pace
@@ -90,14 +90,18 @@ class Node:
         self.mapper = Mapper()
         # Its nodes are known only once it is assembled; the name and the identity are known now.
         self.pool = Pool(self.mapper, description.name, description.identity, "", settings.limits)
-        self.bases = Bases(self.store, self.pool, os.path.join(settings.state_dir, "bases"))
+        sizes = {rounded(size) for size in (settings.size, *settings.by_namespace.values())}
+        self.bases = Bases(self.store, self.pool, os.path.join(settings.state_dir, "bases"),
+                           {(settings.fstype, size) for size in sizes})  # fmt: skip
         self.images = self._shared_images()
         self.seals, self.sealer = self._verified_layers()
         self.idle = Idle(settings.unmap_idle)
         self.reaper = Reaper(self.store, self.pool, self.idle, discard=settings.discard, busy=self.activity.quiet_for,
                              release_images=self.images.release_unused if self.images else None,
                              seals=self.seals, background=self.background,
-                             held=self._is_held, chores=(self._part_layers, self._write_counts),
+                             held=self._is_held, chores={"parting layers from writers": self._part_layers,
+                                                         "writing down what is used": self._write_counts,
+                                                         "giving up unused bases": self._drop_bases},
                              leaving=self._leaving)  # fmt: skip
         self.snapshots = Snapshotter(
             self.store, self.pool, self.bases,
@@ -147,6 +151,9 @@ class Node:
 
     def _write_counts(self) -> None:
         self.snapshots.counts.write()
+
+    def _drop_bases(self) -> None:
+        self.bases.drop_unused(lambda base: self.snapshots.counts.count_base(base, Deadline.after(30)))
 
     def _leaving(self, device: int) -> None:
         self.snapshots.counts.leaving(device)
@@ -273,8 +280,7 @@ class Node:
 
     def _make_base(self) -> None:
         try:
-            size = -(-self.settings.size // GRAIN) * GRAIN
-            self.bases.device(self.settings.fstype, size, Deadline.after(300))
+            self.bases.device(self.settings.fstype, rounded(self.settings.size), Deadline.after(300))
         except (SnapshotterError, BlockdevError, OSError) as error:
             log.error("the empty base cannot be made yet", extra={"why": str(error)})
 

@@ -44,10 +44,11 @@ class Reaper:
         self, store: Store, pool: Pool, idle: Idle, *, discard: bool, busy: Callable[[], float],
         release_images: Callable[[], object] | None = None, seals: Seals | None = None,
         background: Background | None = None, held: Callable[[int], bool] = lambda _device: False,
-        chores: Sequence[Callable[[], object]] = (), leaving: Callable[[int], object] = lambda _device: None,
+        chores: Mapping[str, Callable[[], object]] | None = None,
+        leaving: Callable[[int], object] = lambda _device: None,
     ) -> None:  # fmt: skip
         self._background = background or Background()
-        self._held, self._chores, self._leaving = held, chores, leaving
+        self._held, self._chores, self._leaving = held, chores or {}, leaving
         self._store, self._pool, self._idle, self._discard = store, pool, idle, discard
         self._release_images, self._seals = release_images or (lambda: None), seals
         self.entries = Entries()
@@ -121,8 +122,9 @@ class Reaper:
             self.deleted += len(gone)
         more = self._unmap_idle() or self._shorten()
         self._release_images()
-        for chore in self._chores:
-            chore()
+        for what, chore in self._chores.items():
+            with self._background.survived(what):
+                chore()
         self._store.tidy()
         return more or self._goes_on(doomed, gone)
 

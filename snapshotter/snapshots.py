@@ -177,8 +177,7 @@ class Snapshotter:
         return self._layers.claim(key, parent, labels, fstype, size, deadline)
 
     def _first_size(self, key: str, labels: Mapping[str, str]) -> int:
-        size = self._size_label(key, labels) or self._sizes.of(key)
-        return -(-size // bases.GRAIN) * bases.GRAIN
+        return bases.rounded(self._size_label(key, labels) or self._sizes.of(key))
 
     def _origin(self, key: str, parent: str, labels: Mapping[str, str], deadline: Deadline) -> _Origin:
         if parent:
@@ -197,7 +196,7 @@ class Snapshotter:
         """Grow only: what is smaller than the parent is the parent's size."""
         asked = self._size_label(key, labels) or 0
         wanted = max(origin.size, asked, self._sizes.by_namespace.get(key.split("/", 1)[0], 0))
-        return -(-wanted // bases.GRAIN) * bases.GRAIN if wanted > origin.size else origin.size
+        return bases.rounded(wanted) if wanted > origin.size else origin.size
 
     def _size_label(self, key: str, labels: Mapping[str, str]) -> int | None:
         """The label's bytes. BadRequest for more than a few times what the pool holds, or is given without a label."""

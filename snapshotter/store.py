@@ -538,6 +538,12 @@ class Store:
         """Devices of snapshots that are more than an intent."""
         return set(self._numbers(f"SELECT device FROM snapshots WHERE device <> 0 AND state <> {int(State.PREPARING)}"))  # noqa: S608
 
+    def first_layers(self) -> set[tuple[str, int]]:
+        """Type and size of the filesystems of snapshots that have no parent."""
+        with self._reading, _explained(self.path):
+            query = "SELECT DISTINCT fstype, size FROM snapshots WHERE parent = '' AND device <> 0"
+            return {(str(row[0]), int(row[1])) for row in self._reader.execute(query).fetchall()}
+
     def base(self, fstype: str, size: int) -> Base | None:
         found = [base for base in self.bases() if (base.fstype, base.size) == (fstype, size)]
         return found[0] if found else None

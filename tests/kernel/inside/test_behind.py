@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -47,3 +48,57 @@ def test_what_is_opened_after_its_removal_keeps_its_blocks(lab: Lab) -> None:
         opened.seek(1024)
         assert opened.read(4096) == first
     assert not lab.leaks()
+
+
+def test_a_base_that_nobody_needs_goes_and_what_was_made_of_it_stays(lab: Lab) -> None:
+    with mounted(lab.prepare("kept")) as root:
+        (root / "f").write_bytes(b"x")
+    before = lab.ids()
+    for number in range(5):
+        lab.prepare(f"s{number}", size=str((40 + number) * MIB))
+    with mounted(lab.mounts("s0")) as root:
+        (root / "f").write_bytes(b"x")
+        (root / "g").write_bytes(b"x")
+    for number in range(1, 5):
+        lab.remove(f"s{number}")
+    lab.reap()
+    assert len(lab.bases()) == 6
+    lab.node.bases.drop_unused(_never, every=0)
+    assert len(lab.bases()) == 6, "they were asked for a moment ago"
+    lab.node.bases.unused_after = 0
+    lab.node.bases._looked = -1e9
+    lab.reap()
+    lab.reap()
+    assert len(lab.bases()) == 1
+    assert lab.ids() == {*before, lab.stat("s0").device}
+    # What is counted without them, and made with another one.
+    assert lab.usage("s0")[1] == 2
+    lab.commit("layer", "s0")
+    assert lab.usage("layer")[1] == 2
+    assert lab.read("layer", "f") == b"x"
+    lab.prepare("s1", size=str(41 * MIB))
+    assert len(lab.bases()) == 2
+    lab.restart()
+    assert lab.usage("layer")[1] == 2
+    lab.remove("layer")
+    lab.remove("s1")
+    lab.node.bases.unused_after = 0
+    lab.node.bases._looked = -1e9
+    lab.reap()
+    lab.reap()
+    assert len(lab.bases()) == 1
+    assert len(lab.node.store.facts("empty ")) <= 1, "what is said of empty filesystems goes with the last of that size"
+    assert not lab.leaks()
+
+
+def _never(*_: object) -> None:
+    raise AssertionError
+
+
+def test_the_base_that_is_made_ahead_is_the_one_that_is_used(make_lab: Callable[..., Lab]) -> None:
+    lab = make_lab(size=20_000_000)
+    lab.node._make_base()
+    made = lab.bases()
+    lab.prepare("a")
+    assert lab.bases() == made
+    assert lab.stat("a").size == 20 * MIB

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,9 @@ from snapshotter.errors import AlreadyExists
 from snapshotter.model import LABEL_PARENT_CHAIN, LABEL_REF
 from snapshotter.pool import DeviceMissing
 from tests.kernel.inside.lab import MIB, Lab, mounted, soon
+from tests.kernel.inside.registry import Registry
+from tests.kernel.inside.server import Server
+from tests.kernel.inside.test_containerd import Containerd, layers, oci_archive
 from tests.kernel.inside.test_images import chain, extract
 
 pytestmark = pytest.mark.short
@@ -128,3 +132,34 @@ def test_a_claimed_layer_is_an_ordinary_one(lab: Lab) -> None:
     base = extract(lab, "base", "", namespace="moby")
     (mount,) = lab.view("v", base)
     assert subprocess.run(["e2fsck", "-fn", mount.source], check=False, capture_output=True).returncode == 0
+
+
+def test_a_pull_in_another_namespace_fetches_and_stores_no_layer(tmp_path: Path) -> None:
+    oci_archive(tmp_path / "image.tar", layers(big=2 * MIB))
+    registry = Registry(tmp_path / "image.tar")
+    with Server(tmp_path, size=64 * MIB) as server:
+        containerd = Containerd(tmp_path, server)
+        containerd.start()
+
+        def pull(namespace: str) -> list[str]:
+            registry.fetched.clear()
+            containerd.ctr("-n", namespace, "images", "pull", "--plain-http", "--snapshotter", "runvol", registry.name)
+            return [digest for digest in registry.layers if digest in registry.fetched]
+
+        def run(namespace: str) -> str:
+            return containerd.ctr("-n", namespace, "run", "--rm", "--snapshotter", "runvol", registry.name, "c", "/bin/cat",
+                                  "/etc/changed")[1]  # fmt: skip
+
+        try:
+            assert len(pull("first")) == 3
+            used = server.pool()["data_used_bytes"]
+            assert pull("second") == []
+            assert server.pool()["data_used_bytes"] == used
+            assert (run("first"), run("second")) == ("new", "new")
+            containerd.ctr("-n", "first", "images", "rm", "--sync", registry.name)
+            assert run("second") == "new"
+            containerd.ctr("-n", "second", "images", "rm", "--sync", registry.name)
+            server.settled(0)
+        finally:
+            containerd.stop()
+            registry.close()
