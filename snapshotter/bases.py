@@ -38,6 +38,15 @@ def rounded(size: int) -> int:
     return -(-size // GRAIN) * GRAIN
 
 
+def of_layer(fstype: str, layer: int) -> str:
+    """The type of the base that is a layer's filesystem, grown."""
+    return f"{fstype} of {layer}"
+
+
+def _layer_in(kind: str) -> int:
+    return int(kind.partition(" of ")[2] or "0")
+
+
 def _sizes_in(fact: str) -> tuple[str, int]:
     fstype, size = fact.removeprefix(EMPTY).split()
     return fstype, int(size)
@@ -66,7 +75,7 @@ class Bases:
     """One base for each filesystem type and size, in the pool; made on first demand.
 
     Those of the sizes in `kept` stay; another goes once nobody has asked for it for `unused_after` seconds. A snapshot
-    does not need the device that it was made of.
+    does not need the device that it was made of. A layer whose children are larger has a base of its own, see `grown`.
     """
 
     def __init__(
@@ -89,7 +98,7 @@ class Bases:
             base = self._store.base(fstype, size)
             if base is None or not base.ready:
                 self._pool.admit(*cost(fstype, size, 0, size))
-                base = self._make(fstype, size, deadline)
+                base = self._made(fstype, size, deadline)
             self._ready[fstype, size] = base.device
             return base.device
 
@@ -124,7 +133,9 @@ class Bases:
                 self._store.forget_facts(gone)
 
     def _is_unused(self, base: Base, now: float) -> bool:
-        kind = base.fstype, base.size
+        kind, layer = (base.fstype, base.size), _layer_in(base.fstype)
+        if layer and not self._store.owners(layer):
+            return True
         return kind not in self._kept and now - self._asked.get(kind, self._began) >= self.unused_after
 
     def _drop(self, base: Base) -> None:
@@ -144,22 +155,51 @@ class Bases:
                     self._store.abandon(base.device, time.time_ns())
                     self._store.forget_base(base)
 
-    def _make(self, fstype: str, size: int, deadline: Deadline) -> Base:
-        unfinished = self._store.base(fstype, size)
+    def grown(
+        self, fstype: str, layer: int, size: int, create: Callable[[int], None], deadline: Deadline
+    ) -> int | None:  # fmt: skip
+        """The thin id of a snapshot of the device `layer` whose filesystem has grown to `size` bytes, not mapped.
+
+        Kept from the second demand on, as growing takes a mount: None for the first, and the child grows by itself.
+        `create` makes a snapshot of the layer.
+        """
+        kind = of_layer(fstype, layer)
+        again = (kind, size) in self._asked
+        self._asked[kind, size] = time.monotonic()
+        if (known := self._ready.get((kind, size))) is not None:
+            return known
+        with self._lock:
+            base = self._store.base(kind, size)
+            if base is None or not base.ready:
+                if not again:
+                    return None
+                base = self._make(kind, size, create, lambda path: filesystems.grow(path, deadline), deadline)
+            self._ready[kind, size] = base.device
+            return base.device
+
+    def _made(self, fstype: str, size: int, deadline: Deadline) -> Base:
+        with self._formatted_file(fstype, size, deadline) as file:
+            return self._make(fstype, size, self._pool.create_thin, lambda path: sparse.copy_written(file, path),
+                              deadline)  # fmt: skip
+
+    def _make(
+        self, kind: str, size: int, create: Callable[[int], None], fill: Callable[[str], object], deadline: Deadline
+    ) -> Base:  # fmt: skip
+        unfinished = self._store.base(kind, size)
         with self._store.transaction():
             if unfinished is not None:
                 self._store.abandon(unfinished.device, time.time_ns())
-            base = Base(fstype=fstype, size=size, device=self._store.new_device(), ready=False)
+            base = Base(fstype=kind, size=size, device=self._store.new_device(), ready=False)
             self._store.set_base(base)
-        with self._formatted_file(fstype, size, deadline) as file:
-            device = strangers.make(self._store, self._pool, base.device, self._pool.create_thin,
-                                    lambda _taken: self._moved(base), deadline)  # fmt: skip
-            base = replace(base, device=device)
-            self._pool.activate(base.device, size)
-            try:
-                sparse.copy_written(file, self._pool.path(base.device))
-            finally:
-                self._pool.deactivate(base.device)
+        device = strangers.make(
+            self._store, self._pool, base.device, create, lambda _taken: self._moved(base), deadline
+        )
+        base = replace(base, device=device)
+        self._pool.activate(base.device, size)
+        try:
+            fill(self._pool.path(base.device))
+        finally:
+            self._pool.deactivate(base.device)
         deadline.poll(f"closing {self._pool.path(base.device)}", lambda: self._pool.deactivate(base.device))
         if self._pool.status().mode != "rw":
             raise SnapshotterError(f"the pool turned {self._pool.status().mode} while the base was written")

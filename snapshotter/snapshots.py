@@ -91,12 +91,14 @@ class NoImages:
 
 @dataclass(frozen=True, kw_only=True)
 class _Origin:
-    """What a new device starts from. `device` 0 means: nothing of the pool, the image alone."""
+    """What a new device starts from. `device` 0 means: nothing of the pool, the image alone. `base`: the type of the
+    base that it is, empty for a layer."""
 
     device: int
     size: int
     fstype: str
     image: str
+    base: str = ""
 
 
 class Snapshotter:
@@ -141,13 +143,14 @@ class Snapshotter:
             size = self._wanted_size(key, labels, origin) if kind is Kind.ACTIVE else origin.size
             if size > origin.size:
                 self._pool.admit(*bases.cost(origin.fstype, self._made_with(parent, origin), origin.size, size))
+                origin = self._grown(origin, size, deadline)
             row = self._intend(key, parent, kind, labels, origin, size)
             try:
                 row = self._create(row, origin, deadline)
             except DeviceMissing as error:
                 self._drop(row)
-                if not parent:
-                    self._bases.forget(origin.fstype, origin.size)
+                if origin.base:
+                    self._bases.forget(origin.base, origin.size)
                     raise Unavailable(f"{error}; the empty base is made anew, try again") from None
                 above = self._store.get(parent)
                 if above is not None and above.device != origin.device:
@@ -161,6 +164,20 @@ class Snapshotter:
                 raise
             self._store.made(row)
             return self._mounts(row, deadline)
+
+    def _grown(self, origin: _Origin, size: int, deadline: Deadline) -> _Origin:
+        """The layer's filesystem in this size, if that is kept. One on a shared image grows in each child."""
+        if not origin.device or origin.image or origin.base:
+            return origin
+
+        def create(device: int) -> None:
+            with self._devices.held(str(origin.device), deadline=deadline), self._pool.quiet(origin.device):
+                self._pool.create_snapshot(device, origin.device)
+
+        found = self._bases.grown(origin.fstype, origin.device, size, create, deadline)
+        if found is None:
+            return origin
+        return replace(origin, device=found, size=size, base=bases.of_layer(origin.fstype, origin.device))
 
     def _claim(self, key: str, parent: str, labels: Mapping[str, str], deadline: Deadline) -> bool:
         """Whether another namespace has the layer that is about to be unpacked; see `layers`."""
@@ -190,7 +207,8 @@ class Snapshotter:
         size = self._size_label(key, labels) or self._sizes.of(key)
         bases.check(fstype, size, field=LABEL_SIZE if LABEL_SIZE in labels else "snapshotter.size")
         size = self._first_size(key, labels)
-        return _Origin(device=self._bases.device(fstype, size, deadline), size=size, fstype=fstype, image="")
+        return _Origin(device=self._bases.device(fstype, size, deadline), size=size, fstype=fstype, image="",
+                       base=fstype)  # fmt: skip
 
     def _wanted_size(self, key: str, labels: Mapping[str, str], origin: _Origin) -> int:
         """Grow only: what is smaller than the parent is the parent's size."""

@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import pytest
 
+from blockdev import filesystems
+from snapshotter.errors import Unavailable
 from tests.kernel.inside.lab import MIB, Lab, mounted
 
 
@@ -102,3 +104,52 @@ def test_the_base_that_is_made_ahead_is_the_one_that_is_used(make_lab: Callable[
     lab.prepare("a")
     assert lab.bases() == made
     assert lab.stat("a").size == 20 * MIB
+
+
+@pytest.mark.parametrize("fstype", ["ext4", "xfs"])
+def test_a_layer_grows_once_for_all_its_larger_children(
+    make_lab: Callable[..., Lab], monkeypatch: pytest.MonkeyPatch, fstype: str
+) -> None:
+    size = (300 if fstype == "xfs" else 32) * MIB
+    lab = make_lab(fstype=fstype, size=size, data=512 * MIB)
+    lab.layer("layer", files={"f": b"x"})
+    lab.layer("other", files={"f": b"y"})
+    lab.reap()
+    bases = lab.bases()
+    larger = str(2 * size)
+    for key in ("first", "second"):
+        lab.prepare(key, "layer", size=larger)
+    assert len(lab.bases()) == len(bases) + 1
+    monkeypatch.setattr(filesystems, "grow", _never)
+    used = lab.status().data_used
+    with mounted(lab.prepare("third", "layer", size=larger)) as root:
+        assert os.statvfs(root).f_blocks * os.statvfs(root).f_frsize > 1.5 * size
+        assert (root / "f").read_bytes() == b"x"
+    assert lab.status().data_used - used <= 8
+    lab.restart()
+    lab.prepare("fourth", "layer", size=larger)
+    monkeypatch.undo()
+    with mounted(lab.prepare("of another", "other", size=larger)) as root:
+        assert (root / "f").read_bytes() == b"y"
+    assert lab.stat("fourth").size == 2 * size
+    for key in ("first", "second", "third", "fourth", "of another", "layer"):
+        lab.remove(key)
+    lab.node.bases._looked = -1e9
+    lab.reap()
+    lab.reap()
+    assert lab.bases() == bases, "it goes with its layer"
+    assert not lab.leaks()
+
+
+def test_a_grown_layer_that_is_missing_is_made_anew(lab: Lab) -> None:
+    lab.layer("layer", files={"f": b"x"})
+    lab.reap()
+    bases = lab.bases()
+    for key in ("first", "second"):
+        lab.prepare(key, "layer", size=str(64 * MIB))
+    (grown,) = lab.bases() - bases
+    lab.node.pool.delete(grown)
+    with pytest.raises(Unavailable, match="try again"):
+        lab.prepare("third", "layer", size=str(64 * MIB))
+    with mounted(lab.prepare("third", "layer", size=str(64 * MIB))) as root:
+        assert (root / "f").read_bytes() == b"x"

@@ -56,6 +56,11 @@ SCENES = {
         lambda lab: lab.prepare("k", "layer", size=str(64 * MIB)),
         lambda lab: _active(lab, "k") and lab.stat("k").size == 64 * MIB,
     ),
+    "prepare of a larger child, of what grows for all": Scene(
+        lambda lab: lab.prepare("first", "layer", size=str(64 * MIB)),
+        lambda lab: [lab.prepare(key, "layer", size=str(64 * MIB)) for key in ("second", "k") if key not in lab],
+        lambda lab: _active(lab, "k") and lab.stat("k").size == 64 * MIB and _forgets_bases(lab),
+    ),
     "view": Scene(lambda lab: None, lambda lab: lab.view("k", "layer"), lambda lab: _active(lab, "k")),
     "sealing a layer": Scene(
         lambda lab: (lab.prepare("a", "layer"), lab.commit("b", "a")),
@@ -153,6 +158,12 @@ def _unpacked(lab: Lab, namespace: str) -> None:
 def _claimed(lab: Lab, namespace: str) -> None:
     with pytest.raises(AlreadyExists):
         lab.node.snapshots.prepare(f"{namespace}/7/x", "", {LABEL_REF: _CHAIN}, Deadline.after(60))
+
+
+def _forgets_bases(lab: Lab) -> bool:
+    lab.node.bases.unused_after, lab.node.bases._looked = 0, -1e9
+    lab.reap()
+    return True
 
 
 _HELD: dict[Path, int] = {}
