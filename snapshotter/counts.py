@@ -98,7 +98,8 @@ class Counts:
             with self._counting.held("look", deadline=deadline):
                 known = self._layer(row, deadline)
                 if known.added is None:
-                    self._look([row], deadline)
+                    if failed := self._look([row], deadline):
+                        raise SnapshotterError(f"what snapshot {row.key!r} uses cannot be told: {failed[row.key]}")
                     known = self._layer(row, deadline)
         return known.added or 0, max(0, known.inodes - self._below(row, deadline).inodes)
 
@@ -131,7 +132,7 @@ class Counts:
     def _below(self, row: Snapshot, deadline: Deadline) -> Counted:
         """What the snapshot began with: its parent, or the empty filesystem."""
         if not row.parent:
-            return self._empty(row, deadline)
+            return self.empty(row.fstype, row.size, deadline)
         above = self._store.get(row.parent)
         if above is None:
             return Counted(mapped=0, inodes=0)
@@ -141,11 +142,11 @@ class Counts:
             self._images[row.image] = self._inodes_of_image(row.image, deadline)
         return Counted(mapped=0, inodes=self._images.get(row.image, 0))
 
-    def _empty(self, row: Snapshot, deadline: Deadline) -> Counted:
-        """The base of a first layer. It does not change either; it may be gone, what was counted of it is not."""
-        said = self._store.read_fact(f"{EMPTY}{row.fstype} {row.size}")
+    def empty(self, fstype: str, size: int, deadline: Deadline) -> Counted:
+        """The base of first layers. It does not change either; it may be gone, what was counted of it is not."""
+        said = self._store.read_fact(f"{EMPTY}{fstype} {size}")
         if said is None:
-            base = self._store.base(row.fstype, row.size)
+            base = self._store.base(fstype, size)
             if base is None or not base.ready:
                 return Counted(mapped=0, inodes=0)
             return self.count_base(base, deadline)
@@ -235,33 +236,44 @@ class Counts:
         wanted = [row for row in rows if self._is_wanted(row, deadline)]
         if wanted:
             with self._counting.held("look", deadline=deadline):
-                self._look(wanted, deadline)
+                for key, why in self._look(wanted, deadline).items():
+                    log.warning("what a snapshot uses is not known exactly", extra={"key": key, "why": why})
 
     def _is_wanted(self, row: Snapshot, deadline: Deadline) -> bool:
-        if row.kind is Kind.COMMITTED:
-            return self._layer(row, deadline).added is None
-        seen = self._seen.get(row.device)
-        return row.kind is Kind.ACTIVE and (seen is None or seen.writes != self._pool.writes(row.device))
+        if row.kind is Kind.ACTIVE:
+            seen = self._seen.get(row.device)
+            return seen is None or seen.writes != self._pool.writes(row.device)
+        try:
+            return row.kind is Kind.COMMITTED and self._layer(row, deadline).added is None
+        except (SnapshotterError, BlockdevError, OSError) as error:
+            log.warning("a layer is not counted yet", extra={"key": row.key, "why": str(error)})
+            return False
 
-    def _look(self, rows: list[Snapshot], deadline: Deadline) -> None:
+    def _look(self, rows: list[Snapshot], deadline: Deadline) -> dict[str, str]:
+        """Count what these add, exactly; of which it failed, and why."""
         before = {row.device: (self._pool.writes(row.device), self._now(row.device, row.fstype)) for row in rows}
-        origins = {row.device: self._origin(row) for row in rows}
         active = [row for row in rows if row.kind is Kind.ACTIVE]
+        failed: dict[str, str] = {}
+        added: dict[int, int] = {}
         with self._pool.metadata_snapshot(deadline):
-            added = dict[int, int]()
             if len(active) > _FEW:
                 listed = self._pool.listed(deadline)
                 added = {row.device: listed[row.device][0] for row in active if row.device in listed}
             for row in rows:
-                if row.device not in added and origins[row.device]:
-                    added[row.device] = self._pool.added(row.device, origins[row.device], deadline)
+                try:
+                    origin = self._origin(row)
+                    if row.device not in added and origin:
+                        added[row.device] = self._pool.added(row.device, origin, deadline)
+                except (SnapshotterError, BlockdevError, OSError, ValueError) as error:
+                    failed[row.key] = str(error)
         for row in rows:
-            if row.kind is Kind.COMMITTED:
+            if row.kind is Kind.ACTIVE:
+                self._see(row, *before[row.device], added.get(row.device))
+            elif row.key not in failed:
                 known = self._layer(row, deadline)
                 plain = max(0, known.mapped - self._below(row, deadline).mapped)
                 self._keep({row.device: replace(known, added=added.get(row.device, plain))})
-            else:
-                self._see(row, *before[row.device], added.get(row.device))
+        return failed
 
     def _see(self, row: Snapshot, writes: int, found: Counted | None, added: int | None) -> None:
         if found is not None and added is not None:

@@ -11,6 +11,7 @@ this node: with sharing, what one namespace's client calls by a chain id is what
 from __future__ import annotations
 
 import hashlib
+import queue
 import re
 import threading
 import time
@@ -32,6 +33,7 @@ class Layers:
         self._store, self._copies = store, copies
         self._lock = threading.Lock()
         self._keys: dict[str, dict[str, None]] | None = None
+        self._new: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def claim(
         self, key: str, parent: str, labels: Mapping[str, str], fstype: str, size: int, deadline: Deadline
@@ -72,7 +74,7 @@ class Layers:
                 )  # fmt: skip
                 if counted is not None and counted.final:
                     self._store.set_counted(device, counted)
-        self.committed(name, labels[LABEL_REF])
+        self.committed(name)
         return True
 
     def _find(self, chain: str, parent: str, labels: Mapping[str, str], fstype: str, size: int) -> Snapshot | None:
@@ -99,11 +101,10 @@ class Layers:
         row = self._store.get(key) if key else None
         return chain_of(row) if row is not None and row.kind is Kind.COMMITTED else ""
 
-    def committed(self, key: str, chain: str) -> None:
-        """There is one more layer; an empty chain is none."""
-        with self._lock:
-            if chain and self._keys is not None:
-                self._keys.setdefault(chain, {})[key] = None
+    def committed(self, key: str) -> None:
+        """There is one more committed snapshot."""
+        if self._keys is not None:
+            self._new.put(key)
 
     def _forget(self, chain: str, key: str) -> None:
         with self._lock:
@@ -114,7 +115,14 @@ class Layers:
         with self._lock:
             if self._keys is None:
                 self._keys = {}
-                for row in (row for page in self._store.pages() for row in page):
-                    if row.kind is Kind.COMMITTED and (of := chain_of(row)):
-                        self._keys.setdefault(of, {})[row.key] = None
+                for page in self._store.pages():
+                    self._add(page)
+            while not self._new.empty():
+                row = self._store.get(self._new.get())
+                self._add([] if row is None else [row])
             return list(self._keys.get(chain, {}))
+
+    def _add(self, rows: list[Snapshot]) -> None:
+        for row in rows:
+            if self._keys is not None and row.kind is Kind.COMMITTED and (chain := chain_of(row)):
+                self._keys.setdefault(chain, {})[row.key] = None

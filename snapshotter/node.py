@@ -280,7 +280,9 @@ class Node:
 
     def _make_base(self) -> None:
         try:
-            self.bases.device(self.settings.fstype, rounded(self.settings.size), Deadline.after(300))
+            size, deadline = rounded(self.settings.size), Deadline.after(300)
+            self.bases.device(self.settings.fstype, size, deadline)
+            self.snapshots.counts.empty(self.settings.fstype, size, deadline)
         except (SnapshotterError, BlockdevError, OSError) as error:
             log.error("the empty base cannot be made yet", extra={"why": str(error)})
 

@@ -42,7 +42,6 @@ from snapshotter.model import (
     Mount,
     Snapshot,
     State,
-    chain_of,
 )
 from snapshotter.pool import DeviceMissing, Pool
 from snapshotter.store import Store
@@ -396,7 +395,7 @@ class Snapshotter:
         self._after(row.device)
         self.counts.ask(name)
         if self._layers is not None:
-            self._layers.committed(name, chain_of(replace(row, key=name, labels=labels)))
+            self._layers.committed(name)
         self._committed(name)
 
     @contextlib.contextmanager

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from snapshotter import counts
+from snapshotter.errors import SnapshotterError
 from snapshotter.store import Store
 from tests.kernel.inside.lab import MIB, Lab, mounted, soon
 
@@ -197,3 +198,24 @@ def test_an_older_release_has_no_use_for_the_table(lab: Lab) -> None:
     assert lab.node.store.counted(device) is None
     lab.node.store.close()
     lab.start()
+
+
+def test_one_that_cannot_be_looked_at_keeps_no_other_waiting(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab.layer("bad", files={"f": b"x" * MIB})
+    lab.layer("good", files={"f": b"x" * MIB})
+    bad, added = lab.stat("bad").device, lab.node.pool.added
+
+    def failing(device: int, *more: object) -> int:
+        if device == bad:
+            raise SnapshotterError("the tool does not understand it")
+        return added(device, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(lab.node.pool, "added", failing)
+    lab.node.snapshots.counts.look(soon())
+    counted = lab.node.store.counted(lab.stat("good").device)
+    assert counted is not None
+    assert counted.added
+    with pytest.raises(SnapshotterError, match="'bad' uses cannot be told: the tool does not understand it"):
+        lab.usage("bad")
+    monkeypatch.undo()
+    assert lab.usage("bad")[0] >= MIB
