@@ -187,6 +187,9 @@ TABLE: Mapping[str, Setting] = {
     "snapshotter.verity": Setting(
         default=0, meaning="1: hash committed layers behind, and let Views read through dm-verity; 0: do not"
     ),
+    "snapshotter.share_layers": Setting(
+        default=1, meaning="1: a layer that another containerd namespace has unpacked is not stored again; 0: it is"
+    ),
     "snapshotter.unmap_idle_seconds": Setting(
         default=600, meaning="unmap a snapshot's device that nobody has had open for so long; 0 for never"
     ),
@@ -389,6 +392,7 @@ _RANGES = {
     "snapshotter.discard": (0, 1),
     "snapshotter.images_unsigned": (0, 1),
     "snapshotter.verity": (0, 1),
+    "snapshotter.share_layers": (0, 1),
     "snapshotter.unmap_idle_seconds": (0, 1 << 30),
     "pool.data_reserve_percent": (0, 50),
     "pool.autoextend_threshold": (10, 100),

@@ -45,6 +45,7 @@ def settings_of(config: Config) -> Settings:
         image_roots=config.text("snapshotter.image_roots"),
         images_unsigned=bool(config.number("snapshotter.images_unsigned")),
         verity=bool(config.number("snapshotter.verity")),
+        share_layers=bool(config.number("snapshotter.share_layers")),
         unmap_idle=max(idle, call) if idle else 0,
         discard=bool(config.number("snapshotter.discard")),
     )

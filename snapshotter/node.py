@@ -17,11 +17,12 @@ from blockdev.errors import BlockdevError
 from snapshotter import assembly, backing, past, recovery, strangers
 from snapshotter.assembly import Extender
 from snapshotter.background import Background
-from snapshotter.bases import Bases
+from snapshotter.bases import Bases, rounded
 from snapshotter.errors import PoolFull, PoolRefused, SnapshotterError, StoreFailed, Unavailable
 from snapshotter.idle import Idle
 from snapshotter.keeper import Keeper
 from snapshotter.lending import Lender
+from snapshotter.pace import Pace
 from snapshotter.pool import Limits, Pool
 from snapshotter.reaper import Reaper
 from snapshotter.snapshots import Sizes, Snapshotter
@@ -59,6 +60,8 @@ class Settings:
     image_roots: str = ""
     images_unsigned: bool = False
     verity: bool = False
+    # Layers that another namespace has unpacked are not stored again.
+    share_layers: bool = True
     # Seconds after which a mapped device that nobody has open is unmapped; 0 is never.
     unmap_idle: float = 600
 
@@ -90,6 +93,7 @@ class Node:
         if description is None:
             raise PoolRefused(f"no pool is described in {settings.state_dir}; make one with `runvol pool init`")
         self.settings, self.activity = settings, Activity()
+        self._usable, self._stop = threading.Event(), threading.Event()
         self.background = Background()
         self.store = Store(os.path.join(settings.state_dir, STORE))
         self.store.barred = f"the devices of pool {description.name} are not compared with the store's yet"
@@ -99,18 +103,25 @@ class Node:
         self.stamp, self.keeper = Stamp(self.store, self.pool), Keeper(self.pool)
         self.store.closing.append(self.keeper.close)
         self._copied, self._copy_at, self.copied_at = 0, 0.0, 0.0
-        self.bases = Bases(self.store, self.pool, os.path.join(settings.state_dir, "bases"))
+        sizes = {rounded(size) for size in (settings.size, *settings.by_namespace.values())}
+        self.bases = Bases(self.store, self.pool, os.path.join(settings.state_dir, "bases"),
+                           {(settings.fstype, size) for size in sizes})  # fmt: skip
         self.images = self._shared_images()
         self.seals, self.sealer = self._verified_layers()
         self.idle = Idle(settings.unmap_idle)
         self.reaper = Reaper(self.store, self.pool, self.idle, discard=settings.discard, busy=self.activity.quiet_for,
                              release_images=self.images.release_unused if self.images else None,
-                             seals=self.seals, background=self.background, lent=self._is_lent)  # fmt: skip
+                             seals=self.seals, background=self.background,
+                             held=self._is_held, chores={"parting layers from writers": self._part_layers,
+                                                         "writing down what is used": self._write_counts,
+                                                         "giving up unused bases": self._drop_bases},
+                             leaving=self._leaving)  # fmt: skip
         self.snapshots = Snapshotter(
             self.store, self.pool, self.bases,
             Sizes(fstype=settings.fstype, size=settings.size, by_namespace=settings.by_namespace),
             self._done_with, self.images, self.seals, self.idle,
-            self.sealer.tell if self.sealer else lambda _name: None, self.stamp.follow, self.renew_ids,
+            self.sealer.tell if self.sealer else lambda _name: None, self.activity.quiet_for, self.background,
+            settings.share_layers, self.stamp.follow, self.renew_ids,
         )  # fmt: skip
         self.lender = Lender(self.store, self.pool, self.snapshots)
         self._usable, self._stop = threading.Event(), threading.Event()
@@ -122,7 +133,7 @@ class Node:
         self._compared: Compared | None = None
         self._ahead: dict[str, Callable[[], None]] = {
             "the recovery": self._recover_behind, "starting the reaper": self._start_reaper,
-            "making the empty base": self._make_base,
+            "making the empty base": self._make_base, "starting the counts": self.snapshots.counts.start,
         }  # fmt: skip
         if self.sealer is not None:
             self._ahead["starting the sealer"] = self.sealer.start
@@ -146,14 +157,26 @@ class Node:
             return None, None
         from snapshotter.seals import Sealer, Seals
 
-        seals = Seals(self.mapper, self.store, self.pool, directory)
+        seals = Seals(self.mapper, self.store, self.pool, directory, Pace(self.activity.quiet_for, self._stop).step)
         return seals, Sealer(seals, self.store, self._done_with, self.background) if self.settings.verity else None
 
     def _done_with(self, device: int) -> None:
         self.reaper.tell(device)
 
-    def _is_lent(self, device: int) -> bool:
-        return self.lender.keeps(device)
+    def _is_held(self, device: int) -> bool:
+        return self.snapshots.copies.holds(device) or self.lender.keeps(device)
+
+    def _part_layers(self) -> None:
+        self.snapshots.part_layers()
+
+    def _write_counts(self) -> None:
+        self.snapshots.counts.write()
+
+    def _drop_bases(self) -> None:
+        self.bases.drop_unused(lambda base: self.snapshots.counts.count_base(base, Deadline.after(30)))
+
+    def _leaving(self, device: int) -> None:
+        self.snapshots.counts.leaving(device)
 
     @property
     def ready(self) -> bool:
@@ -337,7 +360,9 @@ class Node:
 
     def _make_base(self) -> None:
         try:
-            self.bases.device(self.settings.fstype, self.settings.size, Deadline.after(300))
+            size, deadline = rounded(self.settings.size), Deadline.after(300)
+            self.bases.device(self.settings.fstype, size, deadline)
+            self.snapshots.counts.empty(self.settings.fstype, size, deadline)
         except (SnapshotterError, BlockdevError, OSError) as error:
             log.error("the empty base cannot be made yet", extra={"why": str(error)})
 
@@ -383,6 +408,7 @@ class Node:
         if self.sealer is not None:
             self.sealer.stop()
         self.reaper.stop()
+        self.snapshots.counts.stop()
         with self.background.survived("writing down what was made"):
             self.store.write_made()
         for thread in self._threads:

@@ -37,9 +37,13 @@ _PREFIX = "seal "
 
 
 class Seals:
-    """The trees of one pool's layers, and the devices that read through them."""
+    """The trees of one pool's layers, and the devices that read through them. `rest` lets calls pass, while one is made
+    after each step."""
 
-    def __init__(self, mapper: Mapper, store: Store, pool: Pool, directory: str) -> None:
+    def __init__(
+        self, mapper: Mapper, store: Store, pool: Pool, directory: str, rest: Callable[[], object] = lambda: None
+    ) -> None:
+        self._rest = rest
         self._mapper, self._store, self._pool, self._directory = mapper, store, pool, directory
         os.makedirs(directory, mode=0o700, exist_ok=True)
         # The device that is being hashed; whoever unmaps devices behind the calls takes turns with who maps it.
@@ -66,7 +70,7 @@ class Seals:
             self._pool.activate(layer.device, layer.size, read_only=True)
         except DeviceMissing:
             return True
-        root = verity.build(self._pool.path(layer.device), path + _NEW, salt)
+        root = verity.build(self._pool.path(layer.device), path + _NEW, salt, self._rested)
         os.rename(path + _NEW, path)
         durable.sync_directory(self._directory)
         with self._store.transaction():
@@ -76,6 +80,9 @@ class Seals:
                 return True
             self._store.set_fact(f"{_PREFIX}{layer.device}", json.dumps([root, salt.hex()]))
         return True
+
+    def _rested(self, _done: int) -> None:
+        self._rest()
 
     def of(self, device: int) -> tuple[str, str] | None:
         """Root and salt of a sealed layer, in hexadecimal."""
