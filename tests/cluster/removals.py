@@ -67,7 +67,8 @@ NEEDS = (
     Need("provisioner", _SNAPSHOTS, "volumesnapshots", "list watch", "csi-provisioner", "restart"),
     Need("provisioner", _SNAPSHOTS, "volumesnapshots", "get update", "csi-provisioner", "restore"),
     Need("provisioner", _SNAPSHOTS, "volumesnapshotcontents", "get", "csi-provisioner", "restore"),
-    Need("snapshotter", "", "events", "create patch", "csi-snapshotter", "fail"),
+    Need("snapshotter", "", "events", "create", "csi-snapshotter", "fail"),
+    Need("snapshotter", "", "events", "patch", "csi-snapshotter", "stuck"),
     Need("snapshotter", _SNAPSHOTS, "volumesnapshotclasses", "list watch", "csi-snapshotter", "restart"),
     Need("snapshotter", _SNAPSHOTS, "volumesnapshotcontents", "list watch", "csi-snapshotter", "restart"),
     Need("snapshotter", _SNAPSHOTS, "volumesnapshotcontents", "get patch", "csi-snapshotter", "snapshot"),
@@ -78,13 +79,14 @@ NEEDS = (
     Need("resizer", "", "persistentvolumeclaims", "list watch", "csi-resizer", "restart"),
     Need("resizer", "", "pods", "list watch", "csi-resizer", "restart"),
     Need("resizer", "", "persistentvolumeclaims/status", "patch", "csi-resizer", "expand"),
-    Need("resizer", "", "events", "create patch", "csi-resizer", "expand"),
+    Need("resizer", "", "events", "create patch", "csi-resizer", "fail"),
     Need("snapshot-controller", "", "persistentvolumes", "list watch", "snapshot-controller", "restart"),
     Need("snapshot-controller", "", "persistentvolumes", "get", "snapshot-controller", "snapshot"),
     Need("snapshot-controller", "", "nodes", "list watch", "snapshot-controller", "restart"),
     Need("snapshot-controller", "", "persistentvolumeclaims", "list watch", "snapshot-controller", "restart"),
     Need("snapshot-controller", "", "persistentvolumeclaims", "get update", "snapshot-controller", "snapshot"),
-    Need("snapshot-controller", "", "events", "create patch", "snapshot-controller", "fail"),
+    Need("snapshot-controller", "", "events", "create", "snapshot-controller", "fail"),
+    Need("snapshot-controller", "", "events", "patch", "snapshot-controller", "held"),
     Need("snapshot-controller", _SNAPSHOTS, "volumesnapshotclasses", "list watch", "snapshot-controller", "restart"),
     Need("snapshot-controller", _SNAPSHOTS, "volumesnapshotcontents", "list watch", "snapshot-controller", "restart"),
     Need("snapshot-controller", _SNAPSHOTS, "volumesnapshotcontents", "create patch", "snapshot-controller", "snapshot"),
@@ -122,7 +124,7 @@ def table() -> set[tuple[str, Right]]:
 
 def _ours(name: str, size: str = "64Mi", node: str = "node1", **spec: Any) -> dict[str, Any]:
     """A claim that a node was chosen for, without a pod."""
-    wanted = claim(name, size, **{"storageClassName": "runvol", **spec})
+    wanted = claim(name, size, storageClassName="runvol", **spec)
     wanted["metadata"]["annotations"] = {_SELECTED: node}
     return wanted
 
@@ -153,7 +155,7 @@ def _ready(cluster: Cluster, name: str) -> None:
 def prepare(cluster: Cluster) -> None:
     """What all work needs: a claim that a pod uses, one that nobody uses, and a snapshot of that."""
     cluster.apply({"apiVersion": "node.k8s.io/v1", "kind": "RuntimeClass", "metadata": {"name": "plain"}, "handler": "runc"},
-                  _ours("busy", "320Mi", storageClassName="runvol-xfs"), _ours("source"), _user("uses", "busy"))  # fmt: skip
+                  _ours("busy"), _ours("source"), _user("uses", "busy"))  # fmt: skip
     _bound(cluster, "source")
     cluster.apply(_snapshot("kept", "source"))
     _ready(cluster, "kept")
@@ -161,7 +163,7 @@ def prepare(cluster: Cluster) -> None:
 
 
 def clear(cluster: Cluster) -> None:
-    for kind in ("pods", "volumesnapshots", "pvc"):
+    for kind in ("volumesnapshots", "pods", "pvc"):
         cluster.kubectl("delete", kind, "--all", "--wait=true", "--grace-period=1", timeout=120)
     cluster.kubectl("delete", "runtimeclass", "plain")
     cluster.wait("no volume is left", lambda: not cluster.list("pv"), _DONE)
@@ -197,8 +199,22 @@ def _restore(cluster: Cluster, name: str) -> Iterator[None]:
 
 
 def _elsewhere(cluster: Cluster, name: str) -> Iterator[None]:
-    """Of a source on node1, asked of node2."""
-    return _made(cluster, _ours(name, node="node2", dataSource={"kind": "PersistentVolumeClaim", "name": "source"}))
+    """Of a source on node1, asked of node2; once that has refused it, a scheduler chooses again, and the same."""
+    wanted = _ours(name, node="node2", dataSource={"kind": "PersistentVolumeClaim", "name": "source"})
+    yield
+    cluster.apply(wanted)
+    yield
+
+    def chosen_again() -> bool:
+        found = cluster.find("pvc", name)
+        assert found
+        if _SELECTED not in found["metadata"]["annotations"]:
+            cluster.kubectl("annotate", "pvc", name, f"{_SELECTED}=node2")
+        return found["status"]["phase"] == "Bound"
+
+    cluster.wait(f"the claim {name} is bound", chosen_again, _DONE, about=("pvc", name, "default"))
+    yield
+    cluster.delete("pvc", name)
 
 
 def _delete(cluster: Cluster, name: str) -> Iterator[None]:
@@ -219,34 +235,19 @@ def _grow(cluster: Cluster, name: str, mebibytes: int) -> None:
 
 
 def _expand(cluster: Cluster, name: str) -> Iterator[None]:
-    """One that was expanded before, of which the same event comes again, and a new one."""
-    found = cluster.find("pvc", "busy")
-    assert found
-    size = int(found["status"]["capacity"]["storage"].removesuffix("Mi"))
+    cluster.apply(_ours(name))
+    volume = _bound(cluster, name)
 
-    def again(mebibytes: int, wait: bool = True) -> None:
-        _grow(cluster, "busy", mebibytes)
-        if wait:
-            cluster.wait("the claim has grown", lambda: grown(mebibytes), _DONE, about=("pvc", "busy", "default"))
+    def grown() -> bool:
+        found = cluster.find("pv", volume)
+        return bool(found and found["spec"]["capacity"]["storage"] == "80Mi")
 
-    def grown(mebibytes: int) -> bool:
-        found = cluster.find("pvc", "busy")
-        return bool(found and found["status"]["capacity"]["storage"] == f"{mebibytes}Mi")
-
-    news = [f"{name}-{which}" for which in ("one", "two")]
-    for new in news:
-        cluster.apply(_ours(new))
-        _bound(cluster, new)
-    again(size + 16)
     yield
-    again(size + 32, wait=False)
-    _grow(cluster, news[0], 80)
+    _grow(cluster, name, 80)
     yield
-    again(size + 48)
-    _grow(cluster, news[1], 80)
+    cluster.wait(f"the volume of {name} has grown", grown, _DONE, about=("pvc", name, "default"))
     yield
-    for new in news:
-        cluster.delete("pvc", new)
+    cluster.delete("pvc", name)
 
 
 def _take(cluster: Cluster, name: str) -> Iterator[None]:
@@ -270,11 +271,14 @@ def _forget(cluster: Cluster, name: str) -> Iterator[None]:
 
 
 def _fail(cluster: Cluster, name: str) -> Iterator[None]:
-    """What is refused again and again, and told of each time."""
+    """What fails, and is told of, most of it each time that it is tried again."""
 
     def begin(suffix: str) -> None:
         cluster.apply(_snapshot(f"{name}-busy{suffix}", "busy"), _snapshot(f"{name}-absent{suffix}", "nothing"),
-                      _ours(f"{name}{suffix}", "960Mi", dataSource={"kind": "PersistentVolumeClaim", "name": "busy"}))  # fmt: skip
+                      _ours(f"{name}{suffix}", dataSource={"kind": "PersistentVolumeClaim", "name": "busy"}),
+                      *_of_nothing(f"{name}-nothing{suffix}"))  # fmt: skip
+        _bound(cluster, f"{name}-nothing{suffix}")
+        _grow(cluster, f"{name}-nothing{suffix}", 80)
 
     yield
     begin("")
@@ -285,7 +289,47 @@ def _fail(cluster: Cluster, name: str) -> Iterator[None]:
     for suffix in ("", "-again"):
         for which in ("busy", "absent"):
             cluster.delete("volumesnapshot", f"{name}-{which}{suffix}", seconds=_DONE)
-        cluster.delete("pvc", f"{name}{suffix}", seconds=_DONE)
+        for one in (f"{name}{suffix}", f"{name}-nothing{suffix}"):
+            cluster.delete("pvc", one, seconds=_DONE)
+        cluster.delete("pv", f"{name}-nothing{suffix}")
+
+
+def _of_nothing(name: str) -> list[dict[str, Any]]:
+    """A claim, bound to a volume that no driver has."""
+    about = {"accessModes": ["ReadWriteOnce"], "storageClassName": "runvol"}
+    volume = {"capacity": {"storage": "64Mi"}, "persistentVolumeReclaimPolicy": "Retain",
+              "csi": {"driver": "csi.runvol.io", "volumeHandle": name}, "claimRef": {"namespace": "default", "name": name}}  # fmt: skip
+    return [{"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": name}, "spec": {**about, **volume}},
+            claim(name, storageClassName="runvol", volumeName=name)]  # fmt: skip
+
+
+def _held(cluster: Cluster, name: str) -> Iterator[None]:
+    """A snapshot that is deleted while a claim waits to be made of it, which is told of again and again."""
+    cluster.apply(_snapshot(name, "source"))
+    _ready(cluster, name)
+    cluster.apply(claim(name, storageClassName="runvol", dataSource={**_SNAPSHOT_API, "name": name}))
+    yield
+    cluster.kubectl("delete", "volumesnapshot", name, "--wait=false")
+    yield
+    yield
+    cluster.delete("pvc", name)
+    cluster.wait(f"the snapshot {name} is gone", lambda: not cluster.find("volumesnapshot", name), _DONE)
+
+
+def _stuck(cluster: Cluster, name: str) -> Iterator[None]:
+    """A snapshot that cannot be deleted for want of a secret, which is told of again and again."""
+    secret = {f"snapshot.storage.kubernetes.io/deletion-secret-{key}": "nothing" for key in ("name", "namespace")}
+    metadata = {"name": name, "annotations": secret, "labels": {"snapshot.storage.kubernetes.io/managed-by": "node1"},
+                "finalizers": ["snapshot.storage.kubernetes.io/volumesnapshotcontent-bound-protection"]}  # fmt: skip
+    cluster.apply({"apiVersion": f"{_SNAPSHOTS}/v1", "kind": "VolumeSnapshotContent", "metadata": metadata,
+                   "spec": {"driver": "csi.runvol.io", "deletionPolicy": "Delete", "source": {"snapshotHandle": name},
+                            "volumeSnapshotRef": {"name": name, "namespace": "default"}}})  # fmt: skip
+    yield
+    cluster.kubectl("delete", "volumesnapshotcontent", name, "--wait=false")
+    yield
+    yield
+    cluster.kubectl("annotate", "volumesnapshotcontent", name, *(f"{key}-" for key in secret))
+    cluster.wait(f"the content {name} is gone", lambda: not cluster.find("volumesnapshotcontent", name), _DONE)
 
 
 def _class(name: str) -> dict[str, Any]:
@@ -385,8 +429,8 @@ def _taint(cluster: Cluster, _name: str) -> Iterator[None]:
 
 WORKS: dict[str, Callable[[Cluster, str], Iterator[None]]] = {
     "clone": _clone, "delete": _delete, "doctor": _doctor, "elect": _elect, "elsewhere": _elsewhere, "expand": _expand,
-    "fail": _fail, "forget": _forget, "kubelet": _kubelet, "provision": _provision, "publish": _publish,
-    "restart": _restart, "restore": _restore, "snapshot": _take, "taint": _taint, "tell": _tell, "untell": _untell,
+    "fail": _fail, "forget": _forget, "held": _held, "kubelet": _kubelet, "provision": _provision, "publish": _publish,
+    "restart": _restart, "restore": _restore, "snapshot": _take, "stuck": _stuck, "taint": _taint, "tell": _tell, "untell": _untell,
 }  # fmt: skip
 
 

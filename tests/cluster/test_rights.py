@@ -22,7 +22,8 @@ def governed(built: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         for node in cluster.nodes:
             installed.import_images(cluster, node)
         first = cluster.nodes[0]
-        values = installed.values(first, kubelet={"address": f"https://{first.address}:10250"})
+        kubelet = {"address": f"https://{first.address}:10250", "ca": f"/host{first.directory}/pki/kubelet.crt"}
+        values = installed.values(first, kubelet=kubelet)
         values["node"] = {"startupTaint": removals.TAINT}
         installed.install(cluster, values)
         removals.prepare(cluster)
