@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.cluster import installed, removals, rights
+from tests.cluster import installed, programs, removals, rights
 from tests.cluster.cluster import Cluster
+from tests.cluster.node import Settings
 
 pytestmark = pytest.mark.kernel
 
@@ -16,14 +17,16 @@ pytestmark = pytest.mark.kernel
 def governed(built: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Two nodes, and the chart with all that brings roles along."""
     directory = tmp_path_factory.mktemp("c")
-    with Cluster(directory, flags={"kube-apiserver": rights.audit(directory)}) as cluster:
+    # Of a node whose pods may run in a sandbox the plugin has to know which ones do.
+    settings = Settings(shims={"sandbox": programs.program("containerd-shim-runc-v2")})
+    with Cluster(directory, [settings], flags={"kube-apiserver": rights.audit(directory)}) as cluster:
         cluster.add_node()
         installed.snapshot_crds(cluster)
         for node in cluster.nodes:
             installed.import_images(cluster, node)
         first = cluster.nodes[0]
         kubelet = {"address": f"https://{first.address}:10250", "ca": f"/host{first.directory}/pki/kubelet.crt"}
-        values = installed.values(first, kubelet=kubelet)
+        values = installed.values(first, kubelet=kubelet, config={"detect": {"sandbox_handlers": ["sandbox"]}})
         values["node"] = {"startupTaint": removals.TAINT}
         installed.install(cluster, values)
         removals.prepare(cluster)
