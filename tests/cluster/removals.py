@@ -318,18 +318,19 @@ def _held(cluster: Cluster, name: str) -> Iterator[None]:
 
 def _stuck(cluster: Cluster, name: str) -> Iterator[None]:
     """A snapshot that cannot be deleted for want of a secret, which is told of again and again."""
-    secret = {f"snapshot.storage.kubernetes.io/deletion-secret-{key}": "nothing" for key in ("name", "namespace")}
-    metadata = {"name": name, "annotations": secret, "labels": {"snapshot.storage.kubernetes.io/managed-by": "node1"},
-                "finalizers": ["snapshot.storage.kubernetes.io/volumesnapshotcontent-bound-protection"]}  # fmt: skip
-    cluster.apply({"apiVersion": f"{_SNAPSHOTS}/v1", "kind": "VolumeSnapshotContent", "metadata": metadata,
-                   "spec": {"driver": "csi.runvol.io", "deletionPolicy": "Delete", "source": {"snapshotHandle": name},
-                            "volumeSnapshotRef": {"name": name, "namespace": "default"}}})  # fmt: skip
+    secret = [f"snapshot.storage.kubernetes.io/deletion-secret-{key}" for key in ("name", "namespace")]
+    cluster.apply(_snapshot(name, "source"))
+    _ready(cluster, name)
+    found = cluster.find("volumesnapshot", name)
+    assert found
+    content = found["status"]["boundVolumeSnapshotContentName"]
+    cluster.kubectl("annotate", "volumesnapshotcontent", content, *(f"{key}=nothing" for key in secret))
     yield
-    cluster.kubectl("delete", "volumesnapshotcontent", name, "--wait=false")
+    cluster.kubectl("delete", "volumesnapshot", name, "--wait=false")
     yield
     yield
-    cluster.kubectl("annotate", "volumesnapshotcontent", name, *(f"{key}-" for key in secret))
-    cluster.wait(f"the content {name} is gone", lambda: not cluster.find("volumesnapshotcontent", name), _DONE)
+    cluster.kubectl("annotate", "volumesnapshotcontent", content, *(f"{key}-" for key in secret))
+    cluster.wait(f"the content {content} is gone", lambda: not cluster.find("volumesnapshotcontent", content), _DONE)
 
 
 def _class(name: str) -> dict[str, Any]:
