@@ -191,7 +191,12 @@ def _provision(cluster: Cluster, name: str) -> Iterator[None]:
 
 
 def _clone(cluster: Cluster, name: str) -> Iterator[None]:
-    return _made(cluster, _ours(name, dataSource={"kind": "PersistentVolumeClaim", "name": "source"}))
+    """Of a claim that nobody has cloned yet: it is marked the first time."""
+    source = f"{name}-source"
+    cluster.apply(_ours(source))
+    _bound(cluster, source)
+    yield from _made(cluster, _ours(name, dataSource={"kind": "PersistentVolumeClaim", "name": source}))
+    cluster.delete("pvc", source)
 
 
 def _restore(cluster: Cluster, name: str) -> Iterator[None]:
