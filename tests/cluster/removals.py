@@ -72,7 +72,7 @@ NEEDS = (
     Need("snapshotter", _SNAPSHOTS, "volumesnapshotclasses", "list watch", "csi-snapshotter", "restart"),
     Need("snapshotter", _SNAPSHOTS, "volumesnapshotcontents", "list watch", "csi-snapshotter", "restart"),
     Need("snapshotter", _SNAPSHOTS, "volumesnapshotcontents", "get patch", "csi-snapshotter", "snapshot"),
-    Need("snapshotter", _SNAPSHOTS, "volumesnapshotcontents/status", "update", "csi-snapshotter", "snapshot"),
+    Need("snapshotter", _SNAPSHOTS, "volumesnapshotcontents/status", "update", "csi-snapshotter", "forget"),
     Need("snapshotter", _SNAPSHOTS, "volumesnapshotcontents/status", "patch", "csi-snapshotter", "fail"),
     Need("resizer", "", "persistentvolumes", "list watch", "csi-resizer", "restart"),
     Need("resizer", "", "persistentvolumes", "patch", "csi-resizer", "expand"),
@@ -206,7 +206,15 @@ def _clone(cluster: Cluster, name: str) -> Iterator[None]:
 
 
 def _restore(cluster: Cluster, name: str) -> Iterator[None]:
-    return _made(cluster, _ours(name, dataSource={**_SNAPSHOT_API, "name": "kept"}))
+    """Twice, since a snapshot that could not be marked is restored all the same."""
+    source = {**_SNAPSHOT_API, "name": "kept"}
+    again = _made(cluster, _ours(f"{name}-again", dataSource=source))
+    for part, _ in enumerate(_made(cluster, _ours(name, dataSource=source))):
+        if part == 2:
+            for _step in range(3):
+                next(again)
+        yield
+    next(again, None)
 
 
 def _elsewhere(cluster: Cluster, name: str) -> Iterator[None]:
@@ -517,8 +525,10 @@ def _seen(cluster: Cluster, since: int, refused: bool) -> set[tuple[str, Right]]
 
 
 def _lists_first(program: str, right: Right) -> bool:
-    """The plugin does, and the snapshot-controller, which ends where it finds no API of snapshots."""
-    return program == "runvol" or (program == "snapshot-controller" and right[1] == _SNAPSHOTS)
+    """The plugin does; of snapshots so does the snapshot-controller, which ends without, and the provisioner, which
+    does without until it begins anew."""
+    of_snapshots = right[1] == _SNAPSHOTS and program in ("snapshot-controller", "csi-provisioner")
+    return program == "runvol" or of_snapshots
 
 
 def run(cluster: Cluster, one: Round, number: int) -> str:
@@ -563,6 +573,8 @@ def run(cluster: Cluster, one: Round, number: int) -> str:
             wanted -= got
         if later:
             give_back("get", "list")
+            if "csi-provisioner" in {program for program, _right in later}:
+                _begin_anew(cluster)
             wait_refused(later)
     finally:
         given = log.stat().st_size

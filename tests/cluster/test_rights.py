@@ -36,6 +36,6 @@ def governed(built: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     assert cluster.left() == []
 
 
-@pytest.mark.parametrize(("number", "one"), enumerate(removals.rounds()), ids=map(str, removals.rounds()))
+@pytest.mark.parametrize(("number", "one"), [*enumerate(removals.rounds())], ids=map(str, removals.rounds()))
 def test_without_it_work_fails(governed: Cluster, number: int, one: removals.Round) -> None:
     print(removals.run(governed, one, number))  # noqa: T201
