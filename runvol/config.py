@@ -190,6 +190,11 @@ TABLE: Mapping[str, Setting] = {
     "snapshotter.unmap_idle_seconds": Setting(
         default=600, meaning="unmap a snapshot's device that nobody has had open for so long; 0 for never"
     ),
+    "snapshotter.gauge": Setting(
+        default="auto",
+        meaning="where a filesystem is mounted that is as full as the pool, for kubelet and what watches the node; "
+        "`auto` is `gauge` in snapshotter.state_dir; empty for none",
+    ),
     "snapshotter.metrics": Setting(default="", meaning="HOST:PORT of the metrics (loopback); empty for none"),
     "pool.data_reserve_percent": Setting(
         default=3, meaning="free data that new snapshots leave to those that run, in percent"
@@ -422,6 +427,12 @@ def _check_snapshotter(config: Config) -> None:
     for key in ("snapshotter.images", "snapshotter.image_roots"):
         if config.text(key) and not config.text(key).startswith("/"):
             raise ConfigError(f"{key} = {config.text(key)!r} (from {config.sources[key]}): must be an absolute path")
+    gauge = config.text("snapshotter.gauge")
+    if gauge not in ("", "auto") and (not gauge.startswith("/") or os.path.normpath(gauge) != gauge or gauge == "/"):
+        raise ConfigError(
+            f"snapshotter.gauge = {gauge!r} (from {config.sources['snapshotter.gauge']}): must be a plain absolute "
+            "path, `auto`, or empty for none"
+        )
     for path in config.words("snapshotter.image_keys"):
         if not path.startswith("/"):
             source = config.sources["snapshotter.image_keys"]

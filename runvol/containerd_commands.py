@@ -21,6 +21,7 @@ from runvol import containerd_wish, toml_text
 from runvol.cli import Loader
 from runvol.config import Config
 from runvol.containerd_wish import NAME, Wish
+from runvol.gauge_place import former_roots, gauge_path
 from runvol.toml_text import Change, NoPlace
 
 _COPY = ".before-runvol"
@@ -94,7 +95,8 @@ def _wish(config: Config, runtimes: Sequence[str], everything: bool, platform: s
             raise Refused(f"--runtime {handler} is given twice, with different types")
     return Wish(
         address=config.text("snapshotter.endpoint").removeprefix("unix://"),
-        root=config.text("paths.state_dir"),
+        root=gauge_path(config) or config.text("paths.state_dir"),
+        roots=former_roots(config),
         platform=platform,
         runtimes=named,
         everything=everything,

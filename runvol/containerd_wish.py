@@ -40,11 +40,13 @@ def fits(said: object, platform: str) -> bool:
 @dataclass(frozen=True, kw_only=True)
 class Wish:
     """`runtimes`: handlers, with the runtime_type of one that the file does not have. `everything`: all runtimes are to
-    use it, as containerd 1.6 has no other choice. `root`: what kubelet is told the root filesystems lie on."""
+    use it, as containerd 1.6 has no other choice. `root`: what kubelet is told the root filesystems lie on; `roots`: what
+    earlier releases have said there, which is put right."""
 
     address: str
     root: str
     platform: str
+    roots: Sequence[str] = ()
     runtimes: Mapping[str, str] = field(default_factory=dict)
     everything: bool = False
 
@@ -142,7 +144,8 @@ class _Changes:
         yield from self._set(place, "address", self._wish.address)
         if kind is None:
             yield Put(path=(*place.put, "type"), value="snapshot")
-        if not self._version < (1, 7) and self._at(*place.found, "exports", "root") is None:
+        # 1.6 takes it from 1.6.33 on, and passes over it before.
+        if (said := self._at(*place.found, "exports", "root")) != self._wish.root and said in (None, *self._wish.roots):
             yield Put(path=(*place.put, "exports", "root"), value=self._wish.root)
 
     def _for_all(self) -> Iterator[Change]:

@@ -9,6 +9,7 @@ import stat
 
 from blockdev import Deadline
 from runvol.config import Config, ConfigError
+from runvol.gauge_place import gauge_path
 from snapshotter.errors import PoolRefused, Unavailable
 from snapshotter.node import Node, Settings
 from snapshotter.pool import Limits
@@ -47,6 +48,7 @@ def settings_of(config: Config) -> Settings:
         verity=bool(config.number("snapshotter.verity")),
         unmap_idle=max(idle, call) if idle else 0,
         discard=bool(config.number("snapshotter.discard")),
+        gauge=gauge_path(config),
     )
 
 
