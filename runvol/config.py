@@ -427,12 +427,7 @@ def _check_snapshotter(config: Config) -> None:
     for key in ("snapshotter.images", "snapshotter.image_roots"):
         if config.text(key) and not config.text(key).startswith("/"):
             raise ConfigError(f"{key} = {config.text(key)!r} (from {config.sources[key]}): must be an absolute path")
-    gauge = config.text("snapshotter.gauge")
-    if gauge not in ("", "auto") and (not gauge.startswith("/") or os.path.normpath(gauge) != gauge or gauge == "/"):
-        raise ConfigError(
-            f"snapshotter.gauge = {gauge!r} (from {config.sources['snapshotter.gauge']}): must be a plain absolute "
-            "path, `auto`, or empty for none"
-        )
+    _check_gauge(config)
     for path in config.words("snapshotter.image_keys"):
         if not path.startswith("/"):
             source = config.sources["snapshotter.image_keys"]
@@ -443,6 +438,15 @@ def _check_snapshotter(config: Config) -> None:
         raise ConfigError(
             f"snapshotter.unmap_idle_seconds = {idle} (from {config.sources['snapshotter.unmap_idle_seconds']}): must "
             f"not be below snapshotter.call_seconds = {call}, else a device goes under a call; 0 is for never"
+        )
+
+
+def _check_gauge(config: Config) -> None:
+    gauge = config.text("snapshotter.gauge")
+    if gauge not in ("", "auto") and (not gauge.startswith("/") or os.path.normpath(gauge) != gauge or gauge == "/"):
+        raise ConfigError(
+            f"snapshotter.gauge = {gauge!r} (from {config.sources['snapshotter.gauge']}): must be a plain absolute "
+            "path, `auto`, or empty for none"
         )
 
 

@@ -40,8 +40,8 @@ def fits(said: object, platform: str) -> bool:
 @dataclass(frozen=True, kw_only=True)
 class Wish:
     """`runtimes`: handlers, with the runtime_type of one that the file does not have. `everything`: all runtimes are to
-    use it, as containerd 1.6 has no other choice. `root`: what kubelet is told the root filesystems lie on; `roots`: what
-    earlier releases have said there, which is put right."""
+    use it, as containerd 1.6 has no other choice. `root`: what kubelet is told the root filesystems lie on; `roots`:
+    what earlier releases have said there, which is put right."""
 
     address: str
     root: str
