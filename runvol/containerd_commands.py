@@ -110,7 +110,12 @@ def _wish(config: Config, runtimes: Sequence[str], everything: bool, platform: s
 @click.option("--write", is_flag=True, help=f"Change the file; what it was is kept beside it (PATH{_COPY}).")
 @click.option("--runtime", "runtimes", multiple=True, metavar="HANDLER[=TYPE]",
               help="A runtime that gets it (default: all that are sandboxes); TYPE: of one to be added.")  # fmt: skip
-@click.option("--all-runtimes", is_flag=True, help="containerd 1.6: runc's containers get it too.")
+@click.option(
+    "--all-runtimes",
+    is_flag=True,
+    help="The default of all, runc's containers too, which kubelet "
+    "sees as its imagefs; containerd 1.6 takes it no other way.",
+)
 @click.option("--platform", metavar="OS/ARCH", help="Of the node (default: this machine's).")
 @click.option("--root", metavar="DIR", help="Where the node's root is seen (default: the setting paths.host_root).")
 @click.pass_obj

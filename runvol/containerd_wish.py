@@ -39,9 +39,9 @@ def fits(said: object, platform: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Wish:
-    """`runtimes`: handlers, with the runtime_type of one that the file does not have. `everything`: all runtimes are to
-    use it, as containerd 1.6 has no other choice. `root`: what kubelet is told the root filesystems lie on; `roots`:
-    what earlier releases have said there, which is put right."""
+    """`runtimes`: handlers, with the runtime_type of one that the file does not have. `everything`: it is the default
+    of all that name no other, as containerd 1.6 has no other choice. `root`: what kubelet is told the root filesystems
+    lie on; `roots`: what earlier releases have said there, which is put right."""
 
     address: str
     root: str
@@ -74,11 +74,11 @@ class _Changes:
     def __iter__(self) -> Iterator[Change]:
         self._refuse_disabled()
         yield from self._proxy()
-        if self._version < (1, 7):
+        if self._version < (1, 7) or self._wish.everything:
             yield from self._for_all()
+            if self._version.merges:
+                yield from self._unpack()
             return
-        if self._wish.everything:
-            raise Refused(f"--all-runtimes is for containerd 1.6; {self._version} chooses for each runtime: --runtime")
         runtimes = self._wish.runtimes or self._sandboxes()
         yield from self._runc()
         for handler, kind in runtimes.items():
@@ -153,8 +153,11 @@ class _Changes:
             raise Refused(f"containerd {self._version} has one snapshotter for all runtimes, so runc's containers "
                           "would lie on it too; say --all-runtimes if that is wanted, or upgrade to 1.7")  # fmt: skip
         if self._wish.runtimes:
-            raise Refused(f"--runtime: containerd {self._version} has one snapshotter for all runtimes")
-        place = self._cri()
+            why = f"containerd {self._version} has one snapshotter for all runtimes"
+            raise Refused(f"--runtime: {'--all-runtimes names all of them' if self._wish.everything else why}")
+        place = self._cri(images=True)
+        if self._main.form < 3:  # whose own table wins over that of its newer name
+            place = Place(found=place.found, put=self._cri("snapshotter").put[:-1])
         there = self._at(*place.found, "snapshotter")
         self._refuse_other(place.found, there, (_DEFAULT,))
         self._refuse_discarding()

@@ -25,9 +25,9 @@ def examine(path: str, state_dir: str, wanted: Fill) -> Iterator[Diagnosis]:
     try:
         shown = bounded(f"looking at {path}", Deadline.after(_LOOKING), gauge.shown)
     except (SnapshotterError, BlockdevError, OSError) as error:
-        yield Diagnosis(state=WARNING, subject=subject, finding=f"{error}: kubelet and what watches the node do not see "
-                        "how full the pool is. `systemctl restart runvol-snapshotter` makes it; why it could not stands "
-                        "in its log")  # fmt: skip
+        yield Diagnosis(state=WARNING, subject=subject, finding=f"{error}: kubelet and what watches the node do not "
+                        "see how full the pool is. `systemctl restart runvol-snapshotter` makes it; why it could not "
+                        "stands in its log")  # fmt: skip
         return
     said = f"{size(shown.available)} of {size(shown.total)} free"
     if abs(shown.available - wanted.available) > _LAG * wanted.total or shown.total < wanted.total * (1 - _LAG):

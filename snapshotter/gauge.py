@@ -1,5 +1,5 @@
-"""A filesystem that is as full as the pool, for all that asks a filesystem how full it is: kubelet and its cAdvisor, which
-know no thin pool, node_exporter, df.
+"""A filesystem that is as full as the pool, for whoever asks filesystems how full they are: kubelet and its cAdvisor,
+which know no thin pool, node_exporter, df.
 
 It is an ext4 on a loop device over a sparse file, as large as the pool's data, with one file in it of blocks that are
 allocated and never written. It costs a few MiB for each TiB: clusters of 64 KiB, no journal, and inode tables that
@@ -119,15 +119,15 @@ class Gauge:
     # -- doing ------------------------------------------------------------------------------------------------------
 
     def be_there(self) -> None:
-        """Mounted, as large as it was last, so that kubelet finds it although the pool is not there yet. Nothing happens
-        where there was none."""
+        """Mounted, as large as it was last, so that kubelet finds it although the pool is not there yet; nothing where
+        there was none."""
         size = self._size()
         if size and not self.is_mounted():
             self._make(size)
 
     def show(self, wanted: Fill) -> None:
-        """Mounted, of that size, with so much available, but for a little."""
-        size = max(_SMALLEST, wanted.total // _CLUSTER * _CLUSTER)
+        """Mounted, of that size (of 0: as it is), with so much available, but for a little."""
+        size = max(_SMALLEST, (wanted.total or self._size()) // _CLUSTER * _CLUSTER)
         if not self.is_mounted() or self._size() != size:
             self._make(size)
         try:

@@ -87,7 +87,7 @@ class Cri:
             self.process = subprocess.Popen([self._program, "-c", str(self.directory / "cri.toml")], stdout=log, stderr=log,
                                             env={"PATH": path, "HOME": "/root"})  # fmt: skip
         self.channel = grpc.insecure_channel(f"unix:{self.socket}", options=[("grpc.default_authority", "localhost")])
-        self.until(lambda: self._answers())
+        self.until(self._answers)
         return self
 
     def __exit__(self, *_: object) -> None:
