@@ -141,13 +141,15 @@ class Gauge:
 
     def be_absent(self) -> None:
         """Neither mounted anywhere nor on the disk; its directory goes too if nothing is in it."""
-        for place in self.places():
+        places = self.places()
+        for place in places:
             mounts.be_let_go(place)
-            with contextlib.suppress(OSError):
-                os.rmdir(place)
         for file in (self.file, self.file + _NEW):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(file)
+        for place in {*places, self.path} - {""}:
+            with contextlib.suppress(OSError):  # somebody else's, by now
+                os.rmdir(place)
 
     def _size(self) -> int:
         try:

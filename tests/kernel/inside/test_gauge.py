@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -38,6 +39,12 @@ def _seen(path: str | Path) -> Fill:
     """As kubelet looks."""
     facts = os.statvfs(path)
     return Fill(total=facts.f_blocks * facts.f_frsize, available=facts.f_bavail * facts.f_frsize)
+
+
+def _devices(gauge: Gauge) -> list[str]:
+    """Loop devices on its files, of earlier ones too."""
+    return [one for one in loops.bound()
+            if gauge.file in Path(f"/sys/block/{os.path.basename(one)}/loop/backing_file").read_text()]  # fmt: skip
 
 
 def _near(seen: Fill, wanted: Fill) -> bool:
@@ -118,7 +125,7 @@ def test_what_somebody_does_to_it_is_put_right(gauge: Gauge) -> None:
         gauge.show(Fill(total=1 << 30, available=1 << 28))
         gauge.show(wanted)
         assert _near(_seen(gauge.path), wanted), harm
-    assert len(loops.bound()) == 1, loops.bound()
+    assert len(_devices(gauge)) == 1
 
 
 def test_another_ones_place_is_refused_and_left_alone(gauge: Gauge, tmp_path: Path) -> None:
@@ -172,7 +179,7 @@ def test_killed_at_any_moment_the_next_one_goes_on(gauge: Gauge) -> None:
         assert _near(_seen(gauge.path), wanted)
         assert list(gauge.places()) == [gauge.path]
         assert len([one for one in mountinfo.table() if one.target == gauge.path]) == 1
-    assert len(loops.bound()) == 1
+    assert len(_devices(gauge)) == 1
     assert in_child(lambda: gauge.show(wanted)) == 0
 
 
@@ -185,6 +192,11 @@ def test_after_a_reboot_it_is_there_before_the_pool(gauge: Gauge) -> None:
     gauge.be_there()
     assert gauge.is_mounted()
     assert _seen(gauge.path).total > 1000 * MIB
+
+
+def _diagnosis(server: Server, place: Path) -> tuple[str, str]:
+    found = {one["subject"]: one for one in json.loads(server.runvol("doctor", "--json", ok=(0, 1)))}
+    return found[f"gauge {place}"]["state"], found[f"gauge {place}"]["finding"]
 
 
 def _follows(server: Server, gauge: Path, seconds: float = 12) -> Fill:
@@ -223,8 +235,19 @@ def test_the_service_shows_its_pool_through_use_growth_restart_and_kill(tmp_path
         assert os.stat(place).st_dev == device
         server.runvol("pool", "extend", "--by", str(256 * MIB))
         assert _follows(server, place).available > after.available + 240 * MIB
+        assert _diagnosis(server, place)[0] == "ok"
+        refusal = server.runvol("pool", "gauge", "--remove", ok=(1,))
+        assert refusal == ""
         server.stop()
         assert os.path.ismount(place)
+        shown = json.loads(server.runvol("pool", "gauge", "--json"))[0]
+        assert shown["available_bytes"] == _seen(place).available
+        for _ in range(2):
+            server.runvol("pool", "gauge", "--remove")
+            assert not place.exists()
+        state, said = _diagnosis(server, place)
+        assert state == "warning"
+        assert "the gauge is not mounted on" in said
         server.start()
         _follows(server, place)
         server.stop()

@@ -72,13 +72,18 @@ class Kubelet:
     def log(self) -> str:
         return (self.directory / "kubelet.log").read_text()
 
+    @staticmethod
+    def get(path: str) -> bytes:
+        with urllib.request.urlopen(f"http://127.0.0.1:10255/{path}", timeout=10) as answer:
+            said: bytes = answer.read()
+        return said
+
     def runtime(self) -> dict[str, Any]:
         """Its filesystems of images and containers, in /stats/summary."""
         until = time.monotonic() + 60
         while True:
             try:
-                with urllib.request.urlopen("http://127.0.0.1:10255/stats/summary", timeout=10) as answer:
-                    found: dict[str, Any] = json.loads(answer.read())["node"]["runtime"]
+                found: dict[str, Any] = json.loads(self.get("stats/summary"))["node"]["runtime"]
                 return found
             except (OSError, KeyError):
                 assert self.process.poll() is None, self.log()[-3000:]
@@ -102,6 +107,9 @@ def test_the_pool_is_kubelets_imagefs_and_passes_its_threshold_before_it_is_full
                 assert abs(before[name]["capacityBytes"] - total) < total // 50
                 assert before[name]["availableBytes"] > 0.8 * total
                 assert before[name]["inodesFree"] > 0.9 * before[name]["inodes"]
+            device = f'device="/dev/loop{os.minor(os.stat(gauge).st_dev)}"'
+            shown = [line for line in kubelet.get("metrics/cadvisor").decode().splitlines() if device in line]
+            assert [line for line in shown if line.startswith("container_fs_limit_bytes") and 'id="/"' in line], shown
             client = Client(server)
             for number in range(8):
                 if number == 6:
