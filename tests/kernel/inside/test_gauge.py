@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -14,13 +15,13 @@ from pathlib import Path
 import pytest
 
 from blockdev import loops, mountinfo
-from snapshotter.errors import PoolFull, Unavailable
+from blockdev.errors import BlockdevError
+from snapshotter.errors import PoolFull, SnapshotterError, Unavailable
 from snapshotter.gauge import Fill, Gauge, fill
 from snapshotter.node import Node
 from tests.kernel.inside.lab import MIB, Lab, in_child
 from tests.kernel.inside.server import Server
 
-pytestmark = pytest.mark.short
 TIB = 1 << 40
 
 
@@ -53,6 +54,7 @@ def _near(seen: Fill, wanted: Fill) -> bool:
     return size and abs(seen.available - min(wanted.available, seen.total)) <= max(grain, wanted.total // 40)
 
 
+@pytest.mark.short
 def test_it_shows_what_it_is_told_again_and_again(gauge: Gauge) -> None:
     for total, available in ((1 << 30, 1 << 30), (1 << 30, 300 << 20), (1 << 30, 0), (1 << 30, 500 << 20), (3 << 30, 1 << 30),
                              (256 << 20, 100 << 20)):  # fmt: skip
@@ -128,6 +130,7 @@ def test_what_somebody_does_to_it_is_put_right(gauge: Gauge) -> None:
     assert len(_devices(gauge)) == 1
 
 
+@pytest.mark.short
 def test_another_ones_place_is_refused_and_left_alone(gauge: Gauge, tmp_path: Path) -> None:
     wanted = Fill(total=1 << 30, available=1 << 29)
     Path(gauge.path).mkdir()
@@ -153,6 +156,36 @@ def test_another_ones_place_is_refused_and_left_alone(gauge: Gauge, tmp_path: Pa
     assert _near(_seen(gauge.path), wanted)
 
 
+def test_a_full_state_disk_is_told_and_once_there_is_room_it_goes_on(tmp_path: Path) -> None:
+    state, wanted = tmp_path / "small", Fill(total=4 << 30, available=1 << 30)
+    state.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", state], check=True)
+    gauge, filler = Gauge(str(tmp_path / "gauge"), str(state)), state / "filler"
+    try:
+        gauge.show(wanted)
+        with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as opened:
+            while opened.write(bytes(1 << 16)):
+                pass
+        for size in (4 << 30, 64 << 30):
+            # What it has no room to write down the kernel may still hold.
+            for available in (0, size // 2):
+                with contextlib.suppress(SnapshotterError, BlockdevError, OSError):
+                    gauge.show(Fill(total=size, available=available))
+                    os.sync()
+        with pytest.raises((SnapshotterError, BlockdevError, OSError)):
+            gauge.show(Fill(total=2 << 40, available=0))
+        filler.unlink()
+        gauge.show(wanted)
+        os.sync()
+        gauge.show(wanted)
+        assert _near(_seen(gauge.path), wanted)
+        assert list(gauge.places()) == [gauge.path]
+        assert len(_devices(gauge)) == 1
+    finally:
+        gauge.be_absent()
+        subprocess.run(["umount", "-l", state], check=True)
+
+
 def test_a_changed_setting_moves_it(gauge: Gauge, tmp_path: Path) -> None:
     wanted = Fill(total=1 << 30, available=1 << 29)
     other = Gauge(str(tmp_path / "other"), str(tmp_path / "state"))
@@ -162,6 +195,7 @@ def test_a_changed_setting_moves_it(gauge: Gauge, tmp_path: Path) -> None:
     os.rmdir(other.path)
 
 
+@pytest.mark.short
 def test_killed_at_any_moment_the_next_one_goes_on(gauge: Gauge) -> None:
     chance = random.Random(5)
     for number in range(12):
