@@ -7,22 +7,26 @@ import time
 
 import click
 
-from blockdev import Deadline
+from blockdev import Deadline, daemon
+from blockdev.deadlines import bounded
 from blockdev.devicemapper import Mapper
 from runvol import pool_absence, tables
 from runvol.cli import Loader, as_json_option
 from runvol.config import Config
 from runvol.containerd_commands import containerd_config
+from runvol.gauge_place import gauge_path
 from runvol.serve_snapshots import limits, state_dir
 from snapshotter import assembly, backing
 from snapshotter.assembly import Extender, Wish
 from snapshotter.backing import Backing
 from snapshotter.errors import NotFound, PoolRefused, Unavailable, WrongState
+from snapshotter.gauge import Gauge
 from snapshotter.model import Kind
 from snapshotter.pool import Pool
 from snapshotter.store import STORE, Store
 
 _CALL = 300.0
+_LOOKING = 3.0
 
 
 @click.group(invoke_without_command=True)
@@ -217,6 +221,31 @@ def pool_repair_store(load: Loader, keep: bool, as_json: bool) -> None:
     rows += [{"key": key, "state": "lost"} for key in done.lost]
     if rows or as_json:
         tables.show(rows, ("key", "state"), as_json=as_json, empty="")
+
+
+@pool.command("gauge")
+@click.option("--remove", is_flag=True, help="Take it away, file and all; the snapshotter must be stopped.")
+@as_json_option
+@click.pass_obj
+def pool_gauge(load: Loader, remove: bool, as_json: bool) -> None:
+    """What the filesystem shows that is as full as the pool, for kubelet and what watches the node."""
+    config = load()
+    path, state = gauge_path(config), state_dir(config)
+    gauge = Gauge(path, state)
+    if remove:
+        if daemon.is_taken(config.text("snapshotter.endpoint").removeprefix("unix://")):
+            raise WrongState("the snapshotter runs, and would make the gauge again: stop it first, or set "
+                             "snapshotter.gauge to an empty text and restart it")  # fmt: skip
+        gauge.be_absent()
+        if not as_json:
+            click.echo("no gauge is there")
+        return
+    rows = []
+    if path:
+        shown = bounded(f"looking at {path}", Deadline.after(_LOOKING), gauge.shown)
+        rows = [{"path": path, "size": tables.size(shown.total), "available": tables.size(shown.available),
+                 "size_bytes": shown.total, "available_bytes": shown.available}]  # fmt: skip
+    tables.show(rows, ("path", "size", "available"), as_json=as_json, empty="snapshotter.gauge is empty: there is none")
 
 
 @pool.command("quarantine")
