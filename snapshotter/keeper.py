@@ -6,7 +6,7 @@ written behind the calls, into one of four places in turn, each with its header 
 whatever is interrupted. A store that is new here, or came back from the past, does not write over the copy of the one
 before until an operator has decided (`repairing`).
 
-    0           the pool's identity
+    0           the pool's identity and name
     4096 (n+1)  the header of place n
     (n+1) << 28 a store, as SQLite's file
 """
@@ -24,6 +24,7 @@ import weakref
 import zlib
 from dataclasses import dataclass
 
+from snapshotter import backing
 from snapshotter.errors import PoolFull, PoolRefused, SnapshotterError, Unavailable
 from snapshotter.pool import KEEPER, DeviceMissing, DeviceThere, Pool
 
@@ -115,7 +116,7 @@ class Keeper:
 
     def _prove(self, fd: int, *, made: bool) -> None:
         """PoolRefused for somebody else's device; one that nobody ever wrote to is what a killed process left."""
-        if os.pread(fd, _PAGE, 0) == self._name():
+        if backing.keeper_of(os.pread(fd, _PAGE, 0)) == self._pool.identity:
             return
         if not made and self._pool.mapped_sectors(KEEPER):
             raise PoolRefused(
@@ -123,11 +124,8 @@ class Keeper:
                 "pools by; whoever made it has to remove it"
             )
         self._room(_PAGE)
-        _write(fd, self._name(), 0)
+        _write(fd, backing.keeper_page(self._pool.name, self._pool.identity), 0)
         os.fsync(fd)
-
-    def _name(self) -> bytes:
-        return f"runvol keeper\nidentity {self._pool.identity}\n".encode().ljust(_PAGE, b"\0")
 
     def close(self) -> None:
         """Let go of the device, which stays mapped. May be repeated."""
