@@ -38,12 +38,12 @@ def init(mapper: Mapper, state_dir: str, wish: Wish, deadline: Deadline) -> Pool
     making.check(wish)
     existing = backing.load(state_dir)
     if existing is not None and os.path.exists(_made(state_dir)):
-        raise _already(state_dir, existing)
+        raise already(state_dir, existing)
     with turns.whole(state_dir):
         return _init(mapper, state_dir, wish, deadline)
 
 
-def _already(state_dir: str, it: Description) -> PoolRefused:
+def already(state_dir: str, it: Description) -> PoolRefused:
     return PoolRefused(f"{state_dir} already has pool {it.name} (on {it.data}); `runvol pool status`")
 
 
@@ -55,7 +55,7 @@ def _init(mapper: Mapper, state_dir: str, wish: Wish, deadline: Deadline) -> Poo
         making.wipe(wish, description, deadline)
         backing.save(state_dir, description)
     else:
-        if is_adopted_half(state_dir):
+        if is_adopted_half(state_dir, existing):
             raise PoolRefused(
                 f"the adoption of pool {existing.name}, described in {state_dir}/{backing.FILE}, did not end: repeat "
                 "`runvol pool adopt` with the arguments that it had"
@@ -63,7 +63,7 @@ def _init(mapper: Mapper, state_dir: str, wish: Wish, deadline: Deadline) -> Poo
         different = making.difference(existing, wish, state_dir)
         # Without its mark a pool may be made all the same, and then nobody is told to remove what describes it.
         if os.path.exists(_made(state_dir)) or (different and _seems_made(mapper, state_dir, existing, deadline)):
-            raise _already(state_dir, existing)
+            raise already(state_dir, existing)
         if different:
             raise PoolRefused(different)
         _refuse_taken_names(mapper, state_dir, existing)
@@ -73,13 +73,13 @@ def _init(mapper: Mapper, state_dir: str, wish: Wish, deadline: Deadline) -> Poo
 
 def _refuse_taken_names(mapper: Mapper, state_dir: str, description: Description) -> None:
     """Before anything is written: a mapped device of the name is somebody else's."""
-    _found(mapper, description)
+    find_mapped(mapper, description)
     Backing(mapper, state_dir, description).refuse_taken_names()
 
 
 def _make(mapper: Mapper, below: Backing, wish: Wish, deadline: Deadline, *, fresh: bool) -> Pool:
     state_dir, maker = below.state_dir, making.Maker(below, wish, deadline)
-    if _found(mapper, below.description) is None:
+    if find_mapped(mapper, below.description) is None:
         try:
             maker.make(fresh=fresh)
         except BaseException:
@@ -108,9 +108,12 @@ def _adopting(state_dir: str) -> str:
     return os.path.join(state_dir, "pool.adopting")
 
 
-def is_adopted_half(state_dir: str) -> bool:
-    """Whether an adoption was begun here that did not end."""
-    return os.path.exists(_adopting(state_dir))
+def is_adopted_half(state_dir: str, it: Description) -> bool:
+    """Whether the adoption of this pool was begun here and did not end."""
+    try:
+        return durable.read(_adopting(state_dir)) == f"{it.identity}\n".encode()
+    except FileNotFoundError:
+        return False
 
 
 def begin_adoption(state_dir: str, it: Description) -> None:
@@ -120,7 +123,7 @@ def begin_adoption(state_dir: str, it: Description) -> None:
 
 
 def end_adoption(below: Backing) -> None:
-    """The pool is one that runvol has made."""
+    """The pool counts as made from now on."""
     _write_made(below)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(_adopting(below.state_dir))
@@ -139,10 +142,10 @@ def _is_made(mapper: Mapper, below: Backing, deadline: Deadline) -> bool:
     """Whether the pool's making ended. A mark that is lost is written again: the pool itself tells."""
     if os.path.exists(_made(below.state_dir)):
         return True
-    if is_adopted_half(below.state_dir):
+    if is_adopted_half(below.state_dir, below.description):
         return False
     it = below.description
-    mapped = _found(mapper, it) is not None
+    mapped = find_mapped(mapper, it) is not None
     if not (mapper.pool_status(it.name).transaction if mapped else making.transaction(below, deadline)):
         return False
     log.warning("the mark of a pool that was made is lost; it is written again", extra={"pool": it.name})
@@ -167,15 +170,36 @@ def assemble(mapper: Mapper, state_dir: str, deadline: Deadline, limits: Limits 
         raise PoolRefused(_NO_POOL.format(state_dir))
     below = Backing(mapper, state_dir, description)
     if not _is_made(mapper, below, deadline):
+        half = is_adopted_half(state_dir, description)
         raise PoolRefused(
-            f"the {'adoption' if is_adopted_half(state_dir) else 'making'} of pool {description.name}, described in "
-            f"{state_dir}/{backing.FILE}, did not end: repeat `runvol pool "
-            f"{'adopt' if is_adopted_half(state_dir) else 'init'}` with the arguments that it had, or remove the file"
+            f"the {'adoption' if half else 'making'} of pool {description.name}, described in {state_dir}/"
+            f"{backing.FILE}, did not end: repeat `runvol pool {'adopt' if half else 'init'}` with the arguments that "
+            "it had, or remove the file"
         )
     return _assemble(mapper, below, deadline, check=True, limits=limits), below
 
 
-def _found(mapper: Mapper, it: Description) -> Device | None:
+def why_not(mapper: Mapper, state_dir: str) -> str:
+    """Why the described pool is not assembled, as far as a look tells that changes nothing, and what to do."""
+    it = backing.load(state_dir)
+    if it is None:
+        return _NO_POOL.format(state_dir)
+    if is_adopted_half(state_dir, it):
+        return "its adoption did not end: repeat `runvol pool adopt` with the arguments that it had"
+    if os.path.exists(_replacing(state_dir)):
+        return "its repair did not end: repeat `runvol pool check --repair`"
+    below = Backing(mapper, state_dir, it)
+    try:
+        first = below.first_of_metadata(Deadline.after(60))
+        found = making.superblock(first)
+    except (SnapshotterError, BlockdevError, OSError) as error:
+        return str(error)
+    if found is None:
+        return f"{first} does not begin with a pool's metadata"
+    return "`runvol pool check` looks whether its metadata are sound, and the snapshotter assembles it when it starts"
+
+
+def find_mapped(mapper: Mapper, it: Description) -> Device | None:
     """The mapped pool. One that a killed process left without a live table is removed, as it holds the metadata.
 
     PoolRefused if the name is somebody else's.
@@ -198,7 +222,7 @@ def _assemble(
     mapper: Mapper, below: Backing, deadline: Deadline, *, check: bool, limits: Limits | None = None
 ) -> Pool:  # fmt: skip
     it = below.description
-    found = _found(mapper, it)
+    found = find_mapped(mapper, it)
     if found is None and os.path.exists(_replacing(below.state_dir)):
         raise Unavailable(f"the repair of pool {it.name} did not end: repeat `runvol pool check --repair`")
     metadata, data = below.attach(deadline)
@@ -206,23 +230,29 @@ def _assemble(
         _prove_free(it, metadata, data)
         if check:
             check_metadata(it.name, metadata, deadline)
-        try:
-            mapper.create(it.name, UUID + it.identity)
-        except MapperError as error:
-            if error.errno != errno.EBUSY:
-                raise
-            raise Unavailable(f"another process is assembling pool {it.name} just now; try again") from None
-        try:
-            mapper.load(it.name, [below.table(metadata, data)])
-        except MapperError as error:
-            mapper.remove(it.name)
-            raise Unavailable(f"{error}, on {metadata} and {data}; the kernel's log has the reason") from None
-        mapper.resume(it.name)
+        map_pool(mapper, below, metadata, data)
     elif found.suspended:
         mapper.resume(it.name)
     pool = Pool(mapper, it.name, it.identity, metadata, limits)
     pool.remedies = backing.remedies(it)
     return pool
+
+
+def map_pool(mapper: Mapper, below: Backing, metadata: str, data: str) -> None:
+    """Map the pool over its devices. Unavailable where it cannot be, or another process does so just now."""
+    it = below.description
+    try:
+        mapper.create(it.name, UUID + it.identity)
+    except MapperError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        raise Unavailable(f"another process is assembling pool {it.name} just now; try again") from None
+    try:
+        mapper.load(it.name, [below.table(metadata, data)])
+    except MapperError as error:
+        mapper.remove(it.name)
+        raise Unavailable(f"{error}, on {metadata} and {data}; the kernel's log has the reason") from None
+    mapper.resume(it.name)
 
 
 def _prove_free(it: Description, metadata: str, data: str) -> None:
@@ -514,6 +544,7 @@ def _fill(part: str, status: PoolStatus) -> tuple[int, int]:
 
 
 __all__ = [
-    "SECTOR", "Extender", "Wish", "assemble", "begin_adoption", "check_metadata", "disassemble", "end_adoption", "init",
-    "is_adopted_half", "node", "repair",
+    "SECTOR", "Extender", "Wish", "already", "assemble", "begin_adoption", "check_metadata", "disassemble",
+    "end_adoption", "find_mapped", "init", "is_adopted_half", "map_pool", "node", "repair",
+    "why_not",
 ]  # fmt: skip

@@ -331,6 +331,32 @@ def _volumes(it: Description, deadline: Deadline) -> dict[str, _Volume]:
     return {volume.name: volume for volume in found if volume.name in (it.metadata, it.data)}
 
 
+def tagged(it: Description, deadline: Deadline) -> tuple[str, str]:
+    """Name and identity of the pool of runvol's that these volumes were made for; empty where they were not."""
+    found = {tag.removeprefix(_TAG) for one in _volumes(it, deadline).values() for tag in one.tags
+             if tag.startswith(_TAG)}  # fmt: skip
+    if len(found) != 1:
+        return "", ""
+    return it.data.removesuffix("_data") if it.data.endswith("_data") else "", found.pop()
+
+
+def refuse_lvms_own(group: str, name: str, option: str, deadline: Deadline) -> None:
+    """BadRequest for a logical volume that is not there, PoolRefused for one that LVM itself manages a pool by."""
+    _, output = run("lvs", "-a", "--noheadings", "--separator", "|", "-o", "lv_name,lv_attr,pool_lv,segtype", group,
+                    deadline=deadline)  # fmt: skip
+    rows = [line.strip().split("|") for line in output.splitlines()]
+    found = {row[0].strip("[]"): row for row in rows if len(row) == 4}
+    if name not in found:
+        raise BadRequest(option, name, f"is no logical volume of {group}")
+    shown, attributes, pool, kind = found[name]
+    if pool or kind.startswith("thin") or shown.startswith("[") or attributes[:1] in ("t", "T", "e", "V"):
+        raise PoolRefused(
+            f"{option} {group}/{name} is part of a thin pool that LVM manages, and LVM would go on changing it: two "
+            f"owners destroy a pool. Make one of runvol's own beside it (`runvol pool init --vg {group} --size …`), "
+            "let the images be pulled into that, and remove LVM's when nobody needs it (`lvremove`)"
+        )
+
+
 class Maker:
     """Brings what a described pool stands on into being, or finds that an earlier init has; see the module.
 

@@ -437,6 +437,11 @@ class Pool:
         """What a mapped device has blocks for, shared ones included."""
         return self.mapper.thin_status(self.device_name(device)).mapped
 
+    def keeper_block(self, deadline: Deadline) -> int | None:
+        """The data block in which the keeper begins."""
+        with self.metadata_snapshot(deadline):
+            return first_block(run("thin_dump", "-m", "--dev-id", str(KEEPER), self.metadata, deadline=deadline)[1])
+
     def check_live(self, deadline: Deadline) -> None:
         """thin_check on the pool as it runs; CommandFailed with its words."""
         with self.metadata_snapshot(deadline):
@@ -462,6 +467,18 @@ class Pool:
             for row in rows
             if len(row) == 3 and all(map(str.isdecimal, row)) and int(row[0]) != KEEPER
         }
+
+
+def first_block(xml: str) -> int | None:
+    """The data block that the first block of the device lies in, of what thin_dump says of it; None without one."""
+    from xml.etree import ElementTree
+
+    for element in ElementTree.fromstring(_document(xml)).iter():  # noqa: S314  (written by thin_dump, about numbers)
+        if element.tag == "single_mapping" and element.attrib["origin_block"] == "0":
+            return int(element.attrib["data_block"])
+        if element.tag == "range_mapping" and element.attrib["origin_begin"] == "0":
+            return int(element.attrib["data_begin"])
+    return None
 
 
 def numbers(output: str) -> Iterator[int]:

@@ -49,7 +49,15 @@ def whole(state_dir: str, identity: str = "") -> Iterator[None]:
         _take(stack, state_lock(state_dir), state_dir)
         _take(stack, _changing(state_dir), state_dir)
         if identity:
-            _take(stack, pool_lock(identity), f"the pool of {state_dir}")
+            stack.enter_context(only_pool(identity))
+        yield
+
+
+@contextlib.contextmanager
+def only_pool(identity: str) -> Iterator[None]:
+    """Nobody serves the pool of this identity inside, wherever it is described. PoolRefused where somebody does."""
+    with contextlib.ExitStack() as stack:
+        _take(stack, pool_lock(identity), f"pool {identity}")
         yield
 
 
@@ -97,4 +105,4 @@ def _changing(state_dir: str) -> str:
     return os.path.join(state_dir, "changing.lock")
 
 
-__all__ = ["beside", "extension", "pool_lock", "state_lock", "try_lock", "whole"]
+__all__ = ["beside", "extension", "only_pool", "pool_lock", "state_lock", "try_lock", "whole"]
