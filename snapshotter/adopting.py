@@ -20,7 +20,7 @@ import msgspec
 from blockdev import Deadline, exclusivity, ioctls, loops
 from blockdev.devicemapper import Mapper
 from blockdev.errors import DeviceBusy
-from snapshotter import assembly, backing, existing, making, strangers, turns
+from snapshotter import assembly, backing, existing, making, stamps, strangers, turns
 from snapshotter.backing import Backing, Description
 from snapshotter.errors import BadRequest, PoolRefused
 from snapshotter.existing import Look, Superblock
@@ -146,6 +146,8 @@ class _Found:
                 "whose adoption did not end; repeat that, or remove the file if the pool is not wanted"
             )
         self.it = described
+        # One without a live table goes: it was to become the pool.
+        assembly.find_mapped(self._mapper, described)
         metadata, data = self._nodes()
         if not self._is_mapped(metadata, data):
             self._prove_nobodys(metadata, data)
@@ -182,7 +184,7 @@ class _Found:
         try:
             exclusivity.prove_free(path, past_known=False)
         except DeviceBusy as error:
-            raise PoolRefused(f"{option} {path} is in use: {error}") from None
+            raise PoolRefused(f"{option}: {error}") from None
         device = loops.attach(path, deadline=self._deadline)
         self._bound.append((device, path))
         return device
@@ -239,6 +241,16 @@ class _Found:
                               "made it has to remove it")  # fmt: skip
         for name, identity in said.values():
             self._take(name, identity)
+        self._prove_one_pool(one)
+
+    def _prove_one_pool(self, one: Superblock) -> None:
+        """Metadata tell no identity, but the copies of the store in the data were made in the epoch of their stamp."""
+        now, then = stamps.parse(one.transaction), [stamps.parse(stamp) for stamp in self._look.stamps]
+        if then and now is not None and now.epoch not in {stamp.epoch for stamp in then if stamp is not None}:
+            raise PoolRefused(
+                f"the data are those of pool {self.it.identity}, and the metadata are not (their stamp is of another "
+                f"epoch): these are not data and metadata of one pool. If they are, restore its {backing.FILE}"
+            )
 
     def _known_to_the_store(self, one: Superblock) -> str:
         """The identity of the pool that the store in the state directory was last used with, if that is this one."""
@@ -247,8 +259,8 @@ class _Found:
             return ""
         store = Store(path)
         try:
-            stamps = {store.read_fact("generation"), store.read_fact("generation_next")}
-            return (store.read_fact("pool") or "") if str(one.transaction) in stamps and one.transaction else ""
+            told = {store.read_fact("generation"), store.read_fact("generation_next")}
+            return (store.read_fact("pool") or "") if str(one.transaction) in told and one.transaction else ""
         finally:
             store.close()
 

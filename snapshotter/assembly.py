@@ -463,7 +463,7 @@ class Extender:
     def _extend(self, part: str, more: int, before: PoolStatus, deadline: Deadline) -> PoolStatus:
         self._below.extend(part, more, before, deadline)
         after = self._reload(deadline)
-        if (after.data_total, after.metadata_total) == (before.data_total, before.metadata_total):
+        if _fill(part, after)[1] <= _fill(part, before)[1]:
             raise Unavailable(
                 f"pool {self._pool.name} does not take what its {part} device has more: "
                 + "; ".join(finding.message for finding in self._pool.health(after))

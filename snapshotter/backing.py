@@ -300,7 +300,7 @@ class Backing:
         if not self.beyond(part, status):
             what = it.data if part == "data" else it.metadata
             raise Unavailable(
-                f"{what} has not grown; make it larger first, then `runvol pool extend"
+                f"{what} has not grown beyond what pool {it.name} uses; make it larger first, then `runvol pool extend"
                 f"{' --metadata' if part == 'metadata' else ''}`"
             )
         if it.kind == "device" and not it.metadata:

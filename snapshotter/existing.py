@@ -20,6 +20,7 @@ from blockdev.dm_targets import SECTOR, Linear, Thin, ThinPool
 from blockdev.errors import CommandFailed
 from snapshotter import backing
 from snapshotter.errors import PoolRefused
+from snapshotter.keeper import HEAD, stamps_in
 from snapshotter.pool import KEEPER, first_block, numbers
 
 _MAGIC, _BLOCK_SECTORS = 27022010, backing.METADATA_BLOCK // SECTOR
@@ -74,10 +75,12 @@ def superblock(path: str) -> Superblock:
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """What is in the pool: its ids, and the first page of device 0 and the data block that it lies in."""
+    """What is in the pool: its ids, the first page of device 0 and the data block that it lies in, and the stamps of
+    the copies of the store in there."""
 
     ids: frozenset[int]
     page: bytes = b""
+    stamps: tuple[int, ...] = ()
     keeper_block: int = -1
 
 
@@ -103,9 +106,10 @@ def look(mapper: Mapper, metadata: str, data: str, data_at: int, deadline: Deadl
                          features=("read_only",))  # fmt: skip
         pool = _mapped(stack, mapper, _NAMES[1], table, read_only=False)
         number = os.stat(pool).st_rdev
-        thin = Thin(length=backing.MARK // SECTOR, pool=f"{os.major(number)}:{os.minor(number)}", thin_id=KEEPER)
+        thin = Thin(length=HEAD // SECTOR, pool=f"{os.major(number)}:{os.minor(number)}", thin_id=KEEPER)
         with ioctls.opened(_mapped(stack, mapper, _NAMES[0], thin)) as fd:
-            return Look(ids=ids, page=os.pread(fd, backing.MARK, 0), keeper_block=block)
+            head = os.pread(fd, HEAD, 0)
+        return Look(ids=ids, page=head[: backing.MARK], stamps=tuple(stamps_in(head)), keeper_block=block)
 
 
 def clear(mapper: Mapper) -> None:

@@ -30,6 +30,8 @@ from snapshotter.pool import KEEPER, DeviceMissing, DeviceThere, Pool
 
 _PLACES, _STEP, _PAGE, _CHUNK = 4, 1 << 28, 4096, 64 << 10
 SIZE = _STEP * (_PLACES + 1)
+# Bytes of what says whose the device is, and of all headers.
+HEAD = _PAGE * (_PLACES + 1)
 # Magic, version, number of the copy, stamp, nanoseconds since 1970, bytes, SHA-256 of them, lineage; then a checksum.
 _HEADER = struct.Struct("<8sIQQQQ32s16s")
 _MAGIC, _VERSION = b"runvolsc", 1
@@ -141,13 +143,7 @@ class Keeper:
         return sorted((one for one in found if one is not None), key=lambda one: one.sequence, reverse=True)
 
     def _header(self, place: int) -> Copy | None:
-        raw = os.pread(self._fd, _HEADER.size + 4, _PAGE * (place + 1))
-        magic, version, sequence, stamp, made, length, digest, lineage = _HEADER.unpack_from(raw)
-        check = struct.unpack_from("<I", raw, _HEADER.size)[0]
-        if magic != _MAGIC or version != _VERSION or check != zlib.crc32(raw[: _HEADER.size]) or length > _STEP:
-            return None
-        return Copy(place=place, sequence=sequence, stamp=stamp, made=made, length=length, digest=digest,
-                    lineage=lineage.decode("ascii", "replace"))  # fmt: skip
+        return parse(os.pread(self._fd, _HEADER.size + 4, _PAGE * (place + 1)), place)
 
     def read(self, copy: Copy) -> sqlite3.Connection | None:
         """The store as it was copied, in memory; None if the copy is damaged."""
@@ -197,6 +193,22 @@ class Keeper:
             raise PoolFull(f"pool {self._pool.name} has no room for a copy of the store")
 
 
+def parse(raw: bytes, place: int) -> Copy | None:
+    """The header that begins here; None if it is not whole."""
+    magic, version, sequence, stamp, made, length, digest, lineage = _HEADER.unpack_from(raw)
+    check = struct.unpack_from("<I", raw, _HEADER.size)[0]
+    if magic != _MAGIC or version != _VERSION or check != zlib.crc32(raw[: _HEADER.size]) or length > _STEP:
+        return None
+    return Copy(place=place, sequence=sequence, stamp=stamp, made=made, length=length, digest=digest,
+                lineage=lineage.decode("ascii", "replace"))  # fmt: skip
+
+
+def stamps_in(pages: bytes) -> list[int]:
+    """The stamps of the copies whose headers are in the first `HEAD` bytes of the device."""
+    found = [parse(pages[_PAGE * (place + 1) : _PAGE * (place + 2)], place) for place in range(_PLACES)]
+    return [one.stamp for one in found if one is not None]
+
+
 def _place(copies: list[Copy], lineage: str) -> int:
     """Where the next copy goes: never over the newest of this lineage, nor over the newest of any other."""
     free = set(range(_PLACES)) - {one.place for one in copies}
@@ -216,4 +228,4 @@ def _write(fd: int, content: bytes, at: int) -> None:
         content, at = content[done:], at + done
 
 
-__all__ = ["SIZE", "Copy", "Keeper"]
+__all__ = ["HEAD", "SIZE", "Copy", "Keeper", "parse", "stamps_in"]

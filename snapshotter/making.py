@@ -8,7 +8,7 @@ only for what an operator has typed the name of (`--force-wipe`), and who uses t
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import logging
 import os
 import stat
@@ -29,7 +29,6 @@ _SMALLEST_DATA = 64 << 20
 # Of the kernel's drivers/md/dm-thin-metadata.c: struct thin_disk_superblock, little-endian.
 _MAGIC, _MAGIC_AT, _TRANSACTION_AT = 27022010, 32, 48
 _TAG = "runvol-pool-"
-_BLKRRPART = 0x125F
 _OPTIONS = {"device": "--device", "lvm": "--vg", "loop": "--loop"}
 
 
@@ -167,20 +166,23 @@ def wipe(wish: Wish, it: Description, deadline: Deadline) -> None:
 def _wipe_device(device: str, deadline: Deadline) -> None:
     """Of all partitions too, as what lies in one may be recognised once a table is there again."""
     log.warning("a device is wiped, as its name was typed", extra={"device": device})
-    for part in _partitions(device):
+    for part, number in _partitions(device).items():
         blankness.wipe(part, deadline)
-    blankness.wipe(device, deadline)
-    if _partitions(device):
         with ioctls.opened(device) as fd:
-            fcntl.ioctl(fd, _BLKRRPART)
+            ioctls.forget_partition(fd, number)
+    blankness.wipe(device, deadline)
     if superblock(device) is not None or blankness.signature(device, deadline) is not None:
         raise NotBlank(device, "it still holds something after it was wiped")
 
 
-def _partitions(device: str) -> list[str]:
+def _partitions(device: str) -> dict[str, int]:
+    """Nodes of the partitions that the kernel knows of, and their numbers."""
     number = os.stat(device).st_rdev
-    place = f"/sys/dev/block/{os.major(number)}:{os.minor(number)}"
-    return [f"/dev/{name}" for name in _listed(place) if os.path.exists(f"{place}/{name}/partition")]
+    place, found = f"/sys/dev/block/{os.major(number)}:{os.minor(number)}", {}
+    for name in _listed(place):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), open(f"{place}/{name}/partition") as told:
+            found[f"/dev/{name}"] = int(told.read())
+    return found
 
 
 def _describe_devices(wish: Wish, identity: str, deadline: Deadline) -> Description:
@@ -224,8 +226,8 @@ def prove_nobodys(field: str, device: str, *, partitioned: bool = False) -> None
     try:
         exclusivity.prove_free(device, past_known=False)
     except DeviceBusy as error:
-        raise PoolRefused(f"{field} {device} is in use: {error}") from None
-    parts = _partitions(device) if partitioned else []
+        raise PoolRefused(f"{field}: {error}") from None
+    parts = list(_partitions(device)) if partitioned else []
     _refuse_users(field, device, frozenset(map(os.path.basename, parts)))
     for part in parts:
         prove_nobodys(field, part)
