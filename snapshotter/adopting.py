@@ -9,7 +9,6 @@ mapped, deleted or given, and what is written is the keeper, the pool's stamp, a
 from __future__ import annotations
 
 import os
-import secrets
 import stat
 import time
 from dataclasses import dataclass
@@ -331,7 +330,7 @@ class _Found:
         store.guard(time.time_ns())
         with store.transaction():
             if not store.fact("lineage"):
-                store.set_fact("lineage", secrets.token_hex(8))
+                store.set_fact("lineage", os.urandom(8).hex())
         strangers.compare(store, pool, self._deadline)
         stamp = Stamp(store, pool)
         stamp.take(pool.status())

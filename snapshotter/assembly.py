@@ -456,9 +456,18 @@ class Extender:
 
     def _resume(self) -> None:
         """A process that was killed between two tables has left the pool suspended, and all I/O waiting."""
-        found = self._mapper.find(self._pool.name)
-        if found is not None and found.suspended:
-            self._mapper.resume(self._pool.name)
+        if self._is_left_suspended():
+            found = self._mapper.find(self._pool.name)
+            if found is not None and found.suspended:
+                self._mapper.resume(self._pool.name)
+            os.unlink(self._suspending())
+
+    def _suspending(self) -> str:
+        """There as long as an extension has the pool suspended; a reboot ends that too."""
+        return os.path.join(self._below.state_dir, "pool.suspended")
+
+    def _is_left_suspended(self) -> bool:
+        return os.path.exists(self._suspending())
 
     def _extend(self, part: str, more: int, before: PoolStatus, deadline: Deadline) -> PoolStatus:
         self._below.extend(part, more, before, deadline)
@@ -475,6 +484,7 @@ class Extender:
         metadata, data = self._below.attach(deadline)
         table = self._below.table(metadata, data)
         self._mapper.load(it.name, [table])
+        os.close(os.open(self._suspending(), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
         try:
             self._mapper.suspend(it.name)
             self._mapper.resume(it.name)
@@ -483,6 +493,7 @@ class Extender:
             self._mapper.clear(it.name)
             self._mapper.resume(it.name)
             raise
+        os.unlink(self._suspending())
         return self._pool.status()
 
     def as_needed(self, deadline: Deadline) -> list[str]:
@@ -490,7 +501,7 @@ class Extender:
 
         Unavailable with what could not be extended, once all was tried.
         """
-        if (found := self._mapper.find(self._pool.name)) is not None and found.suspended:
+        if self._is_left_suspended():
             with self._turn(deadline):
                 pass
         status = self._pool.status()

@@ -7,7 +7,7 @@ import os
 
 import grpc
 
-from blockdev import daemon
+from blockdev import daemon, flocks
 from snapshotter import turns
 from snapshotter.errors import BadRequest
 from snapshotter.node import Node
@@ -61,9 +61,13 @@ def alone(endpoint: str, state_dir: str, identity: str = "") -> list[int]:
     if daemon.is_taken(socket_path(endpoint)):
         raise BadRequest("--endpoint", endpoint, "another process serves this socket; stop it first")
     held = [_locked(turns.state_lock(state_dir), state_dir, "another process uses it; stop that first")]
-    if identity:
-        held.append(_locked(turns.pool_lock(identity), state_dir,
-                            "is a copy: another process serves its pool; stop that first"))  # fmt: skip
+    try:
+        if identity:
+            held.append(_locked(turns.pool_lock(identity), state_dir,
+                                "is a copy: another process serves its pool; stop that first"))  # fmt: skip
+    except BaseException:
+        flocks.release(held.pop())
+        raise
     return held
 
 
