@@ -19,6 +19,7 @@ prepare: venv
 	@tests/prepare/debian.sh test kernel
 	@tests/prepare/nfs.sh
 	@tests/prepare/go.sh
+	@tests/prepare/containerds.sh
 
 demo: venv
 	@tests/prepare/debian.sh test
@@ -36,7 +37,8 @@ test-kernel: prepare
 SHORT_CLUSTER = --deselect tests/cluster/test_taken_over.py::test_both_at_once_are_refused \
 	--deselect "tests/cluster/test_edge.py::test_pods_come_back_after_a_reboot_while_the_cloud_is_away[by itself]" \
 	--deselect "tests/cluster/test_sandbox.py::test_a_node_that_was_off_runs_its_guests_again[]" \
-	--deselect tests/cluster/test_two_nodes.py::test_what_is_left_of_a_node_that_is_gone_is_taken_away_by_hand
+	--deselect tests/cluster/test_two_nodes.py::test_what_is_left_of_a_node_that_is_gone_is_taken_away_by_hand \
+	--deselect tests/cluster/test_rights.py
 
 test-cluster: prepare
 	@tests/prepare/cluster.sh

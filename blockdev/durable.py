@@ -62,18 +62,21 @@ def write_all(fd: int, content: bytes) -> None:
 
 
 def write(
-    path: str, content: bytes, *, mode: int = 0o600, dir_fd: int | None = None, synced: bool = True
+    path: str, content: bytes, *, mode: int = 0o600, owner: tuple[int, int] | None = None, dir_fd: int | None = None,
+    synced: bool = True,
 ) -> None:  # fmt: skip
     """Make a new file, whole and on the disk, in a place that is the caller's alone. Nothing is left if it fails.
 
     FileExistsError if there is one: two that write to one name would each rename the other's half. What is not `synced`
-    may be gone after a power cut.
+    may be gone after a power cut. `owner`: user and group, else the caller's.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     fd = os.open(path, flags, 0o600, dir_fd=dir_fd)
     try:
         try:
             write_all(fd, content)
+            if owner is not None:
+                os.fchown(fd, *owner)
             os.fchmod(fd, mode)
             if synced:
                 os.fsync(fd)
@@ -86,8 +89,9 @@ def write(
 
 
 def replace(
-    path: str, content: bytes, *, beside: str = "", mode: int = 0o600, dir_fd: int | None = None, synced: bool = True
-) -> None:
+    path: str, content: bytes, *, beside: str = "", mode: int = 0o600, owner: tuple[int, int] | None = None,
+    dir_fd: int | None = None, synced: bool = True,
+) -> None:  # fmt: skip
     """`path` has this content from now on, whole, also after a power cut; if it fails, what it had before.
 
     It is written beside, under a name that no other call has, and renamed. `beside`: what that name begins with, on the
@@ -96,7 +100,7 @@ def replace(
     """
     new = f"{beside or f'{path}.'}{os.getpid()}-{os.urandom(4).hex()}{_END}"
     try:
-        write(new, content, mode=mode, dir_fd=dir_fd, synced=synced)
+        write(new, content, mode=mode, owner=owner, dir_fd=dir_fd, synced=synced)
         try:
             if synced or dir_fd is not None or not _exchanged(new, path):
                 os.rename(new, path, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 from collections.abc import Iterator
 
-from blockdev import ioctls, superblocks
+from blockdev import durable, ioctls, superblocks
 from blockdev.blankness import prove_blank, signature
 from blockdev.commands import Limits, run
 from blockdev.deadlines import Deadline
@@ -29,6 +30,13 @@ DEFAULT = "ext4"
 # Smallest device that mkfs accepts, in bytes: mkfs.xfs refuses less than 300 MB; ext4 needs room for a journal.
 SMALLEST = {"ext4": 8 << 20, "xfs": 300 << 20}
 SUPPORTED = tuple(SMALLEST)
+_UNKNOWN_OPTION = re.compile(r"Bad option\(s\) specified: (\S+,)?assume_storage_prezeroed\b")
+# dumpe2fs: `Group 1: (Blocks 32768-65535) csum 0x6888 [INODE_UNINIT, BLOCK_UNINIT]`, the last only if there are any.
+_GROUP = re.compile(
+    r"^Group ([0-9]+): \(Blocks [0-9]+-[0-9]+\)(?: csum 0x[0-9a-f]+)?(?: \[([A-Z_, ]*)\])?", re.MULTILINE
+)
+_ZEROED = 4
+_FLAGS = {"INODE_UNINIT": 1, "BLOCK_UNINIT": 2, "ITABLE_ZEROED": _ZEROED}
 
 
 def found_on(path: str, deadline: Deadline) -> str | None:
@@ -42,11 +50,55 @@ def make(path: str, fstype: str, deadline: Deadline) -> None:
     all_zero = prove_blank(path, deadline)
     if fstype == "xfs":
         run("mkfs.xfs", "-q", "-K", path, deadline=deadline)
+    elif all_zero:
+        make_ext4_on_zeros(path, deadline)
     else:
-        extended = "nodiscard,assume_storage_prezeroed=1" if all_zero else "nodiscard,lazy_itable_init=1"
-        run("mkfs.ext4", "-q", "-F", "-m", "0", "-E", extended, path, deadline=deadline)
+        run("mkfs.ext4", "-q", "-F", "-m", "0", "-E", "nodiscard,lazy_itable_init=1", path, deadline=deadline)
     with ioctls.opened(path, os.O_RDWR) as fd:
         os.fsync(fd)
+
+
+def make_ext4_on_zeros(path: str, deadline: Deadline, *options: str) -> None:
+    """An ext4 on what reads as zeros all over, written sparsely. Its inode tables are marked as zeros: no kernel writes
+    them later.
+
+    e2fsprogs before 1.47 has no option for that, and refuses it: then the marks are set afterwards.
+    """
+    made = ("mkfs.ext4", "-q", "-F", "-m", "0", *options, "-E")
+    try:
+        run(*made, "nodiscard,assume_storage_prezeroed=1", path, deadline=deadline)
+    except CommandFailed as error:
+        if not _UNKNOWN_OPTION.search(error.output):
+            raise
+        run(*made, "nodiscard,lazy_itable_init=1,lazy_journal_init=1", path, deadline=deadline)
+        _mark_zeroed(path, deadline)
+
+
+def _mark_zeroed(path: str, deadline: Deadline) -> None:
+    """Of an unmounted ext4: each group's inode table is zeros (EXT4_BG_INODE_ZEROED, fs/ext4/ext4.h)."""
+    groups = _groups(path, deadline)
+    lines = (f"set_block_group {number} flags {flags | _ZEROED}\nset_block_group {number} checksum calc\n"
+             for number, flags in groups.items())  # fmt: skip
+    commands = os.memfd_create("debugfs")
+    try:
+        durable.write_all(commands, "".join(lines).encode())
+        run("debugfs", "-w", "-f", f"/proc/{os.getpid()}/fd/{commands}", path, deadline=deadline)
+    finally:
+        os.close(commands)
+    now = _groups(path, deadline)
+    if not now or not all(flags & _ZEROED for flags in now.values()):
+        raise CommandFailed(
+            "debugfs", 0, f"the inode tables of {path} could not be marked as zeros: install e2fsprogs 1.47"
+        )
+
+
+def _groups(path: str, deadline: Deadline) -> dict[int, int]:
+    """The flags of each block group."""
+    _, said = run("dumpe2fs", path, deadline=deadline)
+    return {
+        int(number): sum(_FLAGS.get(word.strip(), 0) for word in (words or "").split(","))
+        for number, words in _GROUP.findall(said)
+    }
 
 
 def check(path: str, fstype: str, deadline: Deadline) -> None:

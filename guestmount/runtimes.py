@@ -166,6 +166,11 @@ def _handler(name: str, runtime: Mapping[str, Any]) -> Handler:
     )
 
 
+def handlers_of(table: Mapping[str, Any]) -> dict[str, Handler]:
+    """Those of one `runtimes` table."""
+    return {name: _handler(name, runtime) for name, runtime in table.items() if isinstance(runtime, dict)}
+
+
 def _texts(value: object) -> tuple[str, ...]:
     return tuple(one for one in value if isinstance(one, str)) if isinstance(value, list) else ()
 

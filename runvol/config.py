@@ -23,6 +23,8 @@ class ConfigError(Exception):
 
 # As `volumes.registry` has them, which what kubelet executes cannot afford to import; a test compares.
 BACKENDS = ("loop", "directory", "nfs")
+# Bytes; as `blockdev.filesystems` has them.
+SMALLEST = {"ext4": 8 << 20, "xfs": 300 << 20}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,8 +171,24 @@ TABLE: Mapping[str, Setting] = {
     "snapshotter.images": Setting(
         default="", meaning="directory of shared images (a local one or NFS); empty for none"
     ),
+    "snapshotter.image_keys": Setting(
+        default=(),
+        meaning="public keys whose signature makes this node use a shared image: files, or directories whose *.pub are "
+        "read",
+    ),
+    "snapshotter.image_roots": Setting(
+        default="",
+        meaning="file of shared images that this node uses although no such key has signed them: a line CHAIN ROOT for "
+        "each; empty for none",
+    ),
+    "snapshotter.images_unsigned": Setting(
+        default=0, meaning="1: use shared images whoever has made them; 0: those that are signed or listed"
+    ),
     "snapshotter.verity": Setting(
         default=0, meaning="1: hash committed layers behind, and let Views read through dm-verity; 0: do not"
+    ),
+    "snapshotter.share_layers": Setting(
+        default=1, meaning="1: a layer that another containerd namespace has unpacked is not stored again; 0: it is"
     ),
     "snapshotter.unmap_idle_seconds": Setting(
         default=600, meaning="unmap a snapshot's device that nobody has had open for so long; 0 for never"
@@ -200,6 +218,10 @@ _HERE = re.compile(r"https?://(127\.[0-9.]+|localhost|\[::1\])(:[0-9]{1,5})?\Z")
 _THERE = re.compile(r"https://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9][-A-Za-z0-9.]*)(:[0-9]{1,5})?\Z")
 # A topology label's value (Kubernetes' limit).
 _NODE_ID = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?\Z")
+
+# containerd's pkg/identifiers.
+_NAMESPACE = re.compile(r"[A-Za-z0-9]+([-._][A-Za-z0-9]+)*\Z")
+_LONGEST_NAMESPACE = 76
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -368,7 +390,9 @@ _RANGES = {
     "snapshotter.size_bytes": (8 << 20, 1 << 50),
     "snapshotter.call_seconds": (1, 3600),
     "snapshotter.discard": (0, 1),
+    "snapshotter.images_unsigned": (0, 1),
     "snapshotter.verity": (0, 1),
+    "snapshotter.share_layers": (0, 1),
     "snapshotter.unmap_idle_seconds": (0, 1 << 30),
     "pool.data_reserve_percent": (0, 50),
     "pool.autoextend_threshold": (10, 100),
@@ -382,11 +406,40 @@ def _check_snapshotter(config: Config) -> None:
             raise ConfigError(
                 f"{key} = {config.number(key)} (from {config.sources[key]}): must lie between {least} and {most}"
             )
-    if config.text("snapshotter.fstype") not in ("ext4", "xfs"):
-        raise ConfigError(f"snapshotter.fstype = {config.text('snapshotter.fstype')!r}: takes ext4, xfs")
+    fstype = config.text("snapshotter.fstype")
+    if fstype not in SMALLEST:
+        raise ConfigError(f"snapshotter.fstype = {fstype!r}: takes {', '.join(SMALLEST)}")
+    _check_size("snapshotter.size_bytes", config.number("snapshotter.size_bytes"), fstype)
+    sizes: set[str] = set()
     for one in config.words("snapshotter.namespace_sizes"):
         name, _, size = one.partition("=")
-        if not name or not size.isdecimal():
+        if not size.isdecimal() or not size.isascii():
             raise ConfigError(f"snapshotter.namespace_sizes = {one!r}: takes NAMESPACE=BYTES")
-    if config.text("snapshotter.images") and not config.text("snapshotter.images").startswith("/"):
-        raise ConfigError(f"snapshotter.images = {config.text('snapshotter.images')!r}: must be an absolute path")
+        if not _NAMESPACE.match(name) or len(name) > _LONGEST_NAMESPACE:
+            raise ConfigError(
+                f"snapshotter.namespace_sizes = {one!r}: containerd has no namespace of the name {name!r}"
+            )
+        if name in sizes:
+            raise ConfigError(f"snapshotter.namespace_sizes = {one!r}: {name} has a size already")
+        sizes.add(name)
+        _check_size(f"snapshotter.namespace_sizes: {name}", int(size), fstype)
+    for key in ("snapshotter.images", "snapshotter.image_roots"):
+        if config.text(key) and not config.text(key).startswith("/"):
+            raise ConfigError(f"{key} = {config.text(key)!r} (from {config.sources[key]}): must be an absolute path")
+    for path in config.words("snapshotter.image_keys"):
+        if not path.startswith("/"):
+            source = config.sources["snapshotter.image_keys"]
+            raise ConfigError(f"snapshotter.image_keys = {path!r} (from {source}): must be absolute paths")
+    idle, call = config.number("snapshotter.unmap_idle_seconds"), config.number("snapshotter.call_seconds")
+    # The default follows a longer call.
+    if idle and idle < call and config.sources["snapshotter.unmap_idle_seconds"] != "default":
+        raise ConfigError(
+            f"snapshotter.unmap_idle_seconds = {idle} (from {config.sources['snapshotter.unmap_idle_seconds']}): must "
+            f"not be below snapshotter.call_seconds = {call}, else a device goes under a call; 0 is for never"
+        )
+
+
+def _check_size(what: str, size: int, fstype: str) -> None:
+    least, most = SMALLEST[fstype], _RANGES["snapshotter.size_bytes"][1]
+    if not least <= size <= most:
+        raise ConfigError(f"{what} = {size}: an {fstype} filesystem has {least} to {most} bytes")

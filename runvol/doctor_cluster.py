@@ -16,12 +16,13 @@ from runvol.diagnosis import BROKEN, OK, WARNING, Diagnosis
 
 # Seconds for each question.
 _ASKING = 3.0
+_CLASSES = "/apis/storage.k8s.io/v1/storageclasses"
 # What is read, and what for.
 _READ = (
     ("pods", "/api/v1/pods", "which runtime a pod has"),
     ("RuntimeClasses", "/apis/node.k8s.io/v1/runtimeclasses", "which handler a RuntimeClass has"),
     ("PersistentVolumes", "/api/v1/persistentvolumes", "which claim a volume is of"),
-    ("StorageClasses", "/apis/storage.k8s.io/v1/storageclasses", "which NFS exports there are"),
+    ("StorageClasses", _CLASSES, "which NFS exports there are"),
 )
 # What a node's own credentials do not list; the driver of NFS has to, the other one reads volumes by their names.
 _FOR_NFS = ("PersistentVolumes", "StorageClasses")
@@ -54,6 +55,7 @@ def examine(config: Config, api: KubernetesApi | None, containerd: Answer) -> It
     elif all(unreadable):
         return
     yield from _drivers(config, api)
+    yield from _classes(config, api)
     yield from _handlers(config, api, containerd)
 
 
@@ -98,6 +100,27 @@ def _drivers(config: Config, api: KubernetesApi) -> Iterator[Diagnosis]:
                  for field, (wanted, cost) in _FIELDS.items() if spec.get(field) != wanted]  # fmt: skip
         yield Diagnosis(state=BROKEN if wrong else OK, subject=f"CSIDriver {name}",
                         finding="; ".join(wrong) or "says what the driver needs")  # fmt: skip
+
+
+def _classes(config: Config, api: KubernetesApi) -> Iterator[Diagnosis]:
+    """Those that have volumes of a node made before it is known where their pods can run."""
+    if not config.text("csi.endpoint"):
+        return
+    try:
+        found = [
+            one for one in api.listed("StorageClasses", _CLASSES, Deadline.after(_ASKING))
+            if one.get("provisioner") == drivers.NODES and one.get("volumeBindingMode") != "WaitForFirstConsumer"
+        ]  # fmt: skip
+    except (PodUnknown, WaitExpired):
+        return  # which is a line already
+    for one in found:
+        metadata = one.get("metadata")
+        name = metadata.get("name") if isinstance(metadata, dict) else None
+        finding = (
+            "volumeBindingMode is 'Immediate' instead of 'WaitForFirstConsumer': a claim's volume is made on any node, "
+        )
+        finding += "and its pods can run on that one only; make the class anew, its volumes stay"
+        yield Diagnosis(state=WARNING, subject=f"StorageClass {name}", finding=finding)
 
 
 def _handlers(config: Config, api: KubernetesApi, asked: Answer) -> Iterator[Diagnosis]:

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shutil
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from blockdev import BlockdevError, Deadline, devicemapper
 from blockdev.devicemapper import Mapper
 from blockdev.dm_targets import MAX_THIN_ID
-from guestmount import runtimes
-from runvol import assembly
+from runvol import assembly, doctor_proxy_plugin, pool_absence
 from runvol.config import Config
 from runvol.diagnosis import BROKEN, OK, WARNING, Diagnosis
-from snapshotter import backing
+from snapshotter import backing, images
 from snapshotter.errors import SnapshotterError
 from snapshotter.images import Share
 from snapshotter.node import STORE
 from snapshotter.pool import Pool
 from snapshotter.store import Store
+from snapshotter.trust import Trust
 
-_NAME = "runvol"
 # Percent of the device ids that were given, from which on an operator is told.
 _MANY_IDS = 75
+# Images of one kind that are named one by one.
+_NAMED = 5
 
 
 def examine(config: Config) -> Iterator[Diagnosis]:
-    """Nothing but one line where no pool was ever made."""
+    """What there is; where no pool was made yet, what setting it up still takes."""
     state = config.text("snapshotter.state_dir")
     try:
         description = backing.load(state)
@@ -35,37 +35,81 @@ def examine(config: Config) -> Iterator[Diagnosis]:
         yield Diagnosis(state=BROKEN, subject="pool", finding=str(error))
         return
     if description is None:
-        yield Diagnosis(state=OK, subject="snapshotter", finding="not set up; `runvol pool init` makes a pool")
+        yield from _newcomer(config, state)
         return
-    yield from _kernel()
-    yield from _pool(config, description)
+    yield from _programs(config)
+    if trouble := _kernel_trouble():
+        yield Diagnosis(state=BROKEN, subject="device-mapper", finding=trouble)
+    else:
+        yield from _pool(config, description)
     yield from _store(state)
-    yield from _containerd(config)
+    yield from doctor_proxy_plugin.examine(config)
     yield from _images(config)
 
 
-def _kernel() -> Iterator[Diagnosis]:
-    for program in ("thin_check", "thin_ls", "thin_delta", "thin_repair", "debugfs"):
-        found = shutil.which(program, path="/usr/sbin:/sbin:/usr/bin:/bin")
-        missing = "not installed; install thin-provisioning-tools and e2fsprogs"
-        yield Diagnosis(state=OK if found else BROKEN, subject=program, finding=found or missing)
+def _newcomer(config: Config, state: str) -> Iterator[Diagnosis]:
+    """A node need not have it: only one whose containerd has an entry of it lacks something."""
+    known = doctor_proxy_plugin.entry(config) is not None
+    yield Diagnosis(
+        state=BROKEN if known else OK, subject="snapshotter",
+        finding=f"no pool is described in {state}; `runvol pool init` makes one"
+        + (": containerd has an entry of the snapshotter, and can start nothing on it" if known else
+           " (only for root filesystems on device-mapper)"),
+    )  # fmt: skip
+    lacking = [one for one in _programs(config) if one.state != OK]
+    if trouble := _kernel_trouble():
+        lacking.append(Diagnosis(state=BROKEN, subject="device-mapper", finding=trouble))
+    for one in lacking:
+        yield Diagnosis(state=one.state if known else OK, subject=f"snapshotter: {one.subject}", finding=one.finding)
+    if known:
+        yield from doctor_proxy_plugin.examine(config)
+    else:
+        path = assembly.places(config).taken().config
+        yield Diagnosis(state=OK, subject="snapshotter: containerd", finding=f"{path} has no [proxy_plugins.runvol]; "
+                        f"{doctor_proxy_plugin.COMMAND} prints or writes the file that has")  # fmt: skip
+
+
+def _programs(config: Config) -> Iterator[Diagnosis]:
+    """Only what these settings need."""
+    ext4 = config.text("snapshotter.fstype") == "ext4"
+    package = "e2fsprogs" if ext4 else "xfsprogs"
+    for program in ("mkfs.ext4", "debugfs") if ext4 else ("mkfs.xfs",):
+        found = pool_absence.installed(program)
+        yield Diagnosis(state=OK if found else BROKEN, subject=program,
+                        finding=found or f"is not installed; install {package}")  # fmt: skip
+    for program, needed, what in (
+        ("thin_check", True, ""),
+        ("thin_ls", True, ""),
+        ("thin_delta", True, ""),
+        ("thin_repair", False, ", for `runvol pool check --repair`"),
+    ):
+        found = pool_absence.installed(program)
+        state = OK if found else (BROKEN if needed else WARNING)
+        yield Diagnosis(state=state, subject=program, finding=found or pool_absence.INSTALL + what)
+
+
+def _kernel_trouble() -> str:
     if not devicemapper.available():
-        yield Diagnosis(state=BROKEN, subject="device-mapper", finding="/dev/mapper/control does not open: modprobe "
-                        "dm_mod dm_thin_pool, and run as root")  # fmt: skip
+        return "/dev/mapper/control does not open: modprobe dm_mod dm_thin_pool, and run as root"
+    with Mapper() as mapper:
+        return pool_absence.kernel_trouble(mapper)
 
 
 def _pool(config: Config, description: backing.Description) -> Iterator[Diagnosis]:
-    if not devicemapper.available():
-        return
     from runvol.serve_snapshots import limits
 
+    subject = f"pool {description.name}"
     try:
         with Mapper() as mapper:
+            if not pool_absence.is_assembled(mapper, description):
+                reason = pool_absence.why(mapper, config.text("snapshotter.state_dir"), description)
+                yield Diagnosis(state=BROKEN, subject=subject, finding=f"is not assembled: {reason}")
+                return
             pool = Pool(mapper, description.name, description.identity, "", limits(config))
             for finding in pool.health():
-                yield Diagnosis(state=finding.state, subject=f"pool {pool.name}", finding=finding.message)
+                yield Diagnosis(state=finding.state, subject=subject, finding=finding.message)
     except (SnapshotterError, BlockdevError, ValueError) as error:
-        yield Diagnosis(state=BROKEN, subject=f"pool {description.name}", finding=str(error))
+        yield Diagnosis(state=BROKEN, subject=subject, finding=str(error))
 
 
 def _store(state: str) -> Iterator[Diagnosis]:
@@ -92,62 +136,70 @@ def _store(state: str) -> Iterator[Diagnosis]:
                         "snapshot; `runvol pool quarantine` lists and frees them")  # fmt: skip
 
 
-def _containerd(config: Config) -> Iterator[Diagnosis]:
-    path, root = assembly.places(config).taken().config, config.text("paths.host_root")
-    plugins = [table for table in runtimes.tables(path, "proxy_plugins", _NAME, root=root) if table]
-    address = config.text("snapshotter.endpoint").removeprefix("unix://")
-    if not plugins:
-        yield Diagnosis(state=WARNING, subject=path, finding=f"has no [proxy_plugins.{_NAME}]: containerd does not "
-                        "know the snapshotter; see deploy/containerd")  # fmt: skip
-        return
-    said = str(plugins[-1].get("address", ""))
-    if said != address:
-        yield Diagnosis(state=BROKEN, subject=path, finding=f"proxy_plugins.{_NAME}.address is {said!r}, but the "
-                        f"snapshotter listens on {address!r}")  # fmt: skip
-    users = sorted(_users(path, root))
-    yield Diagnosis(
-        state=OK if users else WARNING,
-        subject="runtimes on it",
-        finding=", ".join(users) if users else f"none: set snapshotter = {_NAME!r} in a runtime's table of {path}",
-    )
-    if config.text("snapshotter.images"):
-        yield from _annotations(path, root, plugins[-1])
-
-
-def _users(path: str, root: str) -> Iterator[str]:
-    for plugin in runtimes.CRI_PLUGINS:
-        for table in runtimes.tables(path, "plugins", plugin, "containerd", root=root):
-            if table.get("snapshotter") == _NAME:
-                yield "every runtime"
-            for name, runtime in table.get("runtimes", {}).items():
-                if isinstance(runtime, dict) and runtime.get("snapshotter") == _NAME:
-                    yield str(name)
-
-
-def _annotations(path: str, root: str, plugin: Mapping[str, Any]) -> Iterator[Diagnosis]:
-    """Without the labels containerd asks for no chain by name, and every image is pulled."""
-    disabled = True
-    for names in (("io.containerd.cri.v1.images",), ("io.containerd.grpc.v1.cri", "containerd")):
-        for table in runtimes.tables(path, "plugins", *names, root=root):
-            disabled = bool(table.get("disable_snapshot_annotations", disabled))
-    remote = str(dict(plugin.get("exports", {})).get("enable_remote_snapshot_annotations", "")) == "true"
-    wanted = (
-        "images on shared storage need disable_snapshot_annotations = false (CRI) or "
-        'exports.enable_remote_snapshot_annotations = "true" (transfer service)'
-    )
-    if disabled and not remote:
-        yield Diagnosis(state=BROKEN, subject=path, finding=wanted)
-    else:
-        yield Diagnosis(state=OK, subject=path, finding="sends the labels that shared images need")
-
-
 def _images(config: Config) -> Iterator[Diagnosis]:
     directory = config.text("snapshotter.images")
     if not directory:
         return
-    share = Share(directory)
+    trust = Trust(
+        config.words("snapshotter.image_keys"), config.text("snapshotter.image_roots"),
+        unsigned=bool(config.number("snapshotter.images_unsigned")),
+    )  # fmt: skip
+    yield from _trusts(config, trust)
+    share, pins = Share(directory), _pins(config)
     try:
-        count = len(share.ask("listing the images", share.chains, Deadline.after(5)))
-        yield Diagnosis(state=OK, subject=directory, finding=f"{count} shared images")
+        chains = share.ask("listing the images", share.chains, Deadline.after(5))
+        yield Diagnosis(state=OK, subject=directory, finding=f"{len(chains)} shared images")
+        yield from _passed_over(share, trust, chains, pins)
     except SnapshotterError as error:
         yield Diagnosis(state=BROKEN, subject=directory, finding=str(error))
+
+
+def _trusts(config: Config, trust: Trust) -> Iterator[Diagnosis]:
+    """Whose images this node uses."""
+    for trouble in trust.troubles():
+        yield Diagnosis(state=BROKEN, subject="shared images", finding=trouble)
+    if config.number("snapshotter.images_unsigned"):
+        yield Diagnosis(state=WARNING, subject="shared images", finding="snapshotter.images_unsigned = 1: whoever can "
+                        "write to the share decides what containers here run; `runvol images sign --all --key FILE`, "
+                        "name the public key in snapshotter.image_keys, and set it to 0")  # fmt: skip
+    elif trust.names():
+        yield Diagnosis(state=OK, subject="shared images", finding=f"signed by {', '.join(trust.names())} are used")
+    elif not config.text("snapshotter.image_roots"):
+        yield Diagnosis(state=WARNING, subject="shared images", finding="only those are used that this node has used "
+                        "before: name the public key that signs them in snapshotter.image_keys (`runvol images keygen "
+                        "FILE` makes one), or list them in snapshotter.image_roots")  # fmt: skip
+
+
+def _pins(config: Config) -> dict[str, str]:
+    path = os.path.join(config.text("snapshotter.state_dir"), STORE)
+    if not os.path.exists(path):
+        return {}
+    try:
+        with contextlib.closing(Store(path)) as store:
+            return images.pins(store)
+    except SnapshotterError:
+        return {}  # `_store` tells
+
+
+def _passed_over(share: Share, trust: Trust, chains: list[str], pins: Mapping[str, str]) -> Iterator[Diagnosis]:
+    """Images that this node does not use, or uses only since it did before: some by name, the others counted."""
+    kinds: dict[tuple[str, str], list[Diagnosis]] = {}
+    for chain in chains:
+        said = share.said(chain, Deadline.after(5))
+        if said is None:
+            continue
+        verdict, fresh = trust.judge(said, pins.get(chain)), trust.judge(said)
+        if verdict.manifest is None:
+            finding = f"is passed over, and its layers are pulled: {verdict.why}; {verdict.advice}"
+            kind = ("passed over", verdict.reason)
+        elif fresh.manifest is None:
+            finding = f"is used only since this node has used it before: {fresh.why}; {fresh.advice}"
+            kind = ("used", fresh.reason)
+        else:
+            continue
+        kinds.setdefault(kind, []).append(Diagnosis(state=WARNING, subject=f"image {chain}", finding=finding))
+    for (what, reason), found in sorted(kinds.items()):
+        yield from found[:_NAMED]
+        if len(found) > _NAMED:
+            yield Diagnosis(state=WARNING, subject="shared images", finding=f"{len(found) - _NAMED} more are {what} "
+                            f"({reason}); `runvol images` lists them")  # fmt: skip

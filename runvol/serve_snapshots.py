@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
+import stat
 
-from runvol.config import Config
-from snapshotter.errors import PoolRefused
+from blockdev import Deadline
+from runvol.config import Config, ConfigError
+from snapshotter.errors import PoolRefused, Unavailable
 from snapshotter.node import Node, Settings
 from snapshotter.pool import Limits
+
+# Seconds.
+_LOOKING = 3.0
 
 
 def state_dir(config: Config) -> str:
@@ -26,6 +32,7 @@ def limits(config: Config) -> Limits:
 
 def settings_of(config: Config) -> Settings:
     """The snapshotter's own settings."""
+    idle, call = config.number("snapshotter.unmap_idle_seconds"), config.number("snapshotter.call_seconds")
     pairs = (one.partition("=") for one in config.words("snapshotter.namespace_sizes"))
     return Settings(
         state_dir=state_dir(config),
@@ -34,10 +41,37 @@ def settings_of(config: Config) -> Settings:
         by_namespace={name: int(size) for name, _, size in pairs},
         limits=limits(config),
         images=config.text("snapshotter.images"),
+        image_keys=config.words("snapshotter.image_keys"),
+        image_roots=config.text("snapshotter.image_roots"),
+        images_unsigned=bool(config.number("snapshotter.images_unsigned")),
         verity=bool(config.number("snapshotter.verity")),
-        unmap_idle=config.number("snapshotter.unmap_idle_seconds"),
+        share_layers=bool(config.number("snapshotter.share_layers")),
+        unmap_idle=max(idle, call) if idle else 0,
         discard=bool(config.number("snapshotter.discard")),
     )
+
+
+def _check_images(config: Config) -> None:
+    """ConfigError for a directory that is not there. One that does not answer may come back."""
+    directory = config.text("snapshotter.images")
+    if not directory:
+        return
+    from snapshotter.images import Share
+
+    def wrong() -> str:
+        try:
+            return "" if stat.S_ISDIR(os.stat(directory).st_mode) else "is no directory"
+        except (FileNotFoundError, NotADirectoryError):
+            return "does not exist; mount the storage first, or leave the setting out"
+        except OSError:
+            return ""
+
+    with contextlib.suppress(Unavailable):
+        found = Share(directory).ask(f"looking at {directory}", wrong, Deadline.after(_LOOKING))
+        if found:
+            raise ConfigError(
+                f"snapshotter.images = {directory!r} (from {config.sources['snapshotter.images']}): {found}"
+            )
 
 
 def serve(config: Config, pool_name: str | None) -> None:
@@ -46,6 +80,7 @@ def serve(config: Config, pool_name: str | None) -> None:
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     from snapshotter import server
 
+    _check_images(config)
     node = Node(settings_of(config))
     if pool_name is not None and node.pool.name != pool_name:
         raise PoolRefused(f"--pool {pool_name}: {state_dir(config)} describes pool {node.pool.name}")

@@ -9,9 +9,10 @@ import click
 
 from blockdev import Deadline
 from blockdev.devicemapper import Mapper
-from runvol import tables
+from runvol import pool_absence, tables
 from runvol.cli import Loader, as_json_option
 from runvol.config import Config
+from runvol.containerd_commands import containerd_config
 from runvol.serve_snapshots import limits, state_dir
 from runvol.sizes import SIZE
 from snapshotter import assembly, backing, quarantine
@@ -25,15 +26,22 @@ from snapshotter.store import STORE, Store
 _CALL = 300.0
 
 
-@click.command()
+@click.group(invoke_without_command=True)
 @click.option("--endpoint", metavar="URL", help="unix:///…/snapshotter.sock")
 @click.option("--pool", "pool_name", metavar="NAME", help="Refuse to start on another pool than this.")
-@click.pass_obj
-def snapshotter(load: Loader, endpoint: str | None, pool_name: str | None) -> None:
-    """Serve containerd's snapshots service."""
+@click.pass_context
+def snapshotter(context: click.Context, endpoint: str | None, pool_name: str | None) -> None:
+    """Serve containerd's snapshots service; containerd-config puts it into containerd's file."""
+    load: Loader = context.obj
+    if context.invoked_subcommand is not None:
+        context.obj = lambda **more: load(**({"snapshotter.endpoint": endpoint} | more))
+        return
     from runvol import serve_snapshots
 
     serve_snapshots.serve(load(**{"snapshotter.endpoint": endpoint}), pool_name)
+
+
+snapshotter.add_command(containerd_config)
 
 
 def _store(config: Config) -> Store:
@@ -160,8 +168,8 @@ def pool_status(load: Loader, as_json: bool) -> None:
     config = load()
     it = _description(config)
     with Mapper() as mapper:
-        if mapper.find(it.name) is None:
-            raise Unavailable(f"pool {it.name} is not assembled: {assembly.why_not(mapper, state_dir(config))}")
+        if not pool_absence.is_assembled(mapper, it):
+            raise Unavailable(f"pool {it.name} is not assembled: {pool_absence.why(mapper, state_dir(config), it)}")
         one = Pool(mapper, it.name, it.identity, it.metadata, limits(config))
         one.remedies = backing.remedies(it)
         status = one.status()

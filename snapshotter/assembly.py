@@ -179,24 +179,13 @@ def assemble(mapper: Mapper, state_dir: str, deadline: Deadline, limits: Limits 
     return _assemble(mapper, below, deadline, check=True, limits=limits), below
 
 
-def why_not(mapper: Mapper, state_dir: str) -> str:
-    """Why the described pool is not assembled, as far as a look tells that changes nothing, and what to do."""
-    it = backing.load(state_dir)
-    if it is None:
-        return _NO_POOL.format(state_dir)
+def unfinished(state_dir: str, it: Description) -> str:
+    """What was begun with the pool and has to be ended before it is assembled, as a sentence; empty for nothing."""
     if is_adopted_half(state_dir, it):
         return "its adoption did not end: repeat `runvol pool adopt` with the arguments that it had"
     if os.path.exists(_replacing(state_dir)):
         return "its repair did not end: repeat `runvol pool check --repair`"
-    below = Backing(mapper, state_dir, it)
-    try:
-        first = below.first_of_metadata(Deadline.after(60))
-        found = making.superblock(first)
-    except (SnapshotterError, BlockdevError, OSError) as error:
-        return str(error)
-    if found is None:
-        return f"{first} does not begin with a pool's metadata"
-    return "`runvol pool check` looks whether its metadata are sound, and the snapshotter assembles it when it starts"
+    return ""
 
 
 def find_mapped(mapper: Mapper, it: Description) -> Device | None:
@@ -557,5 +546,5 @@ def _fill(part: str, status: PoolStatus) -> tuple[int, int]:
 __all__ = [
     "SECTOR", "Extender", "Wish", "already", "assemble", "begin_adoption", "check_metadata", "disassemble",
     "end_adoption", "find_mapped", "init", "is_adopted_half", "map_pool", "node", "repair",
-    "why_not",
+    "unfinished",
 ]  # fmt: skip

@@ -10,7 +10,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 
 from blockdev import Deadline, filesystems, sparse
@@ -25,6 +25,31 @@ LARGEST = 1 << 50
 # What a filesystem writes when it is made or grows lies in places: a group of block groups of an ext4 (16 of 128 MiB),
 # an allocation group of an XFS (a quarter of what it was made with). Bytes that each takes, measured and doubled.
 _EXT4_PLACE, _XFS_PLACES, _PLACE_BYTES = 2 << 30, 4, 256 << 10
+
+
+# The name of a fact that says what an empty filesystem holds begins so; its type and its size follow.
+EMPTY = "empty "
+# Seconds after which a base of another size than the configured ones is not needed any more; longer than a call.
+_UNUSED = 3600.0
+
+
+def rounded(size: int) -> int:
+    """The size of the base for this many bytes."""
+    return -(-size // GRAIN) * GRAIN
+
+
+def of_layer(fstype: str, layer: int) -> str:
+    """The type of the base that is a layer's filesystem, grown."""
+    return f"{fstype} of {layer}"
+
+
+def _layer_in(kind: str) -> int:
+    return int(kind.partition(" of ")[2] or "0")
+
+
+def _sizes_in(fact: str) -> tuple[str, int]:
+    fstype, size = fact.removeprefix(EMPTY).split()
+    return fstype, int(size)
 
 
 def check(fstype: str, size: int, *, field: str = "size") -> None:
@@ -47,15 +72,25 @@ def cost(fstype: str, first: int, before: int, size: int) -> tuple[int, int]:
 
 
 class Bases:
-    """One base for each filesystem type and size, in the pool; made on first demand."""
+    """One base for each filesystem type and size, in the pool; made on first demand.
 
-    def __init__(self, store: Store, pool: Pool, directory: str) -> None:
-        self._store, self._pool, self._directory = store, pool, directory
+    Those of the sizes in `kept` stay; another goes once nobody has asked for it for `unused_after` seconds. A snapshot
+    does not need the device that it was made of. A layer whose children are larger has a base of its own, see `grown`.
+    """
+
+    def __init__(
+        self, store: Store, pool: Pool, directory: str, kept: Collection[tuple[str, int]] = ()
+    ) -> None:  # fmt: skip
+        self._store, self._pool, self._directory, self._kept = store, pool, directory, frozenset(kept)
         self._lock = threading.Lock()
         self._ready: dict[tuple[str, int], int] = {}
+        self._asked: dict[tuple[str, int], float] = {}
+        self.unused_after = _UNUSED
+        self._began = self._looked = time.monotonic()
 
     def device(self, fstype: str, size: int, deadline: Deadline) -> int:
         """The thin id of the base, whole and not mapped."""
+        self._asked[fstype, size] = time.monotonic()
         known = self._ready.get((fstype, size))
         if known is not None:
             return known
@@ -63,7 +98,7 @@ class Bases:
             base = self._store.base(fstype, size)
             if base is None or not base.ready:
                 self._pool.admit(*cost(fstype, size, 0, size))
-                base = self._make(fstype, size, deadline)
+                base = self._made(fstype, size, deadline)
             self._ready[fstype, size] = base.device
             return base.device
 
@@ -76,6 +111,40 @@ class Bases:
                 with self._store.transaction():
                     self._store.forget_base(base)
 
+    def drop_unused(self, leaving: Callable[[Base], object], *, every: float = 60) -> None:
+        """Doom the bases that nobody needs; `leaving` is told of one whose snapshots are still there. Does nothing
+        until `every` seconds after the last time."""
+        now = time.monotonic()
+        if now - self._looked < every:
+            return
+        self._looked = now
+        first = self._store.first_layers()
+        for base in self._store.bases():
+            if base.ready and self._is_unused(base, now):
+                if (base.fstype, base.size) in first:
+                    leaving(base)
+                with self._lock:
+                    if self._is_unused(base, now):
+                        self._drop(base)
+        needed = first | {(base.fstype, base.size) for base in self._store.bases()}
+        gone = [fact for fact in self._store.facts(EMPTY) if _sizes_in(fact) not in needed]
+        if gone:
+            with self._store.transaction(durable=False):
+                self._store.forget_facts(gone)
+
+    def _is_unused(self, base: Base, now: float) -> bool:
+        kind, layer = (base.fstype, base.size), _layer_in(base.fstype)
+        if layer and not self._store.owners(layer):
+            return True
+        return kind not in self._kept and now - self._asked.get(kind, self._began) >= self.unused_after
+
+    def _drop(self, base: Base) -> None:
+        self._ready.pop((base.fstype, base.size), None)
+        with self._store.transaction():
+            self._store.abandon(base.device, time.time_ns(), base.size)
+            self._store.forget_base(base)
+        self._asked.pop((base.fstype, base.size), None)
+
     def drop_unfinished(self) -> None:
         """Bases that a killed process was making."""
         # Under the lock, as one that a call of this process is making right now is not left over.
@@ -86,22 +155,51 @@ class Bases:
                     self._store.abandon(base.device, time.time_ns())
                     self._store.forget_base(base)
 
-    def _make(self, fstype: str, size: int, deadline: Deadline) -> Base:
-        unfinished = self._store.base(fstype, size)
+    def grown(
+        self, fstype: str, layer: int, size: int, create: Callable[[int], None], deadline: Deadline
+    ) -> int | None:  # fmt: skip
+        """The thin id of a snapshot of the device `layer` whose filesystem has grown to `size` bytes, not mapped.
+
+        Kept from the second demand on, as growing takes a mount: None for the first, and the child grows by itself.
+        `create` makes a snapshot of the layer.
+        """
+        kind = of_layer(fstype, layer)
+        again = (kind, size) in self._asked
+        self._asked[kind, size] = time.monotonic()
+        if (known := self._ready.get((kind, size))) is not None:
+            return known
+        with self._lock:
+            base = self._store.base(kind, size)
+            if base is None or not base.ready:
+                if not again:
+                    return None
+                base = self._make(kind, size, create, lambda path: filesystems.grow(path, deadline), deadline)
+            self._ready[kind, size] = base.device
+            return base.device
+
+    def _made(self, fstype: str, size: int, deadline: Deadline) -> Base:
+        with self._formatted_file(fstype, size, deadline) as file:
+            return self._make(fstype, size, self._pool.create_thin, lambda path: sparse.copy_written(file, path),
+                              deadline)  # fmt: skip
+
+    def _make(
+        self, kind: str, size: int, create: Callable[[int], None], fill: Callable[[str], object], deadline: Deadline
+    ) -> Base:  # fmt: skip
+        unfinished = self._store.base(kind, size)
         with self._store.transaction():
             if unfinished is not None:
                 self._store.abandon(unfinished.device, time.time_ns())
-            base = Base(fstype=fstype, size=size, device=self._store.new_device(), ready=False)
+            base = Base(fstype=kind, size=size, device=self._store.new_device(), ready=False)
             self._store.set_base(base)
-        with self._formatted_file(fstype, size, deadline) as file:
-            device = strangers.make(self._store, self._pool, base.device, self._pool.create_thin,
-                                    lambda _taken: self._moved(base), deadline)  # fmt: skip
-            base = replace(base, device=device)
-            self._pool.activate(base.device, size)
-            try:
-                sparse.copy_written(file, self._pool.path(base.device))
-            finally:
-                self._pool.deactivate(base.device)
+        device = strangers.make(
+            self._store, self._pool, base.device, create, lambda _taken: self._moved(base), deadline
+        )
+        base = replace(base, device=device)
+        self._pool.activate(base.device, size)
+        try:
+            fill(self._pool.path(base.device))
+        finally:
+            self._pool.deactivate(base.device)
         deadline.poll(f"closing {self._pool.path(base.device)}", lambda: self._pool.deactivate(base.device))
         if self._pool.status().mode != "rw":
             raise SnapshotterError(f"the pool turned {self._pool.status().mode} while the base was written")
@@ -126,8 +224,7 @@ class Bases:
             if fstype == "xfs":
                 run("mkfs.xfs", "-q", "-K", path, deadline=deadline)
             else:
-                run("mkfs.ext4", "-q", "-F", "-m", "0", "-b", "4096", "-E", "nodiscard,assume_storage_prezeroed=1",
-                    path, deadline=deadline)  # fmt: skip
+                filesystems.make_ext4_on_zeros(path, deadline, "-b", "4096")
                 _, said = run("debugfs", "-w", "-R", "rmdir lost+found", path, deadline=deadline)
                 if "rmdir:" in said:
                     raise SnapshotterError(f"debugfs could not remove lost+found from the base: {said}")

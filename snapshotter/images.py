@@ -1,9 +1,8 @@
 """Images on shared storage: a chain of layers as one read-only filesystem, kept once for all nodes.
 
-`<directory>/<hex of the chain id>/` holds `image`, `hashes` (dm-verity's tree) and `manifest.json`; it appears whole,
-by a rename. A node maps it through dm-verity, so that a wrong block is never read, and containers are thin devices of
-the local pool with that as their external origin. Shared storage may hang: whatever touches it has a limit, and while
-one look at it hangs, others are refused at once.
+A node maps an image through dm-verity, so that a wrong block is never read, and containers are thin devices of the
+local pool with that as their external origin. Which root hash is the right one, the operator's keys say (`trust`), and
+from then on what this node remembers. Nothing is ever written to the share (`shares`).
 """
 
 from __future__ import annotations
@@ -11,231 +10,115 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
-import re
-import secrets
-import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
-from typing import TypeVar
+from collections.abc import Mapping
+from typing import NamedTuple
 
-import msgspec
-
-from blockdev import Deadline, WaitExpired, durable, ioctls, loops, sparse, superblocks
-from blockdev.deadlines import bounded
+from blockdev import Deadline, loops, superblocks
 from blockdev.devicemapper import Mapper, MapperError, node
 from blockdev.dm_targets import SECTOR, Verity
-from snapshotter import bases, verity
-from snapshotter.errors import BadRequest, NotFound, SnapshotterError, Unavailable
+from snapshotter import verity
+from snapshotter.errors import NotFound, SnapshotterError, Unavailable, WrongState
+from snapshotter.manifests import CHAIN, Manifest
 from snapshotter.model import LABEL_REF, Kind, Snapshot, State
+from snapshotter.shares import PATIENCE, Parts, Share
 from snapshotter.store import Store
+from snapshotter.trust import REPLACED, Trust, Verdict, pin_of
 
-_CHAIN = re.compile(r"sha256:[0-9a-f]{64}\Z")
-_MANIFEST = "manifest.json"
-# How long shared storage may take to answer, in seconds.
-PATIENCE = 3.0
-T = TypeVar("T")
+log = logging.getLogger("runvol.snapshotter")
+_PIN = "image "
+# Chains of which it is remembered that a line was logged.
+_MOST_SAID = 10_000
 
 
-class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """`manifest.json`. `size` is in bytes; `root` and `salt` are dm-verity's, in hexadecimal."""
+class _Wanted(NamedTuple):
+    """As a pin has it: dm-verity's root and salt, in hexadecimal, and the size in bytes."""
 
-    chain: str
-    fstype: str
-    size: int
     root: str
     salt: str
-    made: str
-
-
-class Share:
-    """The directory. Every method may raise Unavailable, within PATIENCE."""
-
-    def __init__(self, directory: str) -> None:
-        self.directory = directory
-        self._hanging: threading.Thread | None = None
-        self._lock = threading.Lock()
-
-    def place(self, chain: str) -> str:
-        return os.path.join(self.directory, chain.removeprefix("sha256:"))
-
-    def ask(self, what: str, work: Callable[[], T], deadline: Deadline) -> T:
-        """Run `work`, which touches the share. Only one such thread may ever hang."""
-        with self._lock:
-            if self._hanging is not None and self._hanging.is_alive():
-                raise Unavailable(f"the shared images in {self.directory} do not answer (since {self._hanging.name})")
-            self._hanging = None
-        thread: list[threading.Thread] = []
-
-        def noted() -> T:
-            thread.append(threading.current_thread())
-            return work()
-
-        try:
-            return bounded(what, Deadline.after(min(PATIENCE, deadline.remaining())), noted)
-        except WaitExpired as error:
-            with self._lock:
-                self._hanging = thread[0] if thread else None
-                if thread:
-                    thread[0].name = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-            raise Unavailable(f"the shared images in {self.directory} do not answer: {error}") from None
-        except OSError as error:
-            raise Unavailable(f"the shared images in {self.directory}: {error}") from None
-
-    def manifest(self, chain: str, deadline: Deadline) -> Manifest | None:
-        """What the share says of this chain; None if it has no such image."""
-        if not _CHAIN.match(chain):
-            return None
-        path = os.path.join(self.place(chain), _MANIFEST)
-
-        def read() -> bytes | None:
-            try:
-                with open(path, "rb") as opened:
-                    return opened.read(65536)
-            except FileNotFoundError:
-                return None
-
-        raw = self.ask(f"reading {path}", read, deadline)
-        return None if raw is None else _decoded(path, chain, raw)
-
-    def chains(self) -> list[str]:
-        """The images that are whole."""
-        names = os.listdir(self.directory)
-        return sorted(f"sha256:{name}" for name in names if _CHAIN.match(f"sha256:{name}"))
-
-    def make(
-        self, chain: str, device: str, fstype: str, *, progress: Callable[[str, int], None] | None = None
-    ) -> Manifest:
-        """Copy the filesystem on `device` into the share, with its hash tree; one that exists is left as it is."""
-        if not _CHAIN.match(chain):
-            raise BadRequest("chain id", chain, "is sha256: and 64 hexadecimal digits")
-        if os.path.exists(self.place(chain)):
-            found = self.manifest(chain, Deadline.after(PATIENCE))
-            assert_whole(found, chain)
-            return found  # type: ignore[return-value]
-        size = ioctls.size_bytes(device)
-        beside = os.path.join(self.directory, f".{chain[7:]}.{secrets.token_hex(4)}")
-        os.makedirs(beside, mode=0o755)
-        try:
-            image = os.path.join(beside, "image")
-            with open(image, "wb") as opened:
-                opened.truncate(size)
-            sparse.copy_written(device, image, lambda done: progress and progress("copying", done))
-            salt = secrets.token_bytes(32)
-            hashes = os.path.join(beside, "hashes")
-            root = verity.build(image, hashes, salt, lambda done: progress and progress("hashing", done))
-            made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-            manifest = Manifest(chain=chain, fstype=fstype, size=size, root=root, salt=salt.hex(), made=made)
-            durable.write(os.path.join(beside, _MANIFEST), msgspec.json.encode(manifest))
-            os.chmod(os.path.join(beside, _MANIFEST), 0o644)
-            durable.sync_directory(beside)
-            with contextlib.suppress(OSError):
-                # Somebody else may have been faster; both are the same image.
-                os.rename(beside, self.place(chain))
-            durable.sync_directory(self.directory)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
-        found = self.manifest(chain, Deadline.after(PATIENCE))
-        assert_whole(found, chain)
-        return found  # type: ignore[return-value]
-
-    def check(self, chain: str, progress: Callable[[str, int], None] | None = None) -> str:
-        """Read everything; what is wrong, or nothing."""
-        manifest = self.manifest(chain, Deadline.after(PATIENCE))
-        if manifest is None:
-            raise NotFound(chain, "image")
-        image = os.path.join(self.place(chain), "image")
-        if os.path.getsize(image) != manifest.size:
-            return f"{image} has {os.path.getsize(image)} bytes instead of {manifest.size}"
-        root = verity.root_of(
-            image, bytes.fromhex(manifest.salt), lambda done: progress and progress("reading", done)
-        )  # fmt: skip
-        return "" if root == manifest.root else f"{image} is not what it was when the image was made"
-
-    def remove(self, chain: str) -> None:
-        """It is gone for new containers at once; nodes that have it mapped keep their files until they let go."""
-        if not os.path.exists(self.place(chain)):
-            raise NotFound(chain, "image")
-        beside = os.path.join(self.directory, f".{chain[7:]}.{secrets.token_hex(4)}.removed")
-        os.rename(self.place(chain), beside)
-        shutil.rmtree(beside)
-
-
-def assert_whole(found: Manifest | None, chain: str) -> None:
-    if found is None:
-        raise SnapshotterError(f"the image of {chain} is there without its manifest; remove its directory")
-
-
-def _decoded(path: str, chain: str, raw: bytes) -> Manifest:
-    try:
-        manifest = msgspec.json.decode(raw, type=Manifest)
-        bytes.fromhex(manifest.root), bytes.fromhex(manifest.salt)
-    except (msgspec.MsgspecError, ValueError) as error:
-        raise SnapshotterError(f"{path}: {error}; remove this image and make it again") from None
-    if manifest.chain != chain or len(manifest.root) != 64 or manifest.size % SECTOR or manifest.size <= 0:
-        raise SnapshotterError(f"{path} does not describe {chain}; remove this image and make it again")
-    bases.check(manifest.fstype, manifest.size)
-    return manifest
+    size: int
 
 
 class Images:
     """What one node does with a share: answer for its chains, map them for containers, let go of them."""
 
-    def __init__(self, mapper: Mapper, store: Store, share: Share) -> None:
-        self._mapper, self._store, self.share = mapper, store, share
+    def __init__(self, mapper: Mapper, store: Store, share: Share, trust: Trust | None = None) -> None:
+        self._mapper, self._store, self.share, self.trust = mapper, store, share, trust or Trust()
         self._lock = threading.Lock()
+        self._counting = threading.Lock()
+        self._passed_over: dict[str, int] = {}
+        self._said: dict[str, str] = {}
 
     def claim(self, parent: str, labels: Mapping[str, str], deadline: Deadline, /) -> bool:
-        """Whether the chain that is about to be extracted is there already: only if the share has that very chain.
+        """Whether the chain that is about to be extracted is there already: only if the share has that very chain, and
+        it is trusted.
 
-        It is registered as committed then, with the reference that containerd looks for.
+        It is registered as committed then, with the reference that containerd looks for. Otherwise its layers are
+        pulled as ever, whatever lies on the share.
         """
         chain = labels.get(LABEL_REF, "")
-        if not chain:
+        if not CHAIN.match(chain):
             return False
         try:
-            manifest = self.share.manifest(chain, deadline)
+            said = self.share.said(chain, deadline)
         except Unavailable:
-            # The layers can be pulled as ever.
             return False
-        if manifest is None:
+        if said is None:
             return False
-        self._pin(manifest)
+        verdict = self.trust.judge(said, self._pin(chain))
+        if verdict.manifest is not None:
+            verdict = self._register(verdict, parent, labels)
+        if verdict.manifest is None:
+            self._pass_over(chain, verdict)
+        return verdict.manifest is not None
+
+    def _register(self, verdict: Verdict, parent: str, labels: Mapping[str, str]) -> Verdict:
+        manifest = verdict.manifest
+        assert manifest is not None  # noqa: S101
+        chain, now = manifest.chain, time.time_ns()
         name = f"runvol-image/{chain}/{hashlib.sha256(parent.encode()).hexdigest()[:16]}"
-        now = time.time_ns()
         with self._store.transaction():
             if parent:
                 above = self._store.find(parent)
                 if above is None or above.kind is not Kind.COMMITTED:
                     raise NotFound(parent, "parent")
+            # What a chain's content is was decided when this node first used it, which another call may just have done.
+            pin = self._store.fact(f"{_PIN}{chain}")
+            if pin is not None and pin != pin_of(manifest):
+                return Verdict(reason=REPLACED, why="another image of this chain has come into use here meanwhile")
+            if pin is None:
+                self._store.set_fact(f"{_PIN}{chain}", pin_of(manifest))
             if self._store.find(name) is None:
                 self._store.insert(
                     Snapshot(key=name, parent=parent, kind=Kind.COMMITTED, state=State.READY, device=0,
                              size=manifest.size, fstype=manifest.fstype, created=now, updated=now, image=chain,
                              labels=dict(labels))
                 )  # fmt: skip
-        return True
+        return verdict
 
-    def _pin(self, manifest: Manifest) -> None:
-        """What a chain's content is was decided when this node first used it; SnapshotterError if it changed since."""
-        name, value = f"image {manifest.chain}", json.dumps([manifest.root, manifest.salt, manifest.size])
-        known = self._store.read_fact(name)
-        if known is None:
-            with self._store.transaction():
-                self._store.set_fact(name, value)
-        elif known != value:
-            raise SnapshotterError(
-                f"the shared image of {manifest.chain} is not the one that this node has used before; somebody "
-                "replaced it. Restore it, or remove every snapshot of it on this node first"
-            )
+    def _pass_over(self, chain: str, verdict: Verdict) -> None:
+        """Count it; the first time, and when the reason is another, say so."""
+        with self._counting:
+            self._passed_over[verdict.reason] = self._passed_over.get(verdict.reason, 0) + 1
+            new = self._said.get(chain) != verdict.reason
+            if new and len(self._said) >= _MOST_SAID:
+                self._said.clear()
+            self._said[chain] = verdict.reason
+        if new:
+            log.warning("a shared image is passed over, and its layers are pulled",
+                        extra={"chain": chain, "why": verdict.why, "advice": verdict.advice,
+                               "troubles": self.trust.troubles()})  # fmt: skip
 
-    def _unpin(self) -> None:
-        """Chains that no snapshot of this node stands on may be replaced on the share."""
-        free = [name for name in self._store.facts("image ") if not self._store.with_image(name.removeprefix("image "))]
-        if free:
-            with self._store.transaction():
-                self._store.forget_facts(free)
+    def passed_over(self) -> dict[str, int]:
+        """How often an image was not used, by reason, since the start."""
+        with self._counting:
+            return dict(self._passed_over)
+
+    def _pin(self, chain: str) -> str | None:
+        return self._store.read_fact(f"{_PIN}{chain}")
 
     def name(self, chain: str) -> str:
         return f"runvol-image-{chain[7:39]}"
@@ -248,7 +131,7 @@ class Images:
         """
         with self._lock:
             path = node(self.name(chain))
-            if self._mapper.find(self.name(chain)) is None:
+            if not self._is_mapped(chain, deadline):
                 self._map(chain, deadline)
             found = self.share.ask(f"reading image {chain}", lambda: _superblock(path), deadline)
             if found is None:
@@ -256,30 +139,72 @@ class Images:
             between = loops.find(path)
             return between[0] if between else loops.cached(path, deadline=deadline)
 
-    def _map(self, chain: str, deadline: Deadline) -> None:
-        manifest = self.share.manifest(chain, deadline)
-        if manifest is None:
+    def _is_mapped(self, chain: str, deadline: Deadline) -> bool:
+        """Whether it is; what a killed process has left without a table goes."""
+        name = self.name(chain)
+        found = self._mapper.find(name)
+        if found is None:
+            return False
+        if found.uuid != _uuid(chain):
+            raise SnapshotterError(
+                f"a mapped device {name} exists that is not the image of {chain} (UUID {found.uuid or 'empty'}); "
+                "remove it"
+            )
+        if not found.active:
+            self._mapper.remove(name)
+            return False
+        if self._wanted(chain, deadline).root not in self._mapper.lines(name, table=True)[0][1].split():
+            raise SnapshotterError(
+                f"the image of {chain} that is mapped here has another root than the one to be used; it goes once no "
+                "container needs it"
+            )
+        return True
+
+    def _wanted(self, chain: str, deadline: Deadline) -> _Wanted:
+        """What is mapped for the chain: what this node has decided on, whatever the share says by now."""
+        pin = self._pin(chain)
+        if pin is not None:
+            return _Wanted(*json.loads(pin))
+        found = self._judged(chain, deadline).manifest
+        assert found is not None  # noqa: S101
+        return _Wanted(found.root, found.salt, found.size)
+
+    def _judged(self, chain: str, deadline: Deadline) -> Verdict:
+        """Unavailable if the share has no image of the chain, SnapshotterError if it has another, or one that is not
+        trusted and was not used here before."""
+        said, pin = self.share.said(chain, deadline), self._pin(chain)
+        if said is None:
             raise Unavailable(f"the shared image of {chain} is not in {self.share.directory} any more")
-        self._pin(manifest)
-        place = self.share.place(chain)
-        files = [os.path.join(place, part) for part in ("image", "hashes")]
+        verdict = self.trust.judge(said, pin)
+        if verdict.manifest is None and (pin is None or verdict.reason == REPLACED):
+            raise SnapshotterError(f"the shared image of {chain} is not used: {verdict.why}; {verdict.advice}")
+        return verdict
+
+    def _map(self, chain: str, deadline: Deadline) -> None:
+        self._judged(chain, deadline)
+        it = self._wanted(chain, deadline)
 
         def attach() -> tuple[str, str]:
-            if os.path.getsize(files[0]) != manifest.size:
-                raise SnapshotterError(f"{files[0]} has not the {manifest.size} bytes that its manifest promises")
-            return _attached(files[0], deadline), _attached(files[1], deadline)
+            try:
+                with self.share.parts(chain) as parts:
+                    return _attached(self.share.place(chain), it.size, parts, deadline)
+            except FileNotFoundError as error:
+                raise Unavailable(f"the shared image of {chain} is not whole: {error}") from None
 
         image, hashes = self.share.ask(f"attaching image {chain}", attach, deadline)
-        name = self.name(chain)
-        table = Verity(length=manifest.size // SECTOR, data=image, hashes=hashes,
-                       data_blocks=manifest.size // verity.BLOCK, hash_start=0, root=manifest.root,
-                       salt=manifest.salt)  # fmt: skip
-        self._mapper.establish(name, [table], uuid=f"RUNVOL-IMAGE-{chain[7:]}", read_only=True)
+        table = Verity(length=it.size // SECTOR, data=image, hashes=hashes, data_blocks=it.size // verity.BLOCK,
+                       hash_start=0, root=it.root, salt=it.salt)  # fmt: skip
+        try:
+            self._mapper.establish(self.name(chain), [table], uuid=_uuid(chain), read_only=True)
+        except MapperError as error:
+            for device in (image, hashes):
+                with contextlib.suppress(OSError):
+                    loops.clear(device)
+            raise SnapshotterError(f"the image of {chain} cannot be mapped: {error}") from None
 
     def release_unused(self) -> list[str]:
-        """Unmap images that no snapshot needs; their chains."""
+        """Unmap images that no snapshot needs; their names."""
         gone = []
-        self._unpin()
         names = {self.name(chain) for chain in self._store.images()}
         with self._lock:
             for entry in self._mapper.devices():
@@ -298,7 +223,38 @@ class Images:
         return gone
 
 
-def _attached(path: str, deadline: Deadline) -> str:
+def pins(store: Store) -> dict[str, str]:
+    """Chains whose content this node has decided on, with that."""
+    found = ((name.removeprefix(_PIN), store.read_fact(name)) for name in store.facts(_PIN))
+    return {chain: pin for chain, pin in found if pin is not None}
+
+
+def forget(store: Store, chain: str) -> None:
+    """The node may use another image for the chain from now on. WrongState while a snapshot stands on it, NotFound."""
+    with store.transaction():
+        if store.fact(f"{_PIN}{chain}") is None:
+            raise NotFound(chain, "image in use on this node")
+        users = store.with_image(chain)
+        if users:
+            raise WrongState(
+                f"the image of {chain} cannot be forgotten: {len(users)} snapshots of this node stand on it, such as "
+                f"{users[0].key!r}; remove them first"
+            )
+        store.forget_facts([f"{_PIN}{chain}"])
+
+
+def _uuid(chain: str) -> str:
+    return f"RUNVOL-IMAGE-{chain[7:]}"
+
+
+def _attached(place: str, size: int, parts: Parts, deadline: Deadline) -> tuple[str, str]:
+    """Loop devices on the image and its tree: on what is open, whatever is in the share by now."""
+    if lacking := parts.lacks(size):
+        raise SnapshotterError(f"{place}/{lacking}; remove this image and make it again")
+    return _loop(parts.image, deadline), _loop(parts.hashes, deadline)
+
+
+def _loop(path: str, deadline: Deadline) -> str:
     found = loops.find(path)
     return found[0] if found else loops.attach(path, deadline=deadline, read_only=True)
 
@@ -318,3 +274,6 @@ def _superblock(path: str) -> object:
     finally:
         os.close(fd)
     return superblocks.read(path)
+
+
+__all__ = ["PATIENCE", "Images", "Manifest", "Share", "forget", "pins"]

@@ -7,12 +7,14 @@ from types import TracebackType
 
 from blockdev import Deadline
 from snapshotter.errors import TookTooLong
+from snapshotter.workers import aside
 
 
 class Locks:
-    """Locks by name."""
+    """Locks by name. Who waits for one for longer than `patience` seconds steps aside in its lane."""
 
-    def __init__(self) -> None:
+    def __init__(self, patience: float = 0) -> None:
+        self._patience = patience
         self._lock = threading.Lock()
         self._held: dict[str, tuple[threading.Lock, int]] = {}
 
@@ -24,10 +26,23 @@ class Locks:
         with self._lock:
             lock, users = self._held.get(name) or (threading.Lock(), 0)
             self._held[name] = lock, users + 1
-        if lock.acquire(blocking=False) or lock.acquire(timeout=deadline.remaining()):
+        if lock.acquire(blocking=False):
             return
+        try:
+            if self._waited_for(lock, deadline):
+                return
+        except BaseException:
+            self._leave(name)
+            raise
         self._leave(name)
         raise TookTooLong(f"{name!r}: another call uses it, and did not end within {deadline.given:.0f} s")
+
+    def _waited_for(self, lock: threading.Lock, deadline: Deadline) -> bool:
+        """Whether the lock is taken. Unavailable if too many wait already."""
+        if self._patience and lock.acquire(timeout=min(self._patience, deadline.remaining())):
+            return True
+        with aside():
+            return lock.acquire(timeout=deadline.remaining())
 
     def give(self, name: str) -> None:
         self._held[name][0].release()

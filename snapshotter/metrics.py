@@ -71,6 +71,14 @@ class _Pool:
         yield CounterMetricFamily(
             "runvol_store_flushes", "How often the disk was waited for.", value=node.store.flushes
         )
+        if node.images is not None:
+            passed = CounterMetricFamily(
+                "runvol_images_passed_over", "Shared images that were not used, and whose layers were pulled.",
+                labels=["reason"],
+            )  # fmt: skip
+            for reason, count in node.images.passed_over().items():
+                passed.add_metric([reason], count)
+            yield passed
         if node.ready:
             yield from self._status()
 

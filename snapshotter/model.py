@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 _NAMED_BY_CHAIN = re.compile(r"[^/]+/\d+/(sha256:[0-9a-f]{64})\Z")
 LABEL_REF = "containerd.io/snapshot.ref"
+# The chain id of the layer below, as the unpacker gives it.
+LABEL_PARENT_CHAIN = "containerd.io/snapshot/parent-chain-id"
 LABEL_PREFIX = "containerd.io/snapshot/"
 # A limit in bytes for one snapshot's filesystem; containerd's own name for it from 2.4 on.
 LABEL_SIZE = "containerd.io/snapshot/max-size"

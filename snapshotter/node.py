@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -18,10 +17,12 @@ from blockdev.errors import BlockdevError
 from snapshotter import assembly, backing, past, recovery, strangers
 from snapshotter.assembly import Extender
 from snapshotter.background import Background
-from snapshotter.bases import Bases
+from snapshotter.bases import Bases, rounded
 from snapshotter.errors import PoolFull, PoolRefused, SnapshotterError, StoreFailed, Unavailable
 from snapshotter.idle import Idle
 from snapshotter.keeper import Keeper
+from snapshotter.lending import Lender
+from snapshotter.pace import Pace
 from snapshotter.pool import Limits, Pool
 from snapshotter.reaper import Reaper
 from snapshotter.snapshots import Sizes, Snapshotter
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("runvol.snapshotter")
 
 _RETRY, _LOOK, _PAUSE = 2.0, 10.0, 1.0
+# Seconds that a call waits for the pool: containerd may hold its database's transaction meanwhile.
+_PATIENCE = 1.5
 _OPENING = "opening the pool"
 # A copy of the store is made at most so often, in seconds, and takes at most this part of the time.
 _COPY_PAUSE, _COPY_SHARE = 2.0, 20
@@ -52,7 +55,13 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
     discard: bool = True
     images: str = ""
+    # Whose shared images are used: see `trust`.
+    image_keys: tuple[str, ...] = ()
+    image_roots: str = ""
+    images_unsigned: bool = False
     verity: bool = False
+    # Layers that another namespace has unpacked are not stored again.
+    share_layers: bool = True
     # Seconds after which a mapped device that nobody has open is unmapped; 0 is never.
     unmap_idle: float = 600
 
@@ -84,6 +93,7 @@ class Node:
         if description is None:
             raise PoolRefused(f"no pool is described in {settings.state_dir}; make one with `runvol pool init`")
         self.settings, self.activity = settings, Activity()
+        self._usable, self._stop = threading.Event(), threading.Event()
         self.background = Background()
         self.store = Store(os.path.join(settings.state_dir, STORE))
         self.store.barred = f"the devices of pool {description.name} are not compared with the store's yet"
@@ -94,27 +104,37 @@ class Node:
         self.stamp, self.keeper = Stamp(self.store, self.pool), Keeper(self.pool)
         self.store.closing.append(self.keeper.close)
         self._copied, self._copy_at, self.copied_at = 0, 0.0, 0.0
-        self.bases = Bases(self.store, self.pool, os.path.join(settings.state_dir, "bases"))
+        sizes = {rounded(size) for size in (settings.size, *settings.by_namespace.values())}
+        self.bases = Bases(self.store, self.pool, os.path.join(settings.state_dir, "bases"),
+                           {(settings.fstype, size) for size in sizes})  # fmt: skip
         self.images = self._shared_images()
         self.seals, self.sealer = self._verified_layers()
         self.idle = Idle(settings.unmap_idle)
         self.reaper = Reaper(self.store, self.pool, self.idle, discard=settings.discard, busy=self.activity.quiet_for,
                              release_images=self.images.release_unused if self.images else None,
-                             seals=self.seals, background=self.background)  # fmt: skip
+                             seals=self.seals, background=self.background,
+                             held=self._is_held, chores={"parting layers from writers": self._part_layers,
+                                                         "writing down what is used": self._write_counts,
+                                                         "giving up unused bases": self._drop_bases},
+                             leaving=self._leaving)  # fmt: skip
         self.snapshots = Snapshotter(
             self.store, self.pool, self.bases,
             Sizes(fstype=settings.fstype, size=settings.size, by_namespace=settings.by_namespace),
             self._done_with, self.images, self.seals, self.idle,
-            self.sealer.tell if self.sealer else lambda _name: None, self.stamp.follow, self.renew_ids,
+            self.sealer.tell if self.sealer else lambda _name: None, self.activity.quiet_for, self.background,
+            settings.share_layers, self.stamp.follow, self.renew_ids,
         )  # fmt: skip
+        self.lender = Lender(self.store, self.pool, self.snapshots)
         self._usable, self._stop = threading.Event(), threading.Event()
+        # Set once the pool was opened, or could not be.
+        self._tried = threading.Event()
         self._why_not = f"pool {description.name} is being assembled"
         self._extender: Extender | None = None
         self.found = recovery.Found()
         self._compared: Compared | None = None
         self._ahead: dict[str, Callable[[], None]] = {
             "the recovery": self._recover_behind, "starting the reaper": self._start_reaper,
-            "making the empty base": self._make_base,
+            "making the empty base": self._make_base, "starting the counts": self.snapshots.counts.start,
         }  # fmt: skip
         if self.sealer is not None:
             self._ahead["starting the sealer"] = self.sealer.start
@@ -126,8 +146,10 @@ class Node:
             return None
         # With what it hashes by, a tenth of a start.
         from snapshotter.images import Images, Share
+        from snapshotter.trust import Trust
 
-        return Images(self.mapper, self.store, Share(self.settings.images))
+        trust = Trust(self.settings.image_keys, self.settings.image_roots, unsigned=self.settings.images_unsigned)
+        return Images(self.mapper, self.store, Share(self.settings.images), trust)
 
     def _verified_layers(self) -> tuple[Seals | None, Sealer | None]:
         """Trees that were made stay in use when no more are made."""
@@ -136,11 +158,26 @@ class Node:
             return None, None
         from snapshotter.seals import Sealer, Seals
 
-        seals = Seals(self.mapper, self.store, self.pool, directory)
+        seals = Seals(self.mapper, self.store, self.pool, directory, Pace(self.activity.quiet_for, self._stop).step)
         return seals, Sealer(seals, self.store, self._done_with, self.background) if self.settings.verity else None
 
     def _done_with(self, device: int) -> None:
         self.reaper.tell(device)
+
+    def _is_held(self, device: int) -> bool:
+        return self.snapshots.copies.holds(device) or self.lender.keeps(device)
+
+    def _part_layers(self) -> None:
+        self.snapshots.part_layers()
+
+    def _write_counts(self) -> None:
+        self.snapshots.counts.write()
+
+    def _drop_bases(self) -> None:
+        self.bases.drop_unused(lambda base: self.snapshots.counts.count_base(base, Deadline.after(30)))
+
+    def _leaving(self, device: int) -> None:
+        self.snapshots.counts.leaving(device)
 
     @property
     def ready(self) -> bool:
@@ -157,8 +194,13 @@ class Node:
             self.background.started(thread)
 
     def wait_for_pool(self, deadline: Deadline) -> None:
-        """Unavailable, with the reason, if the pool does not come in time."""
-        if not self._usable.is_set() and not self._usable.wait(min(deadline.remaining(), 20)):
+        """Unavailable, with the reason: at once if the pool could not be opened, else if it does not come within two
+        seconds of the call's beginning."""
+        if self._usable.is_set():
+            return
+        left = min(deadline.at, deadline.began + _PATIENCE) - time.monotonic()
+        self._tried.wait(max(0.0, left))
+        if not self._usable.is_set():
             raise Unavailable(self._why_not)
 
     def open_pool(self) -> None:
@@ -174,6 +216,7 @@ class Node:
         self._compare()
         self._extender = Extender(self.mapper, self.pool, below)
         self._usable.set()
+        self._tried.set()
 
     def _hold(self) -> None:
         """Be the one that serves the pool. One that takes no keeper now is held by the locks of `server` alone."""
@@ -230,7 +273,7 @@ class Node:
             self.stamp.take(self.pool.status())
         if not self.store.read_fact("lineage"):
             with self.store.transaction():
-                self.store.set_fact("lineage", secrets.token_hex(8))
+                self.store.set_fact("lineage", os.urandom(8).hex())
         self.store.barred = ""
 
     def renew_ids(self) -> None:
@@ -279,6 +322,7 @@ class Node:
                 self._try_to_open()
             if not self.ready:
                 self._why_not = self.background.fails(_OPENING) or self._why_not
+                self._tried.set()
                 self._stop.wait(_RETRY)
         # Whoever waited for this start goes first; what they ask for is settled by their calls.
         self._stop.wait(_PAUSE)
@@ -317,7 +361,9 @@ class Node:
 
     def _make_base(self) -> None:
         try:
-            self.bases.device(self.settings.fstype, self.settings.size, Deadline.after(300))
+            size, deadline = rounded(self.settings.size), Deadline.after(300)
+            self.bases.device(self.settings.fstype, size, deadline)
+            self.snapshots.counts.empty(self.settings.fstype, size, deadline)
         except (SnapshotterError, BlockdevError, OSError) as error:
             log.error("the empty base cannot be made yet", extra={"why": str(error)})
 
@@ -363,6 +409,7 @@ class Node:
         if self.sealer is not None:
             self.sealer.stop()
         self.reaper.stop()
+        self.snapshots.counts.stop()
         with self.background.survived("writing down what was made"):
             self.store.write_made()
         for thread in self._threads:

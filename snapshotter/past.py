@@ -10,7 +10,7 @@ neither side can have given.
 from __future__ import annotations
 
 import logging
-import secrets
+import os
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -25,6 +25,8 @@ from snapshotter.pool import Pool
 from snapshotter.store import Store
 
 log = logging.getLogger("runvol.snapshotter")
+# The number of the last copy that was there when an operator decided: none of them says what is true now.
+SUPERSEDED = "superseded"
 _ASK = "`runvol pool repair-store` takes what the pool's own copy of the store knows"
 
 
@@ -84,17 +86,18 @@ def enter(store: Store, keeper: Keeper, status: PoolStatus, why: str) -> None:
         doomed -= {int(row[0]) for row in copy.execute("SELECT device FROM doomed")}
         copy.close()
     unproven = {device for _, device in rows} | {device for _, _, device in bases} | doomed
-    store.enter_past(why, secrets.token_hex(8), unproven, time.time_ns())
+    store.enter_past(why, os.urandom(8).hex(), unproven, time.time_ns())
     log.error("the store is not the pool's own", extra={"why": why, "unproven": len(unproven)})
 
 
 def copies(keeper: Keeper, status: PoolStatus, *, besides: str = "") -> Iterator[tuple[Copy, sqlite3.Connection]]:
     """Of each store that the pool was served with in its present epoch the newest copy that can be read, in memory; the
-    newest first, and none of the lineage `besides`. A damaged one is told and passed over."""
-    now, done = stamps.parse(status.transaction), {besides}
+    newest first, and none of the lineage `besides`, nor one that a newer store knows to be decided upon. A damaged one
+    is told and passed over."""
+    now, done, decided = stamps.parse(status.transaction), {besides}, 0
     for copy in keeper.copies():
         then = stamps.parse(copy.stamp)
-        if now is None or then is None or then.epoch != now.epoch or copy.lineage in done:
+        if now is None or then is None or then.epoch != now.epoch or copy.lineage in done or copy.sequence <= decided:
             continue
         try:
             found = keeper.read(copy)
@@ -105,4 +108,6 @@ def copies(keeper: Keeper, status: PoolStatus, *, besides: str = "") -> Iterator
             log.warning("a copy of the store is damaged", extra={"place": copy.place})
             continue
         done.add(copy.lineage)
+        told = found.execute("SELECT value FROM facts WHERE name = ?", (SUPERSEDED,)).fetchone()
+        decided = max(decided, int(told[0]) if told else 0)
         yield copy, found

@@ -24,7 +24,7 @@ from snapshotter.errors import PoolFull, SnapshotterError, Unavailable
 
 log = logging.getLogger("runvol.snapshotter")
 
-_BLKDISCARD = 0x1277
+_BLKROSET, _BLKDISCARD = 0x125D, 0x1277
 _DISCARD_STEP = 1 << 30
 # Seconds for which a status is good enough to let a snapshot be made.
 _FRESH = 0.25
@@ -192,12 +192,60 @@ class Pool:
         return True
 
     def flush(self, device: int) -> None:
-        """What was written to the device is on the disk, mappings included; nothing if it is not mapped."""
-        if self.find(device) is None:
-            return
-        fd = os.open(self.path(device), os.O_RDONLY | os.O_CLOEXEC)
+        """What was written to the device is on the disk, mappings included; nothing if it is not mapped.
+
+        Hangs where the pool has no room (`writebacks` is for calls).
+        """
+        try:
+            fd = os.open(self.path(device), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            # Who has unmapped it has flushed it.
+            if self.find(device) is None:
+                return
+            raise
         try:
             os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def shut(self, device: int) -> bool:
+        """Whoever opens the device from now on cannot write to it; whether nobody has it open who could.
+
+        BLKROSET instead of a read-only table: it holds for a write through any descriptor and for each mount that is
+        made after it, until the device is unmapped, and needs no suspend. It does not stop a filesystem that is
+        mounted for writing, nor a mapped page.
+        """
+        found = self.mapper.find(self.device_name(device))
+        if found is None or not found.active:
+            return True
+        with self._opened(found) as fd:
+            if fd is None:
+                return True
+            fcntl.ioctl(fd, _BLKROSET, struct.pack("i", 1))
+            now = self.mapper.find(found.name)
+            return now is None or now.open_count <= 1
+
+    def reopen(self, device: int) -> None:
+        """Undo `shut` for those who have the device open."""
+        found = self.mapper.find(self.device_name(device))
+        if found is not None and found.active:
+            with self._opened(found) as fd:
+                if fd is not None:
+                    fcntl.ioctl(fd, _BLKROSET, struct.pack("i", 0))
+
+    @contextlib.contextmanager
+    def _opened(self, found: Device) -> Iterator[int | None]:
+        """The node of this very device; None if it is unmapped meanwhile."""
+        try:
+            fd = os.open(node(found.name), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENXIO):
+                raise
+            yield None
+            return
+        try:
+            same = os.fstat(fd).st_rdev == os.makedev(found.major, found.minor)
+            yield fd if same else None
         finally:
             os.close(fd)
 
@@ -235,14 +283,30 @@ class Pool:
         found = [*holders.mount_points(self.path(device)), *map(str, holders.processes(self.path(device)))]
         return ", ".join(found) or "nobody that this process can see"
 
-    def discard(self, device: int, size: int) -> None:
-        """Give the device's own blocks back, to the disk below too. The device must be mapped."""
-        fd = os.open(self.path(device), os.O_WRONLY | os.O_CLOEXEC)
+    def is_writable(self, device: int) -> bool:
+        """Whether the device is mapped, for writing too; what `shut` refuses is allowed again."""
+        self.reopen(device)
+        found = self.find(device)
+        return found is not None and not found.read_only
+
+    def discard(self, device: int, size: int) -> bool:
+        """Give the device's own blocks back, to the disk below too; False if somebody has it open. It must be mapped,
+        and mounts of it fail meanwhile."""
         try:
+            fd = os.open(self.path(device), os.O_WRONLY | os.O_EXCL | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            return False
+        try:
+            found = self.mapper.find(self.device_name(device))
+            if found is not None and found.open_count > 1:
+                return False
             for start in range(0, size, _DISCARD_STEP):
                 fcntl.ioctl(fd, _BLKDISCARD, struct.pack("QQ", start, min(_DISCARD_STEP, size - start)))
         finally:
             os.close(fd)
+        return True
 
     # -- messages ---------------------------------------------------------------------------------------------------
 
@@ -319,17 +383,24 @@ class Pool:
         seen = self._seen
         return seen[1] if seen is not None and time.monotonic() - seen[0] < _FRESH else self.status()
 
-    def admit(self, places: int = 0, each: int = 0) -> None:
-        """Return if a new snapshot may be made that writes `each` bytes at so many places at once.
-
-        PoolFull before writes would hang, Unavailable where nothing can be made.
-        """
+    def refuse_broken(self) -> PoolStatus:
+        """The status a moment ago. PoolFull where the pool has no room, Unavailable where it takes no writes else."""
         status = self._recent()
+        if status.mode == "rw" and not status.needs_check:
+            return status
         for finding in self.health(status):
             if finding.state == "broken":
                 raise (PoolFull if finding.mode in ("out_of_data_space", "out_of_metadata") else Unavailable)(
                     finding.message
                 )
+        return status
+
+    def admit(self, places: int = 0, each: int = 0) -> None:
+        """Return if a new snapshot may be made that writes `each` bytes at so many places at once.
+
+        PoolFull before writes would hang, Unavailable where nothing can be made.
+        """
+        status = self.refuse_broken()
         if status.data_free * 100 < status.data_total * self.limits.data_reserve:
             raise PoolFull(
                 f"pool {self.name} is full: {status.data_free} of {status.data_total} blocks are free, and "
@@ -447,26 +518,47 @@ class Pool:
         with self.metadata_snapshot(deadline):
             run("thin_check", "-q", "-m", self.metadata, deadline=deadline)
 
-    def added_bytes(self, device: int, origin: int, deadline: Deadline) -> int:
-        """Bytes in blocks of `device` that are not those of `origin`."""
-        with self.metadata_snapshot(deadline):
-            _, output = run(
-                "thin_delta", "-m", "--snap1", str(origin), "--snap2", str(device), self.metadata, deadline=deadline
-            )
+    def added(self, device: int, origin: int, deadline: Deadline) -> int:
+        """Bytes in blocks of `device` that are not those of `origin`; inside a `metadata_snapshot`."""
+        _, output = run(
+            "thin_delta", "-m", "--snap1", str(origin), "--snap2", str(device), self.metadata, deadline=deadline
+        )
         xml = _document(output)
         return _added_blocks(xml) * int(_attribute(xml, "data_block_size")) * SECTOR
 
-    def mapped_bytes(self, deadline: Deadline) -> dict[int, tuple[int, int]]:
-        """Id to (bytes that only it maps, bytes that it shares)."""
-        with self.metadata_snapshot(deadline):
-            _, output = run("thin_ls", "-m", "--no-headers", "-o", "DEV,EXCLUSIVE_BYTES,SHARED_BYTES", self.metadata,
-                            deadline=deadline)  # fmt: skip
+    def listed(self, deadline: Deadline) -> dict[int, tuple[int, int]]:
+        """Id to (bytes that only it maps, bytes that it shares); inside a `metadata_snapshot`."""
+        _, output = run("thin_ls", "-m", "--no-headers", "-o", "DEV,EXCLUSIVE_BYTES,SHARED_BYTES", self.metadata,
+                        deadline=deadline)  # fmt: skip
         rows = (line.split() for line in output.splitlines())
         return {
             int(row[0]): (int(row[1]), int(row[2]))
             for row in rows
             if len(row) == 3 and all(map(str.isdecimal, row)) and int(row[0]) != KEEPER
         }
+
+    def mapped_bytes(self, deadline: Deadline) -> dict[int, tuple[int, int]]:
+        """Id to (bytes that only it maps, bytes that it shares)."""
+        with self.metadata_snapshot(deadline):
+            return self.listed(deadline)
+
+    def mapped(self, device: int) -> int:
+        """Bytes in blocks that the mapped device has, those that it shares included. SnapshotterError if it is gone."""
+        name = self.device_name(device)
+        try:
+            return self.mapper.thin_status(name).mapped * SECTOR
+        except (MapperError, ValueError) as error:
+            raise SnapshotterError(f"device {name} says nothing of what it maps: {error}") from None
+
+    def writes(self, device: int) -> int:
+        """How many writes and discards the mapped device has had since it was mapped; -1 if it is not mapped."""
+        found = self.mapper.find(self.device_name(device))
+        try:
+            with open(f"/sys/dev/block/{found.number}/stat" if found is not None else os.devnull) as counters:
+                words = counters.read().split()
+        except FileNotFoundError:
+            return -1
+        return sum(int(words[at]) for at in (4, 11) if at < len(words)) if words else -1
 
 
 def first_block(xml: str) -> int | None:

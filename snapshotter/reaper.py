@@ -15,10 +15,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from blockdev.devicemapper import MapperError
+from blockdev.errors import BlockdevError
 from snapshotter.background import Background
 from snapshotter.entries import Entries
 from snapshotter.errors import SnapshotterError, StoreFailed
 from snapshotter.idle import Idle
+from snapshotter.pace import Pace
 from snapshotter.pool import DeviceMissing, DeviceThere, Pool
 from snapshotter.store import Store
 
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("runvol.snapshotter")
 
-_QUIET, _LONGEST_WAIT = 0.15, 2.0
 _BATCH = 64
 _REAPING = "giving devices back"
 # Of snapshots that are made only to be deleted: the pool is busy with each for as long as with a Prepare's.
@@ -42,10 +43,13 @@ class Reaper:
     def __init__(
         self, store: Store, pool: Pool, idle: Idle, *, discard: bool, busy: Callable[[], float],
         release_images: Callable[[], object] | None = None, seals: Seals | None = None,
-        background: Background | None = None,
+        background: Background | None = None, held: Callable[[int], bool] = lambda _device: False,
+        chores: Mapping[str, Callable[[], object]] | None = None,
+        leaving: Callable[[int], object] = lambda _device: None,
     ) -> None:  # fmt: skip
         self._background = background or Background()
-        self._store, self._pool, self._idle, self._discard, self._busy = store, pool, idle, discard, busy
+        self._held, self._chores, self._leaving = held, chores or {}, leaving
+        self._store, self._pool, self._idle, self._discard = store, pool, idle, discard
         self._release_images, self._seals = release_images or (lambda: None), seals
         self.entries = Entries()
         self._lock = threading.Lock()
@@ -53,6 +57,7 @@ class Reaper:
         self._tried: set[int] = set()
         self._progress = False
         self._wake, self._stop = threading.Event(), threading.Event()
+        self._pace = Pace(busy, self._stop)
         self._thread = threading.Thread(target=self._run, name="reaper", daemon=True)
         self.deleted = self.failed = self.idled = 0
 
@@ -83,7 +88,7 @@ class Reaper:
             with self._background.survived(_REAPING):
                 self._wake.wait(_RETRY if self._waits() else _LOOK)
                 self._wake.clear()
-                self._let_calls_pass()
+                self._pace.step()
                 if not self._stop.is_set() and self.round():
                     self._wake.set()
             if self._background.fails(_REAPING):
@@ -92,12 +97,6 @@ class Reaper:
     def _waits(self) -> bool:
         with self._lock:
             return bool(self._done_with) or bool(self._store.doomed())
-
-    def _let_calls_pass(self) -> None:
-        """Wait for a moment without calls, but not for long."""
-        until = time.monotonic() + _LONGEST_WAIT
-        while self._busy() < _QUIET and time.monotonic() < until and not self._stop.is_set():
-            self._stop.wait(_QUIET / 3)
 
     def round(self) -> bool:
         """Do what can be done now; whether it is worth coming again at once."""
@@ -108,10 +107,13 @@ class Reaper:
         with self._lock:
             done_with = self._done_with - doomed.keys()
         for device in done_with:
+            self._pace.step(len(done_with))
+            if self._stop.is_set():
+                return False
             if self._unmap_if_free(device):
                 with self._lock:
                     self._done_with.discard(device)
-        gone = [one for one in self._turn(doomed) if not self._stop.is_set() and self._delete(one, doomed[one])]
+        gone = [one for one in self._turn(doomed) if self._deleted(one, doomed)]
         if gone:
             with self._store.transaction(durable=False):
                 self._store.buried(gone)
@@ -120,6 +122,9 @@ class Reaper:
             self.deleted += len(gone)
         more = self._unmap_idle() or self._shorten()
         self._release_images()
+        for what, chore in self._chores.items():
+            with self._background.survived(what):
+                chore()
         self._store.tidy()
         return more or self._goes_on(doomed, gone)
 
@@ -140,18 +145,33 @@ class Reaper:
 
     def _unmap_if_free(self, device: int) -> bool:
         try:
+            if not self._pool.in_use(device):
+                self._tell_leaving(device)
             return self._unmap(device)
         except (MapperError, SnapshotterError, OSError) as error:
             log.warning("device is not unmapped yet", extra={"device": device, "why": str(error)})
             return False
 
+    def _tell_leaving(self, device: int) -> None:
+        """It is unmapped whatever comes of it."""
+        try:
+            self._leaving(device)
+        except (SnapshotterError, BlockdevError, OSError) as error:
+            log.warning("what a device holds is not counted yet", extra={"device": device, "why": str(error)})
+
+    def _deleted(self, device: int, doomed: Mapping[int, int]) -> bool:
+        self._pace.step(len(doomed))
+        return not self._stop.is_set() and self._delete(device, doomed[device])
+
     def _delete(self, device: int, size: int) -> bool:
         """Whether the device is gone from the pool."""
         try:
-            if self._store.is_foreign(device) or not self._unmap(device):
+            if self._is_wanted(device) or self._store.is_foreign(device):
                 return False
-            if self._discard and size:
-                self._give_blocks_back(device, size)
+            if self._discard and size and not self._give_blocks_back(device, size):
+                return False
+            if not self._unmap(device):
+                return False
             self._pool.delete(device)
             self.entries.gone(device)
             if self._seals is not None:
@@ -163,11 +183,16 @@ class Reaper:
             return False
         return True
 
+    def _is_wanted(self, device: int) -> bool:
+        """Whether it is doomed only until a row has it, or has one by now; asked in this order (see `copies`)."""
+        return self._held(device) or bool(self._store.owners(device))
+
     def _unmap_idle(self) -> bool:
         """Unmap some of those that nobody needs for long; whether there may be more."""
         now = time.monotonic()
         due = self._idle.due(now, _BATCH)
         for device in due:
+            self._pace.step(len(due))
             if self._stop.is_set():
                 return False
             if self._idle.leave(device, now, self._unmap_written):
@@ -179,6 +204,7 @@ class Reaper:
         try:
             if (self._seals is None or self._seals.release(device)) and not self._pool.in_use(device):
                 self._pool.flush(device)
+                self._tell_leaving(device)
                 return self._unmap(device)
         except (MapperError, SnapshotterError, OSError) as error:
             log.warning("idle device is not unmapped", extra={"device": device, "why": str(error)})
@@ -196,7 +222,7 @@ class Reaper:
         """Make some of the surplus entries go (see `entries`); whether there may be more. The snapshots are deleted
         in the next round, as they are doomed before they are made. It can wait, so calls go first."""
         surplus = self.entries.surplus(_FEW)
-        if not surplus or self._busy() < _QUIET:
+        if not surplus or self._pace.busy():
             return False
         try:
             self._pool.admit()
@@ -205,7 +231,7 @@ class Reaper:
                 for copy in copies:
                     self._store.doom(copy, time.time_ns())
             for device, copy in zip(surplus, copies, strict=True):
-                if self._stop.is_set() or self._busy() < _QUIET:
+                if self._stop.is_set() or self._pace.busy():
                     return False
                 if self._pool.find(device) is None:
                     with contextlib.suppress(DeviceMissing):
@@ -223,12 +249,15 @@ class Reaper:
             # It is somebody else's, and must not be deleted.
             self._store.refuse(copy, time.time_ns())
 
-    def _give_blocks_back(self, device: int, size: int) -> None:
-        try:
-            self._pool.activate(device, size)
-        except DeviceMissing:
-            return
-        try:
-            self._pool.discard(device, size)
-        finally:
-            self._pool.deactivate(device)
+    def _give_blocks_back(self, device: int, size: int) -> bool:
+        """The blocks that only this device has; False while somebody has it open."""
+        if self._seals is not None and not self._seals.release(device):
+            return False
+        if not self._pool.is_writable(device):
+            if not self._unmap(device):
+                return False
+            try:
+                self._pool.activate(device, size)
+            except DeviceMissing:
+                return True
+        return self._pool.discard(device, size)

@@ -22,6 +22,8 @@ from snapshotter.store import Store
 from snapshotter.strangers import Compared
 
 log = logging.getLogger("runvol.snapshotter")
+# Seconds that a start waits at most for layers that somebody has open.
+_SHUT = 60
 
 
 @dataclass
@@ -52,16 +54,22 @@ def recover(
         except (SnapshotterError, BlockdevError) as error:
             log.warning("an intent is not settled yet", extra={"key": row.key, "why": str(error)})
     golden.drop_unfinished()
-    found.unmapped = _unmap(store, pool, reaper)
+    found.unmapped = _unmap(store, pool, snapshots, reaper)
     return found
 
 
-def _unmap(store: Store, pool: Pool, reaper: Reaper) -> int:
-    """Devices that are mapped although nothing active needs them go, behind."""
+def _unmap(store: Store, pool: Pool, snapshots: Snapshotter, reaper: Reaper) -> int:
+    """Devices that are mapped although nothing active needs them go, behind. Layers are written by nobody."""
     mapped = set(pool.active())
     if not mapped:
         return 0
-    needed = {row.device for page in store.pages() for row in page if row.kind is not Kind.COMMITTED}
+    needed, layers = set(), []
+    for row in (row for page in store.pages() for row in page):
+        if row.kind is not Kind.COMMITTED:
+            needed.add(row.device)
+        elif row.device in mapped:
+            layers.append(row.key)
+    snapshots.shut_layers(layers, Deadline.after(_SHUT))
     reaper.found_mapped(mapped & needed)
     needed |= {base.device for base in store.bases() if not base.ready}
     for device in mapped - needed:

@@ -81,6 +81,7 @@ def _repair(store: Store, pool: Pool, keeper: Keeper, deadline: Deadline, *, kee
     _drop_lost(store, ids, report)
     with store.transaction():
         store.leave_past()
+        store.set_fact(past.SUPERSEDED, str(max((copy.sequence for copy in keeper.copies()), default=0)))
     stamp.take(pool.status())
     report.quarantined = store.quarantined()
     keeper.write(store.image(), stamp.number, store.read_fact("lineage") or "")

@@ -27,6 +27,7 @@ from snapshotter.errors import SnapshotterError
 from snapshotter.model import Kind, Snapshot
 from snapshotter.pool import DeviceMissing, Pool
 from snapshotter.store import Store
+from snapshotter.workers import aside
 
 log = logging.getLogger("runvol.snapshotter")
 _NEW = ".new"
@@ -36,9 +37,13 @@ _PREFIX = "seal "
 
 
 class Seals:
-    """The trees of one pool's layers, and the devices that read through them."""
+    """The trees of one pool's layers, and the devices that read through them. `rest` lets calls pass, while one is made
+    after each step."""
 
-    def __init__(self, mapper: Mapper, store: Store, pool: Pool, directory: str) -> None:
+    def __init__(
+        self, mapper: Mapper, store: Store, pool: Pool, directory: str, rest: Callable[[], object] = lambda: None
+    ) -> None:
+        self._rest = rest
         self._mapper, self._store, self._pool, self._directory = mapper, store, pool, directory
         os.makedirs(directory, mode=0o700, exist_ok=True)
         # The device that is being hashed; whoever unmaps devices behind the calls takes turns with who maps it.
@@ -65,7 +70,7 @@ class Seals:
             self._pool.activate(layer.device, layer.size, read_only=True)
         except DeviceMissing:
             return True
-        root = verity.build(self._pool.path(layer.device), path + _NEW, salt)
+        root = verity.build(self._pool.path(layer.device), path + _NEW, salt, self._rested)
         os.rename(path + _NEW, path)
         durable.sync_directory(self._directory)
         with self._store.transaction():
@@ -75,6 +80,9 @@ class Seals:
                 return True
             self._store.set_fact(f"{_PREFIX}{layer.device}", json.dumps([root, salt.hex()]))
         return True
+
+    def _rested(self, _done: int) -> None:
+        self._rest()
 
     def of(self, device: int) -> tuple[str, str] | None:
         """Root and salt of a sealed layer, in hexadecimal."""
@@ -93,10 +101,13 @@ class Seals:
         if (found := self._mapper.find(name)) is not None and not found.active:
             self._mapper.remove(name)  # a killed process had made it without a table
             found = None
-        if found is None:
-            self._map(view, layer, seal, deadline)
-        between = loops.find(node(name))
-        return between[0] if between else loops.cached(node(name), deadline=deadline)
+        if found is not None and (between := loops.find(node(name))):
+            return between[0]
+        with aside():
+            if found is None:
+                self._map(view, layer, seal, deadline)
+            between = loops.find(node(name))
+            return between[0] if between else loops.cached(node(name), deadline=deadline)
 
     def _map(self, view: Snapshot, layer: int, seal: tuple[str, str], deadline: Deadline) -> None:
         path, name = self._path(layer), self._name(view.device)

@@ -14,7 +14,10 @@ from snapshotter.node import Node
 from snapshotter.service import Observer, Service
 from snapshotter.workers import Workers
 
-_GRACE, _WORKERS = 10.0, 16
+_GRACE, _AFTER = 10.0, 1.0
+# Threads of each lane, and how many more of it may wait or hang at once: for what makes devices, for what the store
+# alone answers, for Lists, and for Usage.
+_MAKING, _QUICK, _READING, _MEASURING = (16, 112), (16, 112), (2, 40), (4, 12)
 _LARGEST_MESSAGE = 16 << 20
 
 
@@ -27,29 +30,36 @@ def socket_path(endpoint: str) -> str:
 
 
 def serve(node: Node, *, endpoint: str, limit: float, observe: Observer | None = None) -> None:
-    """Serve until SIGTERM or SIGINT; calls under way then have ten seconds."""
+    """Serve until SIGTERM or SIGINT; calls under way then have ten seconds, and what hangs is left behind."""
     path, told = socket_path(endpoint), daemon.signals()
-    workers = Workers(_WORKERS)
-    service = Service(node, workers, limit=limit, observe=observe, background=node.background)
+    quick = _lane("quick", *_QUICK)
+    service = Service(
+        node, _lane("making", *_MAKING), limit=limit, observe=observe, background=node.background, quick=quick,
+        reading=_lane("reading", *_READING), measuring=_lane("measuring", *_MEASURING),
+    )  # fmt: skip
     server = grpc.server(
-        workers,  # type: ignore[arg-type]  # an Executor is what it uses
+        quick,
         options=[
             ("grpc.max_receive_message_length", _LARGEST_MESSAGE),
             ("grpc.max_send_message_length", _LARGEST_MESSAGE),
         ],
     )
-    server.add_generic_rpc_handlers((service.handler(), service.health()))
+    server.add_generic_rpc_handlers((service.handler(), service.lending(), service.health()))
     daemon.listen(server, path)
     server.start()
     node.start()
     daemon.notify("READY=1")
     told.recv(1)
     daemon.notify("STOPPING=1")
-    server.stop(_GRACE).wait()
+    server.stop(_GRACE).wait(_GRACE + _AFTER)
     service.close()
     node.stop()
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
+
+
+def _lane(name: str, limit: int, most: int) -> Workers:
+    return Workers(limit, most=most, name=name)
 
 
 def alone(endpoint: str, state_dir: str, identity: str = "") -> list[int]:

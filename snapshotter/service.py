@@ -1,9 +1,10 @@
 """containerd's snapshots service.
 
-Every call ends within its limit, although containerd sets no deadline: what waits for another call, for a device or
-for the pool gives up by itself and says why. A thread that the kernel keeps in device-mapper cannot; after its limit
-the caller is released all the same (CANCELLED), the log names the call, and another thread takes its place. Other calls
-do not notice.
+What the store alone can answer has a lane of its own (`workers`) and never waits behind what makes devices, nor that
+behind what measures them. Every call ends within its limit, although containerd sets no deadline: what waits for
+another call, for a device or for the pool gives up by itself and says why. A thread that the kernel keeps in
+device-mapper cannot; after its limit the caller is released all the same (CANCELLED), the log names the call, and
+another thread takes its place. Other calls do not notice. A List goes on for as long as it is read.
 """
 
 from __future__ import annotations
@@ -25,18 +26,23 @@ from runvol_proto import containerd_snapshots_pb2 as pb
 from runvol_proto import grpc_health_pb2 as health_pb
 from snapshotter import wire
 from snapshotter.background import Background
-from snapshotter.errors import SnapshotterError
+from snapshotter.errors import SnapshotterError, Unavailable
 from snapshotter.model import Kind
 from snapshotter.node import Node
-from snapshotter.workers import Workers
+from snapshotter.workers import Worker, Workers, aside, current
 
 log = logging.getLogger("runvol.snapshotter")
 NAME = "containerd.services.snapshots.v1.Snapshots"
+LENDING = "runvol.snapshotter.v1.Lending"
 _PAGE = 100
 # A call that takes longer is worth a line, in seconds.
 _SLOW = 5.0
 # How long after its limit a call may still end by itself, in seconds.
 _GRACE = 1.0
+# How long a List may stand still, and how long it may take in all, in seconds; how many there may be at once, and for
+# how long one stands still at least before a new one takes its place then.
+_STILL, _LONGEST, _LISTS, _SURELY = 7.0, 300.0, 32, 1.0
+_QUICK = ("Mounts", "Remove", "Stat", "Update", "Cleanup")
 Observer = Callable[[str, str, float], None]
 
 
@@ -46,19 +52,28 @@ class _Running:
     key: str
     until: float
     context: grpc.ServicerContext
+    worker: Worker | None
     released: bool = False
-    replaced: bool = False
+    # A List whose page is not taken yet.
+    sending: bool = False
 
 
 class Service:
-    """The RPCs over a node's snapshotter. `limit` is the longest that a call may take, in seconds."""
+    """The RPCs over a node's snapshotter. `limit` is the longest that a call may take, in seconds.
+
+    `quick` are the threads for what the store alone can answer, `reading` those for List, `measuring` those for Usage;
+    without them `workers` does all.
+    """
 
     def __init__(
         self, node: Node, workers: Workers, *, limit: float, observe: Observer | None = None,
-        background: Background | None = None,
+        background: Background | None = None, quick: Workers | None = None, reading: Workers | None = None,
+        measuring: Workers | None = None,
     ) -> None:  # fmt: skip
         self._background = background or Background()
-        self._node, self._workers, self._limit, self._observe = node, workers, limit, observe
+        self._node, self._limit, self._observe = node, limit, observe
+        self._workers, self._quick = workers, quick or workers
+        self._lanes = {"List": reading or workers, "Usage": measuring or workers} | dict.fromkeys(_QUICK, self._quick)
         self._numbers = itertools.count(1)
         self._running: dict[int, _Running] = {}
         self._ending = threading.Lock()
@@ -90,10 +105,24 @@ class Service:
             )
         }  # fmt: skip
         methods["List"] = grpc.unary_stream_rpc_method_handler(
-            self._listing, request_deserializer=pb.ListSnapshotsRequest.FromString,
+            _on(self._lane("List"), self._reading), request_deserializer=pb.ListSnapshotsRequest.FromString,
             response_serializer=pb.ListSnapshotsResponse.SerializeToString,
         )  # fmt: skip
         return grpc.method_handlers_generic_handler(NAME, methods)
+
+    def lending(self) -> grpc.GenericRpcHandler[Any, Any]:
+        """What `runvol images make` asks for, in containerd's messages; see `lending`."""
+        methods: dict[str, Any] = {
+            name: grpc.unary_unary_rpc_method_handler(
+                self._unary(name, getattr(self, name)), request_deserializer=request.FromString,
+                response_serializer=response.SerializeToString,
+            )
+            for name, request, response in (
+                ("Lend", pb.MountsRequest, pb.MountsResponse),
+                ("GiveBack", pb.RemoveSnapshotRequest, Empty),
+            )
+        }  # fmt: skip
+        return grpc.method_handlers_generic_handler(LENDING, methods)
 
     def health(self) -> grpc.GenericRpcHandler[Any, Any]:
         """gRPC's health service: SERVING while calls are answered, whatever the pool's state is, and while what runs
@@ -105,58 +134,79 @@ class Service:
             return answers(status=answers.NOT_SERVING if troubles else answers.SERVING)
 
         handler = grpc.unary_unary_rpc_method_handler(
-            check, request_deserializer=health_pb.HealthCheckRequest.FromString,
+            _on(self._quick, check), request_deserializer=health_pb.HealthCheckRequest.FromString,
             response_serializer=health_pb.HealthCheckResponse.SerializeToString,
         )  # fmt: skip
         return grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Check": handler})
+
+    def _lane(self, name: str) -> Workers:
+        return self._lanes.get(name, self._workers)
 
     def _unary(
         self, name: str, method: Callable[[Any, Deadline], Message]
     ) -> Callable[[Any, grpc.ServicerContext], Message]:
         def call(request: Any, context: grpc.ServicerContext) -> Message:
             # One look at the clock before and one after: in a virtual machine a look may be a system call.
-            started, number = time.monotonic(), next(self._numbers)
-            key = getattr(request, "key", "")
-            deadline = Deadline(started + self._limit, self._limit)
-            running = self._running[number] = _Running(name, key, deadline.at, context)
+            started, number, running = self._begin(name, getattr(request, "key", ""), context)
             self._node.activity.begin()
             try:
                 try:
-                    response = method(request, deadline)
+                    _refuse_if_all_hang(running)
+                    response = method(request, Deadline(running.until, self._limit))
                 finally:
                     ended = time.monotonic()
                     self._node.activity.end(ended)
                     self._ended(number, running)
             except Exception as error:
-                self._refuse(name, key, number, ended - started, error, context)
-            self._done(name, key, ended - started)
+                self._refuse(name, running.key, number, ended - started, error, context)
+            self._done(name, running.key, ended - started)
             return response
 
-        return call
+        return _on(self._lane(name), call)
+
+    def _begin(self, name: str, key: str, context: grpc.ServicerContext) -> tuple[float, int, _Running]:
+        """When the call came, its number, and what the watchdog knows of it."""
+        worker, number = current(), next(self._numbers)
+        started = worker.arrived if worker is not None else time.monotonic()
+        running = self._running[number] = _Running(name, key, started + self._limit, context, worker)
+        return started, number, running
 
     def _watch(self) -> None:
-        """Release callers whose call hangs in the kernel."""
+        """Release callers whose call hangs in the kernel, and let others go before what takes long."""
+        lanes = {self._workers, *self._lanes.values()}
         while not self._stop.wait(1.0):
             with self._background.survived("releasing calls that hang"):
                 self._release_hanging(time.monotonic())
+            with self._background.survived("letting calls go before those that take long"):
+                for lane in lanes:
+                    lane.look()
 
     def _release_hanging(self, now: float) -> None:
         for number, one in list(self._running.items()):
-            if now > one.until + _GRACE and not one.released:
-                one.released = True
-                log.error("call hangs in the kernel; its caller is released", extra={"rpc": one.name, "key": one.key})
-                try:
-                    with self._ending:  # there is room for others before the caller knows
-                        one.replaced = number in self._running and self._workers.give_up()
-                finally:
-                    one.context.cancel()  # type: ignore[no-untyped-call]
+            if now <= one.until + _GRACE or one.released:
+                continue
+            if one.sending:
+                self._end_list(one)
+                continue
+            one.released = True
+            log.error("call hangs in the kernel; its caller is released", extra={"rpc": one.name, "key": one.key})
+            try:
+                with self._ending:  # there is room for others before the caller knows
+                    if number in self._running and one.worker is not None:
+                        one.worker.lane.give_up(one.worker)
+            finally:
+                one.context.cancel()  # type: ignore[no-untyped-call]
+
+    def _end_list(self, one: _Running) -> None:
+        one.released = True
+        log.warning("a List that is not read on is ended", extra={"rpc": one.name})
+        one.context.cancel()  # type: ignore[no-untyped-call]
 
     def _ended(self, number: int, running: _Running) -> None:
         with self._ending:
             del self._running[number]
-        if running.replaced:
+        if running.released and not running.sending:
             log.warning("a call that hung in the kernel has ended", extra={"rpc": running.name, "key": running.key})
-            self._workers.came_back()
 
     def _done(self, name: str, key: str, seconds: float) -> None:
         if self._observe is not None:
@@ -193,7 +243,9 @@ class Service:
         return pb.ViewSnapshotResponse(mounts=wire.mounts(found))
 
     def Mounts(self, request: Any, deadline: Deadline) -> Message:
-        self._node.wait_for_pool(deadline)
+        if not self._node.ready:
+            with aside():
+                self._node.wait_for_pool(deadline)
         return pb.MountsResponse(mounts=wire.mounts(self._node.snapshots.mounts(request.key, deadline)))
 
     def Commit(self, request: Any, deadline: Deadline) -> Message:
@@ -223,12 +275,60 @@ class Service:
         self._node.cleanup()
         return Empty()
 
-    def _listing(self, request: Any, context: grpc.ServicerContext) -> Iterator[pb.ListSnapshotsResponse]:
-        started, number = time.monotonic(), next(self._numbers)
+    def Lend(self, request: Any, deadline: Deadline) -> Message:
+        self._node.wait_for_pool(deadline)
+        return pb.MountsResponse(mounts=wire.mounts([self._node.lender.lend(request.key, deadline)]))
+
+    def GiveBack(self, request: Any, _deadline: Deadline) -> Message:
+        """`key` is the node that was lent."""
+        self._node.lender.give_back(request.key)
+        self._node.cleanup()
+        return Empty()
+
+    def _reading(self, request: Any, context: grpc.ServicerContext) -> Iterator[pb.ListSnapshotsResponse]:
+        started, number, running = self._begin("List", "", context)
         try:
-            for page in self._node.snapshots.list(list(request.filters)):
-                for start in range(0, len(page), _PAGE):
-                    yield pb.ListSnapshotsResponse(info=[wire.info(row) for row in page[start : start + _PAGE]])
+            _refuse_if_all_hang(running)
+            self._make_room()
+            for page in self._listing(list(request.filters)):
+                now = time.monotonic()
+                running.until, running.sending = min(now + _STILL, started + _LONGEST), True
+                with aside():
+                    yield page
+                running.until, running.sending = now + self._limit, False
         except SnapshotterError as error:
             self._refuse("List", "", number, time.monotonic() - started, error, context)
+        finally:
+            self._ended(number, running)
         self._done("List", "", time.monotonic() - started)
+
+    def _listing(self, filters: list[str]) -> Iterator[pb.ListSnapshotsResponse]:
+        for page in self._node.snapshots.list(filters):
+            for start in range(0, len(page), _PAGE):
+                yield pb.ListSnapshotsResponse(info=[wire.info(row) for row in page[start : start + _PAGE]])
+
+    def _make_room(self) -> None:
+        """Of too many Lists the one that has stood still for longest is ended. Unavailable if all are read."""
+        lists = [one for one in list(self._running.values()) if one.name == "List" and not one.released]
+        if len(lists) <= _LISTS:
+            return
+        surely = time.monotonic() - _SURELY
+        still = [one for one in lists if one.sending and one.until - _STILL < surely]
+        if not still:
+            raise Unavailable(f"{_LISTS} Lists are being read already; try again when one has ended")
+        self._end_list(min(still, key=lambda one: one.until))
+
+
+def _on(lane: Workers, call: Callable[[Any, grpc.ServicerContext], Any]) -> Callable[..., Any]:
+    """The same, to be run by this lane."""
+
+    def on_lane(request: Any, context: grpc.ServicerContext) -> Any:
+        return call(request, context)
+
+    on_lane.experimental_thread_pool = lane  # type: ignore[attr-defined]
+    return on_lane
+
+
+def _refuse_if_all_hang(running: _Running) -> None:
+    if running.worker is not None and running.worker.refuses:
+        raise Unavailable("too many calls hang in the kernel; see the snapshotter's log, which names them")

@@ -8,16 +8,20 @@ a size that was never asked for before.
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from blockdev import Deadline, filesystems, superblocks
 from blockdev.errors import BlockdevError
 from snapshotter import bases, filters, strangers
+from snapshotter.background import Background
 from snapshotter.bases import Bases
+from snapshotter.copies import Copies
+from snapshotter.counts import Counts
 from snapshotter.errors import (
     AlreadyExists,
     BadRequest,
@@ -30,18 +34,36 @@ from snapshotter.errors import (
     WrongState,
 )
 from snapshotter.idle import Idle
+from snapshotter.layers import Layers
 from snapshotter.locks import Locks
-from snapshotter.model import LABEL_FSTYPE, LABEL_PREFIX, LABEL_REF, LABEL_SIZE, Kind, Mount, Snapshot, State
+from snapshotter.model import (
+    LABEL_FSTYPE,
+    LABEL_PREFIX,
+    LABEL_REF,
+    LABEL_SIZE,
+    Kind,
+    Mount,
+    Snapshot,
+    State,
+)
 from snapshotter.pool import DeviceMissing, Pool
 from snapshotter.store import Store
+from snapshotter.workers import aside
+from snapshotter.writebacks import Writebacks
 
 if TYPE_CHECKING:
     from snapshotter.seals import Seals
 
+log = logging.getLogger("runvol.snapshotter")
+
 _LABEL_LIMIT = 4096
 _T = TypeVar("_T")
+# Seconds that what is done behind the calls waits for a device to come to rest.
+_PATIENCE = 20.0
 # A label may ask for a filesystem that is so many times as large as the pool, which can grow.
 _OVERCOMMIT = 4
+# Seconds for which a snapshot may wait for others of its parent without being in anybody's way.
+_MAKING = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,12 +98,14 @@ class NoImages:
 
 @dataclass(frozen=True, kw_only=True)
 class _Origin:
-    """What a new device starts from. `device` 0 means: nothing of the pool, the image alone."""
+    """What a new device starts from. `device` 0 means: nothing of the pool, the image alone. `base`: the type of the
+    base that it is, empty for a layer."""
 
     device: int
     size: int
     fstype: str
     image: str
+    base: str = ""
 
 
 class Snapshotter:
@@ -94,14 +118,24 @@ class Snapshotter:
     def __init__(
         self, store: Store, pool: Pool, golden: Bases, sizes: Sizes, after: Callable[[int], None],
         images: Images | None = None, seals: Seals | None = None, idle: Idle | None = None,
-        committed: Callable[[str], None] = lambda _name: None, drawn: Callable[[], None] = lambda: None,
+        committed: Callable[[str], None] = lambda _name: None, quiet: Callable[[], float] = lambda: 9.0,
+        background: Background | None = None, share_layers: bool = True, drawn: Callable[[], None] = lambda: None,
         renew: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
         self._store, self._pool, self._bases, self._sizes, self._after = store, pool, golden, sizes, after
         self._images: Images = images or NoImages()
         self._seals, self._committed, self._idle = seals, committed, idle or Idle(0)
         self._drawn, self._renew, self._renewal = drawn, renew, threading.Lock()
-        self._locks, self._devices = Locks(), Locks()
+        # A layer's children are made one after the other, each in milliseconds.
+        self._locks, self._devices = Locks(), Locks(patience=_MAKING)
+        self._writebacks = Writebacks(pool)
+        # Keys of intents that a call of this process is fulfilling.
+        self._preparing: set[str] = set()
+        self.copies = Copies(store, pool, self._devices)
+        self._layers = Layers(store, self.copies) if share_layers else None
+        self.counts = Counts(store, pool, after, inodes_of_image=self._inodes_of, quiet=quiet, background=background)
+        # Committed, and somebody has them open who may write: see `part`.
+        self._open_layers: set[str] = set()
 
     def prepare(
         self, key: str, parent: str, labels: Mapping[str, str], deadline: Deadline, *, kind: Kind = Kind.ACTIVE
@@ -112,8 +146,10 @@ class Snapshotter:
         """
         _check_key("key", key)
         labels = _check_labels(labels)
-        with self._locks.held(key, deadline=deadline):
-            if kind is Kind.ACTIVE and self._images.claim(parent, labels, deadline):
+        with self._locks.held(key, deadline=deadline), self._fulfilling(key):
+            if kind is Kind.ACTIVE and (
+                self._images.claim(parent, labels, deadline) or self._claim(key, parent, labels, deadline)
+            ):
                 raise AlreadyExists(labels[LABEL_REF])
             self._settle(key, deadline)
             self._pool.admit()
@@ -121,15 +157,19 @@ class Snapshotter:
             size = self._wanted_size(key, labels, origin) if kind is Kind.ACTIVE else origin.size
             if size > origin.size:
                 self._pool.admit(*bases.cost(origin.fstype, self._made_with(parent, origin), origin.size, size))
+                origin = self._grown(origin, size, deadline)
             row = self._intended(key, parent, kind, labels, origin, size)
             self._drawn()
             try:
                 row = self._create(row, origin, deadline)
             except DeviceMissing as error:
                 self._drop(row)
-                if not parent:
-                    self._bases.forget(origin.fstype, origin.size)
+                if origin.base:
+                    self._bases.forget(origin.base, origin.size)
                     raise Unavailable(f"{error}; the empty base is made anew, try again") from None
+                above = self._store.get(parent)
+                if above is not None and above.device != origin.device:
+                    raise Unavailable(f"snapshot {parent!r} got another device meanwhile; try again") from None
                 raise SnapshotterError(f"the data of {parent!r} is lost: {error}; pull its image again") from None
             except (SnapshotterError, BlockdevError, OSError):
                 # The caller may never come again, and would not find it: an intent is in no list.
@@ -140,24 +180,65 @@ class Snapshotter:
             self._store.made(row)
             return self._mounts(row, deadline)
 
+    @contextlib.contextmanager
+    def _fulfilling(self, key: str) -> Iterator[None]:
+        """Whose lock is held."""
+        self._preparing.add(key)
+        try:
+            yield
+        finally:
+            self._preparing.discard(key)
+
+    def _grown(self, origin: _Origin, size: int, deadline: Deadline) -> _Origin:
+        """The layer's filesystem in this size, if that is kept. One on a shared image grows in each child."""
+        if not origin.device or origin.image or origin.base:
+            return origin
+
+        def create(device: int) -> None:
+            with self._devices.held(str(origin.device), deadline=deadline), self._pool.quiet(origin.device):
+                self._pool.create_snapshot(device, origin.device)
+
+        found = self._bases.grown(origin.fstype, origin.device, size, create, deadline)
+        if found is None:
+            return origin
+        return replace(origin, device=found, size=size, base=bases.of_layer(origin.fstype, origin.device))
+
+    def _claim(self, key: str, parent: str, labels: Mapping[str, str], deadline: Deadline) -> bool:
+        """Whether another namespace has the layer that is about to be unpacked; see `layers`."""
+        if self._layers is None or not labels.get(LABEL_REF):
+            return False
+        above = self._store.get(parent) if parent else None
+        if parent and (above is None or above.kind is not Kind.COMMITTED):
+            return False
+        if above is not None:
+            fstype, size = above.fstype, self._wanted_size(key, labels, _origin_in(above))
+        else:
+            fstype, size = labels.get(LABEL_FSTYPE, self._sizes.fstype), self._first_size(key, labels)
+        self._pool.admit()
+        return self._layers.claim(key, parent, labels, fstype, size, deadline)
+
+    def _first_size(self, key: str, labels: Mapping[str, str]) -> int:
+        return bases.rounded(self._size_label(key, labels) or self._sizes.of(key))
+
     def _origin(self, key: str, parent: str, labels: Mapping[str, str], deadline: Deadline) -> _Origin:
         if parent:
             above = self._seen(parent, deadline, what="parent")
             if above.kind is not Kind.COMMITTED:
                 raise BadRequest("parent", parent, "is not committed")
-            self._refuse_shared(above)
-            return _Origin(device=above.device, size=above.size, fstype=above.fstype, image=above.image)
+            self.refuse_shared(above)
+            return _origin_in(above)
         fstype = labels.get(LABEL_FSTYPE, self._sizes.fstype)
         size = self._size_label(key, labels) or self._sizes.of(key)
         bases.check(fstype, size, field=LABEL_SIZE if LABEL_SIZE in labels else "snapshotter.size")
-        size = -(-size // bases.GRAIN) * bases.GRAIN
-        return _Origin(device=self._bases.device(fstype, size, deadline), size=size, fstype=fstype, image="")
+        size = self._first_size(key, labels)
+        return _Origin(device=self._bases.device(fstype, size, deadline), size=size, fstype=fstype, image="",
+                       base=fstype)  # fmt: skip
 
     def _wanted_size(self, key: str, labels: Mapping[str, str], origin: _Origin) -> int:
         """Grow only: what is smaller than the parent is the parent's size."""
         asked = self._size_label(key, labels) or 0
         wanted = max(origin.size, asked, self._sizes.by_namespace.get(key.split("/", 1)[0], 0))
-        return -(-wanted // bases.GRAIN) * bases.GRAIN if wanted > origin.size else origin.size
+        return bases.rounded(wanted) if wanted > origin.size else origin.size
 
     def _size_label(self, key: str, labels: Mapping[str, str]) -> int | None:
         """The label's bytes. BadRequest for more than a few times what the pool holds, or is given without a label."""
@@ -179,7 +260,7 @@ class Snapshotter:
             parent, first = row.parent, row.size
         return min([first, *(base.size for base in self._store.bases() if base.fstype == origin.fstype)])
 
-    def _refuse_shared(self, row: Snapshot) -> None:
+    def refuse_shared(self, row: Snapshot) -> None:
         """WrongState for a snapshot of whose device nobody knows whose data it holds: several had it, or the store is
         not the one that its pool was served with."""
         if row.device in self._store.shared:
@@ -251,9 +332,7 @@ class Snapshotter:
             if not origin.device:
                 self._pool.create_thin(device, again=again)
                 return
-            alone = self._devices.held(str(origin.device), deadline=deadline)
-            with alone, self._pool.quiet(origin.device):
-                self._pool.create_snapshot(device, origin.device, again=again)
+            self.copy(device, origin.device, deadline, again=again)
 
         device = strangers.make(
             self._store, self._pool, row.device, create, lambda taken: self._store.replace_device(row.key, taken),
@@ -264,6 +343,16 @@ class Snapshotter:
         if row.size > origin.size:
             filesystems.grow(self._pool.path(row.device), deadline)
         return row
+
+    def copy(self, device: int, origin: int, deadline: Deadline, *, again: bool = False) -> None:
+        """The device is a snapshot of `origin`, as that is at one instant. DeviceThere, DeviceMissing."""
+        with self._devices.held(str(origin), deadline=deadline), self._pool.quiet(origin):
+            self._pool.create_snapshot(device, origin, again=again)
+
+    def map_read_only(self, device: int, layer: Snapshot, deadline: Deadline) -> None:
+        """Map a copy of a committed layer's device, which has no row."""
+        below = self._images.origin(layer.image, deadline) if layer.image else ""
+        self._pool.activate(device, layer.size, read_only=True, origin=below)
 
     def _activate(self, row: Snapshot, deadline: Deadline) -> None:
         below = self._images.origin(row.image, deadline) if row.image else ""
@@ -277,7 +366,7 @@ class Snapshotter:
 
     def settle(self, key: str, deadline: Deadline) -> None:
         """Decide about an intent that no running call owns: a device that exists is kept, another was never made."""
-        with self._locks.held(key, deadline=deadline):
+        with aside(), self._locks.held(key, deadline=deadline):
             self._settle(key, deadline)
 
     def _settle(self, key: str, deadline: Deadline) -> None:
@@ -316,12 +405,13 @@ class Snapshotter:
     def mounts(self, key: str, deadline: Deadline) -> list[Mount]:
         """The mount of an active snapshot or view; its device is there when the call returns."""
         row = self._seen(key, deadline)
-        self._refuse_shared(row)
+        self.refuse_shared(row)
         if row.state is State.READY and row.kind is not Kind.COMMITTED:
             self._idle.handed(row.device, deadline.began)
-            if not self._idle.leaving(row.device) and self._pool.find(row.device) is not None:
-                return self._mounts(row, deadline)
-        with self._locks.held(key, deadline=deadline):
+            with aside(must=False):
+                if not self._idle.leaving(row.device) and self._pool.find(row.device) is not None:
+                    return self._mounts(row, deadline)
+        with aside(), self._locks.held(key, deadline=deadline):
             row = self._seen_now(key)
             if row.kind is Kind.COMMITTED:
                 raise WrongState(f"snapshot {key!r} is committed and cannot be mounted; prepare or view one of it")
@@ -341,29 +431,87 @@ class Snapshotter:
         return row
 
     def commit(self, name: str, key: str, labels: Mapping[str, str], parent: str, deadline: Deadline) -> None:
-        """The active snapshot `key` becomes the committed `name`; its device is unmapped behind."""
+        """The active snapshot `key` becomes the committed `name`, as it is now.
+
+        A device that nobody has open is the layer, and is written by nobody from then on; it is unmapped behind. Of one
+        that somebody has open the layer is a snapshot: the device stays with its holder until the last close.
+        """
         _check_key("name", name)
         labels = _check_labels(labels)
-        self._refuse_shared(self._seen(key, deadline))
+        self.refuse_shared(self._seen(key, deadline))
         with self._locks.held(key, name, deadline=deadline):
             row = self._seen_now(key)
             if row.kind is Kind.ACTIVE:
-                self._pool.flush(row.device)
-            with self._store.transaction():
+                self._idle.keep(row.device, deadline)
+                self._writebacks.flush(row.device, key, deadline)
+            _refuse_commit(row, key, parent)
+            with self._layer_of(row, name, deadline) as device, self._store.transaction():
                 found = self._store.find(key)
                 if found is None:
                     raise NotFound(key)
-                if found.kind is not Kind.ACTIVE:
-                    raise WrongState(f"snapshot {key!r} is {found.kind.name.lower()}; only an active one is committed")
+                _refuse_commit(found, key, parent)
                 if self._store.find(name) is not None:
                     raise AlreadyExists(name)
-                if parent and parent != found.parent:
-                    if found.parent:
-                        raise BadRequest("parent", parent, f"snapshot {key!r} has the parent {found.parent!r}")
-                    raise NotOffered("rebase is not offered: a block device cannot be put on another parent at Commit")
                 self._store.commit(key, name, labels, time.time_ns())
+                if device != row.device:
+                    self._store.move(name, device, time.time_ns())
+            if device == row.device:
+                self._shut(name, device, deadline)
         self._after(row.device)
+        self.counts.ask(name)
+        if self._layers is not None:
+            self._layers.committed(name)
         self._committed(name)
+
+    @contextlib.contextmanager
+    def _layer_of(self, row: Snapshot, name: str, deadline: Deadline) -> Iterator[int]:
+        """The device that is to be the layer: the snapshot's own, or inside a snapshot of that."""
+        if not self._pool.in_use(row.device) or self._store.get(name) is not None:
+            yield row.device
+            return
+        with self.copies.made(row.device, deadline) as device:
+            yield device
+
+    def _shut(self, name: str, device: int, deadline: Deadline) -> None:
+        """Nobody writes to a committed device: not who opens it from now on, and whoever has opened it since it was
+        looked at keeps another."""
+        if self._pool.shut(device):
+            return
+        self._open_layers.add(name)
+        try:
+            self._part(name, deadline)
+        except (SnapshotterError, BlockdevError, OSError) as error:
+            log.error("a layer is open, and its holder can still write to it; it is tried again",
+                      extra={"key": name, "why": str(error)})  # fmt: skip
+
+    def _part(self, name: str, deadline: Deadline) -> None:
+        """Give a committed snapshot a device of its own, and leave the one it has to whoever has that open."""
+        row = self._store.get(name)
+        if row is not None and row.kind is Kind.COMMITTED and row.device and not self._pool.shut(row.device):
+            with self.copies.made(row.device, deadline) as device, self._store.transaction():
+                found = self._store.find(name)
+                if found is not None and found.device == row.device:
+                    self._store.move(name, device, time.time_ns())
+            self._pool.reopen(row.device)
+            self._after(row.device)
+        self._open_layers.discard(name)
+
+    def shut_layers(self, names: Iterable[str], deadline: Deadline) -> None:
+        """Of committed snapshots that are mapped: a process that was killed, or is older, may have left them open."""
+        for name in names:
+            row = self._store.get(name)
+            if row is not None and row.device not in self._store.shared:
+                with self._locks.held(name, deadline=deadline):
+                    self._shut(name, row.device, deadline)
+
+    def part_layers(self) -> None:
+        """What `_shut` could not do; behind the calls."""
+        for name in list(self._open_layers):
+            try:
+                with self._locks.held(name, deadline=Deadline.after(_PATIENCE)):
+                    self._part(name, Deadline.after(_PATIENCE))
+            except (SnapshotterError, BlockdevError, OSError) as error:
+                log.warning("a layer is still open", extra={"key": name, "why": str(error)})
 
     def remove(self, key: str, deadline: Deadline) -> None:
         """Forget the snapshot; its device is deleted behind, once nobody has it open. Works on a full disk too, since
@@ -378,7 +526,7 @@ class Snapshotter:
 
     def _remove(self, key: str, deadline: Deadline) -> None:
         self._seen(key, deadline)
-        with self._locks.held(key, deadline=deadline), self._store.transaction():
+        with self._locks.held(key, deadline=deadline), aside(must=False), self._store.transaction():
             row = self._store.find(key)
             if row is None:
                 raise NotFound(key)
@@ -388,8 +536,12 @@ class Snapshotter:
         self._after(row.device)
 
     def stat(self, key: str, deadline: Deadline) -> Snapshot:
-        """The row, without waiting unless an intent has to be settled first. NotFound if there is nothing."""
-        return self._seen(key, deadline)
+        """The row, without waiting for the call that makes it: it is there once that has ended. NotFound if there is
+        nothing. An intent that an earlier process has left is settled first."""
+        row = self._store.get(key)
+        if row is None or (row.state is State.PREPARING and key in self._preparing):
+            raise NotFound(key)
+        return self._seen(key, deadline) if row.state is State.PREPARING else row
 
     def update(
         self, key: str, labels: Mapping[str, str], paths: Sequence[str] | None, deadline: Deadline
@@ -400,7 +552,7 @@ class Snapshotter:
                 raise BadRequest("update_mask", path, "takes labels and labels.<name>")
         self._seen(key, deadline)
         with self._locks.held(key, deadline=deadline):
-            with self._store.transaction():
+            with aside(must=False), self._store.transaction():
                 row = self._store.find(key)
                 if row is None:
                     raise NotFound(key)
@@ -425,28 +577,30 @@ class Snapshotter:
     def usage(self, key: str, deadline: Deadline) -> tuple[int, int]:
         """Bytes in blocks that the parent does not have, and inodes more than it has; never negative."""
         row = self._seen(key, deadline)
-        if row.kind is Kind.VIEW or not row.device:
-            return 0, 0
-        origin = self._origin_of(row)
-        if not origin:
-            exclusive, shared = self._pool.mapped_bytes(deadline).get(row.device, (0, 0))
-            return exclusive + shared, self._inodes(row.device)
-        added = self._pool.added_bytes(row.device, origin, deadline)
-        return added, max(0, self._inodes(row.device) - self._inodes(origin))
 
-    def _origin_of(self, row: Snapshot) -> int:
-        if row.parent:
-            above = self._store.get(row.parent)
-            return above.device if above is not None else 0
-        base = self._store.base(row.fstype, row.size)
-        return base.device if base is not None else 0
+        def activate() -> None:
+            with self._locks.held(key, deadline=deadline):
+                if self._seen_now(key).device == row.device:
+                    self._activate(row, deadline)
 
-    def _inodes(self, device: int) -> int:
-        """Used inodes as last written back; 0 for a device that is not mapped, as nothing is mapped to count them."""
-        if self._pool.find(device) is None:
-            return 0
-        block = superblocks.space(self._pool.path(device))
+        return self.counts.usage(row, activate, deadline)
+
+    def _inodes_of(self, image: str, deadline: Deadline) -> int:
+        block = superblocks.space(self._images.origin(image, deadline))
         return max(0, block.inodes - block.free_inodes) if block is not None else 0
+
+
+def _origin_in(above: Snapshot) -> _Origin:
+    return _Origin(device=above.device, size=above.size, fstype=above.fstype, image=above.image)
+
+
+def _refuse_commit(row: Snapshot, key: str, parent: str) -> None:
+    if row.kind is not Kind.ACTIVE:
+        raise WrongState(f"snapshot {key!r} is {row.kind.name.lower()}; only an active one is committed")
+    if parent and parent != row.parent:
+        if row.parent:
+            raise BadRequest("parent", parent, f"snapshot {key!r} has the parent {row.parent!r}")
+        raise NotOffered("rebase is not offered: a block device cannot be put on another parent at Commit")
 
 
 def _check_key(field: str, key: str) -> None:

@@ -13,7 +13,7 @@ drawn, and a count, so that even without the store nobody gives an id of the pas
 from __future__ import annotations
 
 import logging
-import random
+import os
 import threading
 from dataclasses import dataclass, replace
 
@@ -52,13 +52,18 @@ def parse(transaction: int) -> Number | None:
                   count=transaction & mask)  # fmt: skip
 
 
+def _below(power: int) -> int:
+    """A number below a power of two that nobody can know."""
+    return int.from_bytes(os.urandom(4), "big") % power
+
+
 def somewhere() -> int:
     """A count to begin with; half of them are left to count."""
-    return random.SystemRandom().randrange(1 << _FIELD - 1)
+    return _below(1 << _FIELD - 1)
 
 
 def first_epoch(run: int) -> Number:
-    return Number(epoch=random.SystemRandom().randrange(1 << _EPOCH), run=run, count=somewhere())
+    return Number(epoch=_below(1 << _EPOCH), run=run, count=somewhere())
 
 
 class Stamp:

@@ -67,6 +67,12 @@ _ENOUGH = MAX_THIN_ID // 2
 # One row a device. Not part of the schema's number, as an older release works with it too.
 _ONE_ROW = "CREATE UNIQUE INDEX IF NOT EXISTS one_row ON snapshots (device) WHERE device <> 0"
 _BY_DEVICE = "CREATE INDEX IF NOT EXISTS by_device ON snapshots (device) WHERE device <> 0"
+# What snapshots use; an older release leaves what it says of devices that are gone.
+_COUNTED = (
+    "CREATE TABLE IF NOT EXISTS counted (device INTEGER PRIMARY KEY, mapped INTEGER NOT NULL, inodes INTEGER NOT NULL, "
+    "added INTEGER, final INTEGER NOT NULL) STRICT"
+)
+_STALE = "DELETE FROM counted WHERE device NOT IN (SELECT device FROM snapshots)"
 _ONE_BASE = "CREATE UNIQUE INDEX IF NOT EXISTS one_base ON bases (device)"
 _BASES = "SELECT fstype, size, device, ready FROM bases"
 _SEVERAL = (
@@ -90,6 +96,17 @@ class Base:
     ready: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class Counted:
+    """Bytes in blocks that a device maps, and inodes used in its filesystem. `added`: bytes that are not its origin's,
+    where that was looked at. `final`: the device does not change any more."""
+
+    mapped: int
+    inodes: int
+    added: int | None = None
+    final: bool = False
+
+
 class Store:
     """Rows. Safe to use from several threads; a second process may read beside it. Raises StoreFailed."""
 
@@ -107,6 +124,8 @@ class Store:
         self.closing: list[Callable[[], None]] = []
         # Why no id may be given yet; empty once the pool's devices were compared with the rows.
         self.barred = ""
+        # Whether the table of what snapshots use is there.
+        self._counts = False
         # Whether what `guard` does is on the disk.
         self.guarded = False
         # Quarantined devices that snapshots have; see `guard`.
@@ -222,6 +241,9 @@ class Store:
             ).fetchone()
             self._db.execute(_BY_DEVICE if doubled else _ONE_ROW)
             self._db.execute(_ONE_BASE)
+            self._db.execute(_COUNTED)
+            self._db.execute(_STALE)
+        self._counts = True
         owners = self._owners(self.quarantined())
         self.shared = frozenset(owners)
         self._past = self.read_fact("past") or ""
@@ -468,6 +490,17 @@ class Store:
         self._db.execute("UPDATE snapshots SET device = ? WHERE key = ? AND device = ?", (new, key, device))
         return new
 
+    def adopt(self, device: int) -> None:
+        """A device that was doomed while it was made is not to be deleted: a row takes it in this transaction."""
+        self.buried([device])
+
+    def move(self, key: str, device: int, now: int) -> None:
+        """The snapshot has this device, made for it, from now on; the one that it had is to be deleted."""
+        before = self._db.execute("SELECT device, size FROM snapshots WHERE key = ?", (key,)).fetchone()
+        self.adopt(device)
+        self._db.execute("UPDATE snapshots SET device = ? WHERE key = ?", (device, key))
+        self.abandon(before[0], now, before[1])
+
     def doom(self, device: int, now: int, size: int = 0) -> None:
         """Delete this device behind, unless a snapshot has it; without a size its blocks are not discarded first."""
         self._db.execute(
@@ -478,7 +511,19 @@ class Store:
 
     def buried(self, devices: Iterable[int]) -> None:
         """These are gone from the pool."""
-        self._db.executemany("DELETE FROM doomed WHERE device = ?", ((device,) for device in devices))
+        gone = [(device,) for device in devices]
+        self._db.executemany("DELETE FROM doomed WHERE device = ?", gone)
+        if self._counts:
+            self._db.executemany("DELETE FROM counted WHERE device = ?", gone)
+
+    def set_counted(self, device: int, counted: Counted) -> None:
+        """What the device of a snapshot holds; nothing if no snapshot has it by now."""
+        if self._counts:
+            self._db.execute(
+                "INSERT OR REPLACE INTO counted SELECT ?1, ?2, ?3, ?4, ?5 "
+                "WHERE EXISTS (SELECT 1 FROM snapshots WHERE device = ?1)",
+                (device, counted.mapped, counted.inodes, counted.added, int(counted.final)),
+            )
 
     def set_base(self, base: Base) -> None:
         self._db.execute(
@@ -591,9 +636,22 @@ class Store:
         with self._reading, _explained(self.path):
             return dict(self._reader.execute("SELECT device, size FROM doomed ORDER BY since, device").fetchall())
 
+    def counted(self, device: int) -> Counted | None:
+        """What was written down of a device."""
+        if not self._counts:
+            return None
+        with self._reading, _explained(self.path):
+            query = "SELECT mapped, inodes, added, final FROM counted WHERE device = ?"
+            row = self._reader.execute(query, (device,)).fetchone()
+        return None if row is None else Counted(mapped=row[0], inodes=row[1], added=row[2], final=bool(row[3]))
+
+    def of_device(self, device: int) -> list[Snapshot]:
+        """The snapshots that have this device: one, or none."""
+        return self._many("device = ? AND device <> 0", device)
+
     def owners(self, device: int) -> list[str]:
         """Keys of the snapshots that have this device: one, or none."""
-        return [row.key for row in self._many("device = ? AND device <> 0", device)]
+        return [row.key for row in self.of_device(device)]
 
     def quarantined(self) -> list[int]:
         return self._numbers("SELECT device FROM quarantined ORDER BY device")
@@ -610,6 +668,12 @@ class Store:
     def fulfilled(self) -> set[int]:
         """Devices of snapshots that are more than an intent."""
         return set(self._numbers(f"SELECT device FROM snapshots WHERE device <> 0 AND state <> {int(State.PREPARING)}"))  # noqa: S608
+
+    def first_layers(self) -> set[tuple[str, int]]:
+        """Type and size of the filesystems of snapshots that have no parent."""
+        with self._reading, _explained(self.path):
+            query = "SELECT DISTINCT fstype, size FROM snapshots WHERE parent = '' AND device <> 0"
+            return {(str(row[0]), int(row[1])) for row in self._reader.execute(query).fetchall()}
 
     def base(self, fstype: str, size: int) -> Base | None:
         found = [base for base in self.bases() if (base.fstype, base.size) == (fstype, size)]

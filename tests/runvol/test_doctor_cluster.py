@@ -100,3 +100,19 @@ def test_another_containerd_than_its_file_says(api, tmp_path, running, words):
     api.objects["nodes"]["n"] = {"status": {"runtimeHandlers": [{"name": name} for name in running]}}
     state, finding = lines(api, tmp_path)["runtime handlers"]
     assert state == "warning" and words in finding
+
+
+def test_a_class_that_binds_before_its_pods_are_known(api, tmp_path):
+    def of(provisioner: str, mode: str) -> dict[str, object]:
+        return {"provisioner": provisioner, "volumeBindingMode": mode}
+
+    api.objects["storageclasses"] = {
+        "at-once": {"metadata": {"name": "at-once"}, **of(NAMES[0], "Immediate")},
+        "later": {"metadata": {"name": "later"}, **of(NAMES[0], "WaitForFirstConsumer")},
+        "nfs": {"metadata": {"name": "nfs"}, **of(NAMES[1], "Immediate")},
+        "others": {"metadata": {"name": "others"}, **of("others.example.com", "Immediate")},
+    }
+    found = {subject: said for subject, said in lines(api, tmp_path).items() if subject.startswith("StorageClass ")}
+    ((subject, (state, finding)),) = found.items()
+    assert (subject, state) == ("StorageClass at-once", "warning")
+    assert "'Immediate' instead of 'WaitForFirstConsumer'" in finding and "make the class anew" in finding

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,10 +15,10 @@ import pytest
 
 from blockdev import Deadline
 from runvol_proto import containerd_snapshots_pb2 as pb
-from snapshotter.errors import NotFound
+from snapshotter.errors import NotFound, Unavailable
 from snapshotter.node import Activity
 from snapshotter.service import NAME, Service
-from snapshotter.workers import Workers
+from snapshotter.workers import Workers, aside
 
 LIMIT = 4
 
@@ -112,3 +112,109 @@ def test_what_a_job_raises_is_its_futures(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         workers.submit(lambda: 1 // 0).result(5)
     assert workers.submit(pow, 2, 5).result(5) == 32
+
+
+def test_a_job_does_not_wait_for_another_while_there_may_be_a_thread() -> None:
+    for _ in range(50):
+        workers, go_on = Workers(16), threading.Event()
+        workers.submit(pow, 2, 2).result(5)
+        slow, quick = workers.submit(go_on.wait, 30), workers.submit(pow, 2, 5)
+        assert quick.result(5) == 32
+        go_on.set()
+        slow.result(5)
+
+
+def test_as_many_jobs_as_may_run_at_once_do_so() -> None:
+    workers, together = Workers(16), threading.Barrier(16)
+    for _ in range(20):
+        jobs = [workers.submit(together.wait, 5) for _ in range(16)]
+        assert sorted(job.result(10) for job in jobs) == list(range(16))
+    assert workers.threads == 16
+
+
+def test_who_waits_steps_aside_and_there_is_an_end_to_it() -> None:
+    workers, go_on = Workers(2, most=5), threading.Event()
+
+    def wait() -> str:
+        try:
+            with aside():
+                go_on.wait(30)
+        except Unavailable as error:
+            return str(error)
+        return ""
+
+    jobs = [workers.submit(wait) for _ in range(8)]
+    assert workers.submit(pow, 2, 5).result(5) == 32
+    assert workers.given_up == 5
+    assert workers.threads <= 2 + 5
+    go_on.set()
+    said = [job.result(5) for job in jobs]
+    assert sum("too many calls wait" in one for one in said) == 3
+    _until(lambda: workers.threads <= 2)
+    assert workers.given_up == 0
+
+
+def test_stepping_aside_twice_is_once_and_outside_of_a_lane_nothing() -> None:
+    workers = Workers(1, most=5)
+
+    def twice() -> tuple[int, int, int]:
+        with aside():
+            with aside():
+                inner = workers.given_up
+            outer = workers.given_up
+        return inner, outer, workers.given_up
+
+    assert workers.submit(twice).result(5) == (1, 1, 0)
+    with aside():
+        assert workers.given_up == 0
+
+
+def test_what_takes_long_gives_up_its_place_only_where_others_wait() -> None:
+    workers, go_on = Workers(2, most=10), threading.Event()
+    slow = [workers.submit(go_on.wait, 30) for _ in range(2)]
+    for _ in range(3):
+        workers.look()
+    assert workers.given_up == 0
+    quick = workers.submit(pow, 2, 5)
+    assert not quick.done()
+    workers.look()
+    assert quick.result(5) == 32
+    assert workers.given_up == 1
+    go_on.set()
+    assert all(job.result(5) for job in slow)
+    _until(lambda: workers.given_up == 0 and workers.threads <= 2)
+
+
+def test_without_a_thread_for_it_a_job_is_begun_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    workers = Workers(2)
+
+    def refused() -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(workers, "_begin", refused)
+        job = workers.submit(pow, 2, 5)
+        workers.look()
+        assert not job.done()
+    workers.look()
+    assert job.result(5) == 32
+
+
+def test_once_too_many_hang_the_rest_is_refused_and_not_kept(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    served.workers._most = 2
+    with futures.ThreadPoolExecutor(3 * LIMIT) as callers:
+        codes = list(callers.map(served.stat, [f"hang {number}" for number in range(3 * LIMIT)]))
+        assert set(codes) == {grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE}
+    assert served.workers.threads <= LIMIT + 2
+    assert served.stat("another") is grpc.StatusCode.UNAVAILABLE
+    assert any("too many calls hang" in record.message for record in caplog.records)
+    served.verbs.let_go.set()
+    _until(lambda: served.workers.given_up == 0)
+    assert served.stat("another") is grpc.StatusCode.NOT_FOUND
+
+
+def _until(ready: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not ready():
+        assert time.monotonic() < end
+        time.sleep(0.01)

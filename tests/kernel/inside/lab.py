@@ -47,11 +47,13 @@ class Lab:
         self, directory: Path, *, data: int = 256 * MIB, metadata: int = 8 * MIB, size: int = 32 * MIB,
         fstype: str = "ext4", limits: Limits | None = None, by_namespace: dict[str, int] | None = None,
         discard: bool = True, images: str = "", made: bool = False, verity: bool = False,
+        image_keys: tuple[str, ...] = (), image_roots: str = "", images_unsigned: bool = False,
     ) -> None:  # fmt: skip
         self.directory = directory
         self.state = str(directory / "state")
         self.settings = Settings(state_dir=self.state, fstype=fstype, size=size, by_namespace=by_namespace or {},
-                                 limits=limits or Limits(extend_by=0), discard=discard, images=images, verity=verity)  # fmt: skip
+                                 limits=limits or Limits(extend_by=0), discard=discard, images=images, verity=verity,
+                                 image_keys=image_keys, image_roots=image_roots, images_unsigned=images_unsigned)  # fmt: skip
         self.name = self._pool_name(directory)
         if not made:
             self.make_pool(directory, data, metadata)

@@ -9,16 +9,18 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 MIB = 1 << 20
 
 
 class Server:
-    """`runvol snapshotter`; a context manager that makes a pool and takes it apart."""
+    """`runvol snapshotter`; a context manager that makes a pool and takes it apart. `prefix`: words before it, of a
+    program that becomes it. `below`: what the pool lies on, in words of `pool init`; two files without it."""
 
     def __init__(self, directory: Path, *, fstype: str = "ext4", size: int = 64 * MIB, data: int = 3 << 30,
-                 **variables: str) -> None:  # fmt: skip
+                 prefix: Sequence[str] = (), below: Sequence[str] = (), **variables: str) -> None:  # fmt: skip
         self.directory = directory
         self.socket = Path(f"/run/runvol-{os.getpid()}-{directory.name[-20:]}/s.sock")
         self.state = directory / "state"
@@ -32,12 +34,12 @@ class Server:
             "RUNVOL_POOL_AUTOEXTEND_PERCENT": "0",
             **variables,
         }
-        self._data = data
+        self._data, self._prefix = data, prefix
+        self._below = below or ("--loop", str(directory / "pool"))
         self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Server:
-        self.runvol("pool", "init", "--pool", self.pool_name, "--loop", str(self.directory / "pool"), "--size",
-                    str(self._data))  # fmt: skip
+        self.runvol("pool", "init", "--pool", self.pool_name, *self._below, "--size", str(self._data))
         self.start()
         return self
 
@@ -63,8 +65,9 @@ class Server:
         started = time.monotonic()
         self.log = open(self.directory / "log", "ab")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "runvol", "snapshotter"], env=self.environment, stdout=self.log, stderr=self.log
-        )
+            [*self._prefix, sys.executable, "-m", "runvol", "snapshotter"],
+            env=self.environment, stdout=self.log, stderr=self.log,
+        )  # fmt: skip
         while not self._answers():
             assert self.process.poll() is None, self.said()
             assert time.monotonic() - started < 60, self.said()

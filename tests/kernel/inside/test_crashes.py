@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from blockdev import Deadline
 from snapshotter.errors import AlreadyExists, NotFound
+from snapshotter.model import LABEL_REF
 from tests.kernel.inside.killpoints import Steps
 from tests.kernel.inside.lab import MIB, Lab, in_child
 
@@ -54,6 +56,11 @@ SCENES = {
         lambda lab: lab.prepare("k", "layer", size=str(64 * MIB)),
         lambda lab: _active(lab, "k") and lab.stat("k").size == 64 * MIB,
     ),
+    "prepare of a larger child, of what grows for all": Scene(
+        lambda lab: lab.prepare("first", "layer", size=str(64 * MIB)),
+        lambda lab: [lab.prepare(key, "layer", size=str(64 * MIB)) for key in ("second", "k") if key not in lab],
+        lambda lab: _active(lab, "k") and lab.stat("k").size == 64 * MIB and _forgets_bases(lab),
+    ),
     "view": Scene(lambda lab: None, lambda lab: lab.view("k", "layer"), lambda lab: _active(lab, "k")),
     "sealing a layer": Scene(
         lambda lab: (lab.prepare("a", "layer"), lab.commit("b", "a")),
@@ -75,6 +82,21 @@ SCENES = {
     ),
     "commit": Scene(
         lambda lab: lab.prepare("a", "layer"), lambda lab: lab.commit("done", "a"), lambda lab: "done" in lab
+    ),
+    "commit of what somebody has open": Scene(
+        lambda lab: _hold(lab, lab.prepare("a", "layer")[0].source),
+        lambda lab: lab.commit("done", "a"),
+        lambda lab: "done" in lab and _let_go(lab),
+    ),
+    "commit of what somebody opens meanwhile": Scene(
+        lambda lab: _hold(lab, lab.prepare("a", "layer")[0].source),
+        lambda lab: _unseen(lab, lambda: lab.commit("done", "a")),
+        lambda lab: "done" in lab and _let_go(lab),
+    ),
+    "prepare of a layer that another namespace has": Scene(
+        lambda lab: _unpacked(lab, "k8s.io"),
+        lambda lab: _claimed(lab, "moby"),
+        lambda lab: any(name.startswith("runvol-layer/moby/") for name in lab.names()),
     ),
     "remove, and what is done behind": Scene(
         lambda lab: lab.prepare("a", "layer"),
@@ -123,6 +145,47 @@ SCENES = {
         lambda lab: lab.status().data_total > 256 * 16,
     ),
 }
+
+
+_CHAIN = f"sha256:{'a' * 64}"
+
+
+def _unpacked(lab: Lab, namespace: str) -> None:
+    lab.prepare("extract")
+    lab.commit(f"{namespace}/8/{_CHAIN}", "extract")
+
+
+def _claimed(lab: Lab, namespace: str) -> None:
+    with pytest.raises(AlreadyExists):
+        lab.node.snapshots.prepare(f"{namespace}/7/x", "", {LABEL_REF: _CHAIN}, Deadline.after(60))
+
+
+def _forgets_bases(lab: Lab) -> bool:
+    lab.node.bases.unused_after, lab.node.bases._looked = 0, -1e9
+    lab.reap()
+    return True
+
+
+_HELD: dict[Path, int] = {}
+
+
+def _hold(lab: Lab, path: str) -> None:
+    _HELD[lab.directory] = os.open(path, os.O_RDWR)
+
+
+def _let_go(lab: Lab) -> bool:
+    os.close(_HELD.pop(lab.directory))
+    return True
+
+
+def _unseen(lab: Lab, work: Callable[[], object]) -> None:
+    """As if nobody had it open at the first look."""
+    seen = lab.node.pool.in_use
+    lab.node.pool.in_use = lambda _device: False  # type: ignore[method-assign]
+    try:
+        work()
+    finally:
+        lab.node.pool.in_use = seen  # type: ignore[method-assign]
 
 
 def _soon() -> object:

@@ -173,10 +173,11 @@ class Model(RuleBasedStateMachine):
                 assert os.pread(opened.fileno(), 16, _MARK) == self.rows[key][2]
 
 
-def _run(examples: int, steps: int) -> None:
+def run(model: type[Model], examples: int, steps: int) -> None:
+    """So many lives of so many steps each."""
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
-        Model,
+        model,
         settings=settings(max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=checks,
                           database=None, derandomize=True, phases=(Phase.explicit, Phase.generate)),
     )  # fmt: skip
@@ -184,8 +185,8 @@ def _run(examples: int, steps: int) -> None:
 
 @pytest.mark.short
 def test_a_few_lives() -> None:
-    _run(2, 25)
+    run(Model, 2, 25)
 
 
 def test_many_lives() -> None:
-    _run(int(os.environ.get("RUNVOL_LIVES", "5")), 40)
+    run(Model, int(os.environ.get("RUNVOL_LIVES", "5")), 40)

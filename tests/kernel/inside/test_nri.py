@@ -24,6 +24,7 @@ from blockdev import Deadline
 from guestmount.cri import Sandboxes
 from guestmount import registration
 from tests.driver import POD, Driver, mount_capability
+from tests.units import confined
 from tests.kernel.inside.nfs import ROOT, KernelNfs
 from tests.kernel.inside.server import program
 from tests.kernel.inside.test_containerd import IMAGE, layers, oci_archive
@@ -152,14 +153,17 @@ class Plugin:
 
     def __init__(self, driver: Driver, socket: str) -> None:
         self.driver, self.log = driver, driver.directory / "nri.log"
+        # As its unit starts it.
+        self.prefix = confined("runvol-nri.service")
         self.environment = {**os.environ, **driver.environment, "RUNVOL_NRI_SOCKET": socket}
         self.start()
 
     def start(self) -> None:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "runvol", "nri"], env=self.environment, stdout=log, stderr=log
-            )
+                [*self.prefix, sys.executable, "-m", "runvol", "nri"],
+                env=self.environment, stdout=log, stderr=log,
+            )  # fmt: skip
         self.registered()
 
     def registered(self) -> None:
@@ -236,8 +240,8 @@ def test_the_container_mounts_the_export_itself(driver, plugin, cri, version):
     (other / "kept").write_text("as it is")
     pod = cri.pod(POD.format(1), "kata")
     name = f"c-{version}"
-    cri.container(pod, name, "echo hi > /data/f; cat /data/f /other/kept; grep -c ' /data nfs' /proc/mounts; grep ' /data ' /proc/mounts; "
-                             "echo done; sleep 1000", {"/data": target, "/other": str(other)})  # fmt: skip
+    cri.container(pod, name, "echo hi > /data/f; cat /data/f /other/kept; grep -c ' /data nfs' /proc/mounts; grep ' "
+                             "/data ' /proc/mounts; echo done; sleep 1000", {"/data": target, "/other": str(other)})  # fmt: skip
     text = cri.output(name, "done")
     assert "as it is" in text, "another mount was changed"
     assert f"vers={version}" in text
