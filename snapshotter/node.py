@@ -103,6 +103,7 @@ class Node:
         self.mapper = Mapper()
         # Its nodes are known only once it is assembled; the name and the identity are known now.
         self.pool = Pool(self.mapper, description.name, description.identity, "", settings.limits)
+        self.pool.remedies = backing.remedies(description)
         self.stamp, self.keeper = Stamp(self.store, self.pool), Keeper(self.pool)
         self.store.closing.append(self.keeper.close)
         self._copied, self._copy_at, self.copied_at = 0, 0.0, 0.0

@@ -30,6 +30,8 @@ _DISCARD_STEP = 1 << 30
 _FRESH = 0.25
 # The id of the device that whoever serves the pool holds; see `keeper`. No snapshot ever has it.
 KEEPER = 0
+# Of the kernel: what it uses of a metadata device, in blocks of 4 KiB.
+LARGEST_METADATA_BLOCKS = 255 << 14
 # Mappings in a metadata block, at the least, when they are made here and there.
 _MAPPINGS = 32
 
@@ -41,6 +43,14 @@ class Limits:
     data_reserve: int = 3
     extend_above: int = 80
     extend_by: int = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remedies:
+    """What makes the pool larger: a command that does, or what comes before it."""
+
+    data: str = "`runvol pool extend`"
+    metadata: str = "`runvol pool extend --metadata`"
 
 
 class DeviceMissing(SnapshotterError):
@@ -65,7 +75,7 @@ class Pool:
 
     def __init__(self, mapper: Mapper, name: str, identity: str, metadata: str, limits: Limits | None = None) -> None:
         self.mapper, self.name, self.identity, self.metadata = mapper, name, identity, metadata
-        self.limits = limits or Limits()
+        self.limits, self.remedies = limits or Limits(), Remedies()
         self._number = ""
         self._block = 0
         self._seen: tuple[float, PoolStatus] | None = None
@@ -394,13 +404,13 @@ class Pool:
         if status.data_free * 100 < status.data_total * self.limits.data_reserve:
             raise PoolFull(
                 f"pool {self.name} is full: {status.data_free} of {status.data_total} blocks are free, and "
-                f"{self.limits.data_reserve}% are kept for what is running. Remove images or containers, or `runvol "
-                "pool extend`"
+                f"{self.limits.data_reserve}% are kept for what is running. Remove images or containers, or "
+                f"{self.remedies.data}"
             )
         if status.metadata_free < metadata_reserve(status):
             raise PoolFull(
                 f"the metadata of pool {self.name} is full: {status.metadata_free} of {status.metadata_total} blocks "
-                f"are free, and {metadata_reserve(status)} are kept for deletions. `runvol pool extend --metadata`"
+                f"are free, and {metadata_reserve(status)} are kept for deletions. What to do: {self.remedies.metadata}"
             )
         if places:
             self._admit_writes(status, places, each)
@@ -410,12 +420,13 @@ class Pool:
         blocks = places * max(2, -(-each // self.block_bytes()))
         kept = status.data_total * self.limits.data_reserve // 100
         metadata = blocks // _MAPPINGS + 1
-        if status.data_free - blocks < kept or status.metadata_free - metadata < metadata_reserve(status):
+        lacks_data = status.data_free - blocks < kept
+        if lacks_data or status.metadata_free - metadata < metadata_reserve(status):
+            remedy = self.remedies.data if lacks_data else self.remedies.metadata
             raise PoolFull(
                 f"pool {self.name} has no room for a filesystem of this size: its own tables take up to {blocks} data "
                 f"and {metadata} metadata blocks, and {max(0, status.data_free - kept)} and "
-                f"{max(0, status.metadata_free - metadata_reserve(status))} may be used. Ask for less, or `runvol pool "
-                "extend`"
+                f"{max(0, status.metadata_free - metadata_reserve(status))} may be used. Ask for less, or {remedy}"
             )
 
     def block_bytes(self) -> int:
@@ -444,14 +455,14 @@ class Pool:
             add("broken", "needs_check", "had a metadata error and waits for a check: stop the containers on it, then "
                 "`runvol pool check --repair`")  # fmt: skip
         elif status.mode == "ro" and status.metadata_free <= 0:
-            add("broken", "out_of_metadata", "is read-only, since its metadata device is full: `runvol pool extend "
-                "--metadata`")  # fmt: skip
+            add("broken", "out_of_metadata", "is read-only, since its metadata device is full: "
+                f"{self.remedies.metadata}")  # fmt: skip
         elif status.mode == "ro":
-            add("broken", "read_only", "is read-only: `runvol pool check`")
+            add("broken", "read_only", "is read-only: stop the containers on it, then `runvol pool check --repair`")
         elif status.mode == "out_of_data_space":
             waits = "writes wait for space, and fail after a minute" if status.queues else "writes fail"
-            add("broken", "out_of_data_space", f"has no free data blocks: {waits}. `runvol pool extend`, or remove "
-                "images")  # fmt: skip
+            add("broken", "out_of_data_space", f"has no free data blocks: {waits}. Remove images, or "
+                f"{self.remedies.data}")  # fmt: skip
         else:
             used = status.data_used * 100 // max(1, status.data_total)
             kept = status.metadata_used * 100 // max(1, status.metadata_total)
@@ -496,6 +507,11 @@ class Pool:
     def mapped_sectors(self, device: int) -> int:
         """What a mapped device has blocks for, shared ones included."""
         return self.mapper.thin_status(self.device_name(device)).mapped
+
+    def keeper_block(self, deadline: Deadline) -> int | None:
+        """The data block in which the keeper begins."""
+        with self.metadata_snapshot(deadline):
+            return first_block(run("thin_dump", "-m", "--dev-id", str(KEEPER), self.metadata, deadline=deadline)[1])
 
     def check_live(self, deadline: Deadline) -> None:
         """thin_check on the pool as it runs; CommandFailed with its words."""
@@ -543,6 +559,18 @@ class Pool:
         except FileNotFoundError:
             return -1
         return sum(int(words[at]) for at in (4, 11) if at < len(words)) if words else -1
+
+
+def first_block(xml: str) -> int | None:
+    """The data block that the first block of the device lies in, of what thin_dump says of it; None without one."""
+    from xml.etree import ElementTree
+
+    for element in ElementTree.fromstring(_document(xml)).iter():  # noqa: S314  (written by thin_dump, about numbers)
+        if element.tag == "single_mapping" and element.attrib["origin_block"] == "0":
+            return int(element.attrib["data_block"])
+        if element.tag == "range_mapping" and element.attrib["origin_begin"] == "0":
+            return int(element.attrib["data_begin"])
+    return None
 
 
 def numbers(output: str) -> Iterator[int]:
