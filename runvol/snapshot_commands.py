@@ -20,7 +20,7 @@ from runvol.sizes import SIZE
 from snapshotter import assembly, backing, quarantine
 from snapshotter.assembly import Extender, Wish
 from snapshotter.backing import Backing
-from snapshotter.errors import BadRequest, NotFound, PoolRefused, Unavailable
+from snapshotter.errors import BadRequest, NotFound, PoolRefused, Unavailable, WrongState
 from snapshotter.gauge import Gauge
 from snapshotter.model import Kind
 from snapshotter.pool import Pool
