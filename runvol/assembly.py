@@ -77,7 +77,7 @@ def build(config: Config, *, check_patience: float = PATIENCE) -> Node:
         guest_filesystems=Trust(config.text("node.guest_filesystems")),
         check_patience=check_patience,
         copy_gives_way=config.number("loop.copy_gives_way_seconds"),
-        sandboxes=Sandboxes(endpoint=lambda: places(config).taken().endpoint, roots=config.words("node.roots")),
+        sandboxes=Sandboxes(endpoint=lambda: places(config).taken().endpoints, roots=config.words("node.roots")),
     )
     node.claims.remake = partial(repair.remade, node)
     return node
