@@ -6,11 +6,11 @@ imported together in different ways, and what they differ in nobody may rely on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from guestmount.containerd_files import CRI, RUNTIME, Version, in_force, load
+from guestmount.containerd_files import CRI, RUNTIME, File, Version, in_force, load
 from guestmount.errors import Refused
 from guestmount.runtimes import ContainerdConfig, Handler, handlers_of, table_of
 
@@ -37,12 +37,21 @@ def read(path: str, root: str = "/") -> Readings:
             files = load(path, version, root)
             if not files:
                 return Readings(why="does not exist")
+            if version is _OLDER and _is_of_newer(files):
+                continue
             one = of(in_force(files, version), version, path)
         except Refused as error:
             doubts.append(str(error))
         else:
             found += [one] if one not in found else []
     return Readings(found=tuple(found), why="" if found else f"is of no use: {doubts[-1]}")
+
+
+def _is_of_newer(files: Sequence[File]) -> bool:
+    """Whether they speak to 2.x alone, whatever version they say: an older one would have nothing but runc, whose pods
+    find the placeholder of a sandbox's volume, and lose nothing."""
+    plugins = {name for file in files for name in file.document.get("plugins", {})}
+    return RUNTIME in plugins and not plugins & {CRI, "cri"}
 
 
 def of(document: Mapping[str, Any], version: Version, source: str) -> ContainerdConfig:

@@ -116,6 +116,12 @@ class Answer:
         return next((one for one in self.all if handler in one.handlers), self.believed)
 
     @property
+    def handlers(self) -> dict[str, Handler]:
+        """Those of the running one, else all that there may be."""
+        found = [self.running] if self.running is not None else [one for one in self.possible if one is not None]
+        return {name: handler for one in reversed(found) for name, handler in one.handlers.items()}
+
+    @property
     def possible(self) -> tuple[ContainerdConfig | None, ...]:
         """What may count while the running one does not tell."""
         return self.on_file, *self.differently, *self.others

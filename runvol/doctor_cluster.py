@@ -34,29 +34,37 @@ _FIELDS: Mapping[str, tuple[Any, str]] = {
 }
 
 
-def examine(config: Config, api: KubernetesApi | None, containerd: Answer) -> Iterator[Diagnosis]:
-    """One line where no API is configured. `containerd`: kubelet's, as far as it is known."""
+def examine(config: Config, api: KubernetesApi | None, containerd: Answer | None) -> Iterator[Diagnosis]:
+    """One line where no API is configured. `containerd`: kubelet's, as far as it is known; None where this is no node,
+    and nobody asks which runtime a pod has."""
     if api is None:
+        if containerd is None:
+            finding = "none is configured (detect.kubeconfig): exports are known by the setting nfs.exports alone"
+            yield Diagnosis(state=WARNING, subject="Kubernetes API", finding=finding)
+            return
         finding = ("none is configured (detect.kubeconfig): which runtime a pod has is said by its StorageClass, or by "
                    "detect.default_runtime")  # fmt: skip
         yield Diagnosis(state=WARNING, subject="Kubernetes API", finding=finding)
         return
-    yield from _kubelet(config, api)
+    if containerd is not None:
+        yield from _kubelet(config, api)
     # The node's pods are all that is followed, and all that its own credentials list.
     asked = {"pods": f"fieldSelector={quote(f'spec.nodeName={config.node_id}', safe='')}&"}
     others = () if config.text("csi.nfs_endpoint") else _FOR_NFS
     unreadable = [
         _readable(api, what, f"{path}?{asked.get(what, '')}limit=1", why, WARNING if what in others else BROKEN)
         for what, path, why in _READ
+        if containerd is not None or what in _FOR_NFS
     ]
     yield from (one for one in unreadable if one is not None)
     if not any(unreadable):
-        yield Diagnosis(state=OK, subject="Kubernetes API", finding="answers, and lets pods and classes be read")
+        yield Diagnosis(state=OK, subject="Kubernetes API", finding="answers, and lets be read what is needed")
     elif all(unreadable):
         return
     yield from _drivers(config, api)
     yield from _classes(config, api)
-    yield from _handlers(config, api, containerd)
+    if containerd is not None:
+        yield from _handlers(config, api, containerd)
 
 
 def _readable(api: KubernetesApi, what: str, path: str, why: str, state: str) -> Diagnosis | None:

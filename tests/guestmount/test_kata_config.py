@@ -157,7 +157,7 @@ pod_annotations = ["io.katacontainers.*"]
 [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.other]
 runtime_type = "io.containerd.kata.v2"
 """)
-    _, newer = containerd_readings.read(str(path)).found
+    (newer,) = containerd_readings.read(str(path)).found
     handlers = newer.handlers
     assert handlers["kata"].pod_annotations == ("io.katacontainers.*",)
     assert handlers["other"].pod_annotations == ()

@@ -253,7 +253,7 @@ def detector(tmp_path: Path, default: str = "kata-qemu") -> Detector:
                            ("rund", "io.containerd.rund.v2"))
     )  # fmt: skip
     text = f'[plugins."io.containerd.cri.v1.runtime".containerd]\ndefault_runtime_name = "{default}"\n'
-    path.write_text(f"version = 3\n{text}{tables}")
+    path.write_text(text + tables)
     return Detector(DetectSettings(containerd_config=str(path), root=str(tmp_path)))
 
 
