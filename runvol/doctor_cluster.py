@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from blockdev import Deadline, WaitExpired
 from guestmount import KubernetesApi, drivers
-from guestmount.pods import PodUnknown
+from guestmount.pods import NotThere, PodUnknown
 from guestmount.running_containerd import Answer
 from runvol import assembly
 from runvol.config import Config
@@ -96,7 +96,7 @@ def _drivers(config: Config, api: KubernetesApi) -> Iterator[Diagnosis]:
         try:
             found = api.one(f"CSIDriver {name}", f"/apis/storage.k8s.io/v1/csidrivers/{name}", Deadline.after(_ASKING))
         except (PodUnknown, WaitExpired) as error:
-            missing = "404" in str(error)
+            missing = isinstance(error, NotThere)
             finding = "is not there: pods hang without any event; `helm upgrade` brings it back, "
             finding += "and where there is no chart: kubectl apply -f deploy/kubernetes/csidrivers.yaml"
             yield Diagnosis(state=BROKEN if missing else WARNING, subject=f"CSIDriver {name}",
