@@ -76,7 +76,7 @@ class Sandboxes:
         return listed
 
     def _listed_by(self, endpoint: str, deadline: Deadline) -> list[tuple[str, str]]:
-        """_Stranger of one that has no pod of kubelet's, or no CRI, or is not there; _Doubt of one that does not tell."""
+        """_Stranger of one that has no pod of kubelet's, or no CRI, or is not there; _Doubt of a silent one."""
         import grpc
 
         from runvol_proto import cri_pb2

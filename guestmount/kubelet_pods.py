@@ -89,9 +89,10 @@ class KubeletPods:
         body = answered(asking, self._access(), "/pods", seconds, largest=_LARGEST)
         # Whose answer it was is asked of the sockets that have listened all the time.
         if before != loopback.listeners(port) or not before.all_of(self._is_beside):
-            raise ValueError("it is not proved that kubelet has that port (by a process of root's in the mount namespace "
-                             "of node.kubelet_process, which takes hostPID), and anybody may have it while kubelet is "
-                             "down; use https://")  # fmt: skip
+            raise ValueError(
+                "it is not proved that kubelet has that port (by a process of root's in the mount namespace of "
+                "node.kubelet_process, which takes hostPID), and anybody may have it while kubelet is down; use https://"
+            )
         return body
 
     def _access(self) -> ByKubeconfig:

@@ -38,7 +38,9 @@ def examine(answer: Answer) -> Iterator[Diagnosis]:
         meant = not taken.endpoint and not answer.differently
         finding = f"was not asked for its runtimes, so its file counts: {answer.doubt}"
         if answer.differently:
-            finding += f"; containerd 1 and 2 read {taken.config} with its imports differently: a pod that this matters "
+            finding += (
+                f"; containerd 1 and 2 read {taken.config} with its imports differently: a pod that this matters "
+            )
             finding += "to is refused; put all of a handler into one file"
         yield Diagnosis(state=OK if meant else WARNING, subject="running containerd", finding=finding)
     elif answer.on_file is None:

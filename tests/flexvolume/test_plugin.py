@@ -97,7 +97,9 @@ def test_a_process_that_names_itself_as_it_likes_is_not_taken_for_the_plugin(fle
     plugins = flex.driver.directory / "exec"
     flex.driver.cli("flexvolume", "install", "--through-plugin", "--plugin-dir", str(plugins))
     flex.program = plugins / "runvol~runvol/runvol"
-    named = "import ctypes, sys, time; ctypes.CDLL(None).prctl(15, sys.argv[1].encode()); print(flush=True); time.sleep(60)"
+    named = (
+        "import ctypes, sys, time; ctypes.CDLL(None).prctl(15, sys.argv[1].encode()); print(flush=True); time.sleep(60)"
+    )
     with subprocess.Popen([sys.executable, "-c", named, name], stdout=subprocess.PIPE) as process:
         try:
             process.stdout.readline()

@@ -133,7 +133,15 @@ def test_doctor_of_a_central_controller_says_nothing_of_nodes(driver):
     said = driver.cli("doctor", "--json", check=False)
     subjects = {row["subject"] for row in rows(said)}
     assert {"mkfs.ext4", "CAP_SYS_ADMIN", "volumes"} <= subjects
-    nodes = ("loop devices", "mounts", "containerd", "handler", "running containerd", str(driver.kubelet), "registration")
+    nodes = (
+        "loop devices",
+        "mounts",
+        "containerd",
+        "handler",
+        "running containerd",
+        str(driver.kubelet),
+        "registration",
+    )
     assert not [one for one in subjects if one.startswith(nodes)]
 
 
