@@ -72,7 +72,8 @@ class Places:
         there = [one for one in candidates if os.path.exists(in_root(one.config, self.root))]
         serving = [one for one in there if self._serves(one)]
         disabled = bool(there) and not serving
-        serving = serving or there
+        if disabled:  # kubelet's is another one, whose file may lie anywhere
+            serving = [one for one in candidates if one not in there and self._seen(one.socket)] + there
         if not serving:
             serving = [one for one in candidates if self._seen(one.socket)]
         elif self.endpoint == AUTO and not any(self._seen(self._socket(one)) for one in serving):

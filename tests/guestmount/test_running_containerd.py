@@ -283,6 +283,18 @@ def test_where_only_a_containerd_without_cri_is_known_the_runtime_is_not(tmp_pat
         assert detected(Detector(DetectSettings(**where, cri_endpoint=runtime.endpoint), Pods())) == ("host", "runc")
 
 
+def test_beside_a_containerd_without_cri_one_whose_file_is_elsewhere_is_found(tmp_path, node):
+    """k3s's with a data directory of its own, beside Docker's."""
+    node(0, 'disabled_plugins = ["cri"]\n'), node(1, None, lives=False)
+    with Runtime(str(tmp_path / PLACES[1].socket.lstrip("/"))) as runtime:
+        runtime.config = says("secure", secure=KATA)
+        one = Detector(several(tmp_path), Pods())
+        assert taken(tmp_path)[1] == K3S[1]
+        assert detected(one) == ("sandbox", "secure")
+    with pytest.raises(RuntimeUnknown):
+        detected(Detector(several(tmp_path), Pods()))
+
+
 def test_a_setting_wins(tmp_path, node):
     node(0), node(1)
     assert taken(tmp_path, config=K3S[0]) == K3S
