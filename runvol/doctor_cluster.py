@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from blockdev import Deadline, WaitExpired
 from guestmount import KubernetesApi, drivers
-from guestmount.pods import PodUnknown
+from guestmount.pods import NotThere, PodUnknown
 from guestmount.running_containerd import Answer
 from runvol import assembly
 from runvol.config import Config
@@ -34,29 +34,37 @@ _FIELDS: Mapping[str, tuple[Any, str]] = {
 }
 
 
-def examine(config: Config, api: KubernetesApi | None, containerd: Answer) -> Iterator[Diagnosis]:
-    """One line where no API is configured. `containerd`: kubelet's, as far as it is known."""
+def examine(config: Config, api: KubernetesApi | None, containerd: Answer | None) -> Iterator[Diagnosis]:
+    """One line where no API is configured. `containerd`: kubelet's, as far as it is known; None where this is no node,
+    and nobody asks which runtime a pod has."""
     if api is None:
+        if containerd is None:
+            finding = "none is configured (detect.kubeconfig): exports are known by the setting nfs.exports alone"
+            yield Diagnosis(state=WARNING, subject="Kubernetes API", finding=finding)
+            return
         finding = ("none is configured (detect.kubeconfig): which runtime a pod has is said by its StorageClass, or by "
                    "detect.default_runtime")  # fmt: skip
         yield Diagnosis(state=WARNING, subject="Kubernetes API", finding=finding)
         return
-    yield from _kubelet(config, api)
+    if containerd is not None:
+        yield from _kubelet(config, api)
     # The node's pods are all that is followed, and all that its own credentials list.
     asked = {"pods": f"fieldSelector={quote(f'spec.nodeName={config.node_id}', safe='')}&"}
     others = () if config.text("csi.nfs_endpoint") else _FOR_NFS
     unreadable = [
         _readable(api, what, f"{path}?{asked.get(what, '')}limit=1", why, WARNING if what in others else BROKEN)
         for what, path, why in _READ
+        if containerd is not None or what in _FOR_NFS
     ]
     yield from (one for one in unreadable if one is not None)
     if not any(unreadable):
-        yield Diagnosis(state=OK, subject="Kubernetes API", finding="answers, and lets pods and classes be read")
+        yield Diagnosis(state=OK, subject="Kubernetes API", finding="answers, and lets be read what is needed")
     elif all(unreadable):
         return
     yield from _drivers(config, api)
     yield from _classes(config, api)
-    yield from _handlers(config, api, containerd)
+    if containerd is not None:
+        yield from _handlers(config, api, containerd)
 
 
 def _readable(api: KubernetesApi, what: str, path: str, why: str, state: str) -> Diagnosis | None:
@@ -88,7 +96,7 @@ def _drivers(config: Config, api: KubernetesApi) -> Iterator[Diagnosis]:
         try:
             found = api.one(f"CSIDriver {name}", f"/apis/storage.k8s.io/v1/csidrivers/{name}", Deadline.after(_ASKING))
         except (PodUnknown, WaitExpired) as error:
-            missing = "404" in str(error)
+            missing = isinstance(error, NotThere)
             finding = "is not there: pods hang without any event; `helm upgrade` brings it back, "
             finding += "and where there is no chart: kubectl apply -f deploy/kubernetes/csidrivers.yaml"
             yield Diagnosis(state=BROKEN if missing else WARNING, subject=f"CSIDriver {name}",

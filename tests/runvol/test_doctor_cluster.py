@@ -58,6 +58,16 @@ def test_without_an_api_there_is_one_line():
     assert (only.state, only.subject) == ("warning", "Kubernetes API")
 
 
+def test_a_central_controller_is_asked_for_nothing_of_nodes(api, tmp_path):
+    api.denied = {"pods", "runtimeclasses", "nodes"}
+    loaded = config.load(file=None, flags={"csi.nfs_endpoint": "unix:///run/n.sock"}, environment={})
+    asked = KubernetesApi(server=api.url, account=str(tmp_path))
+    found = {one.subject: one.state for one in doctor_cluster.examine(loaded, asked, None)}
+    assert found == {"Kubernetes API": "ok", **{f"CSIDriver {name}": "ok" for name in NAMES}}
+    (only,) = doctor_cluster.examine(loaded, None, None)
+    assert "nfs.exports" in only.finding
+
+
 def test_a_server_that_is_away_is_told_for_each_question(api, tmp_path):
     api.stop()
     found = lines(api, tmp_path)
