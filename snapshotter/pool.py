@@ -254,9 +254,9 @@ class Pool:
         try:
             yield
         finally:
-            # Its last user may have let go meanwhile, and it was unmapped.
+            # Its last user may have let go meanwhile, and it was unmapped, or is just now.
             with _unless_gone():
-                self.mapper.resume(name)
+                self.mapper.go_on(name)
 
     def resume_suspended(self) -> list[int]:
         """Let I/O through on devices that a killed process left suspended; which they were."""

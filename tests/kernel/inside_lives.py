@@ -93,7 +93,10 @@ class Runvol:
 
 def measured(*words: str) -> Any:
     """What a run of the client prints; its progress goes to this one's output."""
-    done = subprocess.run([program("measure"), *words], check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([program("measure"), *words], check=False, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        logs = "\n".join(f"{log.name}: {log.read_text()[-3000:]}" for log in WORK.glob("*.log"))
+        raise RuntimeError(f"the client ended with status {done.returncode}\n{logs}")
     return json.loads(done.stdout)
 
 

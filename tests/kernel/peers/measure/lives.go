@@ -276,27 +276,33 @@ func pairs(rounds int, named []string) {
 	print(out)
 }
 
+// What a turn has of each call; of those that start a program, one.
+const turns = 4
+
 func (p *peer) every(round int) {
-	id := fmt.Sprintf("pairs/%d-%d/", os.Getpid(), round)
-	p.between("Prepare, no parent", func() error { _, err := p.sn.Prepare(ctx, id+"base", ""); return err })
-	p.between("Commit", func() error { return p.sn.Commit(ctx, id+"layer", id+"base") })
-	p.between("Prepare, committed parent", func() error { _, err := p.sn.Prepare(ctx, id+"child", id+"layer"); return err })
-	p.between("View", func() error { _, err := p.sn.View(ctx, id+"view", id+"layer"); return err })
-	p.between("Mounts", func() error { _, err := p.sn.Mounts(ctx, id+"child"); return err })
-	p.between("Stat", func() error { _, err := p.sn.Stat(ctx, id+"child"); return err })
-	p.between("Update", func() error {
+	for turn := range turns {
+		id := fmt.Sprintf("pairs/%d-%d-%d/", os.Getpid(), round, turn)
+		p.between("Prepare, no parent", func() error { _, err := p.sn.Prepare(ctx, id+"base", ""); return err })
+		p.between("Commit", func() error { return p.sn.Commit(ctx, id+"layer", id+"base") })
+		p.between("Prepare, committed parent", func() error { _, err := p.sn.Prepare(ctx, id+"child", id+"layer"); return err })
+		p.between("View", func() error { _, err := p.sn.View(ctx, id+"view", id+"layer"); return err })
+		p.between("Mounts", func() error { _, err := p.sn.Mounts(ctx, id+"child"); return err })
+		p.between("Stat", func() error { _, err := p.sn.Stat(ctx, id+"child"); return err })
 		info, err := p.sn.Stat(ctx, id+"child")
 		must(err)
 		info.Labels = map[string]string{"containerd.io/snapshot/turn": fmt.Sprint(round)}
-		_, err = p.sn.Update(ctx, info, "labels")
-		return err
-	})
-	p.between("List", func() error { return p.sn.Walk(ctx, func(context.Context, snapshots.Info) error { return nil }) })
-	p.between("Usage of an active one", func() error { _, err := p.sn.Usage(ctx, id+"child"); return err })
-	p.between("Usage of a layer", func() error { _, err := p.sn.Usage(ctx, id+"layer"); return err })
-	p.between("Remove", func() error { return p.sn.Remove(ctx, id+"child") })
-	must(p.sn.Remove(ctx, id+"view"))
-	p.between("Remove of a layer", func() error { return p.sn.Remove(ctx, id+"layer") })
+		p.between("Update", func() error { _, err := p.sn.Update(ctx, info, "labels"); return err })
+		p.between("List", func() error {
+			return p.sn.Walk(ctx, func(context.Context, snapshots.Info) error { return nil })
+		})
+		if turn == 0 {
+			p.between("Usage of an active one", func() error { _, err := p.sn.Usage(ctx, id+"child"); return err })
+			p.between("Usage of a layer", func() error { _, err := p.sn.Usage(ctx, id+"layer"); return err })
+		}
+		p.between("Remove", func() error { return p.sn.Remove(ctx, id+"child") })
+		p.between("Remove of a View", func() error { return p.sn.Remove(ctx, id+"view") })
+		p.between("Remove of a layer", func() error { return p.sn.Remove(ctx, id+"layer") })
+	}
 }
 
 var stdin = bufio.NewReader(os.Stdin)
