@@ -79,6 +79,8 @@ class Pool:
         self._number = ""
         self._block = 0
         self._seen: tuple[float, PoolStatus] | None = None
+        # Devices that nobody can write to who opens them, as long as they are mapped; see `shut`.
+        self._shut: set[int] = set()
 
     # -- devices ----------------------------------------------------------------------------------------------------
 
@@ -117,6 +119,7 @@ class Pool:
         target = Thin(length=size // SECTOR, pool=self._pool_number(), thin_id=device, origin=origin)
         try:
             self.mapper.create(name, self._uuid(device))
+            self._shut.discard(device)
         except MapperError as error:
             if error.errno != errno.EBUSY:
                 raise
@@ -183,6 +186,7 @@ class Pool:
             return True
         if found.open_count:
             return False
+        self._shut.discard(device)
         try:
             self.mapper.remove(name)
         except MapperError as error:
@@ -222,11 +226,13 @@ class Pool:
             if fd is None:
                 return True
             fcntl.ioctl(fd, _BLKROSET, struct.pack("i", 1))
+            self._shut.add(device)
             now = self.mapper.find(found.name)
             return now is None or now.open_count <= 1
 
     def reopen(self, device: int) -> None:
         """Undo `shut` for those who have the device open."""
+        self._shut.discard(device)
         found = self.mapper.find(self.device_name(device))
         if found is not None and found.active:
             with self._opened(found) as fd:
@@ -251,12 +257,15 @@ class Pool:
 
     @contextlib.contextmanager
     def quiet(self, device: int) -> Iterator[None]:
-        """Nothing writes to the device inside: it is not mapped, or it is suspended, its filesystem frozen.
+        """Nothing writes to the device inside: it is not mapped; it is shut, and nobody has it open (the last close has
+        written all); or it is suspended, its filesystem frozen.
 
         For one thread a device. A process that is killed inside leaves it suspended; the next start resumes it.
         """
-        name = self.device_name(device)
-        if self.mapper.find(name) is None:
+        # First whether it is shut: who opens it after that cannot write.
+        name, shut = self.device_name(device), device in self._shut
+        found = self.mapper.find(name)
+        if found is None or (shut and not found.open_count):
             yield
             return
         with _unless_gone():
@@ -264,9 +273,9 @@ class Pool:
         try:
             yield
         finally:
-            # Its last user may have let go meanwhile, and it was unmapped.
+            # Its last user may have let go meanwhile, and it was unmapped, or is just now.
             with _unless_gone():
-                self.mapper.resume(name)
+                self.mapper.go_on(name)
 
     def resume_suspended(self) -> list[int]:
         """Let I/O through on devices that a killed process left suspended; which they were."""
