@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
 import stat
 
@@ -95,4 +96,7 @@ def serve(config: Config, pool_name: str | None) -> None:
     # What a start has made stays; the collector need not look at it again.
     gc.freeze()
     gc.enable()
-    server.serve(node, endpoint=config.text("snapshotter.endpoint"), limit=limit, observe=observe)
+    if not server.serve(node, endpoint=config.text("snapshotter.endpoint"), limit=limit, observe=observe):
+        # The interpreter's own end would close the store, which hangs.
+        logging.shutdown()
+        os._exit(0)
