@@ -226,12 +226,12 @@ def _repaired(done: Report, *, keep: bool) -> Iterator[str]:
            + (f", {done.kept} are kept as they were" if keep else "")
            + f"; {len(done.quarantined)} devices stay quarantined (`runvol pool quarantine`)")  # fmt: skip
     if done.lost:
-        yield ("Gone with their devices. Where containerd still knows one (others it has removed itself), remove the "
-               "containers on it, then make containerd forget it, in this order, and pull its image again:")  # fmt: skip
+        yield ("Gone with their devices. Where containerd still knows one (others it removed itself), remove the "
+               "containers on it, then make containerd forget it, in this order, and pull its image anew:")  # fmt: skip
         yield from (f"  {names.forgetting(key) or key}" for key in done.lost)
     if made:
-        yield (f"What was made after {made} is not in the copy: its containers run on, but none is started from an image "
-               "of that time. For each namespace `ctr -n NAMESPACE images check --snapshotter runvol` says which are not "
+        yield (f"What was made after {made} is not in the copy: its containers run on, but none starts from images of "
+               "that time. For each namespace `ctr -n NAMESPACE images check --snapshotter runvol` says which are not "
                "unpacked any more: remove their containers, then them, and pull them again")  # fmt: skip
 
 

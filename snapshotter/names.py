@@ -1,4 +1,5 @@
-"""How containerd's snapshots are called here: its `name` in a namespace is the key `namespace/number/name`."""
+"""How containerd's snapshots are called here: its `name` in a namespace is the key `namespace/number/name`, or that of
+a layer which another namespace had unpacked (`layers`)."""
 
 from __future__ import annotations
 
@@ -6,16 +7,17 @@ import re
 import shlex
 
 _KEY = re.compile(r"([^/]+)/[0-9]+/(.+)", re.DOTALL)
+_LAYER = re.compile(r"runvol-layer/([^/]+)/([^/]+)/[0-9a-f]{16}")
 
 
 def of_containerd(key: str) -> tuple[str, str] | None:
     """Namespace and name; None for a key that is not containerd's."""
-    found = _KEY.fullmatch(key)
+    found = _LAYER.fullmatch(key) or _KEY.fullmatch(key)
     return (found[1], found[2]) if found else None
 
 
 def forgetting(key: str) -> str:
-    """The command by which containerd forgets the snapshot, as it is typed; empty for a key that is not containerd's."""
+    """The command by which containerd forgets the snapshot, as typed; empty for a key that is not containerd's."""
     known = of_containerd(key)
     if known is None:
         return ""

@@ -152,6 +152,7 @@ def _drop_lost(store: Store, ids: set[int], report: Report) -> None:
     with store.transaction():
         for key in gone:
             store.remove(key, now)
+        store.stand_alone()
     lost = {*report.lost, *gone} - set(report.restored) | set(gone)
     report.lost = sorted(lost, key=lambda key: (-report.depth(key), key))
     report.restored = [key for key in report.restored if key not in set(gone)]

@@ -290,13 +290,13 @@ class Store:
             pass
 
     def make_room(self) -> None:
-        """The disk is full: the log begins anew where it can, and removals, which are what makes room, are given what is
-        kept for them."""
-        with contextlib.suppress(StoreFailed):
-            self._copy_back()
+        """The disk is full: what is kept for removals, which are what makes room, is given to them. With it the log is
+        copied back and begins anew, so that they need no more."""
         with contextlib.suppress(OSError):
             os.unlink(self._reserve)
             log.warning("the store's disk is full; its reserve is given to removals", extra={"store": self.path})
+        with contextlib.suppress(StoreFailed):
+            self._copy_back()
 
     def _keep_reserve(self) -> None:
         """Room for removals, whatever others fill the disk with; none where there is little left anyway."""
@@ -353,6 +353,11 @@ class Store:
         """The row is as it is here, whatever there was of its key or device. Inside a transaction."""
         self._db.execute("DELETE FROM snapshots WHERE key = ? OR (device = ? AND device <> 0)", (row.key, row.device))
         self.insert(row)
+
+    def stand_alone(self) -> None:
+        """Snapshots whose parent is not there have none from now on: containerd collects from the roots upwards, and
+        would never come to them. Inside a transaction."""
+        self._db.execute("UPDATE snapshots SET parent = '' WHERE parent NOT IN (SELECT key FROM snapshots)")
 
     def leave_past(self) -> None:
         """An operator has decided. Inside a transaction."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,6 +67,17 @@ class StateDisk:
     def loses_writes(self) -> None:
         """And says that they are kept, also of those that are to be flushed."""
         self._flakey("drop_writes")
+
+    def gives_up(self) -> None:
+        """The disk fails, and its filesystem has met that: it stays so when the disk is well again."""
+        self.fails()
+        with contextlib.suppress(OSError):
+            (self.place / "touched").mkdir()
+            fd = os.open(self.place, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
 
     def hang(self) -> None:
         self._mapper.suspend(_NAME, flush=False, freeze=False)

@@ -326,9 +326,8 @@ def test_it_is_said_and_a_remount_is_enough(tmp_path: Path, fstype: str) -> None
             code, said = client.refused(name, *words)
             assert code is grpc.StatusCode.INTERNAL
             assert "snapshots.db" in said
-        time.sleep(2)
+        disk.gives_up()
         disk.well()
-        # The filesystem has given up meanwhile, though its disk is well.
         code, said = client.refused("prepare", "d")
         assert ("Read-only file system" if fstype == "ext4" else "its filesystem says: Input/output error") in said
         assert "takes no writes: " in (said := _doctor(server)) or "pool.json cannot be read" in said, said
