@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import logging
 import os
@@ -81,6 +82,8 @@ def serve(config: Config, pool_name: str | None) -> None:
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     from snapshotter import server
 
+    # SQLite maps a file of the store into memory: a filesystem that shuts down ends the process by SIGBUS. It is said.
+    faulthandler.enable()
     _check_images(config)
     node = Node(settings_of(config))
     if pool_name is not None and node.pool.name != pool_name:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,11 +72,7 @@ class StateDisk:
         self.fails()
         with contextlib.suppress(OSError):
             (self.place / "touched").mkdir()
-            fd = os.open(self.place, os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+        subprocess.run(["sync", "-f", str(self.place)], check=False, capture_output=True)
 
     def hang(self) -> None:
         self._mapper.suspend(_NAME, flush=False, freeze=False)
