@@ -196,7 +196,6 @@ def _end(node: Node, images: tuple[str, ...]) -> None:
         node.server.settled(0)
 
 
-@pytest.mark.short
 def test_a_lost_store(node: Node) -> None:
     _late(node)
     node.server.kill()

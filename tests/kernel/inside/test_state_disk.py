@@ -263,6 +263,7 @@ def test_a_power_cut_keeps_what_was_answered(lab: Lab, disk: StateDisk) -> None:
     assert not lab.leaks()
 
 
+@pytest.mark.short
 def test_a_disk_that_lied_is_a_store_from_the_past(lab: Lab, disk: StateDisk) -> None:
     life = _Life(lab, disk)
     life.root("before")
@@ -285,7 +286,7 @@ def test_a_disk_that_lied_is_a_store_from_the_past(lab: Lab, disk: StateDisk) ->
 
 def test_removals_go_on_where_the_disk_is_full_and_the_reserve_comes_back(lab: Lab, disk: StateDisk) -> None:
     reserve = disk.place / "snapshots.db.reserve"
-    count = int(os.environ.get("RUNVOL_ROUNDS", "200"))
+    count = 200
     for number in range(count):
         lab.prepare(f"n{number}", label="x" * 2000)
     assert reserve.exists()
