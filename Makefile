@@ -1,5 +1,5 @@
 # Every target installs what it needs and says so; a second run is quick.
-.PHONY: help demo test test-kernel test-cluster test-long lint bench bench-kernel venv prepare clean
+.PHONY: help demo test test-kernel test-cluster test-long lint bench bench-kernel bench-lives venv prepare clean
 
 help:
 	@echo "make demo   a volume goes into a guest, is measured and survives the guest (about 3 minutes)"
@@ -9,6 +9,7 @@ help:
 	@echo "make test-long  what is repeated and large: three suites, 10,000 snapshots, 200 kill rounds (an hour)"
 	@echo "make lint   ruff, mypy, import-linter"
 	@echo "make bench-kernel  the snapshotter against containerd's devmapper and overlayfs (10 minutes)"
+	@echo "make bench-lives  a container's life beside devmapper's, a slow disk, a pool that waits, Usages (15 minutes)"
 	@echo "make bench  publish latency, memory, create and stage times; figures go to bench-results/"
 
 venv:
@@ -37,7 +38,8 @@ test-kernel: prepare
 SHORT_CLUSTER = --deselect tests/cluster/test_taken_over.py::test_both_at_once_are_refused \
 	--deselect "tests/cluster/test_edge.py::test_pods_come_back_after_a_reboot_while_the_cloud_is_away[by itself]" \
 	--deselect "tests/cluster/test_sandbox.py::test_a_node_that_was_off_runs_its_guests_again[]" \
-	--deselect tests/cluster/test_two_nodes.py::test_what_is_left_of_a_node_that_is_gone_is_taken_away_by_hand
+	--deselect tests/cluster/test_two_nodes.py::test_what_is_left_of_a_node_that_is_gone_is_taken_away_by_hand \
+	--deselect tests/cluster/test_rights.py
 
 test-cluster: prepare
 	@tests/prepare/cluster.sh
@@ -60,6 +62,10 @@ lint: venv
 
 bench-kernel: prepare
 	@.venv/bin/python -m tests.kernel.bench $(ARGS)
+
+# ARGS="--before DIR" adds every call beside the same one of another checkout, prepared as this one is.
+bench-lives: prepare
+	@.venv/bin/python -m tests.kernel.lives $(ARGS)
 
 bench: prepare
 	@.venv/bin/python -m tests.bench $(ARGS)

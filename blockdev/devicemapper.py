@@ -187,6 +187,11 @@ class Mapper:
         make_node(device)
         return device
 
+    def go_on(self, name: str) -> None:
+        """Let I/O through that `suspend` has held back. The node stays as it is: who removes the device beside this
+        removes that too, and one made after it would be left, of a number that another device gets."""
+        self._call(_SUSPEND, "resume", name, event=_UDEV_HANDS_OFF)
+
     def suspend(self, name: str, *, flush: bool = True, freeze: bool = True) -> None:
         """Hold I/O back. Ordinarily a mounted filesystem is frozen and its data written first."""
         flags = _SUSPENDED | (0 if flush else _NOFLUSH) | (0 if freeze else _SKIP_LOCKFS)

@@ -5,6 +5,7 @@ Numbers come from linux/fs.h, linux/ext4.h and xfs_fs.h and are those of x86-64 
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -13,7 +14,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_BLKROGET, _BLKGETSIZE64 = 0x125E, 0x80081272
+_BLKROGET, _BLKGETSIZE64, _BLKPG, _DEL_PARTITION = 0x125E, 0x80081272, 0x1269, 2
 _EXT4_IOC_RESIZE_FS = 0x40086610
 _XFS_IOC_FSGROWFSDATA, _XFS_IOC_FSGEOMETRY_V1 = 0x4010586E, 0x80705864
 
@@ -66,6 +67,14 @@ def is_read_only(path: str) -> bool:
     """Whether the kernel refuses writes to a block node (BLKROGET); both Kata shims ask this."""
     with opened(path) as fd:
         return bool(struct.unpack("i", fcntl.ioctl(fd, _BLKROGET, bytes(4)))[0])
+
+
+def forget_partition(fd: int, number: int) -> None:
+    """The kernel forgets a partition of the disk that `fd` is open on, whatever is in its table (BLKPG). OSError EBUSY
+    while it is in use."""
+    partition = ctypes.create_string_buffer(struct.pack("qqi64s64s4x", 0, 0, number, b"", b""))
+    argument = struct.pack("iiiP", _DEL_PARTITION, 0, len(partition.raw) - 1, ctypes.addressof(partition))
+    fcntl.ioctl(fd, _BLKPG, argument)
 
 
 def ext4_resize(fd: int, blocks: int) -> None:

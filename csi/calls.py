@@ -28,6 +28,8 @@ log = logging.getLogger("runvol.csi")
 # A caller without a deadline gets this one, in seconds: kubelet's own for CSI is two minutes.
 _DEFAULT = 115.0
 _LONGEST = 3600.0
+# Characters of an error.
+_LONGEST_SENTENCE = 4000
 # Answer before the caller has gone, so that it reads a sentence instead of "deadline exceeded".
 _MARGIN = 0.2
 _QUIET = frozenset({"Probe", "NodeGetVolumeStats", "NodeGetVolumeHealth"})
@@ -100,7 +102,7 @@ def _run(
         if code is grpc.StatusCode.INTERNAL:
             log.exception("call failed", extra=_facts(name, number, request, started, code.name))
             _abort(context, code, f"{type(error).__name__}: {error}; see the driver's log")
-        said = sentence_of(error)
+        said = sentence_of(error)[:_LONGEST_SENTENCE]  # a pod's paths may have a megabyte, in the log too
         # What has no sentence of its own says where it came from.
         facts = {**_facts(name, number, request, started, code.name), "reason": said}
         log.warning("call refused", extra=facts, exc_info=isinstance(error, OSError))
@@ -119,7 +121,7 @@ def _deadline(remaining: float | None) -> Deadline:
 
 
 def _abort(context: grpc.ServicerContext, code: grpc.StatusCode, message: str) -> NoReturn:
-    context.abort(code, message.encode("utf-8", "replace").decode()[:4000])
+    context.abort(code, message.encode("utf-8", "replace").decode()[:_LONGEST_SENTENCE])
     raise AssertionError("abort returned")
 
 

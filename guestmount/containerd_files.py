@@ -10,6 +10,7 @@ form first.
 from __future__ import annotations
 
 import copy
+import functools
 import glob
 import os
 import re
@@ -109,9 +110,10 @@ def load(path: str, version: Version, root: str = "/") -> list[File]:
 
 def _read(path: str, version: Version, root: str) -> File:
     try:
-        with open(in_root(path, root), "rb") as opened:
-            text = opened.read().decode()
-        document = tomllib.loads(text)
+        place = in_root(path, root)
+        found = os.stat(place)
+        stamp = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        text, document = _parsed(place, stamp)
     except OSError as error:
         raise Refused(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -130,6 +132,14 @@ def _read(path: str, version: Version, root: str) -> File:
     if not isinstance(disabled, list):
         raise Refused(f"{path}: disabled_plugins = {disabled!r} is no list"[:500])
     return file
+
+
+@functools.lru_cache(maxsize=32)
+def _parsed(path: str, _stamp: tuple[int, ...]) -> tuple[str, Mapping[str, Any]]:
+    """What comes of it is for all who ask, and stays as it is."""
+    with open(path, "rb") as opened:
+        text = opened.read().decode()
+    return text, tomllib.loads(text)
 
 
 def _found(table: Any, names: Sequence[str], trodden: str = "") -> Iterator[tuple[str, Any]]:
@@ -205,9 +215,10 @@ def _modern(file: File) -> dict[str, Any]:
     """2.x's own names for what decides runtimes and snapshotters in an older file."""
     document = copy.deepcopy(dict(file.document))
     plugins: dict[str, Any] = document.get("plugins", {})
-    if file.form >= 3 or file.cri not in plugins:
+    name = CRI if CRI in plugins else file.cri  # the later name hides the first form's own
+    if file.form >= 3 or name not in plugins:
         return document
-    older = plugins[file.cri].get("containerd", {})
+    older = plugins[name].get("containerd", {})
     runtime = plugins.setdefault(RUNTIME, {}).setdefault("containerd", {})
     moved = ("snapshotter", "disable_snapshot_annotations", "discard_unpacked_layers")
     for key, value in older.items():

@@ -45,7 +45,13 @@ class Taken:
     certain: bool
     why: str
     proved: bool = True
+    serves: bool = True
     others: tuple[Taken, ...] = ()
+
+    @property
+    def endpoints(self) -> tuple[str, ...]:
+        """Of all that may be kubelet's; none that is never asked."""
+        return tuple(dict.fromkeys(one.endpoint for one in (self, *self.others) if one.endpoint))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +70,10 @@ class Places:
             return self._reached(self.config, socket, "paths.containerd_config")
         candidates = self._candidates()
         there = [one for one in candidates if os.path.exists(in_root(one.config, self.root))]
-        serving = [one for one in there if len(there) == 1 or self._serves(one)] or there
+        serving = [one for one in there if self._serves(one)]
+        disabled = bool(there) and not serving
+        if disabled:  # kubelet's is another one, whose file may lie anywhere
+            serving = [one for one in candidates if one not in there and self._seen(one.socket)] + there
         if not serving:
             serving = [one for one in candidates if self._seen(one.socket)]
         elif self.endpoint == AUTO and not any(self._seen(self._socket(one)) for one in serving):
@@ -76,8 +85,9 @@ class Places:
         if not serving:
             first = replace(first, why="nothing was found at any place that is known")
         proved = (bool(there) and not others) or self.endpoint != AUTO
-        others = [replace(one, proved=proved) for one in others]
-        return replace(first, proved=proved, others=tuple(others))
+        places = {one.config for one in there} if disabled else set()
+        first, *others = [replace(one, proved=proved, serves=one.config not in places) for one in (first, *others)]
+        return replace(first, others=tuple(others))
 
     def _candidates(self) -> tuple[Place, ...]:
         """Those of the socket that is set, if it is one that is known."""

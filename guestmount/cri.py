@@ -21,14 +21,18 @@ class _Doubt(Exception):
     """What the runtime does not tell."""
 
 
+class _Stranger(_Doubt):
+    """Of a runtime that may be another one than kubelet's."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sandboxes:
-    """`endpoint`: the runtime's socket, as kubelet has it, or who finds it; empty if it is never asked. `patience`: in
-    seconds.
+    """`endpoint`: the runtime's socket, as kubelet has it, or who finds it, and all others that may be it; empty if it
+    is never asked. `patience`: in seconds.
 
     `roots`: kubelet's directories, which tell whether it is kubelet's runtime that answers."""
 
-    endpoint: str | Callable[[], str]
+    endpoint: str | Callable[[], str | Sequence[str]]
     roots: Sequence[str] = ()
     patience: float = 3.0
 
@@ -56,9 +60,23 @@ class Sandboxes:
     def _listed(self, deadline: Deadline) -> list[tuple[str, str]]:
         """The uid of each pod that has a sandbox, and the sandbox if it lives. _Doubt unless a pod is kubelet's:
         another runtime, or another kubelet's, would know none of this node's pods, and say that none runs."""
-        endpoint = self.endpoint if isinstance(self.endpoint, str) else self.endpoint()
-        if not endpoint:
+        found = self.endpoint if isinstance(self.endpoint, str) else self.endpoint()
+        endpoints = [one for one in ([found] if isinstance(found, str) else found) if one]
+        if not endpoints:
             raise _Doubt("the container runtime is never asked whether the pod runs (cri.endpoint is empty)")
+        listed: list[tuple[str, str]] = []
+        strangers: list[_Doubt] = []
+        for one in endpoints:
+            try:
+                listed += self._listed_by(one, deadline)
+            except _Stranger as doubt:
+                strangers.append(doubt)
+        if len(strangers) == len(endpoints):
+            raise strangers[0]
+        return listed
+
+    def _listed_by(self, endpoint: str, deadline: Deadline) -> list[tuple[str, str]]:
+        """_Stranger of one that has no pod of kubelet's, or no CRI, or is not there; _Doubt of a silent one."""
         import grpc
 
         from runvol_proto import cri_pb2
@@ -74,9 +92,11 @@ class Sandboxes:
         except grpc.RpcError as error:
             code = error.code()
             why = f"the container runtime at {endpoint} does not tell whether the pod runs ({code.name})"
-            raise _Doubt(why) from error
+            path = endpoint.removeprefix("unix:").removeprefix("//")
+            may_be = os.path.lexists(path) and code != grpc.StatusCode.UNIMPLEMENTED
+            raise (_Doubt if may_be else _Stranger)(why) from error
         if not any(self._has(sandbox.metadata.uid) for sandbox in answer.items):
-            raise _Doubt(f"the container runtime at {endpoint} lists no pod that kubelet has; see cri.endpoint")
+            raise _Stranger(f"the container runtime at {endpoint} lists no pod that kubelet has; see cri.endpoint")
         ready = cri_pb2.SANDBOX_READY
         return [(each.metadata.uid, each.id[:13] or "?" if each.state == ready else "") for each in answer.items]
 

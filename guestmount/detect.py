@@ -85,12 +85,29 @@ class Detector:
 
     def of_handler(self, handler: str) -> Runtime:
         """What this handler is, the empty one for containerd's default. RuntimeUnknown if nobody can tell."""
-        answer = self._containerd.read(Deadline.after(_ASKING))
-        containerd = answer.believed
+        return self._of_name(handler, self._containerd.read(Deadline.after(_ASKING)), "the container runtime")
+
+    def _of_name(self, handler: str, asked: Answer, source: str) -> Runtime:
+        found = self._named(handler, asked.having(handler), asked, source)
+        if asked.running is None and any(self._is_other(found, handler, one, asked) for one in asked.possible):
+            name = f"the runtime handler {handler!r}" if handler else "the default runtime handler"
+            raise RuntimeUnknown(f"what {name} ({source}) is is not known: {_several(asked)}")
+        return found
+
+    def _named(self, handler: str, containerd: ContainerdConfig | None, asked: Answer, source: str) -> Runtime:
         if not handler and containerd is None:
-            raise RuntimeUnknown(f"the default handler is not known: {answer.taken.config} cannot be read")
+            raise RuntimeUnknown(f"the default handler is not known: {asked.taken.config} {asked.unread}")
         name = handler or (containerd.default_handler if containerd is not None else "")
-        return self._runtime(name, containerd, "the container runtime")
+        return self._runtime(name, containerd, source)
+
+    def _is_other(self, answer: Runtime, handler: str, other: ContainerdConfig | None, asked: Answer) -> bool:
+        """Whether the handler is another one by this configuration; one that it does not have cannot run."""
+        if handler and other is not None and handler not in other.handlers:
+            return False
+        try:
+            return _differ(answer, self._named(handler, other, asked, ""))
+        except RuntimeUnknown:
+            return True
 
     def _ask(self, ref: PodRef, attribute: str, asked: Answer, deadline: Deadline) -> Runtime:
         doubts, containerd = [], asked.believed
@@ -107,10 +124,10 @@ class Detector:
             except PodUnknown as error:
                 doubts.append(str(error))
         if attribute:
-            return self._runtime(attribute, containerd, "the volume's attribute runtime")
+            return self._of_name(attribute, asked, "the volume's attribute runtime")
         doubts.append("the volume has no attribute runtime")
         if self._settings.default_runtime:
-            return self._runtime(self._settings.default_runtime, containerd, "the setting detect.default_runtime")
+            return self._of_name(self._settings.default_runtime, asked, "the setting detect.default_runtime")
         doubts.append("detect.default_runtime is not set")
         raise RuntimeUnknown(f"which runtime will run {ref} is not known: {'; '.join(doubts)}")
 
@@ -125,12 +142,9 @@ class Detector:
                 f"{asked.running.source} has no handler {handler!r}, which the RuntimeClass {pod.runtime_class} of "
                 f"{ref} names, so the pod cannot start; {_missing(handler, asked)}"
             )
-        answer = self._by(asked.believed, asked, pod, handler, ref)
-        if asked.running is None and any(self._differs(answer, one, asked, handler, ref) for one in asked.others):
-            raise RuntimeUnknown(
-                f"which containerd of this node is kubelet's is not known ({asked.doubt}), and they differ in what "
-                f"{ref} will run with; set paths.containerd_config and cri.endpoint"
-            )
+        answer = self._by(asked.having(handler), asked, pod, handler, ref)
+        if asked.running is None and any(self._differs(answer, one, asked, handler, ref) for one in asked.possible):
+            raise RuntimeUnknown(f"what {ref} will run with is not known: {_several(asked)}")
         return answer
 
     def _by(
@@ -143,8 +157,8 @@ class Detector:
             return self._runtime("untrusted", containerd, "the pod's untrusted-workload annotation", pod)
         if containerd is None:
             raise PodUnknown(
-                f"pod {ref} has no RuntimeClass, and {asked.taken.config}, which names the default "
-                "handler, cannot be read"
+                f"pod {ref} has no RuntimeClass, and {asked.taken.config}, which names the default handler, "
+                f"{asked.unread}"
             )
         return self._runtime(
             containerd.default_handler, containerd, f"default_runtime_name of {containerd.source}", pod
@@ -160,7 +174,7 @@ class Detector:
             found = self._by(other, asked, answer.pod, handler, ref)
         except (PodUnknown, RuntimeUnknown):
             return True
-        return (found.kind, found.handler, found.dialect) != (answer.kind, answer.handler, answer.dialect)
+        return _differ(found, answer)
 
     def _agreeing(self, answer: Runtime, attribute: str, containerd: ContainerdConfig | None, ref: PodRef) -> Runtime:
         """The attribute may fill a gap, but never overrule what is known."""
@@ -208,6 +222,20 @@ class Detector:
             if word in handler.runtime_type or handler.name.startswith(word):
                 return dialect
         return "kata"
+
+
+def _differ(one: Runtime, other: Runtime) -> bool:
+    """By what decides; where Kata's configuration is as well."""
+    return any(getattr(one, field) != getattr(other, field) for field in ("kind", "handler", "dialect", "kata"))
+
+
+def _several(asked: Answer) -> str:
+    """Why more than one configuration may count, and what to do."""
+    if asked.taken.others:
+        return (f"which containerd of this node is kubelet's is not known ({asked.doubt}), and they differ in it; set "
+                "paths.containerd_config and cri.endpoint")  # fmt: skip
+    return (f"the running containerd does not tell ({asked.doubt}), and its versions 1 and 2 read {asked.taken.config} "
+            "with its imports differently; set cri.endpoint, or put all of a handler into one file")  # fmt: skip
 
 
 def _missing(handler: str, asked: Answer) -> str:

@@ -22,6 +22,8 @@ _UID = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,127}\Z")
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?\Z")
 # Answers that are kept, by what they are of, and seconds that one of a pod which is no more may stay.
 _MOST, _STAYS = {"pod": 5000, "class": 200, "claim": 2000}, 24 * 3600.0
+# Bytes of one, and of all of a kind: who makes pods decides how large what is known of them is.
+_LARGEST, _ALL = 1 << 20, 64 << 20
 # Seconds, or answers, after which is looked at what may go.
 _TIDY, _MANY = 3600.0, 500
 
@@ -85,7 +87,7 @@ class Kept:
         return self._writer is not None
 
     def has(self, kind: str, name: str) -> bool:
-        """Whether something is kept, or will be in a moment."""
+        """Whether something is kept, or will be in a moment, as far as it can be."""
         file = _file(kind, name)
         return bool(file) and (file in self._written or os.path.lexists(os.path.join(self._directory, file)))
 
@@ -108,52 +110,61 @@ class Kept:
         return found.what
 
     def tidy(self) -> None:
-        """What is kept of pods that are no more goes after a day, and of everything the oldest of too many, but nothing
-        of a pod that is there."""
+        """What is kept of pods that are no more goes after a day, and of everything the oldest of too many or too much,
+        but nothing of a pod that is there."""
         now = time.time()
         for kind, most in _MOST.items():
             found = sorted(self._files(kind))
-            for place, (changed, file) in enumerate(found):
+            left = sum(size for _, _, size in found)
+            for place, (changed, file, size) in enumerate(found):
                 name = file.removeprefix(f"{kind}-").removesuffix(".json")
                 gone = self._gone(name) if kind == "pod" and self._gone is not None else None
                 old = gone is True and not 0 <= now - changed < _STAYS
-                if old or (gone is not False and len(found) - place > most):
+                if old or (gone is not False and (len(found) - place > most or left > _ALL)):
+                    left -= size
                     self._written.pop(file, None)
                     with contextlib.suppress(OSError):
                         os.unlink(os.path.join(self._directory, file))
 
-    def _files(self, kind: str) -> Iterator[tuple[float, str]]:
+    def _files(self, kind: str) -> Iterator[tuple[float, str, int]]:
         with contextlib.suppress(FileNotFoundError), os.scandir(self._directory) as entries:
             for entry in entries:
                 if entry.name.startswith(f"{kind}-") and entry.name.endswith(".json"):
                     with contextlib.suppress(FileNotFoundError):
-                        yield entry.stat(follow_symlinks=False).st_mtime, entry.name
+                        facts = entry.stat(follow_symlinks=False)
+                        yield facts.st_mtime, entry.name, facts.st_size
 
     def _write(self) -> None:
-        again, count = 0.0, 0
+        again, count, size = 0.0, 0, 0
         while True:
             try:
                 with contextlib.suppress(queue.Empty):
-                    self._now(*self._waiting.get(timeout=_TIDY))
+                    size += self._now(*self._waiting.get(timeout=_TIDY))
                     count += 1
-                if self._gone is not None and (time.monotonic() > again or count > _MANY):
-                    again, count = time.monotonic() + _TIDY, 0
+                if self._gone is not None and (time.monotonic() > again or count > _MANY or size > _ALL):
+                    again, count, size = time.monotonic() + _TIDY, 0, 0
                     self.tidy()
             except Exception as error:  # no memory, no descriptor: of this moment, and what waits is many more
                 log.warning("an answer is not kept, or not tidied", extra={"why": f"{type(error).__name__}: {error}"})
 
-    def _now(self, file: str, answer: _Answer[Any] | None) -> None:
+    def _now(self, file: str, answer: _Answer[Any] | None) -> int:
+        """How many bytes were written."""
         path = os.path.join(self._directory, file)
         try:
-            if answer is None:
+            content = msgspec.json.encode(answer) if answer is not None else b""
+            if len(content) > _LARGEST:  # of which nothing would be read; it stays in `_written`, to be said once
+                log.warning("an answer is too large to be kept", extra={"of": file, "bytes": len(content)})
+            if not 0 < len(content) <= _LARGEST:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(path)
-                return
+                return 0
             os.makedirs(self._directory, mode=0o700, exist_ok=True)
-            durable.replace(path, msgspec.json.encode(answer), beside=os.path.join(self._directory, f".{file}."))
+            durable.replace(path, content, beside=os.path.join(self._directory, f".{file}."))
         except (OSError, ValueError) as error:
             self._written.pop(file, None)
             log.warning("an answer is not kept", extra={"of": file, "why": str(error)})
+            return 0
+        return len(content)
 
 
 def _file(kind: str, name: str) -> str:

@@ -10,7 +10,7 @@ import contextlib
 import re
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,6 +18,7 @@ import msgspec
 
 from blockdev import Deadline, WaitExpired
 from blockdev.deadlines import NoThread
+from guestmount import loopback
 from guestmount.api_access import ByKubeconfig, answered
 from guestmount.kubeconfig import Resolved
 from guestmount.kubernetes_api import KubernetesApi
@@ -38,10 +39,15 @@ class _List(msgspec.Struct):
 class KubeletPods:
     """Who asks is whom the API server knows; one question at a time, whose answer is for all that wait."""
 
-    def __init__(self, address: str, api: KubernetesApi, *, node: str, authority: Sequence[str]) -> None:
+    def __init__(
+        self, address: str, api: KubernetesApi, *, node: str, authority: Sequence[str],
+        is_beside: Callable[[int], bool] = lambda _pid: False,
+    ) -> None:  # fmt: skip
         """`address`: http:// for the read-only port, which is told no token; `authority`: files of certificates, of
-        which the first that is there has to prove kubelet's."""
+        which the first that is there has to prove kubelet's; `is_beside`: of a process (its id), whether it is the
+        node's own as kubelet is, which a port without a certificate is proved by."""
         self._address, self._api, self._node, self._authority = address, api, node, authority
+        self._is_beside = is_beside
         self._lock = threading.Lock()
         self._began = 0.0
         self._told: dict[str, PodFacts] = {}
@@ -64,7 +70,7 @@ class KubeletPods:
         try:
             if self._began < now:
                 began = time.monotonic()
-                body = answered(asking, self._access(), "/pods", max(0.05, until - began), largest=_LARGEST)
+                body = self._answered(asking, max(0.05, until - began))
                 self._told, self._began = _told(body), began
             return self._told
         except WaitExpired as error:  # by other seconds each time, and kubelet would make an event of each sentence
@@ -73,6 +79,21 @@ class KubeletPods:
             raise PodUnknown(f"{asking}: {error}") from error
         finally:
             self._lock.release()
+
+    def _answered(self, asking: str, seconds: float) -> bytes:
+        parts = urlsplit(self._address)
+        if parts.scheme == "https":
+            return answered(asking, self._access(), "/pods", seconds, largest=_LARGEST)
+        port = parts.port or 80
+        before = loopback.listeners(port)
+        body = answered(asking, self._access(), "/pods", seconds, largest=_LARGEST)
+        # Whose answer it was is asked of the sockets that have listened all the time.
+        if before != loopback.listeners(port) or not before.all_of(self._is_beside):
+            raise ValueError(
+                "it is not proved that kubelet has that port (by a process of root's in the mount namespace of "
+                "node.kubelet_process, which takes hostPID), and anybody may have it while kubelet is down; use https://"
+            )
+        return body
 
     def _access(self) -> ByKubeconfig:
         """Its certificate is in the node's name, whatever the address: its own, and one that a cluster signs."""

@@ -107,7 +107,11 @@ class KubernetesApi:
 
     def replace(self, what: str, path: str, changed: dict[str, Any], deadline: Deadline) -> None:
         """Puts an object in the place of the one of the same resourceVersion. PodUnknown where that was not done:
-        somebody has changed it since, or this process may not."""
+        somebody has changed it since, or this process may not, or it does not say of which moment it is: such a one the
+        server would put over everybody's changes."""
+        metadata = changed.get("metadata")
+        if not isinstance(metadata, dict) or not metadata.get("resourceVersion"):
+            raise PodUnknown(f"the API server's answer for {what} has no resourceVersion, so it is not replaced")
         self._read(what, path, deadline, longest=deadline.remaining(), replaced=json.dumps(changed).encode())
 
     def listed(

@@ -193,7 +193,7 @@ def facts_from(pod: Mapping[str, Any]) -> PodFacts:
     containers, such as a proxy's that only has the metadata, says nothing of a runtime."""
     try:
         known = msgspec.convert(pod, _Pod)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # of another form, or of characters that no text has
         raise PodUnknown(f"the API server's answer is no whole pod: {error}") from error
     meta, spec = known.metadata, known.spec
     if not meta.uid:

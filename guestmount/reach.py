@@ -78,6 +78,11 @@ class Reach:
         self._until = time.monotonic() + _VALID  # propagation may be changed at any time, and no number tells
         return found
 
+    def is_beside(self, pid: int) -> bool:
+        """Whether the process is root's, outside of every container, and in kubelet's mount namespace."""
+        theirs = _namespace(self._pid())
+        return bool(theirs) and _namespace(pid) == theirs and _is_of_node(pid)
+
     def _pid(self) -> int:
         """The process that stands for kubelet's namespace; 0 if there is none."""
         if self.process.isdecimal():

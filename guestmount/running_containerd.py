@@ -22,8 +22,9 @@ from typing import Annotated
 import msgspec
 
 from blockdev import Deadline, durable
-from guestmount import runtimes
+from guestmount import containerd_readings
 from guestmount.containerd_places import Places, Taken
+from guestmount.containerd_readings import Readings
 from guestmount.cri import Sandboxes
 from guestmount.runtimes import ContainerdConfig, Handler
 
@@ -91,24 +92,44 @@ class _Kept(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What is known of kubelet's containerd; `doubt`: why the running one did not tell. `others`: of those that it may
-    be too, None for what cannot be read."""
+    """What is known of kubelet's containerd; `doubt`: why the running one did not tell, `unread`: what is wrong with
+    its file, in words that go on after its name. `differently`: its file as another version of it reads that, where
+    that makes a difference. `others`: of those that it may be too, None for what cannot be read."""
 
     taken: Taken
     running: ContainerdConfig | None
     on_file: ContainerdConfig | None
+    differently: tuple[ContainerdConfig, ...] = ()
     others: tuple[ContainerdConfig | None, ...] = ()
     doubt: str = ""
+    unread: str = ""
 
     @property
     def believed(self) -> ContainerdConfig | None:
         """What runs, else what would."""
         return self.running or self.on_file
 
+    def having(self, handler: str) -> ContainerdConfig | None:
+        """What is believed of a handler: without it a pod that names it cannot start."""
+        if self.running is not None or not handler:
+            return self.believed
+        return next((one for one in self.all if handler in one.handlers), self.believed)
+
+    @property
+    def handlers(self) -> dict[str, Handler]:
+        """Those of the running one, else all that there may be."""
+        found = [self.running] if self.running is not None else [one for one in self.possible if one is not None]
+        return {name: handler for one in reversed(found) for name, handler in one.handlers.items()}
+
+    @property
+    def possible(self) -> tuple[ContainerdConfig | None, ...]:
+        """What may count while the running one does not tell."""
+        return self.on_file, *self.differently, *self.others
+
     @property
     def all(self) -> Iterator[ContainerdConfig]:
         """What is believed, what will be after containerd's next start, and what may be what counts."""
-        yield from (one for one in (self.running, self.on_file, *self.others) if one is not None)
+        yield from (one for one in (self.running, *self.possible) if one is not None)
 
 
 class KubeletsContainerd:
@@ -124,7 +145,7 @@ class KubeletsContainerd:
 
     def read(self, deadline: Deadline) -> Answer:
         """Both words, and no exception: who says nothing is None."""
-        taken, root, doubts = self._places.taken(), self._places.root, []
+        taken, doubts = self._places.taken(), []
         running, found = None, taken
         for one in (taken, *taken.others):
             try:
@@ -135,11 +156,19 @@ class KubeletsContainerd:
         # Those of one socket are one containerd, of which is not known which file it reads.
         others = (one for one in (taken, *taken.others)
                   if one is not found and (running is None or one.endpoint == found.endpoint))  # fmt: skip
+        said = self._on_file(found)
         return Answer(
-            taken=found, running=running, on_file=runtimes.read_containerd(found.config, root),
+            taken=found, running=running, on_file=next(iter(said.found), None), unread=said.why,
             doubt="" if running is not None else "; ".join(dict.fromkeys(doubts)),
-            others=tuple(runtimes.read_containerd(one.config, root) for one in others),
+            differently=said.found[1:],
+            others=tuple(each for one in others for each in self._on_file(one).found or (None,)),
         )  # fmt: skip
+
+    def _on_file(self, taken: Taken) -> Readings:
+        if not taken.serves:
+            return Readings(why="has its CRI plugin disabled (disabled_plugins), so kubelet's runtime is another one; "
+                                "set paths.containerd_config and cri.endpoint")  # fmt: skip
+        return containerd_readings.read(taken.config, self._places.root)
 
     def _says(self, taken: Taken, deadline: Deadline) -> ContainerdConfig:
         if not taken.endpoint:

@@ -1,6 +1,6 @@
 """What containerd's configuration says of runtime handlers: which are sandboxes, and which shim serves them.
 
-Tables: containerd's docs/cri/config.md; `imports` are followed as containerd does, later files win.
+Tables: containerd's docs/cri/config.md.
 """
 
 from __future__ import annotations
@@ -71,52 +71,38 @@ class ContainerdConfig:
         return any(handler.is_sandbox or handler.is_unknown for handler in self.handlers.values())
 
 
-def read_containerd(path: str, root: str = "/") -> ContainerdConfig | None:
-    """None if the file does not exist or is not TOML: then nothing is known, which is not the same as no sandbox.
-    `root`: where the node's own root is, which all paths begin at."""
-    try:
-        documents = list(_documents(path, set(), root))
-    except (OSError, ValueError, RecursionError):
-        return None
-    handlers: dict[str, Handler] = {}
-    default, older = "runc", False
-    for document in documents:
-        for plugin in CRI_PLUGINS:
-            table = _table(document, "plugins", plugin, "containerd")
-            default = str(table.get("default_runtime_name") or default)
-            for name, runtime in _table(table, "runtimes").items():
-                if isinstance(runtime, dict):
-                    handlers[name] = _handler(name, runtime)
-            untrusted, unnamed = _table(table, "untrusted_workload_runtime"), _table(table, "default_runtime")
-            if untrusted:
-                handlers["untrusted"] = _handler("untrusted", untrusted)
-            if unnamed.get("runtime_type"):  # up to 1.7, which goes by it whatever default_runtime_name says
-                handlers["default"], older = _handler("default", unnamed), True
-    return ContainerdConfig(handlers=handlers, default_handler="default" if older else default, source=path)
-
-
 def tables(path: str, *names: str, root: str = "/") -> list[Mapping[str, Any]]:
     """The table of these names in each of containerd's files, in their order; later ones win. Empty if unreadable."""
     try:
-        return [_table(document, *names) for document in _documents(path, set(), root)]
+        return [table_of(document, *names) for document in _documents(path, root)]
     except (OSError, ValueError, RecursionError):
         return []
 
 
-def _documents(path: str, seen: set[str], root: str) -> Iterator[Mapping[str, Any]]:
-    """`path` and what it imports are the node's names; one that is not absolute lies beside the file that says it."""
-    real = os.path.realpath(in_root(path, root))
-    if real in seen or len(seen) > _MAX_IMPORTS:
-        return
-    seen.add(real)
-    document = _parsed(in_root(path, root))
-    yield document
-    for pattern in _texts(document.get("imports")):
-        place, names = os.path.split(os.path.join(os.path.dirname(path), pattern))
-        found = in_root(place, root)
-        for imported in sorted(glob.glob(os.path.join(found if glob.has_magic(place) else glob.escape(found), names))):
-            beside = f"/{os.path.relpath(os.path.dirname(imported), root)}" if glob.has_magic(place) else place
-            yield from _documents(os.path.join(beside, os.path.basename(imported)), seen, root)
+def _documents(path: str, root: str) -> Iterator[Mapping[str, Any]]:
+    """`path` and what it imports, breadth first. All are the node's names; one that is not absolute lies beside the
+    file that says it."""
+    seen: set[str] = set()
+    pending = [path]
+    while pending and len(seen) <= _MAX_IMPORTS:
+        one = pending.pop(0)
+        real = os.path.realpath(in_root(one, root))
+        if real in seen:
+            continue
+        seen.add(real)
+        document = _parsed(in_root(one, root))
+        yield document
+        for pattern in _texts(document.get("imports")):
+            pending += _named(os.path.join(os.path.dirname(one), pattern), root)
+
+
+def _named(pattern: str, root: str) -> list[str]:
+    place, names = os.path.split(pattern)
+    found = in_root(place, root)
+    imported = sorted(glob.glob(os.path.join(found if glob.has_magic(place) else glob.escape(found), names)))
+    if not glob.has_magic(place):
+        return [os.path.join(place, os.path.basename(one)) for one in imported]
+    return [f"/{os.path.relpath(one, root)}" for one in imported]
 
 
 def _parsed(path: str) -> Mapping[str, Any]:
@@ -154,7 +140,7 @@ def in_root(path: str, root: str) -> str:
 
 
 def _handler(name: str, runtime: Mapping[str, Any]) -> Handler:
-    options = _table(runtime, "options")
+    options = table_of(runtime, "options")
     return Handler(
         name=name,
         runtime_type=str(runtime.get("runtime_type", "")),
@@ -175,7 +161,8 @@ def _texts(value: object) -> tuple[str, ...]:
     return tuple(one for one in value if isinstance(one, str)) if isinstance(value, list) else ()
 
 
-def _table(document: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
+def table_of(document: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
+    """The table of these names; an empty one where there is none."""
     for name in names:
         document = document.get(name, {})
         if not isinstance(document, dict):

@@ -68,19 +68,24 @@ def build(config: Config, *, check_patience: float = PATIENCE) -> Node:
             Rund3Dialect(config.words("node.roots")),
         ),
         roots=config.words("node.roots"),
-        reach=Reach(
-            roots=config.words("node.roots"),
-            process=config.text("node.kubelet_process"),
-            unproved=config.text("node.unproved_mounts") == "allow",
-        ),
+        reach=reach(config),
         rust_shared_block=config.text("kata.rust_shared_block") == "allow",
         guest_filesystems=Trust(config.text("node.guest_filesystems")),
         check_patience=check_patience,
         copy_gives_way=config.number("loop.copy_gives_way_seconds"),
-        sandboxes=Sandboxes(endpoint=lambda: places(config).taken().endpoint, roots=config.words("node.roots")),
+        sandboxes=Sandboxes(endpoint=lambda: places(config).taken().endpoints, roots=config.words("node.roots")),
     )
     node.claims.remake = partial(repair.remade, node)
     return node
+
+
+def reach(config: Config) -> Reach:
+    """Whether mounts reach kubelet, by its process."""
+    return Reach(
+        roots=config.words("node.roots"),
+        process=config.text("node.kubelet_process"),
+        unproved=config.text("node.unproved_mounts") == "allow",
+    )
 
 
 def warm(node: Node) -> None:
@@ -150,7 +155,8 @@ def kubelet_pods(config: Config, pods: KubernetesApi) -> KubeletPods | None:
     own = [os.path.join(root, "pki", name) for root in config.words("node.roots")
            for name in ("kubelet-server-current.pem", "kubelet.crt")]  # fmt: skip
     authority = own if said in ("", "auto") else [said]
-    return KubeletPods(config.text("detect.kubelet"), pods, node=config.node_id, authority=authority)
+    address, is_beside = config.text("detect.kubelet"), reach(config).is_beside
+    return KubeletPods(address, pods, node=config.node_id, authority=authority, is_beside=is_beside)
 
 
 def detector(config: Config, known: KnownPods | None = None) -> Detector:

@@ -193,6 +193,11 @@ TABLE: Mapping[str, Setting] = {
     "snapshotter.unmap_idle_seconds": Setting(
         default=600, meaning="unmap a snapshot's device that nobody has had open for so long; 0 for never"
     ),
+    "snapshotter.gauge": Setting(
+        default="auto",
+        meaning="where a filesystem is mounted that is as full as the pool, for kubelet and what watches the node; "
+        "`auto` is `gauge` in snapshotter.state_dir; empty for none",
+    ),
     "snapshotter.metrics": Setting(default="", meaning="HOST:PORT of the metrics (loopback); empty for none"),
     "pool.data_reserve_percent": Setting(
         default=3, meaning="free data that new snapshots leave to those that run, in percent"
@@ -426,6 +431,7 @@ def _check_snapshotter(config: Config) -> None:
     for key in ("snapshotter.images", "snapshotter.image_roots"):
         if config.text(key) and not config.text(key).startswith("/"):
             raise ConfigError(f"{key} = {config.text(key)!r} (from {config.sources[key]}): must be an absolute path")
+    _check_gauge(config)
     for path in config.words("snapshotter.image_keys"):
         if not path.startswith("/"):
             source = config.sources["snapshotter.image_keys"]
@@ -436,6 +442,15 @@ def _check_snapshotter(config: Config) -> None:
         raise ConfigError(
             f"snapshotter.unmap_idle_seconds = {idle} (from {config.sources['snapshotter.unmap_idle_seconds']}): must "
             f"not be below snapshotter.call_seconds = {call}, else a device goes under a call; 0 is for never"
+        )
+
+
+def _check_gauge(config: Config) -> None:
+    gauge = config.text("snapshotter.gauge")
+    if gauge not in ("", "auto") and (not gauge.startswith("/") or os.path.normpath(gauge) != gauge or gauge == "/"):
+        raise ConfigError(
+            f"snapshotter.gauge = {gauge!r} (from {config.sources['snapshotter.gauge']}): must be a plain absolute "
+            "path, `auto`, or empty for none"
         )
 
 

@@ -21,6 +21,7 @@ from runvol import containerd_wish, toml_text
 from runvol.cli import Loader
 from runvol.config import Config
 from runvol.containerd_wish import NAME, Wish
+from runvol.gauge_place import former_roots, gauge_path
 from runvol.toml_text import Change, NoPlace
 
 _COPY = ".before-runvol"
@@ -94,7 +95,8 @@ def _wish(config: Config, runtimes: Sequence[str], everything: bool, platform: s
             raise Refused(f"--runtime {handler} is given twice, with different types")
     return Wish(
         address=config.text("snapshotter.endpoint").removeprefix("unix://"),
-        root=config.text("paths.state_dir"),
+        root=gauge_path(config) or config.text("paths.state_dir"),
+        roots=former_roots(config),
         platform=platform,
         runtimes=named,
         everything=everything,
@@ -108,7 +110,12 @@ def _wish(config: Config, runtimes: Sequence[str], everything: bool, platform: s
 @click.option("--write", is_flag=True, help=f"Change the file; what it was is kept beside it (PATH{_COPY}).")
 @click.option("--runtime", "runtimes", multiple=True, metavar="HANDLER[=TYPE]",
               help="A runtime that gets it (default: all that are sandboxes); TYPE: of one to be added.")  # fmt: skip
-@click.option("--all-runtimes", is_flag=True, help="containerd 1.6: runc's containers get it too.")
+@click.option(
+    "--all-runtimes",
+    is_flag=True,
+    help="The default of all, runc's containers too, which kubelet "
+    "sees as its imagefs; containerd 1.6 takes it no other way.",
+)
 @click.option("--platform", metavar="OS/ARCH", help="Of the node (default: this machine's).")
 @click.option("--root", metavar="DIR", help="Where the node's root is seen (default: the setting paths.host_root).")
 @click.pass_obj

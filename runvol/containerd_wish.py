@@ -39,12 +39,14 @@ def fits(said: object, platform: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Wish:
-    """`runtimes`: handlers, with the runtime_type of one that the file does not have. `everything`: all runtimes are to
-    use it, as containerd 1.6 has no other choice. `root`: what kubelet is told the root filesystems lie on."""
+    """`runtimes`: handlers, with the runtime_type of one that the file does not have. `everything`: it is the default
+    of all that name no other, as containerd 1.6 has no other choice. `root`: what kubelet is told the root filesystems
+    lie on; `roots`: what earlier releases have said there, which is put right."""
 
     address: str
     root: str
     platform: str
+    roots: Sequence[str] = ()
     runtimes: Mapping[str, str] = field(default_factory=dict)
     everything: bool = False
 
@@ -72,11 +74,11 @@ class _Changes:
     def __iter__(self) -> Iterator[Change]:
         self._refuse_disabled()
         yield from self._proxy()
-        if self._version < (1, 7):
+        if self._version < (1, 7) or self._wish.everything:
             yield from self._for_all()
+            if self._version.merges:
+                yield from self._unpack()
             return
-        if self._wish.everything:
-            raise Refused(f"--all-runtimes is for containerd 1.6; {self._version} chooses for each runtime: --runtime")
         runtimes = self._wish.runtimes or self._sandboxes()
         yield from self._runc()
         for handler, kind in runtimes.items():
@@ -142,7 +144,8 @@ class _Changes:
         yield from self._set(place, "address", self._wish.address)
         if kind is None:
             yield Put(path=(*place.put, "type"), value="snapshot")
-        if not self._version < (1, 7) and self._at(*place.found, "exports", "root") is None:
+        # 1.6 takes it from 1.6.33 on, and passes over it before.
+        if (said := self._at(*place.found, "exports", "root")) != self._wish.root and said in (None, *self._wish.roots):
             yield Put(path=(*place.put, "exports", "root"), value=self._wish.root)
 
     def _for_all(self) -> Iterator[Change]:
@@ -150,8 +153,11 @@ class _Changes:
             raise Refused(f"containerd {self._version} has one snapshotter for all runtimes, so runc's containers "
                           "would lie on it too; say --all-runtimes if that is wanted, or upgrade to 1.7")  # fmt: skip
         if self._wish.runtimes:
-            raise Refused(f"--runtime: containerd {self._version} has one snapshotter for all runtimes")
-        place = self._cri()
+            why = f"containerd {self._version} has one snapshotter for all runtimes"
+            raise Refused(f"--runtime: {'--all-runtimes names all of them' if self._wish.everything else why}")
+        place = self._cri(images=True)
+        if self._main.form < 3:  # whose own table wins over that of its newer name
+            place = Place(found=place.found, put=self._cri("snapshotter").put[:-1])
         there = self._at(*place.found, "snapshotter")
         self._refuse_other(place.found, there, (_DEFAULT,))
         self._refuse_discarding()

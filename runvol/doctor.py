@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from blockdev import Deadline, confined
 from guestmount import Node, guest_kernel, kata_config, preflight, registration, repair
 from guestmount.errors import TROUBLE
-from guestmount.runtimes import ContainerdConfig
+from guestmount.runtimes import Handler
 from guestmount.usage import problems
 from runvol import assembly, doctor_cluster, doctor_containerd, doctor_kubelet, doctor_sidecars, doctor_snapshots
 from runvol.config import Config
@@ -20,20 +20,27 @@ _CAP_SYS_ADMIN, _CAP_SYS_RESOURCE = 21, 24
 
 
 def examine(config: Config, node: Node) -> Iterator[Diagnosis]:
-    """Every check, one after the other; none of them changes anything."""
+    """Every check, one after the other; none of them changes anything. What only a node has is looked at where the
+    node's service is (csi.services): a central controller has neither kubelet nor containerd."""
+    on_node = "node" in config.words("csi.services")
     yield from _programs()
-    yield from _kernel()
-    yield from _directories(config)
-    yield from _reach(node)
+    yield from _kernel(on_node)
+    if on_node:
+        yield from _directories(config)
+        yield from _reach(node)
     yield from doctor_kubelet.examine(config)
     yield from doctor_sidecars.examine(config)
-    containerd = doctor_containerd.asked(config)
-    yield from doctor_cluster.examine(config, assembly.api(config), containerd)
-    yield from doctor_containerd.examine(containerd)
-    yield from _runtimes(config, containerd.believed)
+    if on_node:
+        containerd = doctor_containerd.asked(config)
+        yield from doctor_cluster.examine(config, assembly.api(config), containerd)
+        yield from doctor_containerd.examine(containerd)
+        yield from _runtimes(config, containerd.handlers.values())
+    else:
+        yield from doctor_cluster.examine(config, assembly.api(config), None)
     yield from _backends(node)
     yield from _volumes(node)
-    yield from doctor_snapshots.examine(config)
+    if on_node:
+        yield from doctor_snapshots.examine(config)
 
 
 def _programs() -> Iterator[Diagnosis]:
@@ -56,15 +63,16 @@ def _programs() -> Iterator[Diagnosis]:
         )
 
 
-def _kernel() -> Iterator[Diagnosis]:
-    control = os.path.exists("/dev/loop-control")
-    yield Diagnosis(
-        state=OK if control else BROKEN,
-        subject="loop devices",
-        finding="/dev/loop-control is there"
-        if control
-        else "no /dev/loop-control: modprobe loop, or mount the host's /dev",
-    )
+def _kernel(on_node: bool) -> Iterator[Diagnosis]:
+    if on_node:
+        control = os.path.exists("/dev/loop-control")
+        yield Diagnosis(
+            state=OK if control else BROKEN,
+            subject="loop devices",
+            finding="/dev/loop-control is there"
+            if control
+            else "no /dev/loop-control: modprobe loop, or mount the host's /dev",
+        )
     with open("/proc/self/status") as status:
         effective = next(int(line.split()[1], 16) for line in status if line.startswith("CapEff"))
     for number, name, needed, cost in (
@@ -99,8 +107,8 @@ def _directories(config: Config) -> Iterator[Diagnosis]:
         )
 
 
-def _runtimes(config: Config, containerd: ContainerdConfig | None) -> Iterator[Diagnosis]:
-    for handler in containerd.handlers.values() if containerd is not None else ():
+def _runtimes(config: Config, handlers: Iterable[Handler]) -> Iterator[Diagnosis]:
+    for handler in handlers:
         if not handler.is_sandbox:
             yield Diagnosis(state=OK, subject=f"handler {handler.name}", finding="runs pods on the host's kernel")
             continue

@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from blockdev import Deadline, WaitExpired
 from guestmount import KubernetesApi, drivers
-from guestmount.pods import PodUnknown
+from guestmount.pods import NotThere, PodUnknown
 from guestmount.running_containerd import Answer
 from runvol import assembly
 from runvol.config import Config
@@ -16,12 +16,13 @@ from runvol.diagnosis import BROKEN, OK, WARNING, Diagnosis
 
 # Seconds for each question.
 _ASKING = 3.0
+_CLASSES = "/apis/storage.k8s.io/v1/storageclasses"
 # What is read, and what for.
 _READ = (
     ("pods", "/api/v1/pods", "which runtime a pod has"),
     ("RuntimeClasses", "/apis/node.k8s.io/v1/runtimeclasses", "which handler a RuntimeClass has"),
     ("PersistentVolumes", "/api/v1/persistentvolumes", "which claim a volume is of"),
-    ("StorageClasses", "/apis/storage.k8s.io/v1/storageclasses", "which NFS exports there are"),
+    ("StorageClasses", _CLASSES, "which NFS exports there are"),
 )
 # What a node's own credentials do not list; the driver of NFS has to, the other one reads volumes by their names.
 _FOR_NFS = ("PersistentVolumes", "StorageClasses")
@@ -33,28 +34,37 @@ _FIELDS: Mapping[str, tuple[Any, str]] = {
 }
 
 
-def examine(config: Config, api: KubernetesApi | None, containerd: Answer) -> Iterator[Diagnosis]:
-    """One line where no API is configured. `containerd`: kubelet's, as far as it is known."""
+def examine(config: Config, api: KubernetesApi | None, containerd: Answer | None) -> Iterator[Diagnosis]:
+    """One line where no API is configured. `containerd`: kubelet's, as far as it is known; None where this is no node,
+    and nobody asks which runtime a pod has."""
     if api is None:
+        if containerd is None:
+            finding = "none is configured (detect.kubeconfig): exports are known by the setting nfs.exports alone"
+            yield Diagnosis(state=WARNING, subject="Kubernetes API", finding=finding)
+            return
         finding = ("none is configured (detect.kubeconfig): which runtime a pod has is said by its StorageClass, or by "
                    "detect.default_runtime")  # fmt: skip
         yield Diagnosis(state=WARNING, subject="Kubernetes API", finding=finding)
         return
-    yield from _kubelet(config, api)
+    if containerd is not None:
+        yield from _kubelet(config, api)
     # The node's pods are all that is followed, and all that its own credentials list.
     asked = {"pods": f"fieldSelector={quote(f'spec.nodeName={config.node_id}', safe='')}&"}
     others = () if config.text("csi.nfs_endpoint") else _FOR_NFS
     unreadable = [
         _readable(api, what, f"{path}?{asked.get(what, '')}limit=1", why, WARNING if what in others else BROKEN)
         for what, path, why in _READ
+        if containerd is not None or what in _FOR_NFS
     ]
     yield from (one for one in unreadable if one is not None)
     if not any(unreadable):
-        yield Diagnosis(state=OK, subject="Kubernetes API", finding="answers, and lets pods and classes be read")
+        yield Diagnosis(state=OK, subject="Kubernetes API", finding="answers, and lets be read what is needed")
     elif all(unreadable):
         return
     yield from _drivers(config, api)
-    yield from _handlers(config, api, containerd)
+    yield from _classes(config, api)
+    if containerd is not None:
+        yield from _handlers(config, api, containerd)
 
 
 def _readable(api: KubernetesApi, what: str, path: str, why: str, state: str) -> Diagnosis | None:
@@ -86,7 +96,7 @@ def _drivers(config: Config, api: KubernetesApi) -> Iterator[Diagnosis]:
         try:
             found = api.one(f"CSIDriver {name}", f"/apis/storage.k8s.io/v1/csidrivers/{name}", Deadline.after(_ASKING))
         except (PodUnknown, WaitExpired) as error:
-            missing = "404" in str(error)
+            missing = isinstance(error, NotThere)
             finding = "is not there: pods hang without any event; `helm upgrade` brings it back, "
             finding += "and where there is no chart: kubectl apply -f deploy/kubernetes/csidrivers.yaml"
             yield Diagnosis(state=BROKEN if missing else WARNING, subject=f"CSIDriver {name}",
@@ -98,6 +108,27 @@ def _drivers(config: Config, api: KubernetesApi) -> Iterator[Diagnosis]:
                  for field, (wanted, cost) in _FIELDS.items() if spec.get(field) != wanted]  # fmt: skip
         yield Diagnosis(state=BROKEN if wrong else OK, subject=f"CSIDriver {name}",
                         finding="; ".join(wrong) or "says what the driver needs")  # fmt: skip
+
+
+def _classes(config: Config, api: KubernetesApi) -> Iterator[Diagnosis]:
+    """Those that have volumes of a node made before it is known where their pods can run."""
+    if not config.text("csi.endpoint"):
+        return
+    try:
+        found = [
+            one for one in api.listed("StorageClasses", _CLASSES, Deadline.after(_ASKING))
+            if one.get("provisioner") == drivers.NODES and one.get("volumeBindingMode") != "WaitForFirstConsumer"
+        ]  # fmt: skip
+    except (PodUnknown, WaitExpired):
+        return  # which is a line already
+    for one in found:
+        metadata = one.get("metadata")
+        name = metadata.get("name") if isinstance(metadata, dict) else None
+        finding = (
+            "volumeBindingMode is 'Immediate' instead of 'WaitForFirstConsumer': a claim's volume is made on any node, "
+        )
+        finding += "and its pods can run on that one only; make the class anew, its volumes stay"
+        yield Diagnosis(state=WARNING, subject=f"StorageClass {name}", finding=finding)
 
 
 def _handlers(config: Config, api: KubernetesApi, asked: Answer) -> Iterator[Diagnosis]:

@@ -32,14 +32,19 @@ def examine(answer: Answer) -> Iterator[Diagnosis]:
     doubtful = answer.others or (answer.believed is None and not taken.proved)
     yield Diagnosis(state=WARNING if doubtful else OK, subject="containerd", finding=where)
     if answer.believed is None:
-        finding = f"cannot be read, and {answer.doubt}: runtimes are known by name only"
+        finding = f"{answer.unread}, and {answer.doubt}: runtimes are known by name only"
         yield Diagnosis(state=WARNING, subject=taken.config, finding=finding)
     elif answer.running is None:
-        meant = not taken.endpoint
+        meant = not taken.endpoint and not answer.differently
         finding = f"was not asked for its runtimes, so its file counts: {answer.doubt}"
+        if answer.differently:
+            finding += (
+                f"; containerd 1 and 2 read {taken.config} with its imports differently: a pod that this matters "
+            )
+            finding += "to is refused; put all of a handler into one file"
         yield Diagnosis(state=OK if meant else WARNING, subject="running containerd", finding=finding)
     elif answer.on_file is None:
-        finding = f"tells its runtimes; {taken.config} cannot be read"
+        finding = f"tells its runtimes; {taken.config} {answer.unread}"
         yield Diagnosis(state=OK, subject="running containerd", finding=finding)
     else:
         wrong = list(_differences(answer.running, answer.on_file))

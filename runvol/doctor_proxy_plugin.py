@@ -14,6 +14,7 @@ from runvol import assembly, toml_text
 from runvol.config import Config
 from runvol.containerd_wish import NAME, TRANSFER, fits, machine
 from runvol.diagnosis import BROKEN, OK, WARNING, Diagnosis
+from runvol.gauge_place import former_roots, gauge_path
 
 COMMAND = "`runvol snapshotter containerd-config`"
 
@@ -46,6 +47,10 @@ def examine(config: Config) -> Iterator[Diagnosis]:
     if said != address:
         yield Diagnosis(state=BROKEN, subject=path, finding=f"proxy_plugins.{NAME}.address is {said!r}, but the "
                         f"snapshotter listens on {address!r}; {COMMAND} puts it right")  # fmt: skip
+    root, gauge = str(plugin.get("exports", {}).get("root", "")), gauge_path(config)
+    if gauge and root in former_roots(config) and root != gauge:
+        yield Diagnosis(state=WARNING, subject=path, finding=f"proxy_plugins.{NAME}.exports.root is {root!r}, and what "
+                        f"shows the pool's fill is {gauge!r}; {COMMAND} puts it right")  # fmt: skip
     users = sorted(_users(document))
     nobody = f"none: {COMMAND} sets snapshotter = {NAME!r} in the tables of runtimes"
     yield Diagnosis(state=OK if users else WARNING, subject="runtimes on it", finding=", ".join(users) or nobody)

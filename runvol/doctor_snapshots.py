@@ -9,11 +9,13 @@ from collections.abc import Iterator, Mapping
 from blockdev import BlockdevError, Deadline, devicemapper
 from blockdev.devicemapper import Mapper
 from blockdev.dm_targets import MAX_THIN_ID
-from runvol import assembly, doctor_proxy_plugin, pool_absence
+from runvol import assembly, doctor_gauge, doctor_proxy_plugin, pool_absence
 from runvol.config import Config
 from runvol.diagnosis import BROKEN, OK, WARNING, Diagnosis
+from runvol.gauge_place import gauge_path
 from snapshotter import backing, images
 from snapshotter.errors import SnapshotterError
+from snapshotter.gauge import fill
 from snapshotter.images import Share
 from snapshotter.node import STORE
 from snapshotter.pool import Pool
@@ -77,6 +79,9 @@ def _programs(config: Config) -> Iterator[Diagnosis]:
         found = pool_absence.installed(program)
         yield Diagnosis(state=OK if found else BROKEN, subject=program,
                         finding=found or f"is not installed; install {package}")  # fmt: skip
+    if not ext4 and gauge_path(config) and not pool_absence.installed("mkfs.ext4"):
+        yield Diagnosis(state=WARNING, subject="mkfs.ext4", finding="is not installed; install e2fsprogs, for the "
+                        "filesystem that shows the pool's fill, or set snapshotter.gauge to an empty text")  # fmt: skip
     for program, needed, what in (
         ("thin_check", True, ""),
         ("thin_ls", True, ""),
@@ -108,6 +113,8 @@ def _pool(config: Config, description: backing.Description) -> Iterator[Diagnosi
             pool = Pool(mapper, description.name, description.identity, "", limits(config))
             for finding in pool.health():
                 yield Diagnosis(state=finding.state, subject=subject, finding=finding.message)
+            wanted = fill(pool.status(), description.block, pool.limits.data_reserve)
+        yield from doctor_gauge.examine(gauge_path(config), config.text("snapshotter.state_dir"), wanted)
     except (SnapshotterError, BlockdevError, ValueError) as error:
         yield Diagnosis(state=BROKEN, subject=subject, finding=str(error))
 

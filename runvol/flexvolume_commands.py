@@ -38,13 +38,23 @@ refuse() {{
     exit 1
 }}
 absent='the node plugin of runvol does not run on this node'
-for needed in cut env nsenter; do
+for needed in cat env nsenter; do
     command -v "$needed" >/dev/null || refuse "the program $needed is not installed where kubelet runs"
 done
 {{ read -r pid began < {told}; }} 2>/dev/null || refuse "$absent"
-[ "$(cut -d ' ' -f 22 "/proc/$pid/stat" 2>/dev/null)" = "${{began:-none}}" ] || refuse "$absent"
-reply=$(nsenter --target "$pid" --mount -- env {settings} {program} "$@" 2>/dev/null)
-status=$?
+# What is opened is what is entered, whoever has the number later. A process names itself as it likes: the word that
+# counts is the twentieth behind the last bracket (proc(5)).
+began_of() {{
+    shift 19
+    echo "$1"
+}}
+{{
+    said=$(cat "/proc/$pid/stat")
+    set -f
+    [ "$(began_of ${{said##*) }})" = "${{began:-none}}" ] || refuse "$absent"
+    reply=$(nsenter --mount=/proc/self/fd/3 -- env {settings} {program} "$@")
+    status=$?
+}} 2>/dev/null 3< "/proc/$pid/ns/mnt" || refuse "$absent"
 [ "${{reply#\\{{}}" != "$reply" ] || refuse "the container of the node plugin cannot be entered, or gave no answer"
 printf '%s\\n' "$reply"
 exit $status

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from blockdev import ioctls
 from blockdev.devicemapper import Mapper, MapperError
-from snapshotter import backing
+from snapshotter import assembly, backing
 from snapshotter.assembly import UUID
 from snapshotter.backing import Description
 
@@ -38,6 +38,8 @@ def _reasons(mapper: Mapper, state_dir: str, it: Description) -> Iterator[str]:
     if found is not None and found.uuid != UUID + it.identity:
         yield (f"a mapped device {it.name} exists that is not this pool (its UUID is {found.uuid or 'empty'}); rename "
                "it, or describe this pool under another name")  # fmt: skip
+    if begun := assembly.unfinished(state_dir, it):
+        yield begun
     if trouble := kernel_trouble(mapper):
         yield trouble
     if not installed("thin_check"):

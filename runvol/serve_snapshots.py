@@ -11,6 +11,7 @@ import stat
 
 from blockdev import Deadline
 from runvol.config import Config, ConfigError
+from runvol.gauge_place import gauge_path
 from snapshotter.errors import PoolRefused, Unavailable
 from snapshotter.node import Node, Settings
 from snapshotter.pool import Limits
@@ -50,6 +51,7 @@ def settings_of(config: Config) -> Settings:
         share_layers=bool(config.number("snapshotter.share_layers")),
         unmap_idle=max(idle, call) if idle else 0,
         discard=bool(config.number("snapshotter.discard")),
+        gauge=gauge_path(config),
     )
 
 

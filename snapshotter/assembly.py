@@ -15,7 +15,7 @@ from blockdev.commands import run
 from blockdev.devicemapper import Device, Mapper, MapperError, node
 from blockdev.dm_targets import SECTOR, PoolStatus
 from blockdev.errors import BlockdevError, CommandFailed
-from snapshotter import backing, making
+from snapshotter import backing, making, turns
 from snapshotter.backing import Backing, Description
 from snapshotter.errors import PoolRefused, SnapshotterError, Unavailable
 from snapshotter.making import Wish
@@ -25,6 +25,8 @@ from snapshotter.store import STORE, Store
 log = logging.getLogger("runvol.snapshotter")
 
 UUID = "RUNVOL-POOL-"
+# Percent by which a pool is extended that does not do so by itself.
+_STEP = 20
 _NO_POOL = "no pool is described in {}; make one with `runvol pool init`"
 
 
@@ -35,17 +37,33 @@ def init(mapper: Mapper, state_dir: str, wish: Wish, deadline: Deadline) -> Pool
     """
     making.check(wish)
     existing = backing.load(state_dir)
+    if existing is not None and os.path.exists(_made(state_dir)):
+        raise already(state_dir, existing)
+    with turns.whole(state_dir):
+        return _init(mapper, state_dir, wish, deadline)
+
+
+def already(state_dir: str, it: Description) -> PoolRefused:
+    return PoolRefused(f"{state_dir} already has pool {it.name} (on {it.data}); `runvol pool status`")
+
+
+def _init(mapper: Mapper, state_dir: str, wish: Wish, deadline: Deadline) -> Pool:
+    existing = backing.load(state_dir)
     if existing is None:
         description = making.describe(wish, deadline)
         _refuse_taken_names(mapper, state_dir, description)
+        making.wipe(wish, description, deadline)
         backing.save(state_dir, description)
     else:
+        if is_adopted_half(state_dir, existing):
+            raise PoolRefused(
+                f"the adoption of pool {existing.name}, described in {state_dir}/{backing.FILE}, did not end: repeat "
+                "`runvol pool adopt` with the arguments that it had"
+            )
         different = making.difference(existing, wish, state_dir)
         # Without its mark a pool may be made all the same, and then nobody is told to remove what describes it.
         if os.path.exists(_made(state_dir)) or (different and _seems_made(mapper, state_dir, existing, deadline)):
-            raise PoolRefused(
-                f"{state_dir} already has pool {existing.name} (on {existing.data}); `runvol pool status`"
-            )
+            raise already(state_dir, existing)
         if different:
             raise PoolRefused(different)
         _refuse_taken_names(mapper, state_dir, existing)
@@ -55,13 +73,13 @@ def init(mapper: Mapper, state_dir: str, wish: Wish, deadline: Deadline) -> Pool
 
 def _refuse_taken_names(mapper: Mapper, state_dir: str, description: Description) -> None:
     """Before anything is written: a mapped device of the name is somebody else's."""
-    _found(mapper, description)
+    find_mapped(mapper, description)
     Backing(mapper, state_dir, description).refuse_taken_names()
 
 
 def _make(mapper: Mapper, below: Backing, wish: Wish, deadline: Deadline, *, fresh: bool) -> Pool:
     state_dir, maker = below.state_dir, making.Maker(below, wish, deadline)
-    if _found(mapper, below.description) is None:
+    if find_mapped(mapper, below.description) is None:
         try:
             maker.make(fresh=fresh)
         except BaseException:
@@ -70,7 +88,7 @@ def _make(mapper: Mapper, below: Backing, wish: Wish, deadline: Deadline, *, fre
                 os.unlink(os.path.join(state_dir, backing.FILE))
             raise
         if not below.description.data_bytes:
-            below.mark()
+            below.mark(exclusive=True)
     pool = _assemble(mapper, below, deadline, check=False)
     status = pool.status()
     if status.transaction == 0 or fresh:
@@ -86,6 +104,32 @@ def _make(mapper: Mapper, below: Backing, wish: Wish, deadline: Deadline, *, fre
     return pool
 
 
+def _adopting(state_dir: str) -> str:
+    return os.path.join(state_dir, "pool.adopting")
+
+
+def is_adopted_half(state_dir: str, it: Description) -> bool:
+    """Whether the adoption of this pool was begun here and did not end."""
+    try:
+        return durable.read(_adopting(state_dir)) == f"{it.identity}\n".encode()
+    except FileNotFoundError:
+        return False
+
+
+def begin_adoption(state_dir: str, it: Description) -> None:
+    """The pool is described, and not used until `end_adoption`."""
+    durable.replace(_adopting(state_dir), f"{it.identity}\n".encode())
+    backing.save(state_dir, it)
+
+
+def end_adoption(below: Backing) -> None:
+    """The pool counts as made from now on."""
+    _write_made(below)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(_adopting(below.state_dir))
+    durable.sync_directory(below.state_dir)
+
+
 def _made(state_dir: str) -> str:
     return os.path.join(state_dir, "pool.made")
 
@@ -98,8 +142,10 @@ def _is_made(mapper: Mapper, below: Backing, deadline: Deadline) -> bool:
     """Whether the pool's making ended. A mark that is lost is written again: the pool itself tells."""
     if os.path.exists(_made(below.state_dir)):
         return True
+    if is_adopted_half(below.state_dir, below.description):
+        return False
     it = below.description
-    mapped = _found(mapper, it) is not None
+    mapped = find_mapped(mapper, it) is not None
     if not (mapper.pool_status(it.name).transaction if mapped else making.transaction(below, deadline)):
         return False
     log.warning("the mark of a pool that was made is lost; it is written again", extra={"pool": it.name})
@@ -124,14 +170,25 @@ def assemble(mapper: Mapper, state_dir: str, deadline: Deadline, limits: Limits 
         raise PoolRefused(_NO_POOL.format(state_dir))
     below = Backing(mapper, state_dir, description)
     if not _is_made(mapper, below, deadline):
+        half = is_adopted_half(state_dir, description)
         raise PoolRefused(
-            f"the making of pool {description.name}, described in {state_dir}/{backing.FILE}, did not end: repeat "
-            "`runvol pool init` with the arguments that it had, or remove the file"
+            f"the {'adoption' if half else 'making'} of pool {description.name}, described in {state_dir}/"
+            f"{backing.FILE}, did not end: repeat `runvol pool {'adopt' if half else 'init'}` with the arguments that "
+            "it had, or remove the file"
         )
     return _assemble(mapper, below, deadline, check=True, limits=limits), below
 
 
-def _found(mapper: Mapper, it: Description) -> Device | None:
+def unfinished(state_dir: str, it: Description) -> str:
+    """What was begun with the pool and has to be ended before it is assembled, as a sentence; empty for nothing."""
+    if is_adopted_half(state_dir, it):
+        return "its adoption did not end: repeat `runvol pool adopt` with the arguments that it had"
+    if os.path.exists(_replacing(state_dir)):
+        return "its repair did not end: repeat `runvol pool check --repair`"
+    return ""
+
+
+def find_mapped(mapper: Mapper, it: Description) -> Device | None:
     """The mapped pool. One that a killed process left without a live table is removed, as it holds the metadata.
 
     PoolRefused if the name is somebody else's.
@@ -154,27 +211,37 @@ def _assemble(
     mapper: Mapper, below: Backing, deadline: Deadline, *, check: bool, limits: Limits | None = None
 ) -> Pool:  # fmt: skip
     it = below.description
-    found = _found(mapper, it)
+    found = find_mapped(mapper, it)
+    if found is None and os.path.exists(_replacing(below.state_dir)):
+        raise Unavailable(f"the repair of pool {it.name} did not end: repeat `runvol pool check --repair`")
     metadata, data = below.attach(deadline)
     if found is None:
         _prove_free(it, metadata, data)
         if check:
             check_metadata(it.name, metadata, deadline)
-        try:
-            mapper.create(it.name, UUID + it.identity)
-        except MapperError as error:
-            if error.errno != errno.EBUSY:
-                raise
-            raise Unavailable(f"another process is assembling pool {it.name} just now; try again") from None
-        try:
-            mapper.load(it.name, [below.table(metadata, data)])
-        except MapperError as error:
-            mapper.remove(it.name)
-            raise Unavailable(f"{error}, on {metadata} and {data}; the kernel's log has the reason") from None
-        mapper.resume(it.name)
+        map_pool(mapper, below, metadata, data)
     elif found.suspended:
         mapper.resume(it.name)
-    return Pool(mapper, it.name, it.identity, metadata, limits)
+    pool = Pool(mapper, it.name, it.identity, metadata, limits)
+    pool.remedies = backing.remedies(it)
+    return pool
+
+
+def map_pool(mapper: Mapper, below: Backing, metadata: str, data: str) -> None:
+    """Map the pool over its devices. Unavailable where it cannot be, or another process does so just now."""
+    it = below.description
+    try:
+        mapper.create(it.name, UUID + it.identity)
+    except MapperError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        raise Unavailable(f"another process is assembling pool {it.name} just now; try again") from None
+    try:
+        mapper.load(it.name, [below.table(metadata, data)])
+    except MapperError as error:
+        mapper.remove(it.name)
+        raise Unavailable(f"{error}, on {metadata} and {data}; the kernel's log has the reason") from None
+    mapper.resume(it.name)
 
 
 def _prove_free(it: Description, metadata: str, data: str) -> None:
@@ -216,31 +283,75 @@ def disassemble(mapper: Mapper, pool: Pool, below: Backing, deadline: Deadline) 
 
 
 def repair(mapper: Mapper, state_dir: str, deadline: Deadline) -> str:
-    """Bring a pool back that needs a check: clear the mark, or rebuild the metadata. What was done, as a sentence."""
+    """Bring a pool back that needs a check: clear the mark, or rebuild the metadata. What was done, as a sentence.
+
+    PoolRefused beside a server or another command. May be interrupted and repeated.
+    """
     description = backing.load(state_dir)
     if description is None:
         raise PoolRefused(_NO_POOL.format(state_dir))
-    below = Backing(mapper, state_dir, description)
-    metadata, _ = below.attach(deadline)
-    pool = Pool(mapper, description.name, description.identity, metadata)
-    for device in (*pool.active(), KEEPER):
+    with turns.whole(state_dir, description.identity):
+        below = Backing(mapper, state_dir, description)
+        metadata, data = below.attach(deadline)
+        pool = Pool(mapper, description.name, description.identity, metadata)
+        _unmap(mapper, pool)
+        # Without its data the pool is mapped by nobody; the tools want the metadata for themselves.
+        with _alone_on(data):
+            done = _repair(state_dir, metadata, deadline)
+        assemble(mapper, state_dir, deadline)
+    return f"pool {pool.name}: {done}. Check the filesystems of the snapshots that were in use"
+
+
+def _repair(state_dir: str, metadata: str, deadline: Deadline) -> str:
+    if os.path.exists(_replacing(state_dir)):
+        _replace(state_dir, metadata)
+        return "the metadata was rebuilt from what could be read, by a repair that had not ended"
+    try:
+        run("thin_check", "-q", "--clear-needs-check-flag", metadata, deadline=deadline)
+    except CommandFailed:
+        return _rebuild(state_dir, metadata, deadline)
+    return "the metadata is sound; the mark was cleared"
+
+
+def _unmap(mapper: Mapper, pool: Pool) -> None:
+    """Unmap the pool and what is on it; the keeper first, which nobody may have open. Unavailable, PoolRefused."""
+    if not pool.deactivate(KEEPER):
+        raise PoolRefused(
+            f"another process serves or changes pool {pool.name} (it has {pool.path(KEEPER)} open); stop that first"
+        )
+    for device in pool.active():
         if not pool.deactivate(device):
             raise Unavailable(f"device {pool.path(device)} is open: {pool.holders(device)}; stop that first")
     if mapper.find(pool.name) is not None:
         mapper.remove(pool.name)
+
+
+@contextlib.contextmanager
+def _alone_on(device: str) -> Iterator[None]:
+    """Nobody maps the device, mounts it or writes to it alone inside; Unavailable where somebody does."""
     try:
-        run("thin_check", "-q", "--clear-needs-check-flag", metadata, deadline=deadline)
-        done = "the metadata is sound; the mark was cleared"
-    except CommandFailed:
-        done = _rebuild(state_dir, metadata, deadline)
-    assemble(mapper, state_dir, deadline)
-    return f"pool {pool.name}: {done}. Check the filesystems of the snapshots that were in use"
+        fd = os.open(device, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        raise Unavailable(
+            f"{device} is in use by somebody else: it is mounted, or another device is mapped over it; end that first"
+        ) from None
+    try:
+        yield
+    finally:
+        os.close(fd)
+
+
+def _replacing(state_dir: str) -> str:
+    """Rebuilt metadata, whole, that are being put in the place of the damaged ones."""
+    return os.path.join(state_dir, "metadata.replacing")
 
 
 def _rebuild(state_dir: str, metadata: str, deadline: Deadline) -> str:
     """The device is written only once thin_repair has ended well; CommandFailed, and nothing is changed, otherwise."""
     kept = os.path.join(state_dir, f"metadata-{time.strftime('%Y%m%dT%H%M%S')}.bin")
-    rebuilt = f"{kept}.rebuilt"
+    rebuilt = os.path.join(state_dir, "metadata.rebuilt")
     _copy(metadata, kept)
     try:
         with open(rebuilt, "wb") as opened:
@@ -249,10 +360,21 @@ def _rebuild(state_dir: str, metadata: str, deadline: Deadline) -> str:
             run("thin_repair", "-i", damaged, "-o", sound, deadline=deadline)
             found = numbers(run("thin_ls", "--no-headers", "-o", "DEV", sound, deadline=deadline)[1])
         missing = _missing(state_dir, set(found))
-        _copy(rebuilt, metadata)
-    finally:
-        os.unlink(rebuilt)
+        os.rename(rebuilt, _replacing(state_dir))
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(rebuilt)
+        raise
+    durable.sync_directory(state_dir)
+    _replace(state_dir, metadata)
     return f"the metadata was rebuilt from what could be read{missing}; the damaged one is kept as {kept}"
+
+
+def _replace(state_dir: str, metadata: str) -> None:
+    with _alone_on(metadata):
+        _copy(_replacing(state_dir), metadata)
+    os.unlink(_replacing(state_dir))
+    durable.sync_directory(state_dir)
 
 
 def _missing(state_dir: str, found: set[int]) -> str:
@@ -288,28 +410,70 @@ def _copy(source: str, target: str) -> None:
     size = ioctls.size_bytes(source)
     with ioctls.opened(source) as read, ioctls.opened(target, os.O_RDWR | os.O_CREAT) as write:
         for at in range(0, size, 1 << 20):
-            os.pwrite(write, os.pread(read, min(1 << 20, size - at), at), at)
+            os.lseek(write, at, os.SEEK_SET)
+            durable.write_all(write, os.pread(read, min(1 << 20, size - at), at))
         os.fsync(write)
 
 
 class Extender:
-    """Makes the pool larger; one extension at a time."""
+    """Makes the pool larger; one extension at a time, whichever process wants it."""
 
     def __init__(self, mapper: Mapper, pool: Pool, below: Backing) -> None:
         self._mapper, self._pool, self._below = mapper, pool, below
         self._lock = threading.Lock()
 
     def extend(self, part: str, more: int, deadline: Deadline) -> PoolStatus:
-        """`more` bytes for `part` (data or metadata); the status afterwards."""
-        with self._lock:
-            self._below.extend(part, more, deadline)
-            return self._reload(deadline)
+        """`more` bytes for `part` (data or metadata), or what there is more of it by now; the status afterwards.
+
+        Unavailable where there is nothing, or where the pool does not take it.
+        """
+        with self._turn(deadline):
+            return self._extend(part, more, self._pool.status(), deadline)
+
+    def extend_somehow(self, part: str, deadline: Deadline) -> PoolStatus:
+        """By what there is more by now, or else by the percentage that it extends itself by."""
+        with self._turn(deadline):
+            status = self._pool.status()
+            more = 0 if self._below.beyond(part, status) else self._step(part, status)
+            return self._extend(part, more, status, deadline)
+
+    @contextlib.contextmanager
+    def _turn(self, deadline: Deadline) -> Iterator[None]:
+        with self._lock, turns.extension(self._below.state_dir, deadline):
+            self._resume()
+            yield
+
+    def _resume(self) -> None:
+        """A process that was killed between two tables has left the pool suspended, and all I/O waiting."""
+        if self._is_left_suspended():
+            found = self._mapper.find(self._pool.name)
+            if found is not None and found.suspended:
+                self._mapper.resume(self._pool.name)
+            os.unlink(self._suspending())
+
+    def _suspending(self) -> str:
+        """There as long as an extension has the pool suspended; a reboot ends that too."""
+        return os.path.join(self._below.state_dir, "pool.suspended")
+
+    def _is_left_suspended(self) -> bool:
+        return os.path.exists(self._suspending())
+
+    def _extend(self, part: str, more: int, before: PoolStatus, deadline: Deadline) -> PoolStatus:
+        self._below.extend(part, more, before, deadline)
+        after = self._reload(deadline)
+        if _fill(part, after)[1] <= _fill(part, before)[1]:
+            raise Unavailable(
+                f"pool {self._pool.name} does not take what its {part} device has more: "
+                + "; ".join(finding.message for finding in self._pool.health(after))
+            )
+        return after
 
     def _reload(self, deadline: Deadline) -> PoolStatus:
         it = self._below.description
         metadata, data = self._below.attach(deadline)
         table = self._below.table(metadata, data)
         self._mapper.load(it.name, [table])
+        os.close(os.open(self._suspending(), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
         try:
             self._mapper.suspend(it.name)
             self._mapper.resume(it.name)
@@ -318,6 +482,7 @@ class Extender:
             self._mapper.clear(it.name)
             self._mapper.resume(it.name)
             raise
+        os.unlink(self._suspending())
         return self._pool.status()
 
     def as_needed(self, deadline: Deadline) -> list[str]:
@@ -325,28 +490,61 @@ class Extender:
 
         Unavailable with what could not be extended, once all was tried.
         """
+        if self._is_left_suspended():
+            with self._turn(deadline):
+                pass
         status = self._pool.status()
-        done: list[str] = []
-        limits = self._pool.limits
-        if status.mode in ("fail", "error") or not limits.extend_by:
-            return done
-        block, failed = self._below.description.block, []
-        for part, used, total, unit in (
-            ("metadata", status.metadata_used, status.metadata_total, backing.METADATA_BLOCK),
-            ("data", status.data_used, status.data_total, block),
-        ):
-            if used * 100 >= total * limits.extend_above:
-                more = max(unit, -(-total * unit * limits.extend_by // 100 // block) * block)
-                try:
-                    after = self.extend(part, more, deadline)
-                except (SnapshotterError, BlockdevError, OSError) as error:
-                    failed.append(f"the {part}: {error}")
-                    continue
-                done.append(f"extended the {part} of pool {self._pool.name} by {more} bytes (now {after.mode})")
-                log.warning("pool", extra={"extended": done[-1]})
+        if status.mode in ("fail", "error") or not self._pool.limits.extend_by:
+            return []
+        done, failed = [], []
+        for part in ("metadata", "data"):
+            if not self._is_above(part, status):
+                continue
+            try:
+                said = self._extend_above(part, deadline)
+            except (SnapshotterError, BlockdevError, OSError) as error:
+                failed.append(f"the {part}: {error}")
+                continue
+            if said:
+                done.append(said)
+                log.warning("pool", extra={"extended": said})
         if failed:
             raise Unavailable("; ".join(failed))
         return done
 
+    def _extend_above(self, part: str, deadline: Deadline) -> str:
+        with self._turn(deadline):
+            # Another process may have extended it while this one waited for its turn.
+            before = self._pool.status()
+            if not self._is_above(part, before):
+                return ""
+            more = 0 if self._below.beyond(part, before) else self._step(part, before)
+            after = self._extend(part, more, before, deadline)
+        (_, was), (_, now) = _fill(part, before), _fill(part, after)
+        by = (now - was) * self._unit(part)
+        return f"extended the {part} of pool {self._pool.name} by {by} bytes (now {after.mode})"
 
-__all__ = ["SECTOR", "Extender", "Wish", "assemble", "check_metadata", "disassemble", "init", "node", "repair"]
+    def _is_above(self, part: str, status: PoolStatus) -> bool:
+        used, total = _fill(part, status)
+        return used * 100 >= total * self._pool.limits.extend_above
+
+    def _step(self, part: str, status: PoolStatus) -> int:
+        unit, (_, total) = self._unit(part), _fill(part, status)
+        return max(1, -(-total * (self._pool.limits.extend_by or _STEP) // 100)) * unit
+
+    def _unit(self, part: str) -> int:
+        return self._below.description.block if part == "data" else backing.METADATA_BLOCK
+
+
+def _fill(part: str, status: PoolStatus) -> tuple[int, int]:
+    """Blocks that are used, and all."""
+    if part == "data":
+        return status.data_used, status.data_total
+    return status.metadata_used, status.metadata_total
+
+
+__all__ = [
+    "SECTOR", "Extender", "Wish", "already", "assemble", "begin_adoption", "check_metadata", "disassemble",
+    "end_adoption", "find_mapped", "init", "is_adopted_half", "map_pool", "node", "repair",
+    "unfinished",
+]  # fmt: skip

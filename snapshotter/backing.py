@@ -7,6 +7,7 @@ owners of one pool destroy it).
 
 A device that has the data alone says nothing about whose it is, and after a reboot its name may be another disk's. So
 its last page is a mark with the pool's identity, which is not given to the pool, and without which it is not touched.
+Where a pool that was adopted leaves no page for it, the first page of the pool's keeper is that mark.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ import msgspec
 from blockdev import Deadline, durable, ioctls, loops
 from blockdev.commands import run
 from blockdev.devicemapper import Device, Mapper, MapperError, make_node, node
-from blockdev.dm_targets import BLOCK_STEP, LARGEST_BLOCK, SECTOR, SMALLEST_BLOCK, Linear, ThinPool
+from blockdev.dm_targets import BLOCK_STEP, LARGEST_BLOCK, SECTOR, SMALLEST_BLOCK, Linear, PoolStatus, ThinPool
 from snapshotter.errors import BadRequest, PoolRefused, Unavailable
+from snapshotter.pool import LARGEST_METADATA_BLOCKS, Remedies
 
 FILE = "pool.json"
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,50}\Z")
@@ -31,6 +33,8 @@ SMALLEST_METADATA, LARGEST_METADATA = 2 << 20, 16 << 30
 METADATA_BLOCK = 4096
 _METADATA_PER_BLOCK = 48
 MARK = 4096
+_KEEPER = re.compile(rb"runvol keeper\nidentity ([0-9a-f]{16})\n(?:pool ([a-z0-9_.-]{1,51})\n)?\0*\Z")
+_MARKED = re.compile(rb"runvol pool ([a-z0-9_.-]{1,51}), data\nidentity ([0-9a-f]{16})\n\0*\Z")
 _GRAIN = 4 << 20
 _ABSENT = "the pool's file {} does not exist; mount the filesystem that it lies on"
 
@@ -38,7 +42,7 @@ _ABSENT = "the pool's file {} does not exist; mount the filesystem that it lies 
 class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`pool.json`. Sizes are bytes; `block` is the pool's block in bytes. `data` and `metadata` are paths (loop),
     devices (without one for the metadata it lies at the start of `data`), or names of logical volumes (lvm).
-    `data_bytes` is where the mark of a device for data alone ends."""
+    `data_bytes` is where the mark of a device for data alone ends; `keeper_at` where that of an adopted one begins."""
 
     name: str
     identity: str
@@ -49,6 +53,18 @@ class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     block: int
     group: str = ""
     data_bytes: int = 0
+    keeper_at: int = 0
+
+
+def remedies(it: Description) -> Remedies:
+    """What makes this pool larger, for its errors."""
+    if it.kind != "device":
+        return Remedies()
+    data = f"make {it.data} larger, then `runvol pool extend`"
+    if it.metadata:
+        return Remedies(data=data, metadata=f"make {it.metadata} larger, then `runvol pool extend --metadata`")
+    metadata = f"remove images or containers: the metadata lies at the start of {it.data} and cannot grow"
+    return Remedies(data=data, metadata=f"{metadata} (a pool that is made with a larger `--metadata-size` has more)")
 
 
 def metadata_size(data_bytes: int, block: int) -> int:
@@ -117,12 +133,16 @@ class Backing:
         it = self._refreshed()
         for device in (it.metadata, it.data):
             self._expect_device(device)
-        if not self.is_marked(it.data, it.data_bytes):
+        place = f"begins at byte {it.keeper_at}" if it.keeper_at else f"ends at byte {it.data_bytes}"
+        if not (self._is_kept(it) if it.keeper_at else self.is_marked(it.data, it.data_bytes)):
             raise Unavailable(
-                f"{it.data} is not the data device of pool {it.name}: no mark of it ends at byte {it.data_bytes}. Name "
+                f"{it.data} is not the data device of pool {it.name}: no mark of it {place}. Name "
                 f"the right one in {os.path.join(self.state_dir, FILE)}"
             )
         return it.metadata, it.data
+
+    def _is_kept(self, it: Description) -> bool:
+        return keeper_of(_read_mark(it.data, it.keeper_at + MARK)) == it.identity
 
     def is_marked(self, device: str, end: int) -> bool:
         """Whether this pool's mark ends at this byte."""
@@ -146,12 +166,12 @@ class Backing:
         self.description = load(self.state_dir) or self.description
         return self.description
 
-    def mark(self) -> None:
-        """Say on a device that has the data alone whose it is, at its end as it is now."""
+    def mark(self, *, exclusive: bool = False) -> None:
+        """Say on a device that has the data alone whose it is, at its end as it is now. `exclusive`: nobody has it."""
         it = self.description
-        if it.kind == "device" and it.metadata:
+        if it.kind == "device" and it.metadata and not it.keeper_at:
             size = ioctls.size_bytes(it.data)
-            with ioctls.opened(it.data, os.O_RDWR) as fd:
+            with ioctls.opened(it.data, os.O_RDWR | (os.O_EXCL if exclusive else 0)) as fd:
                 os.pwrite(fd, self._mark(), size - MARK)
                 os.fsync(fd)
             if it.data_bytes != size:
@@ -236,39 +256,60 @@ class Backing:
                 if found is not None:
                     self._refuse_foreign(found)
 
-    def extend(self, part: str, more: int, deadline: Deadline) -> None:
-        """Make the data or the metadata device `more` bytes larger; Unavailable where nothing is left."""
-        it = self.description
-        if it.kind == "loop":
-            path = it.data if part == "data" else it.metadata
-            _room_for(path, more)
-            os.truncate(path, os.path.getsize(path) + more)
-            for device in loops.find(path):
-                loops.resize(device)
-        elif it.kind == "lvm":
-            volume = f"{it.group}/{it.data if part == 'data' else it.metadata}"
-            run("lvextend", "-L", f"+{more}b", volume, deadline=deadline)
-        elif it.metadata:
-            self._take_growth(part)
-        elif part == "metadata":
-            raise Unavailable(f"the metadata of pool {it.name} lies at the start of {it.data} and cannot grow; make a "
-                              "larger pool with `--metadata-size`")  # fmt: skip
-        else:
-            before = ioctls.size_bytes(node(f"{it.name}-data"))
-            if ioctls.size_bytes(it.data) - it.metadata_bytes <= before:
-                raise Unavailable(f"{it.data} has not grown; make it larger first, then `runvol pool extend`")
-            self._split(it.data)
-
-    def _take_growth(self, part: str) -> None:
-        """Devices of a pool are made larger by whoever owns them; the pool takes all that there is."""
+    def beyond(self, part: str, status: PoolStatus) -> int:
+        """Bytes that the data or the metadata device has, in whole blocks, beyond what the pool uses of it."""
         it = self._refreshed()
-        device, taken = (
-            (it.data, it.data_bytes) if part == "data"
-            else (it.metadata, self._mapper.pool_status(it.name).metadata_total * METADATA_BLOCK)
-        )  # fmt: skip
-        if ioctls.size_bytes(device) < taken + METADATA_BLOCK:
-            raise Unavailable(f"{device} has not grown; make it larger first, then `runvol pool extend`")
-        if part == "data":
+        if part == "metadata":
+            blocks = min(self._size(part) // METADATA_BLOCK, LARGEST_METADATA_BLOCKS)
+            return max(0, blocks - status.metadata_total) * METADATA_BLOCK
+        size = self._size(part) - (MARK if it.kind == "device" and it.metadata and not it.keeper_at else 0)
+        return max(0, size // it.block - status.data_total) * it.block
+
+    def _size(self, part: str) -> int:
+        it = self.description
+        if it.kind == "lvm":
+            return ioctls.size_bytes(self._logical(it.data if part == "data" else it.metadata))
+        if it.kind == "device" and not it.metadata:
+            return ioctls.size_bytes(it.data) - it.metadata_bytes if part == "data" else it.metadata_bytes
+        return ioctls.size_bytes(it.data if part == "data" else it.metadata)
+
+    def extend(self, part: str, more: int, status: PoolStatus, deadline: Deadline) -> None:
+        """Make the data or the metadata device `more` bytes larger, in whole blocks; without `more`, and for devices,
+        the pool takes what there is beyond it. Unavailable where there is nothing. Inside the turn for it (`turns`).
+
+        Killed, it leaves a device that is larger than the pool, of which the next one takes what there is.
+        """
+        it = self._refreshed()
+        if more < 0:
+            raise BadRequest("--by", more, "a pool only grows")
+        unit = it.block if part == "data" else METADATA_BLOCK
+        if part == "metadata" and status.metadata_total >= LARGEST_METADATA_BLOCKS:
+            raise Unavailable(f"the metadata of pool {it.name} is as large as the kernel uses")
+        if it.kind == "device" or not more:
+            self._take_growth(part, status)
+        elif it.kind == "loop":
+            _grow(it.data if part == "data" else it.metadata, -(-more // unit) * unit)
+        else:
+            volume = f"{it.group}/{it.data if part == 'data' else it.metadata}"
+            run("lvextend", "-L", f"+{-(-more // unit) * unit}b", volume, deadline=deadline)
+        if it.kind == "loop":
+            for device in loops.find(it.data if part == "data" else it.metadata):
+                loops.resize(device)
+
+    def _take_growth(self, part: str, status: PoolStatus) -> None:
+        """Devices of a pool are made larger by whoever owns them; the pool takes all that there is."""
+        it = self.description
+        if it.kind == "device" and not it.metadata and part == "metadata":
+            raise Unavailable(f"the metadata of pool {it.name} cannot be extended: {remedies(it).metadata}")
+        if not self.beyond(part, status):
+            what = it.data if part == "data" else it.metadata
+            raise Unavailable(
+                f"{what} has not grown beyond what pool {it.name} uses; make it larger first, then `runvol pool extend"
+                f"{' --metadata' if part == 'metadata' else ''}`"
+            )
+        if it.kind == "device" and not it.metadata:
+            self._split(it.data)
+        elif part == "data":
             self.mark()
 
     def detach(self, deadline: Deadline) -> None:
@@ -291,10 +332,14 @@ def _loop(path: str, deadline: Deadline) -> str:
     return found[0] if found else loops.attach(path, deadline=deadline)
 
 
-def _room_for(path: str, more: int) -> None:
-    facts = os.statvfs(path)
-    if facts.f_bavail * facts.f_frsize < more:
-        raise Unavailable(f"{path} cannot grow by {more} bytes: its filesystem has {facts.f_bavail * facts.f_frsize}")
+def _grow(path: str, more: int) -> None:
+    """Never less than it is: what counts is its length while nobody else changes it. A file is longer or as it was."""
+    with ioctls.opened(path, os.O_RDWR) as fd:
+        facts = os.fstatvfs(fd)
+        if facts.f_bavail * facts.f_frsize < more:
+            raise Unavailable(f"{path} cannot grow by {more} bytes: its filesystem has no room for that")
+        os.ftruncate(fd, os.fstat(fd).st_size + more)
+        os.fsync(fd)
 
 
 def format_metadata(path: str) -> None:
@@ -305,6 +350,30 @@ def format_metadata(path: str) -> None:
     with ioctls.opened(path, os.O_RDWR | os.O_EXCL) as fd:
         os.pwrite(fd, bytes(METADATA_BLOCK), 0)
         os.fsync(fd)
+
+
+def keeper_page(name: str, identity: str) -> bytes:
+    """The first page of the pool's keeper; it tells whose pool that is."""
+    return f"runvol keeper\nidentity {identity}\npool {name}\n".encode().ljust(MARK, b"\0")
+
+
+def keeper_of(page: bytes) -> str:
+    """The identity that the first page of a keeper tells; empty for anybody else's."""
+    found = _KEEPER.match(page)
+    return found[1].decode() if found else ""
+
+
+def pool_of(page: bytes) -> tuple[str, str]:
+    """Name and identity of the pool that a keeper's page or a device's mark tells of; each empty where it does not."""
+    if found := _MARKED.match(page):
+        return found[1].decode(), found[2].decode()
+    found = _KEEPER.match(page)
+    return ((found[2] or b"").decode(), found[1].decode()) if found else ("", "")
+
+
+def read_mark(device: str) -> tuple[str, str]:
+    """Name and identity of the pool whose mark is at the end of this device; empty without one."""
+    return pool_of(_read_mark(device, ioctls.size_bytes(device)))
 
 
 def _read_mark(device: str, end: int) -> bytes:

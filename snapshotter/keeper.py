@@ -6,7 +6,7 @@ written behind the calls, into one of four places in turn, each with its header 
 whatever is interrupted. A store that is new here, or came back from the past, does not write over the copy of the one
 before until an operator has decided (`repairing`).
 
-    0           the pool's identity
+    0           the pool's identity and name
     4096 (n+1)  the header of place n
     (n+1) << 28 a store, as SQLite's file
 """
@@ -24,11 +24,14 @@ import weakref
 import zlib
 from dataclasses import dataclass
 
+from snapshotter import backing
 from snapshotter.errors import PoolFull, PoolRefused, SnapshotterError, Unavailable
 from snapshotter.pool import KEEPER, DeviceMissing, DeviceThere, Pool
 
 _PLACES, _STEP, _PAGE, _CHUNK = 4, 1 << 28, 4096, 64 << 10
 SIZE = _STEP * (_PLACES + 1)
+# Bytes of what says whose the device is, and of all headers.
+HEAD = _PAGE * (_PLACES + 1)
 # Magic, version, number of the copy, stamp, nanoseconds since 1970, bytes, SHA-256 of them, lineage; then a checksum.
 _HEADER = struct.Struct("<8sIQQQQ32s16s")
 _MAGIC, _VERSION = b"runvolsc", 1
@@ -115,7 +118,7 @@ class Keeper:
 
     def _prove(self, fd: int, *, made: bool) -> None:
         """PoolRefused for somebody else's device; one that nobody ever wrote to is what a killed process left."""
-        if os.pread(fd, _PAGE, 0) == self._name():
+        if backing.keeper_of(os.pread(fd, _PAGE, 0)) == self._pool.identity:
             return
         if not made and self._pool.mapped_sectors(KEEPER):
             raise PoolRefused(
@@ -123,11 +126,8 @@ class Keeper:
                 "pools by; whoever made it has to remove it"
             )
         self._room(_PAGE)
-        _write(fd, self._name(), 0)
+        _write(fd, backing.keeper_page(self._pool.name, self._pool.identity), 0)
         os.fsync(fd)
-
-    def _name(self) -> bytes:
-        return f"runvol keeper\nidentity {self._pool.identity}\n".encode().ljust(_PAGE, b"\0")
 
     def close(self) -> None:
         """Let go of the device, which stays mapped. May be repeated."""
@@ -143,13 +143,7 @@ class Keeper:
         return sorted((one for one in found if one is not None), key=lambda one: one.sequence, reverse=True)
 
     def _header(self, place: int) -> Copy | None:
-        raw = os.pread(self._fd, _HEADER.size + 4, _PAGE * (place + 1))
-        magic, version, sequence, stamp, made, length, digest, lineage = _HEADER.unpack_from(raw)
-        check = struct.unpack_from("<I", raw, _HEADER.size)[0]
-        if magic != _MAGIC or version != _VERSION or check != zlib.crc32(raw[: _HEADER.size]) or length > _STEP:
-            return None
-        return Copy(place=place, sequence=sequence, stamp=stamp, made=made, length=length, digest=digest,
-                    lineage=lineage.decode("ascii", "replace"))  # fmt: skip
+        return parse(os.pread(self._fd, _HEADER.size + 4, _PAGE * (place + 1)), place)
 
     def read(self, copy: Copy) -> sqlite3.Connection | None:
         """The store as it was copied, in memory; None if the copy is damaged."""
@@ -199,6 +193,22 @@ class Keeper:
             raise PoolFull(f"pool {self._pool.name} has no room for a copy of the store")
 
 
+def parse(raw: bytes, place: int) -> Copy | None:
+    """The header that begins here; None if it is not whole."""
+    magic, version, sequence, stamp, made, length, digest, lineage = _HEADER.unpack_from(raw)
+    check = struct.unpack_from("<I", raw, _HEADER.size)[0]
+    if magic != _MAGIC or version != _VERSION or check != zlib.crc32(raw[: _HEADER.size]) or length > _STEP:
+        return None
+    return Copy(place=place, sequence=sequence, stamp=stamp, made=made, length=length, digest=digest,
+                lineage=lineage.decode("ascii", "replace"))  # fmt: skip
+
+
+def stamps_in(pages: bytes) -> list[int]:
+    """The stamps of the copies whose headers are in the first `HEAD` bytes of the device."""
+    found = [parse(pages[_PAGE * (place + 1) : _PAGE * (place + 2)], place) for place in range(_PLACES)]
+    return [one.stamp for one in found if one is not None]
+
+
 def _place(copies: list[Copy], lineage: str) -> int:
     """Where the next copy goes: never over the newest of this lineage, nor over the newest of any other."""
     free = set(range(_PLACES)) - {one.place for one in copies}
@@ -218,4 +228,4 @@ def _write(fd: int, content: bytes, at: int) -> None:
         content, at = content[done:], at + done
 
 
-__all__ = ["SIZE", "Copy", "Keeper"]
+__all__ = ["HEAD", "SIZE", "Copy", "Keeper", "parse", "stamps_in"]

@@ -2,27 +2,33 @@
 
 A device is taken only if a look over all of it finds nothing, a logical volume or a file only if this very init has
 made it. That is never inferred from a record that is absent: files are created exclusively, logical volumes bear a tag,
-and metadata that has a thin pool's superblock is used as it is or refused, but never formatted.
+and metadata that has a thin pool's superblock is used as it is or refused, but never formatted. All that is left out
+only for what an operator has typed the name of (`--force-wipe`), and who uses that still keeps it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import stat
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from blockdev import Deadline, blankness, exclusivity, ioctls, loops
+from blockdev import Deadline, blankness, exclusivity, flocks, ioctls, loops
 from blockdev.commands import run
 from blockdev.errors import DeviceBusy, NotBlank
-from snapshotter import backing
+from snapshotter import backing, turns
 from snapshotter.backing import Backing, Description
 from snapshotter.errors import BadRequest, PoolRefused
+
+log = logging.getLogger("runvol.snapshotter")
 
 _SMALLEST_DATA = 64 << 20
 # Of the kernel's drivers/md/dm-thin-metadata.c: struct thin_disk_superblock, little-endian.
 _MAGIC, _MAGIC_AT, _TRANSACTION_AT = 27022010, 32, 48
+_TAG = "runvol-pool-"
 _OPTIONS = {"device": "--device", "lvm": "--vg", "loop": "--loop"}
 
 
@@ -41,6 +47,8 @@ class Wish:
     size: int = 0
     metadata_size: int = 0
     block: int = 64 << 10
+    # What may be wiped although it holds something, each by its name as it is given or would be made.
+    force_wipe: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -76,33 +84,116 @@ def describe(wish: Wish, deadline: Deadline) -> Description:
     if wish.group:
         found = Description(name=wish.name, identity=identity, kind="lvm", group=wish.group, data=f"{wish.name}_data",
                             metadata=f"{wish.name}_meta", metadata_bytes=metadata, block=wish.block)  # fmt: skip
+        _check_names(wish, [f"{wish.group}/{found.data}", f"{wish.group}/{found.metadata}"])
         for volume in _volumes(found, deadline).values():
-            raise _not_ours(f"the logical volume {wish.group}/{volume.name}", wish.name)
+            name = f"{wish.group}/{volume.name}"
+            if name not in wish.force_wipe:
+                raise _not_ours(f"the logical volume {name}", wish.name, name)
+            _refuse_used_volume(name, volume)
         return found
     directory = os.path.abspath(wish.directory)
     data, tables = (os.path.join(directory, f"{wish.name}.{part}") for part in ("data", "metadata"))
+    _check_names(wish, [data, tables])
     for path in (data, tables):
         if os.path.lexists(path):
-            raise _not_ours(path, wish.name)
+            if path not in wish.force_wipe:
+                raise _not_ours(path, wish.name, path)
+            _refuse_used_file(path)
     return Description(name=wish.name, identity=identity, kind="loop", data=data, metadata=tables,
                        metadata_bytes=metadata, block=wish.block)  # fmt: skip
 
 
-def _not_ours(what: str, name: str) -> PoolRefused:
+def _not_ours(what: str, pool: str, name: str = "") -> PoolRefused:
+    typed = f" (`--force-wipe {name}` does)" if name else ""
     return PoolRefused(
         f"{what} exists already, and this `runvol pool init` has not made it. If it is part of a pool, restore that "
-        f"pool's {backing.FILE}; if nobody needs it, remove it; or make a pool of another name than {name} (--pool)"
+        f"pool's {backing.FILE}, or `runvol pool adopt`; if nobody needs it, remove it{typed}; or make a pool of "
+        f"another name than {pool} (--pool)"
     )
+
+
+def _check_names(wish: Wish, names: list[str]) -> None:
+    """BadRequest for a name that is not, letter by letter, that of something this pool would stand on."""
+    for name in wish.force_wipe:
+        if name not in names:
+            raise BadRequest("--force-wipe", name, f"takes the name of what is wiped: {' or '.join(names)}")
+
+
+def _refuse_used_volume(name: str, volume: _Volume) -> None:
+    """PoolRefused for one that LVM builds on, or that somebody has open."""
+    if volume.attributes[:1] not in ("-", "w") or volume.attributes[5:6] == "o":
+        raise PoolRefused(
+            f"--force-wipe {name}: it is in use (LVM calls it {volume.attributes}): it is open, or other volumes stand "
+            "on it; end that first"
+        )
+    for tag in volume.tags:
+        if tag.startswith(_TAG):
+            _refuse_served(f"--force-wipe {name}", tag.removeprefix(_TAG))
+
+
+def _refuse_used_file(path: str) -> None:
+    if not stat.S_ISREG(os.lstat(path).st_mode):
+        raise PoolRefused(f"--force-wipe {path}: it is no regular file; remove it yourself")
+    try:
+        exclusivity.prove_free(path, past_known=False)
+    except DeviceBusy as error:
+        raise PoolRefused(f"--force-wipe {path}: {error}") from None
+    if users := loops.find(path):
+        raise PoolRefused(f"--force-wipe {path}: it is in use: {', '.join(users)} stands on it; remove that first")
+
+
+def _refuse_served(what: str, identity: str) -> None:
+    """PoolRefused where a process serves the pool of this identity, mapped or not."""
+    held = turns.try_lock(turns.pool_lock(identity))
+    if held is None:
+        raise PoolRefused(f"{what}: another process serves the pool that it is part of; stop that first")
+    flocks.release(held)
+
+
+def wipe(wish: Wish, it: Description, deadline: Deadline) -> None:
+    """Clear what was typed the name of, which `describe` has looked at. May be interrupted and repeated."""
+    if it.kind == "lvm":
+        for volume in _volumes(it, deadline).values():
+            _refuse_used_volume(f"{it.group}/{volume.name}", volume)
+            run("lvremove", "-q", "-f", f"{it.group}/{volume.name}", deadline=deadline)
+    for name in wish.force_wipe if it.kind != "lvm" else ():
+        if it.kind == "device":
+            _wipe_device(name, deadline)
+        elif os.path.lexists(name):
+            os.unlink(name)
+
+
+def _wipe_device(device: str, deadline: Deadline) -> None:
+    """Of all partitions too, as what lies in one may be recognised once a table is there again."""
+    log.warning("a device is wiped, as its name was typed", extra={"device": device})
+    for part, number in _partitions(device).items():
+        blankness.wipe(part, deadline)
+        with ioctls.opened(device) as fd:
+            ioctls.forget_partition(fd, number)
+    blankness.wipe(device, deadline)
+    if superblock(device) is not None or blankness.signature(device, deadline) is not None:
+        raise NotBlank(device, "it still holds something after it was wiped")
+
+
+def _partitions(device: str) -> dict[str, int]:
+    """Nodes of the partitions that the kernel knows of, and their numbers."""
+    number = os.stat(device).st_rdev
+    place, found = f"/sys/dev/block/{os.major(number)}:{os.minor(number)}", {}
+    for name in _listed(place):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), open(f"{place}/{name}/partition") as told:
+            found[f"/dev/{name}"] = int(told.read())
+    return found
 
 
 def _describe_devices(wish: Wish, identity: str, deadline: Deadline) -> Description:
     """Names stay as they were given: `/dev/disk/by-id/…` is the same disk after a reboot, `/dev/sdb` may not be."""
-    size = _unused("--device", wish.device, deadline)
+    _check_names(wish, [wish.device, *filter(None, [wish.metadata_device])])
+    size = _unused("--device", wish.device, deadline, wish.force_wipe)
     metadata = wish.metadata_size or backing.metadata_size(size, wish.block)
     if wish.metadata_device:
         if wish.metadata_size:
             raise BadRequest("--metadata-size", wish.metadata_size, "the metadata takes all of --metadata-device")
-        metadata = _unused("--metadata-device", wish.metadata_device, deadline)
+        metadata = _unused("--metadata-device", wish.metadata_device, deadline, wish.force_wipe)
         if metadata < backing.SMALLEST_METADATA:
             raise BadRequest("--metadata-device", wish.metadata_device, f"has {metadata} bytes; the kernel wants 2 MiB")
         if os.stat(wish.metadata_device).st_rdev == os.stat(wish.device).st_rdev:
@@ -117,17 +208,29 @@ def _describe_devices(wish: Wish, identity: str, deadline: Deadline) -> Descript
                        metadata_bytes=metadata, block=wish.block)  # fmt: skip
 
 
-def _unused(field: str, device: str, deadline: Deadline) -> int:
-    """The size of a block device that has nothing on it and that nobody uses."""
+def _unused(field: str, device: str, deadline: Deadline, wiped: tuple[str, ...] = ()) -> int:
+    """The size of a block device that nobody uses, and that has nothing on it unless its name is in `wiped`."""
+    prove_nobodys(field, device, partitioned=device in wiped)
+    if device not in wiped:
+        prove_unused(device, deadline)
+    elif identity := backing.read_mark(device)[1]:
+        _refuse_served(f"--force-wipe {device}", identity)
+    return ioctls.size_bytes(device)
+
+
+def prove_nobodys(field: str, device: str, *, partitioned: bool = False) -> None:
+    """BadRequest for what is no block device, PoolRefused for one that anybody uses, or that has partitions (of a
+    `partitioned` one: that are used)."""
     if not ioctls.is_block(device):
         raise BadRequest(field, device, "is no block device")
     try:
         exclusivity.prove_free(device, past_known=False)
     except DeviceBusy as error:
-        raise PoolRefused(f"{field} {device} is in use: {error}") from None
-    _refuse_users(field, device)
-    prove_unused(device, deadline)
-    return ioctls.size_bytes(device)
+        raise PoolRefused(f"{field}: {error}") from None
+    parts = list(_partitions(device)) if partitioned else []
+    _refuse_users(field, device, frozenset(map(os.path.basename, parts)))
+    for part in parts:
+        prove_nobodys(field, part)
 
 
 def _refuse_users(field: str, device: str, own: frozenset[str] = frozenset()) -> None:
@@ -136,7 +239,7 @@ def _refuse_users(field: str, device: str, own: frozenset[str] = frozenset()) ->
     number = os.stat(device).st_rdev
     place = f"/sys/dev/block/{os.major(number)}:{os.minor(number)}"
     users = [*_listed(f"{place}/holders"), *loops.find(device)]
-    users += [name for name in _listed(place) if os.path.exists(f"{place}/{name}/partition")]
+    users += map(os.path.basename, _partitions(device))
     if foreign := set(users) - own:
         raise PoolRefused(f"{field} {device} is in use: {', '.join(sorted(foreign))} stands on it; remove that first")
 
@@ -168,7 +271,7 @@ def superblock(path: str) -> int | None:
 
 def _tags(it: Description) -> tuple[str, str]:
     """Of a logical volume that an init has made: not yet zeroed, and zeroed."""
-    return f"runvol-making-{it.identity}", f"runvol-pool-{it.identity}"
+    return f"runvol-making-{it.identity}", f"{_TAG}{it.identity}"
 
 
 def transaction(below: Backing, deadline: Deadline) -> int:
@@ -216,16 +319,44 @@ class _Volume:
     size: int
     extent: int
     tags: frozenset[str]
+    attributes: str
 
 
 def _volumes(it: Description, deadline: Deadline) -> dict[str, _Volume]:
     """Those of the pool's names that exist in the group."""
     _, output = run("lvs", "--noheadings", "--nosuffix", "--units", "b", "--separator", "|", "-o",
-                    "lv_name,lv_size,vg_extent_size,lv_tags", it.group, deadline=deadline)  # fmt: skip
+                    "lv_name,lv_size,vg_extent_size,lv_tags,lv_attr", it.group, deadline=deadline)  # fmt: skip
     rows = (line.strip().split("|") for line in output.splitlines())
-    found = (_Volume(name=row[0], size=int(row[1]), extent=int(row[2]), tags=frozenset(row[3].split(",")))
-             for row in rows if len(row) == 4 and row[1].isdecimal() and row[2].isdecimal())  # fmt: skip
+    found = (_Volume(name=row[0], size=int(row[1]), extent=int(row[2]), tags=frozenset(row[3].split(",")),
+                     attributes=row[4])
+             for row in rows if len(row) == 5 and row[1].isdecimal() and row[2].isdecimal())  # fmt: skip
     return {volume.name: volume for volume in found if volume.name in (it.metadata, it.data)}
+
+
+def tagged(it: Description, deadline: Deadline) -> tuple[str, str]:
+    """Name and identity of the pool of runvol's that these volumes were made for; empty where they were not."""
+    found = {tag.removeprefix(_TAG) for one in _volumes(it, deadline).values() for tag in one.tags
+             if tag.startswith(_TAG)}  # fmt: skip
+    if len(found) != 1:
+        return "", ""
+    return it.data.removesuffix("_data") if it.data.endswith("_data") else "", found.pop()
+
+
+def refuse_lvms_own(group: str, name: str, option: str, deadline: Deadline) -> None:
+    """BadRequest for a logical volume that is not there, PoolRefused for one that LVM itself manages a pool by."""
+    _, output = run("lvs", "-a", "--noheadings", "--separator", "|", "-o", "lv_name,lv_attr,pool_lv,segtype", group,
+                    deadline=deadline)  # fmt: skip
+    rows = [line.strip().split("|") for line in output.splitlines()]
+    found = {row[0].strip("[]"): row for row in rows if len(row) == 4}
+    if name not in found:
+        raise BadRequest(option, name, f"is no logical volume of {group}")
+    shown, attributes, pool, kind = found[name]
+    if pool or kind.startswith("thin") or shown.startswith("[") or attributes[:1] in ("t", "T", "e", "V"):
+        raise PoolRefused(
+            f"{option} {group}/{name} is part of a thin pool that LVM manages, and LVM would go on changing it: two "
+            f"owners destroy a pool. Make one of runvol's own beside it (`runvol pool init --vg {group} --size …`), "
+            "let the images be pulled into that, and remove LVM's when nobody needs it (`lvremove`)"
+        )
 
 
 class Maker:
@@ -317,10 +448,21 @@ class Maker:
         it = self._it
         for field, device in (("--device", it.data), ("--metadata-device", it.metadata)):
             if device:
-                _refuse_users(field, device, self._below.parts())
+                named = device in map(os.path.abspath, self._wish.force_wipe)
+                parts = map(os.path.basename, _partitions(device) if named else ())
+                _refuse_users(field, device, self._below.parts() | frozenset(parts))
         if it.metadata and not it.data_bytes:
             size = ioctls.size_bytes(it.data)
             marked = self._below.is_marked(it.data, size)
-            prove_unused(it.data, self._deadline, end=size - backing.MARK if marked else None)
-        if superblock(it.metadata or it.data) is None:
-            prove_unused(it.metadata or it.data, self._deadline)
+            self._prove_device(it.data, end=size - backing.MARK if marked else None, whole=not marked)
+        first = it.metadata or it.data
+        if superblock(first) is None:
+            self._prove_device(first)
+
+    def _prove_device(self, device: str, *, end: int | None = None, whole: bool = True) -> None:
+        """Blank, or wiped once more if its name was typed. Its own mark stays."""
+        if device not in map(os.path.abspath, self._wish.force_wipe):
+            prove_unused(device, self._deadline, end=end)
+        elif whole and (superblock(device) is not None or blankness.signature(device, self._deadline) is not None):
+            prove_nobodys("--force-wipe", device, partitioned=True)
+            _wipe_device(device, self._deadline)

@@ -68,6 +68,10 @@ class _Pool:
             "runvol_store_copied_seconds", "When the store was last copied into its pool, in seconds since 1970.",
             value=node.copied_at,
         )  # fmt: skip
+        yield GaugeMetricFamily(
+            "runvol_gauge_trouble", "1 while the gauge, a filesystem as full as the pool, does not follow it.",
+            value=float(bool(node.gauge.trouble)),
+        )  # fmt: skip
         yield CounterMetricFamily(
             "runvol_store_flushes", "How often the disk was waited for.", value=node.store.flushes
         )

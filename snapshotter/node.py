@@ -19,6 +19,7 @@ from snapshotter.assembly import Extender
 from snapshotter.background import Background
 from snapshotter.bases import Bases, rounded
 from snapshotter.errors import PoolFull, PoolRefused, SnapshotterError, StoreFailed, Unavailable
+from snapshotter.gauge import Follower, Gauge
 from snapshotter.idle import Idle
 from snapshotter.keeper import Keeper
 from snapshotter.lending import Lender
@@ -66,6 +67,8 @@ class Settings:
     share_layers: bool = True
     # Seconds after which a mapped device that nobody has open is unmapped; 0 is never.
     unmap_idle: float = 600
+    # Where a filesystem shows the pool's fill; empty for nowhere.
+    gauge: str = ""
 
 
 class Activity:
@@ -101,6 +104,7 @@ class Node:
         self.mapper = Mapper()
         # Its nodes are known only once it is assembled; the name and the identity are known now.
         self.pool = Pool(self.mapper, description.name, description.identity, "", settings.limits)
+        self.pool.remedies = backing.remedies(description)
         self.stamp, self.keeper = Stamp(self.store, self.pool), Keeper(self.pool)
         self.store.closing.append(self.keeper.close)
         self._copied, self._copy_at, self.copied_at = 0, 0.0, 0.0
@@ -140,6 +144,10 @@ class Node:
             self._ahead["starting the sealer"] = self.sealer.start
         self._threads = [threading.Thread(target=self._run, name="pool", daemon=True),
                          threading.Thread(target=self._follow, name="follower", daemon=True)]  # fmt: skip
+        gauge = Gauge(settings.gauge, settings.state_dir)
+        self.gauge = Follower(gauge, self.pool, self._usable.is_set, self.background)
+        # Apart from the others, as nothing waits for it.
+        self._gauging = threading.Thread(target=self.gauge.run, args=(self._stop,), name="gauge", daemon=True)
 
     def _shared_images(self) -> Images | None:
         if not self.settings.images:
@@ -189,7 +197,7 @@ class Node:
         return "" if self.ready else self._why_not
 
     def start(self) -> None:
-        for thread in self._threads:
+        for thread in (*self._threads, self._gauging):
             thread.start()
             self.background.started(thread)
 
@@ -428,6 +436,8 @@ class Node:
             self._copy_at = 0.0
             with self.background.survived("the last copy of the store"):
                 self.follow()
+        if self._gauging.is_alive():
+            self._gauging.join(_PAUSE)
         self.store.close()
         self.mapper.close()
 

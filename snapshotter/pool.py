@@ -30,6 +30,8 @@ _DISCARD_STEP = 1 << 30
 _FRESH = 0.25
 # The id of the device that whoever serves the pool holds; see `keeper`. No snapshot ever has it.
 KEEPER = 0
+# Of the kernel: what it uses of a metadata device, in blocks of 4 KiB.
+LARGEST_METADATA_BLOCKS = 255 << 14
 # Mappings in a metadata block, at the least, when they are made here and there.
 _MAPPINGS = 32
 
@@ -41,6 +43,14 @@ class Limits:
     data_reserve: int = 3
     extend_above: int = 80
     extend_by: int = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remedies:
+    """What makes the pool larger: a command that does, or what comes before it."""
+
+    data: str = "`runvol pool extend`"
+    metadata: str = "`runvol pool extend --metadata`"
 
 
 class DeviceMissing(SnapshotterError):
@@ -65,10 +75,12 @@ class Pool:
 
     def __init__(self, mapper: Mapper, name: str, identity: str, metadata: str, limits: Limits | None = None) -> None:
         self.mapper, self.name, self.identity, self.metadata = mapper, name, identity, metadata
-        self.limits = limits or Limits()
+        self.limits, self.remedies = limits or Limits(), Remedies()
         self._number = ""
         self._block = 0
         self._seen: tuple[float, PoolStatus] | None = None
+        # Devices that nobody can write to who opens them, as long as they are mapped; see `shut`.
+        self._shut: set[int] = set()
 
     # -- devices ----------------------------------------------------------------------------------------------------
 
@@ -107,6 +119,7 @@ class Pool:
         target = Thin(length=size // SECTOR, pool=self._pool_number(), thin_id=device, origin=origin)
         try:
             self.mapper.create(name, self._uuid(device))
+            self._shut.discard(device)
         except MapperError as error:
             if error.errno != errno.EBUSY:
                 raise
@@ -173,6 +186,7 @@ class Pool:
             return True
         if found.open_count:
             return False
+        self._shut.discard(device)
         try:
             self.mapper.remove(name)
         except MapperError as error:
@@ -212,11 +226,13 @@ class Pool:
             if fd is None:
                 return True
             fcntl.ioctl(fd, _BLKROSET, struct.pack("i", 1))
+            self._shut.add(device)
             now = self.mapper.find(found.name)
             return now is None or now.open_count <= 1
 
     def reopen(self, device: int) -> None:
         """Undo `shut` for those who have the device open."""
+        self._shut.discard(device)
         found = self.mapper.find(self.device_name(device))
         if found is not None and found.active:
             with self._opened(found) as fd:
@@ -241,12 +257,15 @@ class Pool:
 
     @contextlib.contextmanager
     def quiet(self, device: int) -> Iterator[None]:
-        """Nothing writes to the device inside: it is not mapped, or it is suspended, its filesystem frozen.
+        """Nothing writes to the device inside: it is not mapped; it is shut, and nobody has it open (the last close has
+        written all); or it is suspended, its filesystem frozen.
 
         For one thread a device. A process that is killed inside leaves it suspended; the next start resumes it.
         """
-        name = self.device_name(device)
-        if self.mapper.find(name) is None:
+        # First whether it is shut: who opens it after that cannot write.
+        name, shut = self.device_name(device), device in self._shut
+        found = self.mapper.find(name)
+        if found is None or (shut and not found.open_count):
             yield
             return
         with _unless_gone():
@@ -254,9 +273,9 @@ class Pool:
         try:
             yield
         finally:
-            # Its last user may have let go meanwhile, and it was unmapped.
+            # Its last user may have let go meanwhile, and it was unmapped, or is just now.
             with _unless_gone():
-                self.mapper.resume(name)
+                self.mapper.go_on(name)
 
     def resume_suspended(self) -> list[int]:
         """Let I/O through on devices that a killed process left suspended; which they were."""
@@ -394,13 +413,13 @@ class Pool:
         if status.data_free * 100 < status.data_total * self.limits.data_reserve:
             raise PoolFull(
                 f"pool {self.name} is full: {status.data_free} of {status.data_total} blocks are free, and "
-                f"{self.limits.data_reserve}% are kept for what is running. Remove images or containers, or `runvol "
-                "pool extend`"
+                f"{self.limits.data_reserve}% are kept for what is running. Remove images or containers, or "
+                f"{self.remedies.data}"
             )
         if status.metadata_free < metadata_reserve(status):
             raise PoolFull(
                 f"the metadata of pool {self.name} is full: {status.metadata_free} of {status.metadata_total} blocks "
-                f"are free, and {metadata_reserve(status)} are kept for deletions. `runvol pool extend --metadata`"
+                f"are free, and {metadata_reserve(status)} are kept for deletions. What to do: {self.remedies.metadata}"
             )
         if places:
             self._admit_writes(status, places, each)
@@ -410,12 +429,13 @@ class Pool:
         blocks = places * max(2, -(-each // self.block_bytes()))
         kept = status.data_total * self.limits.data_reserve // 100
         metadata = blocks // _MAPPINGS + 1
-        if status.data_free - blocks < kept or status.metadata_free - metadata < metadata_reserve(status):
+        lacks_data = status.data_free - blocks < kept
+        if lacks_data or status.metadata_free - metadata < metadata_reserve(status):
+            remedy = self.remedies.data if lacks_data else self.remedies.metadata
             raise PoolFull(
                 f"pool {self.name} has no room for a filesystem of this size: its own tables take up to {blocks} data "
                 f"and {metadata} metadata blocks, and {max(0, status.data_free - kept)} and "
-                f"{max(0, status.metadata_free - metadata_reserve(status))} may be used. Ask for less, or `runvol pool "
-                "extend`"
+                f"{max(0, status.metadata_free - metadata_reserve(status))} may be used. Ask for less, or {remedy}"
             )
 
     def block_bytes(self) -> int:
@@ -444,14 +464,14 @@ class Pool:
             add("broken", "needs_check", "had a metadata error and waits for a check: stop the containers on it, then "
                 "`runvol pool check --repair`")  # fmt: skip
         elif status.mode == "ro" and status.metadata_free <= 0:
-            add("broken", "out_of_metadata", "is read-only, since its metadata device is full: `runvol pool extend "
-                "--metadata`")  # fmt: skip
+            add("broken", "out_of_metadata", "is read-only, since its metadata device is full: "
+                f"{self.remedies.metadata}")  # fmt: skip
         elif status.mode == "ro":
-            add("broken", "read_only", "is read-only: `runvol pool check`")
+            add("broken", "read_only", "is read-only: stop the containers on it, then `runvol pool check --repair`")
         elif status.mode == "out_of_data_space":
             waits = "writes wait for space, and fail after a minute" if status.queues else "writes fail"
-            add("broken", "out_of_data_space", f"has no free data blocks: {waits}. `runvol pool extend`, or remove "
-                "images")  # fmt: skip
+            add("broken", "out_of_data_space", f"has no free data blocks: {waits}. Remove images, or "
+                f"{self.remedies.data}")  # fmt: skip
         else:
             used = status.data_used * 100 // max(1, status.data_total)
             kept = status.metadata_used * 100 // max(1, status.metadata_total)
@@ -496,6 +516,11 @@ class Pool:
     def mapped_sectors(self, device: int) -> int:
         """What a mapped device has blocks for, shared ones included."""
         return self.mapper.thin_status(self.device_name(device)).mapped
+
+    def keeper_block(self, deadline: Deadline) -> int | None:
+        """The data block in which the keeper begins."""
+        with self.metadata_snapshot(deadline):
+            return first_block(run("thin_dump", "-m", "--dev-id", str(KEEPER), self.metadata, deadline=deadline)[1])
 
     def check_live(self, deadline: Deadline) -> None:
         """thin_check on the pool as it runs; CommandFailed with its words."""
@@ -543,6 +568,18 @@ class Pool:
         except FileNotFoundError:
             return -1
         return sum(int(words[at]) for at in (4, 11) if at < len(words)) if words else -1
+
+
+def first_block(xml: str) -> int | None:
+    """The data block that the first block of the device lies in, of what thin_dump says of it; None without one."""
+    from xml.etree import ElementTree
+
+    for element in ElementTree.fromstring(_document(xml)).iter():  # noqa: S314  (written by thin_dump, about numbers)
+        if element.tag == "single_mapping" and element.attrib["origin_block"] == "0":
+            return int(element.attrib["data_block"])
+        if element.tag == "range_mapping" and element.attrib["origin_begin"] == "0":
+            return int(element.attrib["data_begin"])
+    return None
 
 
 def numbers(output: str) -> Iterator[int]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from blockdev import Deadline
 from blockdev.devicemapper import Mapper
-from snapshotter import assembly, past
+from snapshotter import assembly, backing, past, turns
 from snapshotter.errors import NotFound, PoolRefused
 from snapshotter.keeper import Keeper
 from snapshotter.pool import Pool
@@ -56,16 +56,18 @@ def repair_store(mapper: Mapper, state_dir: str, deadline: Deadline, *, keep: bo
     PoolRefused where a process serves the pool, or where there is nothing to repair; NotFound where the pool has no
     copy. May be interrupted and repeated.
     """
-    pool, _ = assembly.assemble(mapper, state_dir, deadline)
-    store = Store(os.path.join(state_dir, STORE))
-    keeper = Keeper(pool)
-    store.closing.append(keeper.close)
-    try:
-        keeper.open()
-        store.guard(time.time_ns())
-        return _repair(store, pool, keeper, deadline, keep=keep)
-    finally:
-        store.close()
+    described = backing.load(state_dir)
+    with turns.whole(state_dir, described.identity if described else ""):
+        pool, _ = assembly.assemble(mapper, state_dir, deadline)
+        store = Store(os.path.join(state_dir, STORE))
+        keeper = Keeper(pool)
+        store.closing.append(keeper.close)
+        try:
+            keeper.open()
+            store.guard(time.time_ns())
+            return _repair(store, pool, keeper, deadline, keep=keep)
+        finally:
+            store.close()
 
 
 def _repair(store: Store, pool: Pool, keeper: Keeper, deadline: Deadline, *, keep: bool) -> Report:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 
 import grpc
 
-from blockdev import daemon
+from blockdev import daemon, flocks
+from snapshotter import turns
 from snapshotter.errors import BadRequest
 from snapshotter.node import Node
 from snapshotter.service import Observer, Service
 from snapshotter.workers import Workers
 
-# Of all snapshotters of the machine, wherever their state lies.
-_LOCKS = "/run/runvol"
 _GRACE, _AFTER = 10.0, 1.0
 # Threads of each lane, and how many more of it may wait or hang at once: for what makes devices, for what the store
 # alone answers, for Lists, and for Usage.
@@ -70,23 +68,23 @@ def alone(endpoint: str, state_dir: str, identity: str = "") -> list[int]:
     """Prove that no other process serves the socket, the state, or the pool of this identity, which a copy of the state
     has too; descriptors that say so to the next one.
 
-    BadRequest if there is one.
+    BadRequest if there is one, or if a command changes the pool as a whole.
     """
     if daemon.is_taken(socket_path(endpoint)):
         raise BadRequest("--endpoint", endpoint, "another process serves this socket; stop it first")
-    held = [_locked(os.path.join(state_dir, "lock"), state_dir, "another process uses it; stop that first")]
-    if identity:
-        os.makedirs(_LOCKS, mode=0o750, exist_ok=True)
-        held.append(_locked(os.path.join(_LOCKS, f"pool-{identity}.lock"), state_dir,
-                            "is a copy: another process serves its pool; stop that first"))  # fmt: skip
+    held = [_locked(turns.state_lock(state_dir), state_dir, "another process uses it; stop that first")]
+    try:
+        if identity:
+            held.append(_locked(turns.pool_lock(identity), state_dir,
+                                "is a copy: another process serves its pool; stop that first"))  # fmt: skip
+    except BaseException:
+        flocks.release(held.pop())
+        raise
     return held
 
 
 def _locked(path: str, state_dir: str, why_not: str) -> int:
-    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise BadRequest("snapshotter.state_dir", state_dir, why_not) from None
+    lock = turns.try_lock(path)
+    if lock is None:
+        raise BadRequest("snapshotter.state_dir", state_dir, why_not)
     return lock

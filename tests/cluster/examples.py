@@ -80,9 +80,22 @@ def _outcome(cluster: Cluster, name: str, seconds: float, sandboxed: bool) -> Ou
             cluster.wait_ready(pod, seconds=seconds if name != "nfs" else 40)
         return Outcome(name, shows, time.monotonic() - began, "its pods run" if pods else "is taken")
     except Broken:
-        said = [event for pod in [*pods, name] for event in cluster.events(pod) if "Failed" in event]
-        said = [event for event in said if "FailedScheduling" not in event] or said  # why, before what comes of it
-        return Outcome(name, shows, None, said[-1][:300] if said else "its pods do not run")
+        return Outcome(name, shows, None, _why(cluster, [*pods, name]))
+
+
+def _why(cluster: Cluster, names: list[str]) -> str:
+    """What the events say at last of why pods do not run. That they wait for their claims is said meanwhile, and the
+    claims' own event may take its time: a name that is not resolved has a minute."""
+
+    def said() -> list[str]:
+        return [event for name in names for event in cluster.events(name)
+                if "Failed" in event and not event.startswith("FailedScheduling")]  # fmt: skip
+
+    try:
+        return cluster.wait(f"events say why {names[0]} does not run", said, 90)[-1][:300]
+    except Broken:
+        waiting = [event for name in names for event in cluster.events(name) if "Failed" in event]
+        return waiting[-1][:300] if waiting else "its pods do not run"
 
 
 def table(found: list[Outcome], sandboxed: list[Outcome]) -> str:

@@ -147,9 +147,11 @@ def drivers(cluster: Cluster, node: str = "node1") -> set[str]:
     return {one["name"] for one in found["spec"].get("drivers") or ()}
 
 
-def doctor(cluster: Cluster) -> list[dict[str, str]]:
-    """The lines of `runvol doctor` in the node's pod."""
-    words = ("exec", f"daemonset/{NAME}-node", f"--namespace={NAMESPACE}", "-c", "runvol", "--", "sh", "-c",
+def doctor(cluster: Cluster, node: str = "node1") -> list[dict[str, str]]:
+    """The lines of `runvol doctor` in a node's pod."""
+    (plugin,) = cluster.list("pods", f"--namespace={NAMESPACE}", "--selector=app.kubernetes.io/component=node",
+                             f"--field-selector=spec.nodeName={node}")  # fmt: skip
+    words = ("exec", plugin["metadata"]["name"], f"--namespace={NAMESPACE}", "-c", "runvol", "--", "sh", "-c",
              "runvol doctor --json || true")  # fmt: skip
     found: list[dict[str, str]] = json.loads(cluster.kubectl(*words))
     return found

@@ -26,12 +26,14 @@ metadata:
 
 def rendered(name: str) -> str:
     """One of the files."""
-    done = subprocess.run(
-        [programs.program("helm"), "template", "runvol", CHART, "--namespace", "runvol-system", "--skip-tests", *FILES[name]],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    objects = [one.strip("\n") for one in done.stdout.split("\n---\n")]
+    objects = [one.strip("\n") for one in templated("--skip-tests", *FILES[name]).split("\n---\n")]
     return _HEAD + "".join(f"---\n{_placed(one)}\n" for one in objects if one.strip())
+
+
+def templated(*words: str) -> str:
+    """What Helm makes of the chart; `words` are more of its own."""
+    argv = [programs.program("helm"), "template", "runvol", CHART, "--namespace", "runvol-system", *words]
+    return subprocess.run(argv, capture_output=True, text=True, check=True).stdout
 
 
 def _placed(text: str) -> str:

@@ -5,21 +5,27 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from tests.cluster.cluster import Cluster
 from tests.cluster.installed import NAMESPACE
 
 # A verb, an API group, a resource.
 Right = tuple[str, str, str]
-# What a round of the tests does not do, by role.
+# What a round of the tests does not do, by role; what breaks without it is in `removals`.
 ELSEWHERE: dict[str, set[Right]] = {
     # Where the watch is away.
     "runvol-plugin": {("get", "node.k8s.io", "runtimeclasses")},
-    # The error of a snapshot that fails for good.
-    "runvol-snapshot-controller": {
-        ("patch", "snapshot.storage.k8s.io", "volumesnapshots/status"),
-    },
 }
+
+
+class Request(NamedTuple):
+    """`program`: as it names itself; `answer`: an HTTP status."""
+
+    account: str
+    program: str
+    right: Right
+    answer: int
 
 
 def audit(directory: Path) -> list[str]:
@@ -32,15 +38,19 @@ def audit(directory: Path) -> list[str]:
     return [f"--audit-policy-file={policy}", f"--audit-log-path={directory}/audit.log"]
 
 
-def requests(directory: Path) -> Iterator[tuple[str, Right, int]]:
-    """Account, right and answer of each request."""
-    for line in (directory / "audit.log").read_text().splitlines():
-        event = json.loads(line)
-        what = event.get("objectRef", {})
-        if event["user"]["username"].startswith(f"system:serviceaccount:{NAMESPACE}:"):
-            resource = what.get("resource", "") + (f"/{what['subresource']}" if "subresource" in what else "")
-            account = event["user"]["username"].rpartition(":")[2]
-            yield account, (event["verb"], what.get("apiGroup", ""), resource), event["responseStatus"]["code"]
+def requests(directory: Path, since: int = 0) -> Iterator[Request]:
+    """Those after the first `since` bytes of the log."""
+    with (directory / "audit.log").open("rb") as log:
+        log.seek(since)
+        for line in log.read().rpartition(b"\n")[0].splitlines():  # the last one may be half written
+            event = json.loads(line)
+            what = event.get("objectRef", {})
+            if event["user"]["username"].startswith(f"system:serviceaccount:{NAMESPACE}:"):
+                resource = what.get("resource", "") + (f"/{what['subresource']}" if "subresource" in what else "")
+                account = event["user"]["username"].rpartition(":")[2]
+                program = event.get("userAgent", "").partition("/")[0]
+                right = event["verb"], what.get("apiGroup", ""), resource
+                yield Request(account, program, right, event["responseStatus"]["code"])
 
 
 def granted(cluster: Cluster) -> Iterator[tuple[str, set[str], set[Right]]]:
@@ -54,17 +64,18 @@ def granted(cluster: Cluster) -> Iterator[tuple[str, set[str], set[Right]]]:
     for (kind, name), accounts in sorted(bound.items()):
         role = cluster.find(kind, name, NAMESPACE)
         assert role, name
-        yield (
-            name,
-            accounts,
-            {
-                (verb, group, resource)
-                for rule in role["rules"]
-                for verb in rule["verbs"]
-                for group in rule["apiGroups"]
-                for resource in rule["resources"]
-            },
-        )
+        yield name, accounts, of(role)
+
+
+def of(role: dict[str, Any]) -> set[Right]:
+    """What a Role or ClusterRole allows."""
+    return {
+        (verb, group, resource)
+        for rule in role["rules"]
+        for verb in rule["verbs"]
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+    }
 
 
 def is_used(right: Right, used: set[Right]) -> bool:

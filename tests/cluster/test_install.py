@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from tests.cluster import installed, rights
+from tests.cluster import installed, programs, removals, rights
 from tests.cluster.cluster import Cluster, claim, pod
 from tests.cluster.node import Settings
 
 pytestmark = pytest.mark.kernel
 
-TAINT = "csi.runvol.io/not-ready"
+TAINT = removals.TAINT
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,41 @@ def test_both_drivers_are_registered_and_doctor_is_content(runvol: Cluster) -> N
     for name in installed.drivers(runvol):
         assert lines[f"driver {name}"]["state"] == lines[f"registration {name}"]["state"] == "ok", lines
     assert lines["containerd"]["state"] == lines["running containerd"]["state"] == "ok", lines
+
+
+def test_doctor_judges_the_arguments_of_the_sidecars(runvol: Cluster) -> None:
+    def said() -> dict[str, set[str]]:
+        found: dict[str, set[str]] = {}
+        for row in installed.doctor(runvol):
+            if row["subject"].startswith("csi-"):
+                found.setdefault(row["subject"], set()).add(f"{row['state']}: {row['finding']}")
+        return found
+
+    provisioner, snapshotter = (f"csi-{name} of unix:///run/runvol/csi.sock" for name in ("provisioner", "snapshotter"))
+    good = {"ok: has the arguments that the driver needs"}
+    assert said() == {provisioner: good, snapshotter: good}
+    node = runvol.nodes[0]
+    another = node.launched(
+        "csi-provisioner",
+        [programs.program("csi-provisioner"), f"--kubeconfig={runvol.kubeconfig}", "--csi-address=/run/runvol/csi.sock",
+         "--node-deployment"], keep=True, env={"NODE_NAME": node.name},
+    )  # fmt: skip
+    another.start()
+    wrong = "broken: runs without --strict-topology: a claim may be made on another node than its pod's"
+    try:
+        runvol.wait("doctor names the other one", lambda: said()[provisioner] == {*good, wrong}, 30)
+    finally:
+        another.stop()
+    assert said() == {provisioner: good, snapshotter: good}
+
+
+def test_doctor_warns_of_a_class_that_binds_at_once(runvol: Cluster) -> None:
+    runvol.apply({"apiVersion": "storage.k8s.io/v1", "kind": "StorageClass", "metadata": {"name": "at-once"},
+                  "provisioner": "csi.runvol.io", "volumeBindingMode": "Immediate"})  # fmt: skip
+    lines = {row["subject"]: row for row in installed.doctor(runvol)}
+    runvol.delete("storageclass", "at-once")
+    assert [name for name in lines if name.startswith("StorageClass ")] == ["StorageClass at-once"]
+    assert lines["StorageClass at-once"]["state"] == "warning"
 
 
 def test_the_node_takes_pods_since_its_driver_is_registered(runvol: Cluster) -> None:
@@ -161,7 +196,7 @@ def test_capacity_of_a_class_that_goes_goes_with_it(runvol: Cluster) -> None:
 def test_what_each_account_may_do_is_what_it_does(runvol: Cluster) -> None:
     """Last, since the tests before did all that the chart is for: nothing was refused, and no right is for nothing."""
     used: dict[str, set[rights.Right]] = {}
-    for account, right, answer in rights.requests(runvol.directory):
+    for account, _program, right, answer in rights.requests(runvol.directory):
         assert answer != 403, f"{account} may not {right}"
         used.setdefault(account, set()).add(right)
     idle = {}
@@ -170,6 +205,15 @@ def test_what_each_account_may_do_is_what_it_does(runvol: Cluster) -> None:
         if never := {right for right in may if not rights.is_used(right, did)} - rights.ELSEWHERE.get(role, set()):
             idle[role] = sorted(never)
     assert not idle, "\n".join(f"{role}: {right}" for role, rights_ in idle.items() for right in rights_)
+
+
+@pytest.mark.parametrize("which", ["get csidrivers", "create persistentvolumes", "update volumesnapshots/status"])
+def test_without_a_right_work_fails(runvol: Cluster, which: str) -> None:
+    """Some of those that test_rights has, each of other work."""
+    (one,) = (one for one in removals.rounds() if str(one) == which)
+    removals.prepare(runvol)
+    removals.run(runvol, one, 0)
+    removals.clear(runvol)
 
 
 def test_everything_in_the_chart_is_taken_by_the_server(runvol: Cluster, tmp_path: Path) -> None:

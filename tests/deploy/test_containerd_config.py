@@ -285,7 +285,7 @@ CONTRADICTIONS = {
     ),
     "no such version": ("1.5", NODE, (), "containerd 1.5 is not known"),
     "no version": ("new", NODE, (), "is no version of containerd"),
-    "1.6 only": ("1.7", NODE, ("--all-runtimes",), "--all-runtimes is for containerd 1.6"),
+    "all and one": ("1.7", NODE, ("--all-runtimes", "--runtime", "kata.qemu"), "--all-runtimes names all of them"),
     "two types": ("1.7", NODE, ("--runtime", "a=b", "--runtime", "a=c"), "is given twice"),
     "no type": ("1.7", NODE, ("--runtime", "a="), "takes HANDLER, or HANDLER=TYPE"),
 }
@@ -302,6 +302,44 @@ def test_what_contradicts_it_is_refused_by_name(name: str, tmp_path: Path) -> No
         assert said in done.output
     assert file.read_text() == text
     assert os.listdir(tmp_path) == ["config.toml"]
+
+
+@pytest.mark.parametrize("text", [NODE, NODE.replace(CONTAINERD, f'{CONTAINERD}\nsnapshotter = "overlayfs"'), NODE_3])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_it_becomes_the_default_of_all(version: str, text: str, tmp_path: Path) -> None:
+    if text is NODE_3 and version != VERSIONS[-1]:
+        return  # a form that only the newer ones read
+    file = tmp_path / "config.toml"
+    file.write_text(text)
+    before, more = dumped(version, file), () if version.startswith("v1.6") else ("--all-runtimes",)
+    file.write_text(printed(file, version, *more))
+    after = dumped(version, file)
+    compare(version, before, after)
+    plugins = after["plugins"]
+    table = plugins[IMAGES] if version == VERSIONS[-1] else plugins[CRI]["containerd"]
+    assert table["snapshotter"] == "runvol"
+    assert after["proxy_plugins"]["runvol"].get("exports", {}).get("root") in (
+        (None,) if version == "v1.6.20" else ("/var/lib/runvol/snapshotter/gauge",)
+    )
+    assert printed(file, version, *more) == file.read_text()
+
+
+def test_what_kubelet_is_told_follows_the_gauge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text(NODE_3)
+    told = []
+    # As it was once, by default, without a gauge, an operator's own.
+    for place in ("/var/lib/runvol", "/var/lib/runvol/snapshotter/gauge", "", "/mine"):
+        if place == "/var/lib/runvol":
+            file.write_text(printed(file, "2.4").replace("/var/lib/runvol/snapshotter/gauge", place))
+        elif place == "/mine":
+            file.write_text(file.read_text().replace('root = "/var/lib/runvol"', 'root = "/mine"'))
+        else:
+            monkeypatch.setenv("RUNVOL_SNAPSHOTTER_GAUGE", place and "auto")
+        file.write_text(printed(file, "2.4"))
+        told.append(tomllib.loads(file.read_text())["proxy_plugins"]["runvol"]["exports"]["root"])
+    gauge = "/var/lib/runvol/snapshotter/gauge"
+    assert told == [gauge, gauge, "/var/lib/runvol", "/mine"]
 
 
 def test_one_snapshotter_for_all_has_to_be_asked_for(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ import resource
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -79,7 +81,7 @@ def test_what_keeps_the_node_from_its_plugins_container_is_said(flex, tmp_path):
         assert status == 1 and "does not run on this node" in str(reply["message"]), content
     began = Path(begun).read_text().rpartition(")")[2].split()[19]
     told.write_text(f"{os.getpid()} {began}\n")
-    for name in ("sh", "cut", "env"):
+    for name in ("sh", "cat", "env"):
         (tmp_path / name).symlink_to(str(shutil.which(name)))
     status, reply = flex.run("unmount", "/x", PATH=str(tmp_path))
     assert status == 1 and "the program nsenter is not installed" in str(reply["message"])
@@ -87,6 +89,31 @@ def test_what_keeps_the_node_from_its_plugins_container_is_said(flex, tmp_path):
     status, reply = flex.run("unmount", "/x", PATH=str(tmp_path))
     assert status == 1 and "cannot be entered" in str(reply["message"])
     assert flex.run("init", PATH=str(tmp_path))[0] == 0
+
+
+@pytest.mark.parametrize("name", ["a b", "a) S 0 0", "a\nb (", ") 1 2 3 4 5 6"])
+def test_a_process_that_names_itself_as_it_likes_is_not_taken_for_the_plugin(flex, name):
+    """A pod's, which got the number of a plugin that has ended: kubelet would enter its container, as root."""
+    plugins = flex.driver.directory / "exec"
+    flex.driver.cli("flexvolume", "install", "--through-plugin", "--plugin-dir", str(plugins))
+    flex.program = plugins / "runvol~runvol/runvol"
+    named = (
+        "import ctypes, sys, time; ctypes.CDLL(None).prctl(15, sys.argv[1].encode()); print(flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", named, name], stdout=subprocess.PIPE) as process:
+        try:
+            process.stdout.readline()
+            said = Path(f"/proc/{process.pid}/stat").read_text()
+            assert name in said
+            began = said.rpartition(")")[2].split()[19]
+            for word in {*said.split(" "), *said.split()} - {began, ""}:
+                (flex.driver.run / "plugin").write_text(f"{process.pid} {word}\n")
+                status, reply = flex.run("unmount", "/x")
+                assert status == 1 and "does not run on this node" in str(reply["message"]), word
+            (flex.driver.run / "plugin").write_text(f"{process.pid} {began}\n")
+            assert "does not run" not in str(flex.run("unmount", "/x")[1]["message"])
+        finally:
+            process.kill()
 
 
 def test_the_plugin_does_the_work(flex):

@@ -17,7 +17,17 @@ from pathlib import Path
 import pytest
 
 from blockdev import Deadline
-from guestmount import Detector, DetectSettings, KubernetesApi, PodRef, Refused, RuntimeUnknown, kata_config, runtimes
+from guestmount import (
+    Detector,
+    DetectSettings,
+    KubernetesApi,
+    PodRef,
+    Refused,
+    RuntimeUnknown,
+    containerd_readings,
+    kata_config,
+    runtimes,
+)
 from guestmount.pods import NotThere, PodUnknown, facts_from
 
 REF = PodRef(namespace="default", name="web", uid="uid-1")
@@ -200,16 +210,18 @@ def test_imports_and_older_tables_of_containerd_are_read(tmp_path):
 
     (tmp_path / "conf.d").mkdir()
     (tmp_path / "conf.d" / "kata.toml").write_text(
-        '[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.kata]\nruntime_type = "io.containerd.kata.v2"\n'
+        'version = 2\n[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.kata]\nruntime_type = "io.containerd.kata.v2"\n'
         'runtime_path = "/opt/kata/runtime-rs/bin/containerd-shim-kata-v2"\n'
         '[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.kata.options]\nConfigPath = "/opt/kata/x.toml"\n'
     )
     main = tmp_path / "config.toml"
     main.write_text(
-        'version = 2\nimports = ["conf.d/*.toml", "config.toml"]\n[plugins.cri.containerd]\ndefault_runtime_name = "crun"\n'
+        f'version = 2\nimports = ["{tmp_path}/conf.d/*.toml", "config.toml"]\n'
+        '[plugins."io.containerd.grpc.v1.cri".containerd]\ndefault_runtime_name = "crun"\n'
     )
-    found = runtimes.read_containerd(str(main))
-    assert found is not None and found.default_handler == "crun" and found.has_sandbox
+    older, newer = containerd_readings.read(str(main)).found
+    assert (older.default_handler, newer.default_handler) == ("runc", "crun")  # 1.x takes the last one's table
+    found = newer
     assert found.handlers["kata"].config_path == "/opt/kata/x.toml"
 
 
@@ -220,13 +232,15 @@ def test_the_default_runtime_of_containerd_up_to_1_7_comes_before_its_name(tmp_p
     file = tmp_path / "config.toml"
     cri = '[plugins."io.containerd.grpc.v1.cri".containerd]\ndefault_runtime_name = "runc"\n'
     runc = '[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]\nruntime_type = "io.containerd.runc.v2"\n'
+    cri = f"version = 2\n{cri}"
     unnamed = '[plugins."io.containerd.grpc.v1.cri".containerd.default_runtime]\nruntime_type = "{}"\n'
     file.write_text(cri + runc + unnamed.format(""))
-    found = runtimes.read_containerd(str(file))
+    (found,) = containerd_readings.read(str(file)).found
     assert (found.default_handler, found.has_sandbox) == ("runc", False)
     file.write_text(cri + runc + unnamed.format("io.containerd.kata.v2"))
-    found = runtimes.read_containerd(str(file))
+    found, newer = containerd_readings.read(str(file)).found
     assert (found.default_handler, found.has_sandbox) == ("default", True)
+    assert newer.default_handler == "runc"
 
 
 @pytest.mark.parametrize(
@@ -235,14 +249,15 @@ def test_the_default_runtime_of_containerd_up_to_1_7_comes_before_its_name(tmp_p
 def test_a_configuration_that_cannot_be_read_is_nothing(tmp_path, content):
     file = tmp_path / "config.toml"
     file.write_bytes(content)
-    assert runtimes.read_containerd(str(file)) is None and runtimes.tables(str(file), "grpc") == []
+    assert "is no TOML" in containerd_readings.read(str(file)).why and runtimes.tables(str(file), "grpc") == []
 
 
 def test_a_configuration_that_was_changed_is_read_again(tmp_path):
     file = tmp_path / "config.toml"
     for name in ("a", "b"):
-        file.write_text(f'[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.{name}]\nruntime_type = "x"\n')
-        assert {*runtimes.read_containerd(str(file)).handlers} == {name}
+        table = f'[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.{name}]\n'
+        file.write_text(f'version = 3\n{table}runtime_type = "x"\n')
+        assert [{*one.handlers} for one in containerd_readings.read(str(file)).found] == [{name}]
 
 
 @pytest.fixture(params=["address", "in-cluster", "kubeconfig"])
@@ -664,8 +679,8 @@ def test_the_nodes_files_are_read_where_its_root_is_mounted(tmp_path):
     (host / "opt").mkdir()
     (host / "opt/real.toml").write_text("[hypervisor.qemu]\ndisable_block_device_use = true\n")
     (host / "opt/kata.toml").symlink_to("/opt/real.toml")
-    found = runtimes.read_containerd("/etc/containerd/config.toml", str(host))
+    (found,) = containerd_readings.read("/etc/containerd/config.toml", str(host)).found
     assert found.handlers["k"].is_sandbox
     kata = kata_config.read(found.handlers["k"], root=str(host))
     assert kata is not None and kata.disable_block_device_use
-    assert runtimes.read_containerd("/etc/absent.toml", str(host)) is None
+    assert not containerd_readings.read("/etc/absent.toml", str(host)).found

@@ -9,7 +9,8 @@ import pytest
 from guestmount import PodRef, Refused, Runtime, kata_config, preflight
 from guestmount.kata_config import GO, RUST
 from guestmount.pods import PodUnknown, facts_from, with_own
-from guestmount.runtimes import Handler, read_containerd
+from guestmount import containerd_readings
+from guestmount.runtimes import Handler
 
 OFF = "[hypervisor.qemu]\ndisable_block_device_use = true\nenable_annotations = ['disable_block_device_use', 'enable_.*']\n"
 ON = "[hypervisor.qemu]\ndisable_block_device_use = false\nshared_fs = 'none'\n"
@@ -156,7 +157,8 @@ pod_annotations = ["io.katacontainers.*"]
 [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.other]
 runtime_type = "io.containerd.kata.v2"
 """)
-    handlers = read_containerd(str(path)).handlers
+    (newer,) = containerd_readings.read(str(path)).found
+    handlers = newer.handlers
     assert handlers["kata"].pod_annotations == ("io.katacontainers.*",)
     assert handlers["other"].pod_annotations == ()
 

@@ -328,7 +328,8 @@ def test_a_pod_of_another_node_is_nobodys_here(api, known):
     assert pods._kept.get("pod", UID.format(2), PodFacts) is None
 
 
-@pytest.mark.parametrize("spec", [{"containers": [None]}, {"containers": [], "volumes": "x"}, {}])
+@pytest.mark.parametrize("spec", [{"containers": [None]}, {"containers": [], "volumes": "x"}, {},
+                                  {"containers": "\ud800"}, {"containers": [{"name": "\udfff", "volumeMounts": "\ud800"}]}])  # fmt: skip
 def test_an_object_that_is_no_pod_is_passed_over(api, known, spec, caplog):
     odd = {"metadata": {"uid": UID.format(0)}, "spec": {"nodeName": "node-1", **spec}}
     api.put("pods", "odd", odd)
@@ -549,6 +550,33 @@ def test_the_oldest_of_too_many_answers_go(api, known, tmp_path, monkeypatch):
     pods._kept.tidy()
     assert names(kept) == ["claim-v4.json", "class-c2.json", "class-c3.json", "class-c4.json",
                            "pod-p0.json", "pod-p1.json", "pod-p3.json", "pod-p4.json"]  # fmt: skip
+
+
+def test_the_oldest_of_too_much_goes_and_what_nobody_could_read_is_not_kept(api, known, tmp_path, monkeypatch):
+    """A pod may be 1.5 MiB, and whoever makes pods makes many."""
+    pods = known(roots=[str(tmp_path)])
+    (tmp_path / "pods/uid-0").mkdir(parents=True)
+    monkeypatch.setattr(kept_answers, "_ALL", 100_000)
+    for n in range(20):
+        pods._kept.put("pod", f"uid-{n}", PodFacts(uid=f"uid-{n}", claims={"v": "c" * 20_000}))
+        until(lambda n=n: os.path.exists(tmp_path / f"answers/pod-uid-{n}.json"))
+        os.utime(tmp_path / f"answers/pod-uid-{n}.json", (time.time() - 60 + n,) * 2)
+    pods._kept.tidy()
+    assert pods._kept.get("pod", "uid-0", PodFacts)  # it is there
+    assert 3 <= len(os.listdir(tmp_path / "answers")) <= 6
+    assert pods._kept.get("pod", "uid-19", PodFacts) and not pods._kept.get("pod", "uid-2", PodFacts)
+    pods._kept.put("pod", "uid-19", PodFacts(uid="uid-19", claims={"v": "c" * (1 << 20)}))
+    until(lambda: not os.path.exists(tmp_path / "answers/pod-uid-19.json"))
+    assert pods._kept.get("pod", "uid-19", PodFacts) is None
+
+
+def test_it_is_tidied_while_much_is_kept(api, known, tmp_path, monkeypatch):
+    pods = known(roots=[str(tmp_path)])
+    (tmp_path / "pods").mkdir()
+    monkeypatch.setattr(kept_answers, "_ALL", 100_000)
+    for n in range(20):
+        pods._kept.put("pod", f"uid-{n}", PodFacts(uid=f"uid-{n}", claims={"v": "c" * 20_000}))
+    until(lambda: pods._kept._waiting.empty() and 0 < len(os.listdir(tmp_path / "answers")) <= 10)
 
 
 def test_it_is_tidied_as_long_as_the_process_lives(api, known, tmp_path, monkeypatch):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import ssl
 import subprocess
 import threading
@@ -15,7 +17,7 @@ from typing import Any
 import pytest
 
 from blockdev import Deadline
-from guestmount import KubernetesApi, PodRef, kubelet_pods
+from guestmount import KubernetesApi, PodRef, kubelet_pods, loopback
 from guestmount.known_pods import KnownPods
 from guestmount.kubelet_pods import KubeletPods
 from guestmount.pods import NotThere, PodFacts, PodUnknown
@@ -101,10 +103,14 @@ def api() -> Iterator[ApiDouble]:
 def known(api: ApiDouble, kubelet: Kubelet, tmp_path: Path) -> Callable[[], KnownPods]:
     def one() -> KnownPods:
         source = KubernetesApi(server=api.url, account=str(tmp_path))
-        asked = KubeletPods(kubelet.url, source, node="node-1", authority=[])
+        asked = KubeletPods(kubelet.url, source, node="node-1", authority=[], is_beside=is_own)
         return KnownPods(source, node="node-1", kept=str(tmp_path / "answers"), follows=False, kubelet=asked)
 
     return one
+
+
+def is_own(pid: int) -> bool:
+    return pid == os.getpid()
 
 
 def soon() -> Deadline:
@@ -167,7 +173,8 @@ def test_a_kubelet_that_is_slow_costs_a_second(api, kubelet, known, how):
 
 def test_many_that_ask_at_once_are_told_by_few_answers(api, kubelet, tmp_path):
     kubelet.slow = 0.2
-    asked = KubeletPods(kubelet.url, KubernetesApi(server=api.url, account=str(tmp_path)), node="node-1", authority=[])
+    source = KubernetesApi(server=api.url, account=str(tmp_path))
+    asked = KubeletPods(kubelet.url, source, node="node-1", authority=[], is_beside=is_own)
     found: list[str] = []
     threads = [threading.Thread(target=lambda: found.append(asked(REF, soon()).uid)) for _ in range(30)]
     for one in threads:
@@ -229,8 +236,50 @@ def test_the_accounts_token_is_shown_to_a_kubelet_whose_certificate_is_the_nodes
 def test_the_read_only_port_is_shown_no_token(kubelet, tmp_path):
     (tmp_path / "token").write_text("secret\n")
     source = KubernetesApi(server="http://127.0.0.1:1", account=str(tmp_path))
-    assert KubeletPods(kubelet.url, source, node="node-1", authority=[])(REF, soon()).uid == "uid-1"
+    assert KubeletPods(kubelet.url, source, node="node-1", authority=[], is_beside=is_own)(REF, soon()).uid == "uid-1"
     assert kubelet.tokens == [None]
+
+
+def test_nobody_else_is_believed_who_has_kubelets_port(kubelet, tmp_path):
+    """A pod in the node's network may listen there, and say of any pod that it runs on the host's kernel."""
+    source = KubernetesApi(server="http://127.0.0.1:1", account=str(tmp_path))
+
+    def asked(is_beside: Callable[[int], bool]) -> KubeletPods:
+        return KubeletPods(kubelet.url, source, node="node-1", authority=[], is_beside=is_beside)
+
+    for nobody in (lambda _pid: False, lambda pid: pid not in (os.getpid(),) and pid != os.getppid()):
+        with pytest.raises(PodUnknown, match="not proved that kubelet has that port"):
+            asked(nobody)(REF, soon())
+    with pytest.raises(PodUnknown, match="not proved"):
+        KubeletPods(kubelet.url, source, node="node-1", authority=[])(REF, soon())
+    assert asked(is_own)(REF, soon()).uid == "uid-1"
+    # Another one beside it, of whom is not known which of the two a connection was for.
+    with socket.socket(socket.AF_INET6) as other:
+        other.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        other.bind(("::1", kubelet.server.server_port))
+        other.listen()
+        assert len(loopback.listeners(kubelet.server.server_port).inodes) == 2
+        assert asked(is_own)(REF, soon()).uid == "uid-1"
+        with subprocess.Popen(["sleep", "60"], pass_fds=[other.fileno()]) as holder:
+            try:
+                other.close()
+                with pytest.raises(PodUnknown, match="not proved"):
+                    asked(is_own)(REF, soon())
+                assert asked(lambda pid: pid in (os.getpid(), holder.pid))(REF, soon()).uid == "uid-1"
+            finally:
+                holder.kill()
+
+
+def test_who_takes_the_port_over_while_it_is_asked_is_not_believed(kubelet, tmp_path, monkeypatch):
+    source = KubernetesApi(server="http://127.0.0.1:1", account=str(tmp_path))
+    asked = KubeletPods(kubelet.url, source, node="node-1", authority=[], is_beside=is_own)
+    before = loopback.Listeners(inodes=frozenset({1}))
+    said = [before]
+    real = loopback.listeners
+    monkeypatch.setattr(loopback, "listeners", lambda port: said.pop() if said else real(port))
+    with pytest.raises(PodUnknown, match="not proved"):
+        asked(REF, soon())
+    assert asked(REF, soon()).uid == "uid-1"
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from guestmount.pods import facts_from
 from guestmount.running_containerd import KubeletsContainerd
 from runvol import config as settings
 from runvol import doctor_containerd
-from tests.cri import WITNESS, Runtime
+from tests.cri import READY, WITNESS, Runtime
 
 REF = PodRef(namespace="default", name="web", uid="uid-1")
 KATA = {
@@ -264,6 +264,38 @@ def test_a_containerd_without_cri_is_none_of_kubelets(tmp_path, node):
     assert taken(tmp_path) == K3S
 
 
+def test_where_only_a_containerd_without_cri_is_known_the_runtime_is_not(tmp_path, node):
+    """Docker's file beside a CRI-O or k0s with sandboxes, whose own is at no place that is known."""
+    node(0, 'disabled_plugins = ["cri"]\n')
+    where = {"containerd_config": AUTO, "host_root": str(tmp_path), "root": str(tmp_path)}
+    with pytest.raises(RuntimeUnknown):
+        detected(Detector(DetectSettings(**where)))
+    with pytest.raises(RuntimeUnknown, match="set paths.containerd_config and cri.endpoint"):
+        detected(Detector(DetectSettings(**where), Pods()))
+    assert detected(Detector(DetectSettings(**where), Pods("kata"))) == ("sandbox", "kata")
+    assert detected(Detector(DetectSettings(**where, default_runtime="runc"), Pods())) == ("host", "runc")
+    with pytest.raises(RuntimeUnknown, match="has its CRI plugin disabled"):
+        Detector(DetectSettings(**where)).of_handler("")
+    # An operator's word, and a containerd that runs with it switched on.
+    named = where | {"containerd_config": PLACES[0].config}
+    assert detected(Detector(DetectSettings(**named), Pods())) == ("host", "runc")
+    with Runtime() as runtime:
+        runtime.config = says()
+        assert detected(Detector(DetectSettings(**where, cri_endpoint=runtime.endpoint), Pods())) == ("host", "runc")
+
+
+def test_beside_a_containerd_without_cri_one_whose_file_is_elsewhere_is_found(tmp_path, node):
+    """k3s's with a data directory of its own, beside Docker's."""
+    node(0, 'disabled_plugins = ["cri"]\n'), node(1, None, lives=False)
+    with Runtime(str(tmp_path / PLACES[1].socket.lstrip("/"))) as runtime:
+        runtime.config = says("secure", secure=KATA)
+        one = Detector(several(tmp_path), Pods())
+        assert taken(tmp_path)[1] == K3S[1]
+        assert detected(one) == ("sandbox", "secure")
+    with pytest.raises(RuntimeUnknown):
+        detected(Detector(several(tmp_path), Pods()))
+
+
 def test_a_setting_wins(tmp_path, node):
     node(0), node(1)
     assert taken(tmp_path, config=K3S[0]) == K3S
@@ -291,6 +323,41 @@ def test_sandboxes_are_asked_for_where_containerd_is_found(tmp_path):
     asked = Sandboxes(endpoint=lambda: where.pop(0))
     assert "one.sock" in asked.doubt(["uid"], Deadline.after(2))
     assert "two.sock" in asked.doubt(["uid"], Deadline.after(2))
+
+
+def test_of_several_all_that_may_be_kubelets_are_asked_for_sandboxes(tmp_path):
+    (tmp_path / "pods" / WITNESS).mkdir(parents=True)
+    with Runtime(str(tmp_path / "one.sock")) as one, Runtime(str(tmp_path / "two.sock")) as two:
+        where = [one.endpoint, two.endpoint]
+        asked = Sandboxes(endpoint=lambda: where, roots=[str(tmp_path)], patience=1.0)
+
+        def doubt() -> str:
+            return asked.doubt(["uid"], Deadline.after(5))
+
+        assert doubt() == ""
+        two.pods = [("uid", READY)]
+        assert "the pod runs" in doubt()
+        one.kubelets = False  # nobody's, and nobody else's word for it
+        assert "the pod runs" in doubt()
+        two.pods = []
+        assert doubt() == ""
+        two.kubelets = False
+        assert "lists no pod that kubelet has" in doubt()
+        one.kubelets = True
+        two.before = lambda _n: time.sleep(3)  # who hangs may be kubelet's
+        assert "two.sock does not tell" in doubt()
+        where[1] = f"unix://{tmp_path}/none.sock"
+        assert doubt() == ""
+
+
+def test_a_handler_that_several_have_differently_is_not_known_to_nri_either(tmp_path, node):
+    node(0, _RUNC_TOO, lives=False), node(1, WITH_KATA.replace("runtimes.kata", "runtimes.secure"), lives=False)
+    one = Detector(several(tmp_path))
+    with pytest.raises(RuntimeUnknown, match=r"'secure'.*which containerd of this node is kubelet's"):
+        one.of_handler("secure")
+    with pytest.raises(RuntimeUnknown, match="which containerd of this node is kubelet's"):
+        one.detect(REF, "secure", Deadline.after(5))
+    assert one.of_handler("").kind == one.of_handler("runc").kind == "host"
 
 
 def test_a_containerd_that_is_known_by_its_socket_alone_has_to_have_a_pod_of_kubelets(tmp_path, node):

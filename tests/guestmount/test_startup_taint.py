@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from blockdev import Deadline
 from blockdev.deadlines import NoThread
 from guestmount import KubernetesApi, startup_taint
+from guestmount.pods import PodUnknown
 from guestmount.startup_taint import StartupTaint
 from tests.api_double import ApiDouble
 from tests.until import until
@@ -119,3 +121,12 @@ def test_want_of_a_thread_or_of_memory_is_of_a_moment(api, taint, monkeypatch, e
     monkeypatch.setattr(KubernetesApi, "one", one)
     taint(lambda: 1)
     until(lambda: taints(api) == [OTHER])
+
+
+@pytest.mark.parametrize("metadata", [None, {}, {"resourceVersion": ""}, []])
+def test_what_says_no_moment_is_not_put_over_what_others_change(api, tmp_path, metadata):
+    """As a proxy answers that keeps a part of the objects; without a version the server takes any."""
+    source = KubernetesApi(server=api.url, account=str(tmp_path))
+    with pytest.raises(PodUnknown, match="has no resourceVersion"):
+        source.replace("the node", "/api/v1/nodes/node-1", {"metadata": metadata, "spec": {}}, Deadline.after(5))
+    assert not api.requests and len(taints(api)) == 2

@@ -128,6 +128,23 @@ def test_doctor_names_what_is_broken_and_what_to_change(driver):
     assert "quota" in subjects["backend directory"]["finding"] and "NFS client" in subjects["backend nfs"]["finding"]
 
 
+def test_doctor_of_a_central_controller_says_nothing_of_nodes(driver):
+    driver.environment["RUNVOL_CSI_SERVICES"] = "identity,controller"
+    said = driver.cli("doctor", "--json", check=False)
+    subjects = {row["subject"] for row in rows(said)}
+    assert {"mkfs.ext4", "CAP_SYS_ADMIN", "volumes"} <= subjects
+    nodes = (
+        "loop devices",
+        "mounts",
+        "containerd",
+        "handler",
+        "running containerd",
+        str(driver.kubelet),
+        "registration",
+    )
+    assert not [one for one in subjects if one.startswith(nodes)]
+
+
 def test_doctor_tells_whether_guests_can_mount_nfs(driver):
     (driver.directory / "containerd.toml").write_text(
         '[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.kata]\nruntime_type = "io.containerd.kata.v2"\n'

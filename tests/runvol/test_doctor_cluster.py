@@ -58,6 +58,16 @@ def test_without_an_api_there_is_one_line():
     assert (only.state, only.subject) == ("warning", "Kubernetes API")
 
 
+def test_a_central_controller_is_asked_for_nothing_of_nodes(api, tmp_path):
+    api.denied = {"pods", "runtimeclasses", "nodes"}
+    loaded = config.load(file=None, flags={"csi.nfs_endpoint": "unix:///run/n.sock"}, environment={})
+    asked = KubernetesApi(server=api.url, account=str(tmp_path))
+    found = {one.subject: one.state for one in doctor_cluster.examine(loaded, asked, None)}
+    assert found == {"Kubernetes API": "ok", **{f"CSIDriver {name}": "ok" for name in NAMES}}
+    (only,) = doctor_cluster.examine(loaded, None, None)
+    assert "nfs.exports" in only.finding
+
+
 def test_a_server_that_is_away_is_told_for_each_question(api, tmp_path):
     api.stop()
     found = lines(api, tmp_path)
@@ -100,3 +110,19 @@ def test_another_containerd_than_its_file_says(api, tmp_path, running, words):
     api.objects["nodes"]["n"] = {"status": {"runtimeHandlers": [{"name": name} for name in running]}}
     state, finding = lines(api, tmp_path)["runtime handlers"]
     assert state == "warning" and words in finding
+
+
+def test_a_class_that_binds_before_its_pods_are_known(api, tmp_path):
+    def of(provisioner: str, mode: str) -> dict[str, object]:
+        return {"provisioner": provisioner, "volumeBindingMode": mode}
+
+    api.objects["storageclasses"] = {
+        "at-once": {"metadata": {"name": "at-once"}, **of(NAMES[0], "Immediate")},
+        "later": {"metadata": {"name": "later"}, **of(NAMES[0], "WaitForFirstConsumer")},
+        "nfs": {"metadata": {"name": "nfs"}, **of(NAMES[1], "Immediate")},
+        "others": {"metadata": {"name": "others"}, **of("others.example.com", "Immediate")},
+    }
+    found = {subject: said for subject, said in lines(api, tmp_path).items() if subject.startswith("StorageClass ")}
+    ((subject, (state, finding)),) = found.items()
+    assert (subject, state) == ("StorageClass at-once", "warning")
+    assert "'Immediate' instead of 'WaitForFirstConsumer'" in finding and "make the class anew" in finding

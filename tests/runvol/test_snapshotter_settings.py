@@ -25,6 +25,9 @@ WRONG = [
     ({"unmap_idle_seconds": "59"}, "unmap_idle_seconds = 59 (from flag): must not be below snapshotter.call_seconds = 60"),
     ({"fstype": "btrfs"}, "takes ext4, xfs"),
     ({"images": "share"}, "must be an absolute path"),
+    ({"gauge": "gauge"}, "snapshotter.gauge = 'gauge' (from flag): must be a plain absolute path, `auto`, or empty"),
+    ({"gauge": "/a/../b"}, "must be a plain absolute path"),
+    ({"gauge": "/"}, "must be a plain absolute path"),
 ]  # fmt: skip
 
 
@@ -49,6 +52,14 @@ def test_what_works_is_taken() -> None:
     assert found.unmap_idle == 900
     never = config.load(file=None, environment={}, flags=flags({"unmap_idle_seconds": "0"}))
     assert settings_of(never).unmap_idle == 0
+
+
+@pytest.mark.parametrize(
+    ("said", "place"), [(None, "/s/gauge"), ("auto", "/s/gauge"), ("/run/gauge", "/run/gauge"), ("", "")]
+)
+def test_where_the_gauge_is(said: str | None, place: str) -> None:
+    given = {"snapshotter.state_dir": "/s"} | ({} if said is None else {"snapshotter.gauge": said})
+    assert settings_of(config.load(file=None, environment={}, flags=given)).gauge == place
 
 
 def test_the_smallest_sizes_are_those_of_the_filesystems() -> None:

@@ -32,6 +32,7 @@ class Server:
             "RUNVOL_SNAPSHOTTER_FSTYPE": fstype,
             "RUNVOL_SNAPSHOTTER_SIZE_BYTES": str(size),
             "RUNVOL_POOL_AUTOEXTEND_PERCENT": "0",
+            "RUNVOL_SNAPSHOTTER_GAUGE": "",
             **variables,
         }
         self._data, self._prefix = data, prefix

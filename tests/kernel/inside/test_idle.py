@@ -92,7 +92,8 @@ def test_a_verified_view_is_unmapped_with_what_verifies_it(make_lab: Callable[..
         assert mapped(lab, "v")
     lab.reap_idle()
     assert not mapped(lab, "v")
-    assert [name for name in os.listdir("/dev/mapper") if name.startswith(lab.node.pool.device_name(0)[:-1])] == []
+    prefix = lab.node.pool.prefix
+    assert [name for name in os.listdir("/dev/mapper") if name.startswith(prefix)] == [f"{prefix}keeper"]
     with mounted(lab.mounts("v")) as root:
         assert (root / "word").read_bytes() == b"sealed"
 

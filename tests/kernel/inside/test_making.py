@@ -255,7 +255,7 @@ def test_a_pool_of_volumes_survives_the_loss_of_its_state(mapper: Mapper, state:
     shutil.rmtree(state)
     with pytest.raises(PoolRefused, match="exists already"):
         assembly.init(mapper, state, wish, soon())
-    os.makedirs(state)
+    os.makedirs(state, exist_ok=True)
     Path(state, backing.FILE).write_bytes(kept)
     assert assembly.assemble(mapper, state, soon())[0].ids(soon()) == {1}
     _apart(mapper, state)

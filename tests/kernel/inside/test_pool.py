@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -361,6 +362,52 @@ def test_full_metadata_is_refused_before_it_is_full_and_named_when_it_is(make_la
             lab.remove(key)
     lab.remove("layer")
     assert not lab.leaks()
+
+
+def test_only_what_somebody_could_write_to_is_suspended_for_a_copy(lab: Lab) -> None:
+    """A suspended device holds up whoever looks at it."""
+    lab.prepare("k")
+    pool, device = lab.node.pool, lab.stat("k").device
+
+    def is_suspended() -> bool:
+        with pool.quiet(device):
+            found = pool.mapper.find(pool.device_name(device))
+            assert found is not None
+            return found.suspended
+
+    assert is_suspended()
+    assert pool.shut(device)
+    assert not is_suspended()
+    with open(pool.path(device), "rb"):
+        assert is_suspended()
+    pool.reopen(device)
+    assert is_suspended()
+    assert pool.shut(device)
+    assert pool.deactivate(device)
+    pool.activate(device, lab.stat("k").size)
+    assert is_suspended()
+
+
+def test_a_device_that_is_unmapped_as_it_is_let_go_on_leaves_no_node(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The node would be of a number that another device gets."""
+    lab.prepare("k")
+    pool, device = lab.node.pool, lab.stat("k").device
+    name, call = pool.device_name(device), pool.mapper._call
+
+    def unmapped_then(number: int, operation: str, *arguments: Any, **more: Any) -> Any:
+        answer = call(number, operation, *arguments, **more)
+        if operation == "resume":
+            pool.mapper.remove(name)
+        return answer
+
+    monkeypatch.setattr(pool.mapper, "_call", unmapped_then)
+    with pool.quiet(device):
+        pass
+    monkeypatch.undo()
+    assert pool.find(device) is None
+    assert not os.path.lexists(node(name))
+    (mount,) = lab.mounts("k")
+    assert os.path.exists(mount.source)
 
 
 def _touch(device: str, *, every: int) -> None:

@@ -113,8 +113,13 @@ def test_the_socket_answers_before_the_pool_is_there_and_says_what_is_missing(se
     data.rename(data.with_suffix(".away"))
     server.start()
     assert client.stat("a").info.name == "a"
-    code, words = client.refused("prepare", "b")
-    assert code is grpc.StatusCode.UNAVAILABLE
+    until = time.monotonic() + 30
+    while True:
+        code, words = client.refused("prepare", "b")
+        assert code is grpc.StatusCode.UNAVAILABLE
+        if "is being assembled" not in words:
+            break
+        assert time.monotonic() < until
     assert f"{server.pool_name}.data does not exist" in words
     assert "pool" in server.runvol("doctor", ok=(1,))
     data.with_suffix(".away").rename(data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -82,7 +83,7 @@ def day(server: Server) -> None:
 def settings(prefix: Sequence[str], group: str, directory: Path) -> Server:
     return Server(directory, data=128 * MIB, size=200 * MIB, prefix=prefix, below=("--vg", group),
                   RUNVOL_POOL_AUTOEXTEND_PERCENT="50", RUNVOL_POOL_AUTOEXTEND_THRESHOLD="50",
-                  RUNVOL_SNAPSHOTTER_VERITY="1")  # fmt: skip
+                  RUNVOL_SNAPSHOTTER_VERITY="1", RUNVOL_SNAPSHOTTER_GAUGE="auto")  # fmt: skip
 
 
 def test_what_the_unit_leaves_it_is_enough(group: str, tmp_path: Path) -> None:
@@ -98,6 +99,14 @@ def test_what_the_unit_leaves_it_is_enough(group: str, tmp_path: Path) -> None:
             effective = next(int(line.split()[1], 16) for line in status if line.startswith("CapEff"))
         assert effective.bit_count() <= 5
         day(server)
+        until = time.monotonic() + 30
+        # It grows with the pool.
+        while (shown := json.loads(server.runvol("pool", "gauge", "--json"))[0])["size_bytes"] < 150 * MIB:
+            assert time.monotonic() < until, (shown, server.said())
+            time.sleep(0.2)
+        server.stop()
+        server.runvol("pool", "gauge", "--remove")
+        assert "the gauge" not in server.said()
         assert "ermitted" not in server.said()
         assert "ermission denied" not in server.said()
     lines = trace.read_text(errors="replace").splitlines()

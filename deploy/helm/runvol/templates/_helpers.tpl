@@ -30,6 +30,10 @@ securityContext:
 {{- end }}
 {{- end }}
 {{- end }}
+{{/* Of the root and a driver's name: not empty if this release has that driver, or else nobody would serve its classes. */}}
+{{- define "runvol.served" -}}
+{{- if ternary (first .).Values.drivers.nodes (first .).Values.drivers.nfs (eq (last .) "csi.runvol.io") }}yes{{ end }}
+{{- end }}
 {{/* Not empty where the snapshot-controller runs: without the API it would only end again and again. */}}
 {{- define "runvol.snapshotController" -}}
 {{- if and .Values.snapshots.controller (or (ne (toString .Values.snapshots.enabled) "auto") (include "runvol.snapshots" .)) }}yes{{ end }}

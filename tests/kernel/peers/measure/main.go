@@ -5,6 +5,11 @@
 //	measure empty SOCKET COUNT
 //	measure beyond CALL SOCKET COUNT         (each call between two empty ones: by how many ms it was longer)
 //	measure only CALL SOCKET COUNT           (waits for a line before it makes the calls)
+//	measure lives ROUNDS CLIENTS NAME=SOCKET...
+//	measure flood COUNT FLIGHT SOCKET        (waits for a line before, and before it removes what it made)
+//	measure waiting COUNT PAIRS SOCKET       (waits for a line before the Prepares, which must not end until it looked)
+//	measure beside RATE ROWS COUNT SOCKET
+//	measure pairs ROUNDS NAME=SOCKET...
 package main
 
 import (
@@ -151,6 +156,26 @@ func main() {
 	}
 	if len(args) == 4 && args[0] == "beyond" {
 		must(json.NewEncoder(os.Stdout).Encode(beyond(args[1], dial("one", args[2]), number(args[3]))))
+		return
+	}
+	if len(args) >= 4 && args[0] == "lives" {
+		lives(number(args[1]), number(args[2]), args[3:])
+		return
+	}
+	if len(args) == 4 && args[0] == "flood" {
+		flood(number(args[1]), number(args[2]), dial("one", args[3]))
+		return
+	}
+	if len(args) == 4 && args[0] == "waiting" {
+		waiting(number(args[1]), number(args[2]), dial("one", args[3]), args[3])
+		return
+	}
+	if len(args) == 5 && args[0] == "beside" {
+		beside(number(args[1]), number(args[2]), number(args[3]), args[4])
+		return
+	}
+	if len(args) >= 3 && args[0] == "pairs" {
+		pairs(number(args[1]), args[2:])
 		return
 	}
 	if len(args) == 3 && args[0] == "empty" {
