@@ -378,7 +378,8 @@ def _timed(call: Callable[[], object]) -> tuple[float, bool]:
     began = time.monotonic()
     try:
         call()
-    except grpc.RpcError:
+    except grpc.RpcError as error:
+        print(f"refused: {error}")
         return time.monotonic() - began, False
     return time.monotonic() - began, True
 
