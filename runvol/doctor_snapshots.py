@@ -19,7 +19,7 @@ from snapshotter.gauge import fill
 from snapshotter.images import Share
 from snapshotter.node import STORE
 from snapshotter.pool import Pool
-from snapshotter.store import Store
+from snapshotter.store import Store, disk_trouble
 from snapshotter.trust import Trust
 
 # Percent of the device ids that were given, from which on an operator is told.
@@ -121,6 +121,10 @@ def _pool(config: Config, description: backing.Description) -> Iterator[Diagnosi
 
 def _store(state: str) -> Iterator[Diagnosis]:
     path = os.path.join(state, STORE)
+    if trouble := disk_trouble(path, flush=True):
+        yield Diagnosis(state=BROKEN, subject="store", finding=f"the filesystem of {state} takes no writes: {trouble}. "
+                        "Put its disk right, stop the service, mount the filesystem anew, start it")  # fmt: skip
+        return
     if not os.path.exists(path):
         yield Diagnosis(state=WARNING, subject="store", finding=f"{path} does not exist: the snapshotter never ran")
         return

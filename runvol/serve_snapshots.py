@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
+import logging
 import os
 import stat
 
@@ -82,6 +84,8 @@ def serve(config: Config, pool_name: str | None) -> None:
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     from snapshotter import server
 
+    # SQLite maps a file of the store into memory: a filesystem that shuts down ends the process by SIGBUS. It is said.
+    faulthandler.enable()
     _check_images(config)
     node = Node(settings_of(config))
     if pool_name is not None and node.pool.name != pool_name:
@@ -97,4 +101,7 @@ def serve(config: Config, pool_name: str | None) -> None:
     # What a start has made stays; the collector need not look at it again.
     gc.freeze()
     gc.enable()
-    server.serve(node, endpoint=config.text("snapshotter.endpoint"), limit=limit, observe=observe)
+    if not server.serve(node, endpoint=config.text("snapshotter.endpoint"), limit=limit, observe=observe):
+        # The interpreter's own end would close the store, which hangs.
+        logging.shutdown()
+        os._exit(0)

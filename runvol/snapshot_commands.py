@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import click
 
@@ -17,7 +19,7 @@ from runvol.containerd_commands import containerd_config
 from runvol.gauge_place import gauge_path
 from runvol.serve_snapshots import limits, state_dir
 from runvol.sizes import SIZE
-from snapshotter import assembly, backing, quarantine
+from snapshotter import assembly, backing, names, quarantine
 from snapshotter.assembly import Extender, Wish
 from snapshotter.backing import Backing
 from snapshotter.errors import BadRequest, NotFound, PoolRefused, Unavailable, WrongState
@@ -25,6 +27,9 @@ from snapshotter.gauge import Gauge
 from snapshotter.model import Kind
 from snapshotter.pool import Pool
 from snapshotter.store import STORE, Store
+
+if TYPE_CHECKING:
+    from snapshotter.repairing import Report
 
 _CALL = 300.0
 _LOOKING = 3.0
@@ -263,18 +268,29 @@ def pool_repair_store(load: Loader, keep: bool, as_json: bool) -> None:
     config = load()
     with Mapper() as mapper:
         done = repairing.repair_store(mapper, state_dir(config), Deadline.after(_CALL), keep=keep)
+    if as_json:
+        rows = [{"key": key, "state": state} for state, keys in (("restored", done.restored), ("lost", done.lost))
+                for key in keys]  # fmt: skip
+        tables.show(rows, ("key", "state"), as_json=True, empty="")
+        return
+    for line in _repaired(done, keep=keep):
+        click.echo(line)
+
+
+def _repaired(done: Report, *, keep: bool) -> Iterator[str]:
+    """What an operator reads, with the commands to be typed."""
     made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(done.made / 1e9)) if done.made else ""
-    if not as_json:
-        click.echo(f"{len(done.restored)} snapshots came back" + (f" from the copy of {made}" if made else "")
-                   + (f", {done.kept} are kept as they were" if keep else "")
-                   + f"; {len(done.quarantined)} devices stay quarantined (`runvol pool quarantine`)")  # fmt: skip
-        if done.lost:
-            click.echo("Gone; containerd must forget them (`ctr -n NAMESPACE snapshots --snapshotter runvol rm NAME`, "
-                       "and the images and containers on them):")  # fmt: skip
-    rows = [{"key": key, "state": "restored"} for key in done.restored] if as_json else []
-    rows += [{"key": key, "state": "lost"} for key in done.lost]
-    if rows or as_json:
-        tables.show(rows, ("key", "state"), as_json=as_json, empty="")
+    yield (f"{len(done.restored)} snapshots came back" + (f" from the copy of {made}" if made else "")
+           + (f", {done.kept} are kept as they were" if keep else "")
+           + f"; {len(done.quarantined)} devices stay quarantined (`runvol pool quarantine`)")  # fmt: skip
+    if done.lost:
+        yield ("Gone with their devices. Where containerd still knows one (others it removed itself), remove the "
+               "containers on it, then make containerd forget it, in this order, and pull its image anew:")  # fmt: skip
+        yield from (f"  {names.forgetting(key) or key}" for key in done.lost)
+    if made:
+        yield (f"What was made after {made} is not in the copy: its containers run on, but none starts from images of "
+               "that time. For each namespace `ctr -n NAMESPACE images check --snapshotter runvol` says which are not "
+               "unpacked any more: remove their containers, then them, and pull them again")  # fmt: skip
 
 
 @pool.command("gauge")

@@ -92,6 +92,10 @@ def load(state_dir: str) -> Description | None:
             return msgspec.json.decode(opened.read(), type=Description)
     except FileNotFoundError:
         return None
+    except PermissionError:
+        raise
+    except OSError as error:
+        raise PoolRefused(f"{path} cannot be read: {error.strerror}; its disk or its filesystem is not well") from None
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise PoolRefused(
             f"{path}: {error}. Restore it, or use the release that has written it; without it the pool is not found"

@@ -8,8 +8,10 @@ class SnapshotterError(Exception):
 
 
 class NotFound(SnapshotterError):
-    def __init__(self, key: str, what: str = "snapshot") -> None:
-        super().__init__(f"{what} {key!r} does not exist")
+    """`hint`: what to do, where the caller cannot know it."""
+
+    def __init__(self, key: str, what: str = "snapshot", hint: str = "") -> None:
+        super().__init__(f"{what} {key!r} does not exist" + (f": {hint}" if hint else ""))
 
 
 class AlreadyExists(SnapshotterError):
@@ -51,7 +53,9 @@ class NotOffered(SnapshotterError):
 
 
 class StoreFailed(SnapshotterError):
-    """The database cannot be used."""
+    """The database cannot be used. `full`: for want of room on its disk."""
+
+    full = False
 
 
 class PoolRefused(SnapshotterError):

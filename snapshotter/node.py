@@ -41,6 +41,8 @@ _RETRY, _LOOK, _PAUSE = 2.0, 10.0, 1.0
 # Seconds that a call waits for the pool: containerd may hold its database's transaction meanwhile.
 _PATIENCE = 1.5
 _OPENING = "opening the pool"
+# Seconds that an end may take; systemd allows 30 for it, with the calls under way.
+_ENDING = 15.0
 # A copy of the store is made at most so often, in seconds, and takes at most this part of the time.
 _COPY_PAUSE, _COPY_SHARE = 2.0, 20
 
@@ -91,7 +93,6 @@ class Node:
     """Opens the store at once; the pool comes in the background, and calls that need it wait for it."""
 
     def __init__(self, settings: Settings) -> None:
-        os.makedirs(settings.state_dir, mode=0o700, exist_ok=True)
         description = backing.load(settings.state_dir)
         if description is None:
             raise PoolRefused(f"no pool is described in {settings.state_dir}; make one with `runvol pool init`")
@@ -410,9 +411,18 @@ class Node:
     def cleanup(self) -> None:
         self.reaper.tell(0)
 
-    def stop(self) -> None:
-        """End what runs behind; devices stay mapped, as containers use them."""
+    def stop(self) -> bool:
+        """End what runs behind; devices stay mapped, as containers use them. Whether all has ended: what hangs in the
+        kernel is left behind."""
         self._stop.set()
+        ending = threading.Thread(target=self._end, name="ending", daemon=True)
+        ending.start()
+        ending.join(_ENDING)
+        if ending.is_alive():
+            log.error("the disk of the store, or the pool, does not answer; what hangs there is left behind")
+        return not ending.is_alive()
+
+    def _end(self) -> None:
         if self.sealer is not None:
             self.sealer.stop()
         self.reaper.stop()

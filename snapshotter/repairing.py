@@ -31,7 +31,8 @@ _KEPT_FACTS = ("image ", "seal ")
 class Report:
     """What came back, and what did not; keys as containerd has them in the backend (`namespace/number/name`).
 
-    `made` is when the copy was made, in nanoseconds since 1970; 0 where none was needed.
+    `made` is when the copy was made, in nanoseconds since 1970; 0 where none was needed. `lost` has children before
+    their parents, as they have to be removed.
     """
 
     made: int = 0
@@ -39,6 +40,14 @@ class Report:
     kept: int = 0
     lost: list[str] = field(default_factory=list)
     quarantined: list[int] = field(default_factory=list)
+    parents: dict[str, str] = field(default_factory=dict)
+
+    def depth(self, key: str) -> int:
+        """How many of those that are known lie below."""
+        below = 0
+        while (key := self.parents.get(key, "")) and below < len(self.parents):
+            below += 1
+        return below
 
 
 def repair_store(mapper: Mapper, state_dir: str, deadline: Deadline, *, keep: bool = False) -> Report:
@@ -91,6 +100,7 @@ def _repair(store: Store, pool: Pool, keeper: Keeper, deadline: Deadline, *, kee
 def _take(store: Store, copy: sqlite3.Connection, ids: set[int], report: Report) -> None:
     """What the copy knows, unless what is there now says otherwise."""
     rows = store.rows_of(copy)
+    report.parents |= {row.key: row.parent for row in rows}
     with store.transaction():
         trusted = {row.device for page in store.pages() for row in page} - set(store.quarantined())
         back: set[int] = set()
@@ -138,12 +148,15 @@ def _keep(store: Store, ids: set[int], report: Report) -> None:
 def _drop_lost(store: Store, ids: set[int], report: Report) -> None:
     """Rows without a device, and rows of which nothing proves that the device is theirs: it stays quarantined."""
     unproven, now = set(store.quarantined()), time.time_ns()
-    gone = [row.key for page in store.pages() for row in page
-            if row.device and (row.device not in ids or row.device in unproven)]  # fmt: skip
+    rows = [row for page in store.pages() for row in page]
+    report.parents |= {row.key: row.parent for row in rows}
+    gone = [row.key for row in rows if row.device and (row.device not in ids or row.device in unproven)]
     with store.transaction():
         for key in gone:
             store.remove(key, now)
-    report.lost = sorted({*report.lost, *gone} - set(report.restored) | set(gone))
+        store.stand_alone()
+    lost = {*report.lost, *gone} - set(report.restored) | set(gone)
+    report.lost = sorted(lost, key=lambda key: (-report.depth(key), key))
     report.restored = [key for key in report.restored if key not in set(gone)]
 
 

@@ -29,8 +29,9 @@ def socket_path(endpoint: str) -> str:
         raise BadRequest("--endpoint", endpoint, str(error)) from None
 
 
-def serve(node: Node, *, endpoint: str, limit: float, observe: Observer | None = None) -> None:
-    """Serve until SIGTERM or SIGINT; calls under way then have ten seconds, and what hangs is left behind."""
+def serve(node: Node, *, endpoint: str, limit: float, observe: Observer | None = None) -> bool:
+    """Serve until SIGTERM or SIGINT; calls under way then have ten seconds, and what hangs is left behind: False then,
+    and the process must not wait for its threads."""
     path, told = socket_path(endpoint), daemon.signals()
     quick = _lane("quick", *_QUICK)
     service = Service(
@@ -53,9 +54,10 @@ def serve(node: Node, *, endpoint: str, limit: float, observe: Observer | None =
     daemon.notify("STOPPING=1")
     server.stop(_GRACE).wait(_GRACE + _AFTER)
     service.close()
-    node.stop()
+    ended = node.stop()
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
+    return ended
 
 
 def _lane(name: str, limit: int, most: int) -> Workers:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from blockdev import Deadline, filesystems, superblocks
 from blockdev.errors import BlockdevError
-from snapshotter import bases, filters, strangers
+from snapshotter import bases, filters, names, strangers
 from snapshotter.background import Background
 from snapshotter.bases import Bases
 from snapshotter.copies import Copies
@@ -315,7 +315,7 @@ class Snapshotter:
             if parent:
                 above = self._store.find(parent)
                 if above is None or above.kind is not Kind.COMMITTED:
-                    raise NotFound(parent, "parent")
+                    raise _no_parent(parent)
             row = Snapshot(
                 key=key, parent=parent, kind=kind, state=State.PREPARING, device=self._store.new_device(), size=size,
                 fstype=origin.fstype, created=now, updated=now, image=origin.image, labels=labels,
@@ -390,7 +390,7 @@ class Snapshotter:
             self.settle(key, deadline)
             row = self._store.get(key)
         if row is None or row.state is State.PREPARING:
-            raise NotFound(key, what)
+            raise _no_parent(key) if what == "parent" else NotFound(key, what)
         return row
 
     def _mounts(self, row: Snapshot, deadline: Deadline) -> list[Mount]:
@@ -518,11 +518,14 @@ class Snapshotter:
         containerd makes room by removals, and stops them at the first that fails."""
         try:
             self._remove(key, deadline)
-        except StoreFailed:
-            if not self._store.make_room():
+        except StoreFailed as error:
+            if not error.full:
                 raise
-            with contextlib.suppress(NotFound):  # it may be gone, and only the disk did not say so
+            self._store.make_room()
+            try:
                 self._remove(key, deadline)
+            except NotFound:  # it is gone, and only the disk did not say so
+                self._store.confirm()
 
     def _remove(self, key: str, deadline: Deadline) -> None:
         self._seen(key, deadline)
@@ -588,6 +591,15 @@ class Snapshotter:
     def _inodes_of(self, image: str, deadline: Deadline) -> int:
         block = superblocks.space(self._images.origin(image, deadline))
         return max(0, block.inodes - block.free_inodes) if block is not None else 0
+
+
+def _no_parent(key: str) -> NotFound:
+    """containerd asks for no parent that it does not know itself."""
+    known = names.of_containerd(key)
+    return NotFound(key, "parent", "" if known is None else (
+        "containerd has it in its own database, so it was made right before this node's store was lost. Remove the "
+        f"containers of its image and the image in namespace {known[0]}, then pull it again"
+    ))  # fmt: skip
 
 
 def _origin_in(above: Snapshot) -> _Origin:

@@ -9,6 +9,7 @@ the disk, and the database itself refuses a second row with a device. Nothing bu
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -62,6 +63,9 @@ RUN = 64
 _LONG_LOG = 2 << 20
 # What is kept free on the store's disk for removals, in bytes: some hundreds of them.
 _RESERVE = 1 << 20
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+# A filesystem without files that have no name, or one that is merely full: that is told otherwise.
+_NO_ANSWER = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, *_NO_ROOM)
 # Ids above one that somebody else has taken are drawn as long as this many are left; below that, those around it.
 _ENOUGH = MAX_THIN_ID // 2
 # One row a device. Not part of the schema's number, as an older release works with it too.
@@ -111,7 +115,8 @@ class Store:
     """Rows. Safe to use from several threads; a second process may read beside it. Raises StoreFailed."""
 
     def __init__(self, path: str) -> None:
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        with _told(path):
+            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         self.path = path
         self._lock = threading.Lock()
         self._reading = threading.Lock()
@@ -265,26 +270,33 @@ class Store:
         return {device: keys for device, keys in owners.items() if keys}
 
     def tidy(self) -> None:
-        """Copy a log that has grown back into the database, without making anybody wait. For one thread only."""
+        """Copy a log that has grown back into the database, without making anybody wait, and set aside what removals
+        were given once there is room again. For one thread only."""
+        self._keep_reserve()
         try:
             if os.path.getsize(f"{self.path}-wal") < _LONG_LOG:
                 return
         except FileNotFoundError:
             return
+        self._copy_back()
+
+    def _copy_back(self) -> None:
         with _explained(self.path):
             self._keeper.execute("PRAGMA wal_checkpoint(PASSIVE)")
-        self._keep_reserve()
 
-    def make_room(self) -> bool:
-        """The disk is full: give back what is kept for removals, which are what makes room. Whether there was any."""
-        with contextlib.suppress(StoreFailed), _explained(self.path):
-            self._keeper.execute("PRAGMA wal_checkpoint(PASSIVE)")
-        try:
+    def confirm(self) -> None:
+        """Return once all that was seen of the store is on the disk. StoreFailed where it cannot be brought there."""
+        with self.transaction():
+            pass
+
+    def make_room(self) -> None:
+        """The disk is full: what is kept for removals, which are what makes room, is given to them. With it the log is
+        copied back and begins anew, so that they need no more."""
+        with contextlib.suppress(OSError):
             os.unlink(self._reserve)
-        except OSError:
-            return False
-        log.warning("the store's disk is full; its reserve is given to removals", extra={"store": self.path})
-        return True
+            log.warning("the store's disk is full; its reserve is given to removals", extra={"store": self.path})
+        with contextlib.suppress(StoreFailed):
+            self._copy_back()
 
     def _keep_reserve(self) -> None:
         """Room for removals, whatever others fill the disk with; none where there is little left anyway."""
@@ -341,6 +353,11 @@ class Store:
         """The row is as it is here, whatever there was of its key or device. Inside a transaction."""
         self._db.execute("DELETE FROM snapshots WHERE key = ? OR (device = ? AND device <> 0)", (row.key, row.device))
         self.insert(row)
+
+    def stand_alone(self) -> None:
+        """Snapshots whose parent is not there have none from now on: containerd collects from the roots upwards, and
+        would never come to them. Inside a transaction."""
+        self._db.execute("UPDATE snapshots SET parent = '' WHERE parent NOT IN (SELECT key FROM snapshots)")
 
     def leave_past(self) -> None:
         """An operator has decided. Inside a transaction."""
@@ -709,7 +726,7 @@ def _told(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StoreFailed(f"the store {path}: {error.strerror}; see `runvol doctor`") from error
+        raise _failed(path, str(error.strerror), full=error.errno in _NO_ROOM) from error
 
 
 @contextlib.contextmanager
@@ -717,4 +734,33 @@ def _explained(path: str) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        raise StoreFailed(f"the store {path}: {error}; see `runvol doctor`") from error
+        full = getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL
+        raise _failed(path, str(error), full=full) from error
+
+
+def _failed(path: str, why: str, *, full: bool) -> StoreFailed:
+    failed = StoreFailed(f"the store {path}: {why}{_of_disk(path)}; see `runvol doctor`")
+    failed.full = full
+    return failed
+
+
+def _of_disk(path: str) -> str:
+    """What is wrong with the filesystem: the database takes much for its own trouble, damage even."""
+    why = disk_trouble(path)
+    return f" (its filesystem says: {why})" if why else ""
+
+
+def disk_trouble(path: str, *, flush: bool = False) -> str:
+    """Why the filesystem of the store takes nothing, in the kernel's words; empty where it does. Leaves no file. With
+    `flush` the disk is asked too, which may take its time."""
+    try:
+        fd = os.open(os.path.dirname(path), os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(fd, b"\0")
+            if flush:
+                os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        return "" if error.errno in _NO_ANSWER else str(error.strerror)
+    return ""
