@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from blockdev import ioctls
 from blockdev.dm_targets import MAX_THIN_ID
 from blockdev.durable import sync_directory
 from snapshotter.errors import IdsUsedUp, StoreFailed, Unavailable
@@ -117,6 +118,8 @@ class Store:
     def __init__(self, path: str) -> None:
         with _told(path):
             os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        # Before SQLite has the files open, whose locks go with any descriptor of theirs that is closed.
+        ioctls.keep_no_access_times(os.path.dirname(path))
         self.path = path
         self._lock = threading.Lock()
         self._reading = threading.Lock()

@@ -81,7 +81,7 @@ class StateDisk:
         self._mapper.resume(_NAME)
 
     def mount(self) -> None:
-        subprocess.run(["mount", "-o", "noatime", "-t", self.fstype, node(_NAME), str(self.place)], check=True)
+        subprocess.run(["mount", "-t", self.fstype, node(_NAME), str(self.place)], check=True)
 
     def remount(self) -> None:
         """As an operator has to, once a filesystem has given up. Nobody may use it."""
