@@ -103,8 +103,10 @@ def _take(store: Store, copy: sqlite3.Connection, ids: set[int], report: Report)
     report.parents |= {row.key: row.parent for row in rows}
     with store.transaction():
         trusted = {row.device for page in store.pages() for row in page} - set(store.quarantined())
-        back: set[int] = set()
+        removed, back = set(store.doomed()), set[int]()
         for row in rows:
+            if row.device in removed:
+                continue  # since the copy was made
             here = store.find(row.key)
             if here is not None and (here.device in trusted or not here.device):
                 continue
@@ -129,6 +131,8 @@ def _take(store: Store, copy: sqlite3.Connection, ids: set[int], report: Report)
                 store.doom(base.device, time.time_ns())
         for device, size in copy.execute("SELECT device, size FROM doomed"):
             if device in ids - known:
+                # A row that an older store has of it was removed since.
+                store.forget_rows(int(device))
                 store.release([device])
                 store.doom(int(device), time.time_ns(), int(size))
         store.release(sorted(back))

@@ -362,6 +362,10 @@ class Store:
         would never come to them. Inside a transaction."""
         self._db.execute("UPDATE snapshots SET parent = '' WHERE parent NOT IN (SELECT key FROM snapshots)")
 
+    def forget_rows(self, device: int) -> None:
+        """The snapshots of this device are gone, and nothing is done with the device. Inside a transaction."""
+        self._db.execute("DELETE FROM snapshots WHERE device = ? AND device <> 0", (device,))
+
     def leave_past(self) -> None:
         """An operator has decided. Inside a transaction."""
         self.forget_facts(["past"])

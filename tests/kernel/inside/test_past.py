@@ -299,3 +299,28 @@ def test_a_keeper_is_for_one_process_at_a_time(lab: Lab) -> None:
     with contextlib.closing(Keeper(lab.node.pool)) as second:
         second.open()
         assert not lab.node.keeper.held, "two in one process"
+
+
+@pytest.mark.parametrize("reaped", [False, True])
+def test_what_was_removed_before_or_after_the_past_came_back_stays_removed(
+    lab: Lab, tmp_path: Path, reaped: bool
+) -> None:
+    _write(lab, "a", "of a")
+    _write(lab, "b", "of b")
+    _kept(lab, tmp_path / "copy")
+    lab.remove("b")
+    _write(lab, "c", "of c")
+    if reaped:
+        lab.reap()
+    _follow(lab)
+    _lose(lab, tmp_path / "copy")
+    lab.start()
+    assert _secret(lab, "a") == "of a"
+    lab.remove("a")
+    if reaped:
+        lab.reap()
+    report = _repaired(lab)
+    assert (lab.names(), report.restored) == (["c"], ["c"])
+    assert _secret(lab, "c") == "of c"
+    assert not lab.leaks()
+    assert lab.node.store.quarantined() == []
