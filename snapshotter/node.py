@@ -172,7 +172,7 @@ class Node:
         self.reaper.tell(device)
 
     def _is_held(self, device: int) -> bool:
-        return self.snapshots.copies.holds(device) or self.lender.keeps(device)
+        return bool(self.stamp.lost) or self.snapshots.copies.holds(device) or self.lender.keeps(device)
 
     def _part_layers(self) -> None:
         self.snapshots.part_layers()
