@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from blockdev.devicemapper import Mapper
 from blockdev.dm_targets import MAX_THIN_ID
-from snapshotter import keeper, stamps
+from snapshotter import keeper, repairing, stamps
 from snapshotter.errors import AlreadyExists, PoolRefused, Unavailable, WrongState
 from snapshotter.model import LABEL_REF
 from snapshotter.store import Store
@@ -66,10 +67,11 @@ DAMAGED: dict[str, Callable[[bytes], bytes]] = {
 
 
 def _put(lab: Lab, content: bytes) -> None:
-    """A copy in the last place, newer than all others, and of another lineage."""
-    device, place = lab.node.pool.path(keeper.KEEPER), 3
-    raw = keeper._HEADER.pack(b"runvolsc", 1, 99, lab.status().transaction, time.time_ns(), len(content),
-                              hashlib.sha256(content).digest(), b"e" * 16)  # fmt: skip
+    """A copy that is newer than all others, and of another lineage."""
+    copies, lineage = lab.node.keeper.copies(), b"e" * 16
+    device, place = lab.node.pool.path(keeper.KEEPER), keeper._place(copies, lineage.decode())
+    raw = keeper._HEADER.pack(b"runvolsc", 1, copies[0].sequence + 1, lab.status().transaction, time.time_ns(),
+                              len(content), hashlib.sha256(content).digest(), lineage)  # fmt: skip
     fd = os.open(device, os.O_RDWR)
     try:
         os.pwrite(fd, content, (place + 1) << 28)
@@ -160,7 +162,9 @@ def test_a_layer_whose_tree_is_there_stays_sealed(make_lab: Callable[..., Lab]) 
     _follow(lab)
     _lose(lab)
     # A start with an empty store would sweep the trees of layers that it does not know.
-    _repaired(lab)
+    with Mapper() as mapper:
+        repairing.repair_store(mapper, lab.state, soon())
+    lab.start()
     assert lab.node.seals is not None
     assert lab.node.seals.of(lab.stat("layer").device) == before
     assert lab.read("layer", "secret") == b"of the image"
