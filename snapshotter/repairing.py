@@ -90,19 +90,24 @@ def _take(store: Store, copy: Contents, ids: set[int], report: Report) -> None:
     rows = copy.rows
     with store.transaction():
         trusted = {row.device for page in store.pages() for row in page} - set(store.quarantined())
+        # It was committed under another name since, or removed, and somebody has it open still.
+        decided = (trusted | store.doomed().keys()) - {0}
         back: set[int] = set()
         for row in rows:
             here = store.find(row.key)
             if here is not None and (here.device in trusted or not here.device):
                 continue
-            if row.device and (row.device not in ids or row.device in trusted):
+            if row.device in decided:
+                continue
+            if row.device and row.device not in ids:
                 report.lost.append(row.key)
                 continue
             store.put(row)
             trusted.add(row.device)
+            decided.add(row.device)
             back.add(row.device)
             report.restored.append(row.key)
-        known = trusted | {row.device for row in rows}
+        known = decided | {row.device for row in rows}
         for base in copy.bases:
             if base.device not in ids - known:
                 continue
