@@ -301,7 +301,8 @@ class Node:
         if changes != self._copied and began >= self._copy_at:
             try:
                 self.store.write_made()
-                self.keeper.write(self.store.image(), self.stamp.number, self.store.read_fact("lineage") or "")
+                lineage, before = (self.store.read_fact(name) or "" for name in ("lineage", "before"))
+                self.keeper.write(self.store.image(), self.stamp.number, lineage, before)
                 self._copied, self.copied_at = changes, time.time()
             finally:
                 ended = time.monotonic()

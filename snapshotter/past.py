@@ -80,12 +80,15 @@ def enter(store: Store, keeper: Keeper, status: PoolStatus, why: str) -> None:
     bases = {(base.fstype, base.size, base.device) for base in store.bases()}
     doomed = set(store.doomed())
     older = is_older(status, store.read_fact("generation") or "")
-    for _, known in () if older else copies(keeper, status):
+    before: str | None = None
+    for copy, known in () if older else copies(keeper, status):
+        if before is None:
+            before = known.facts.get("before", "") if "past" in known.facts else copy.lineage
         rows -= {(row.key, row.device) for row in known.rows}
         bases -= {(base.fstype, base.size, base.device) for base in known.bases if base.ready}
         doomed -= known.doomed.keys()
     unproven = {device for _, device in rows} | {device for _, _, device in bases} | doomed
-    store.enter_past(why, os.urandom(8).hex(), unproven, time.time_ns())
+    store.enter_past(why, os.urandom(8).hex(), unproven, time.time_ns(), before=before or "")
     log.error("the store is not the pool's own", extra={"why": why, "unproven": len(unproven)})
 
 

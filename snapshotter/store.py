@@ -351,13 +351,15 @@ class Store:
         """Why the store is not what its pool was last served with, as a sentence; empty if it is."""
         return self._past
 
-    def enter_past(self, why: str, lineage: str, unproven: Iterable[int], now: int) -> None:
+    def enter_past(self, why: str, lineage: str, unproven: Iterable[int], now: int, *, before: str = "") -> None:
         """The pool went on without this store. Devices of which nothing proves that they still are what the rows say
-        are quarantined: not mapped, no parents, no bases, never deleted."""
+        are quarantined: not mapped, no parents, no bases, never deleted. `before`: the lineage of the last store that
+        was the pool's own."""
         devices = sorted(unproven)
         with self.transaction():
             self.set_fact("past", why)
             self.set_fact("lineage", lineage)
+            self.set_fact("before", before)
             self.quarantine(devices, now)
             self.buried(devices)
             self._db.executemany("DELETE FROM bases WHERE device = ?", ((device,) for device in devices))
@@ -376,7 +378,7 @@ class Store:
 
     def leave_past(self) -> None:
         """An operator has decided. Inside a transaction."""
-        self.forget_facts(["past"])
+        self.forget_facts(["past", "before"])
         self._past = ""
 
     def facts(self, prefix: str) -> list[str]:
