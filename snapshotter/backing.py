@@ -39,10 +39,11 @@ _GRAIN = 4 << 20
 _ABSENT = "the pool's file {} does not exist; mount the filesystem that it lies on"
 
 
-class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """`pool.json`. Sizes are bytes; `block` is the pool's block in bytes. `data` and `metadata` are paths (loop),
     devices (without one for the metadata it lies at the start of `data`), or names of logical volumes (lvm).
-    `data_bytes` is where the mark of a device for data alone ends; `keeper_at` where that of an adopted one begins."""
+    `data_bytes` is where the mark of a device for data alone ends; `keeper_at` where that of an adopted one begins.
+    What a pool does not need is not written, so that an earlier release still reads it."""
 
     name: str
     identity: str

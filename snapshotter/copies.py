@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from blockdev import Deadline, WaitExpired
 from blockdev.deadlines import bounded
@@ -20,10 +20,13 @@ from snapshotter.store import Store
 
 
 class Copies:
-    """Makes them, one of a device at a time; `devices` are the locks of those that are being snapshotted."""
+    """Makes them, one of a device at a time; `devices` are the locks of those that are being snapshotted, `with_ids`
+    does what draws an id once more when ids have come back."""
 
-    def __init__(self, store: Store, pool: Pool, devices: Locks) -> None:
-        self._store, self._pool, self._devices = store, pool, devices
+    def __init__(
+        self, store: Store, pool: Pool, devices: Locks, with_ids: Callable[[Callable[[], int]], int] = lambda it: it()
+    ) -> None:
+        self._store, self._pool, self._devices, self._with_ids = store, pool, devices, with_ids
         self._held: set[int] = set()
 
     def holds(self, device: int) -> bool:
@@ -59,8 +62,7 @@ class _Making:
     def run(self) -> int:
         try:
             it = self._copies
-            with it._store.transaction():
-                first = self._take()
+            first = it._with_ids(self._first)
             return strangers.make(it._store, it._pool, first, self._create, lambda _theirs: self._take(),
                                   self._deadline)  # fmt: skip
         finally:
@@ -73,6 +75,10 @@ class _Making:
         self._left.set()
         if self._ended.is_set():
             self._let_go()
+
+    def _first(self) -> int:
+        with self._copies._store.transaction():
+            return self._take()
 
     def _take(self) -> int:
         """An id, doomed; inside a transaction."""

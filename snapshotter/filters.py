@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 from snapshotter.errors import BadRequest
 from snapshotter.model import Snapshot
+from snapshotter.patterns import NoPattern, Pattern
 
 Matcher = Callable[[Snapshot], bool]
 _QUOTED = re.compile(r'"(?:[^"\\\n]|\\.)*"|`[^`]*`')
@@ -71,12 +72,12 @@ class _Parser:
         if operator == "!=":
             return lambda snapshot: _field(snapshot, path)[0] != value
         try:
-            pattern = re.compile(value)
-        except re.error as error:
+            pattern = Pattern(value)
+        except NoPattern as error:
             raise self._fail(f"{value!r} is no regular expression ({error})") from None
 
         def matches(snapshot: Snapshot) -> bool:
-            return pattern.search(_field(snapshot, path)[0]) is not None
+            return pattern.search(_field(snapshot, path)[0])
 
         return matches
 

@@ -161,8 +161,9 @@ class Keeper:
         found.deserialize(bytes(content))
         return found
 
-    def write(self, content: bytes, stamp: int, lineage: str) -> None:
-        """Put a copy beside the last one. Only what changed since the place was last written to is written.
+    def write(self, content: bytes, stamp: int, lineage: str, before: str = "") -> None:
+        """Put a copy beside the last one, and beside that of the lineage `before`, whatever came in between. Only what
+        changed since the place was last written to is written.
 
         PoolFull where the pool has no room for it, Unavailable where it takes nothing.
         """
@@ -170,12 +171,12 @@ class Keeper:
             raise PoolFull(f"the store has {len(content)} bytes, and its copy in the pool {_STEP} at the most")
         self._room(len(content))
         copies = self.copies()
-        place = _place(copies, lineage)
+        place = _place(copies, lineage, before)
         chunks = [content[at : at + _CHUNK] for at in range(0, len(content), _CHUNK)]
-        before = self._written.pop(place, [])
+        last = self._written.pop(place, [])
         digests = [hashlib.sha256(chunk).digest() for chunk in chunks]
         for number, chunk in enumerate(chunks):
-            if before[number : number + 1] != [digests[number]]:
+            if last[number : number + 1] != [digests[number]]:
                 _write(self._fd, chunk, _STEP * (place + 1) + number * _CHUNK)
         os.fsync(self._fd)
         raw = _HEADER.pack(_MAGIC, _VERSION, copies[0].sequence + 1 if copies else 1, stamp, time.time_ns(),
@@ -209,8 +210,9 @@ def stamps_in(pages: bytes) -> list[int]:
     return [one.stamp for one in found if one is not None]
 
 
-def _place(copies: list[Copy], lineage: str) -> int:
-    """Where the next copy goes: never over the newest of this lineage, nor over the newest of any other."""
+def _place(copies: list[Copy], lineage: str, before: str = "") -> int:
+    """Where the next copy goes: never over the newest of this lineage, nor over that of `before`, nor over that of the
+    other that was written last."""
     free = set(range(_PLACES)) - {one.place for one in copies}
     if free:
         return min(free)
@@ -218,7 +220,8 @@ def _place(copies: list[Copy], lineage: str) -> int:
     for one in copies:
         kept.setdefault(one.lineage, one.place)
     own = kept.pop(lineage, None)
-    others = [place for _, place in zip(range(_PLACES - 2), kept.values(), strict=False)]
+    first = [kept.pop(before)] if before in kept else []
+    others = [*first, *kept.values()][: _PLACES - 2]
     return next(one.place for one in reversed(copies) if one.place != own and one.place not in others)
 
 

@@ -40,10 +40,7 @@ class Lender:
         self._pool.admit()
         taken: list[int] = []
         try:
-            with self._store.transaction():
-                if self._store.find(key) is None:
-                    raise NotFound(key)
-                first = self._take(taken)
+            first = self._snapshots.with_ids(lambda: self._first(key, taken))
             device = strangers.make(
                 self._store, self._pool, first, lambda one: self._snapshots.copy(one, layer.device, deadline),
                 lambda _taken: self._take(taken), deadline,
@@ -65,6 +62,12 @@ class Lender:
             raise BadRequest("key", key, "is no layer with a device of its own; only a committed snapshot is lent")
         self._snapshots.refuse_shared(layer)
         return layer
+
+    def _first(self, key: str, taken: list[int]) -> int:
+        with self._store.transaction():
+            if self._store.find(key) is None:
+                raise NotFound(key)
+            return self._take(taken)
 
     def _take(self, taken: list[int]) -> int:
         """An id, in a transaction: doomed, and kept from the reaper before that can see it."""

@@ -173,7 +173,7 @@ class Node:
         self.reaper.tell(device)
 
     def _is_held(self, device: int) -> bool:
-        return self.snapshots.copies.holds(device) or self.lender.keeps(device)
+        return bool(self.stamp.lost) or self.snapshots.copies.holds(device) or self.lender.keeps(device)
 
     def _part_layers(self) -> None:
         self.snapshots.part_layers()
@@ -302,7 +302,8 @@ class Node:
         if changes != self._copied and began >= self._copy_at:
             try:
                 self.store.write_made()
-                self.keeper.write(self.store.image(), self.stamp.number, self.store.read_fact("lineage") or "")
+                lineage, before = (self.store.read_fact(name) or "" for name in ("lineage", "before"))
+                self.keeper.write(self.store.image(), self.stamp.number, lineage, before)
                 self._copied, self.copied_at = changes, time.time()
             finally:
                 ended = time.monotonic()

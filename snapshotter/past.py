@@ -9,6 +9,7 @@ neither side can have given.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sqlite3
@@ -22,7 +23,7 @@ from snapshotter import stamps
 from snapshotter.errors import SnapshotterError
 from snapshotter.keeper import Copy, Keeper
 from snapshotter.pool import Pool
-from snapshotter.store import Store
+from snapshotter.store import Contents, Store, contents
 
 log = logging.getLogger("runvol.snapshotter")
 # The number of the last copy that was there when an operator decided: none of them says what is true now.
@@ -64,7 +65,7 @@ def _is_empty(pool: Pool, deadline: Deadline) -> bool:
 
 def is_older(status: PoolStatus, known: str) -> bool:
     """Whether the pool has the stamp of an earlier moment than the store."""
-    ours, theirs = stamps.parse(int(known)), stamps.parse(status.transaction)
+    ours, theirs = stamps.parse(stamps.number(known)), stamps.parse(status.transaction)
     return (
         ours is not None
         and theirs is not None
@@ -78,36 +79,44 @@ def enter(store: Store, keeper: Keeper, status: PoolStatus, why: str) -> None:
     rows = {(row.key, row.device) for page in store.pages() for row in page if row.device}
     bases = {(base.fstype, base.size, base.device) for base in store.bases()}
     doomed = set(store.doomed())
-    older = is_older(status, store.read_fact("generation") or "0")
-    for _, copy in () if older else copies(keeper, status):
-        rows -= {(str(row[0]), int(row[1])) for row in copy.execute("SELECT key, device FROM snapshots")}
-        bases -= {(str(row[0]), int(row[1]), int(row[2]))
-                  for row in copy.execute("SELECT fstype, size, device FROM bases WHERE ready")}  # fmt: skip
-        doomed -= {int(row[0]) for row in copy.execute("SELECT device FROM doomed")}
-        copy.close()
+    older = is_older(status, store.read_fact("generation") or "")
+    before: str | None = None
+    for copy, known in () if older else copies(keeper, status):
+        if before is None:
+            before = known.facts.get("before", "") if "past" in known.facts else copy.lineage
+        rows -= {(row.key, row.device) for row in known.rows}
+        bases -= {(base.fstype, base.size, base.device) for base in known.bases if base.ready}
+        doomed -= known.doomed.keys()
     unproven = {device for _, device in rows} | {device for _, _, device in bases} | doomed
-    store.enter_past(why, os.urandom(8).hex(), unproven, time.time_ns())
+    store.enter_past(why, os.urandom(8).hex(), unproven, time.time_ns(), before=before or "")
     log.error("the store is not the pool's own", extra={"why": why, "unproven": len(unproven)})
 
 
-def copies(keeper: Keeper, status: PoolStatus, *, besides: str = "") -> Iterator[tuple[Copy, sqlite3.Connection]]:
-    """Of each store that the pool was served with in its present epoch the newest copy that can be read, in memory; the
-    newest first, and none of the lineage `besides`, nor one that a newer store knows to be decided upon. A damaged one
-    is told and passed over."""
+def copies(keeper: Keeper, status: PoolStatus, *, besides: str = "") -> Iterator[tuple[Copy, Contents]]:
+    """Of each store that the pool was served with in its present epoch the newest copy that can be read; the newest
+    first, and none of the lineage `besides`, nor one that a newer store knows to be decided upon. A damaged one, or one
+    of a store that was damaged when it was copied, is told and passed over."""
     now, done, decided = stamps.parse(status.transaction), {besides}, 0
     for copy in keeper.copies():
         then = stamps.parse(copy.stamp)
         if now is None or then is None or then.epoch != now.epoch or copy.lineage in done or copy.sequence <= decided:
             continue
         try:
-            found = keeper.read(copy)
-        except (sqlite3.Error, OSError) as error:
+            known = _read(keeper, copy)
+        except (sqlite3.Error, OSError, ValueError) as error:
             log.warning("a copy of the store cannot be read", extra={"place": copy.place, "why": str(error)})
             continue
-        if found is None:
+        if known is None:
             log.warning("a copy of the store is damaged", extra={"place": copy.place})
             continue
         done.add(copy.lineage)
-        told = found.execute("SELECT value FROM facts WHERE name = ?", (SUPERSEDED,)).fetchone()
-        decided = max(decided, int(told[0]) if told else 0)
-        yield copy, found
+        decided = max(decided, stamps.number(known.facts.get(SUPERSEDED)))
+        yield copy, known
+
+
+def _read(keeper: Keeper, copy: Copy) -> Contents | None:
+    found = keeper.read(copy)
+    if found is None:
+        return None
+    with contextlib.closing(found):
+        return contents(found)

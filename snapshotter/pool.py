@@ -261,6 +261,7 @@ class Pool:
         written all); or it is suspended, its filesystem frozen.
 
         For one thread a device. A process that is killed inside leaves it suspended; the next start resumes it.
+        Unavailable where somebody else has frozen the filesystem.
         """
         # First whether it is shut: who opens it after that cannot write.
         name, shut = self.device_name(device), device in self._shut
@@ -269,13 +270,24 @@ class Pool:
             yield
             return
         with _unless_gone():
-            self.mapper.suspend(name)
+            self._suspend(name)
         try:
             yield
         finally:
             # Its last user may have let go meanwhile, and it was unmapped, or is just now.
             with _unless_gone():
                 self.mapper.go_on(name)
+
+    def _suspend(self, name: str) -> None:
+        try:
+            self.mapper.suspend(name)
+        except MapperError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            raise Unavailable(
+                f"the filesystem on {node(name)} is frozen by somebody else, so no snapshot of it can be made; thaw it "
+                "(fsfreeze -u), and try again"
+            ) from None
 
     def resume_suspended(self) -> list[int]:
         """Let I/O through on devices that a killed process left suspended; which they were."""

@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import logging
 import os
-import sqlite3
 import time
 from dataclasses import dataclass, field
 
 from blockdev import Deadline
 from blockdev.devicemapper import Mapper
-from snapshotter import assembly, backing, past, turns
+from snapshotter import assembly, backing, past, seals, turns
 from snapshotter.errors import NotFound, PoolRefused
 from snapshotter.keeper import Keeper
 from snapshotter.pool import Pool
 from snapshotter.stamps import Stamp
-from snapshotter.store import STORE, Store
+from snapshotter.store import STORE, Contents, Store
 
 log = logging.getLogger("runvol.snapshotter")
-# Facts of the store that say something of images and layers, whoever served.
-_KEPT_FACTS = ("image ", "seal ")
+_IMAGE = "image "
 
 
 @dataclass
@@ -84,7 +82,6 @@ def _repair(store: Store, pool: Pool, keeper: Keeper, deadline: Deadline, *, kee
         for copy, content in past.copies(keeper, status, besides=store.read_fact("lineage") or ""):
             report.made = report.made or copy.made
             _take(store, content, ids, report)
-            content.close()
         if not report.made:
             raise NotFound(pool.name, "a copy of the store in pool")
     _drop_lost(store, ids, report)
@@ -97,28 +94,32 @@ def _repair(store: Store, pool: Pool, keeper: Keeper, deadline: Deadline, *, kee
     return report
 
 
-def _take(store: Store, copy: sqlite3.Connection, ids: set[int], report: Report) -> None:
+def _take(store: Store, copy: Contents, ids: set[int], report: Report) -> None:
     """What the copy knows, unless what is there now says otherwise."""
-    rows = store.rows_of(copy)
+    rows = copy.rows
     report.parents |= {row.key: row.parent for row in rows}
     with store.transaction():
         trusted = {row.device for page in store.pages() for row in page} - set(store.quarantined())
-        removed, back = set(store.doomed()), set[int]()
+        # It was committed under another name since, or removed, and somebody has it open still.
+        decided = (trusted | store.doomed().keys()) - {0}
+        back: set[int] = set()
         for row in rows:
-            if row.device in removed:
-                continue  # since the copy was made
             here = store.find(row.key)
             if here is not None and (here.device in trusted or not here.device):
                 continue
-            if row.device and (row.device not in ids or row.device in trusted):
+            if row.device in decided:
+                continue
+            if row.device and row.device not in ids:
                 report.lost.append(row.key)
                 continue
             store.put(row)
-            trusted.add(row.device)
-            back.add(row.device)
+            if row.device:
+                trusted.add(row.device)
+                decided.add(row.device)
+                back.add(row.device)
             report.restored.append(row.key)
-        known = trusted | {row.device for row in rows}
-        for base in store.bases_of(copy):
+        known = decided | {row.device for row in rows}
+        for base in copy.bases:
             if base.device not in ids - known:
                 continue
             known.add(base.device)
@@ -129,16 +130,25 @@ def _take(store: Store, copy: sqlite3.Connection, ids: set[int], report: Report)
             elif there is None or there.device != base.device:
                 store.release([base.device])
                 store.doom(base.device, time.time_ns())
-        for device, size in copy.execute("SELECT device, size FROM doomed"):
+        for device, size in copy.doomed.items():
             if device in ids - known:
                 # A row that an older store has of it was removed since.
                 store.forget_rows(int(device))
                 store.release([device])
-                store.doom(int(device), time.time_ns(), int(size))
+                store.doom(device, time.time_ns(), size)
         store.release(sorted(back))
-        for name, value in copy.execute("SELECT name, value FROM facts"):
-            if str(name).startswith(_KEPT_FACTS) and store.fact(str(name)) is None:
-                store.set_fact(str(name), str(value))
+        for name, value in copy.facts.items():
+            if _is_kept(store, name) and store.fact(name) is None:
+                store.set_fact(name, value)
+
+
+def _is_kept(store: Store, name: str) -> bool:
+    """Whether a fact says something of images and layers, whoever served. Of a layer whose tree went with the store it
+    says what nobody can use: without it the layer is sealed anew."""
+    if name.startswith(seals.FACT):
+        device = name.removeprefix(seals.FACT)
+        return device.isdecimal() and os.path.exists(os.path.join(os.path.dirname(store.path), seals.TREES, device))
+    return name.startswith(_IMAGE)
 
 
 def _keep(store: Store, ids: set[int], report: Report) -> None:

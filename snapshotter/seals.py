@@ -33,7 +33,8 @@ log = logging.getLogger("runvol.snapshotter")
 _NEW = ".new"
 # Seconds until a layer that was still open is looked at again.
 _PAUSE = 0.5
-_PREFIX = "seal "
+# Of the fact with a layer's root, before the device; and of the directory that has the trees.
+FACT, TREES = "seal ", "seals"
 
 
 class Seals:
@@ -78,7 +79,7 @@ class Seals:
             if row is None or row.device != layer.device:
                 os.unlink(path)  # it was removed meanwhile
                 return True
-            self._store.set_fact(f"{_PREFIX}{layer.device}", json.dumps([root, salt.hex()]))
+            self._store.set_fact(f"{FACT}{layer.device}", json.dumps([root, salt.hex()]))
         return True
 
     def _rested(self, _done: int) -> None:
@@ -86,7 +87,7 @@ class Seals:
 
     def of(self, device: int) -> tuple[str, str] | None:
         """Root and salt of a sealed layer, in hexadecimal."""
-        found = self._store.read_fact(f"{_PREFIX}{device}")
+        found = self._store.read_fact(f"{FACT}{device}")
         return None if found is None else tuple(json.loads(found))
 
     def open(self, view: Snapshot, layer: int, deadline: Deadline) -> str:
@@ -149,7 +150,7 @@ class Seals:
 
     def forget(self, device: int) -> None:
         """The layer is gone."""
-        fact = f"{_PREFIX}{device}"
+        fact = f"{FACT}{device}"
         if self._store.read_fact(fact) is not None:
             with self._store.transaction(durable=False):
                 self._store.forget_facts([fact])
@@ -158,13 +159,13 @@ class Seals:
 
     def sweep(self) -> list[str]:
         """Remove trees without a fact and facts without a layer, which a killed process left; their names."""
-        known, devices = set(self._store.facts(_PREFIX)), self._store.devices()
+        known, devices = set(self._store.facts(FACT)), self._store.devices()
         gone = []
         for name in os.listdir(self._directory):
-            if not name.isdecimal() or f"{_PREFIX}{name}" not in known or int(name) not in devices:
+            if not name.isdecimal() or f"{FACT}{name}" not in known or int(name) not in devices:
                 os.unlink(os.path.join(self._directory, name))
                 gone.append(name)
-        stale = [fact for fact in known if int(fact.removeprefix(_PREFIX)) not in devices]
+        stale = [fact for fact in known if int(fact.removeprefix(FACT)) not in devices]
         if stale:
             with self._store.transaction():
                 self._store.forget_facts(stale)

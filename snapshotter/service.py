@@ -13,7 +13,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -26,15 +26,16 @@ from runvol_proto import containerd_snapshots_pb2 as pb
 from runvol_proto import grpc_health_pb2 as health_pb
 from snapshotter import wire
 from snapshotter.background import Background
-from snapshotter.errors import SnapshotterError, Unavailable
-from snapshotter.model import Kind
+from snapshotter.errors import SnapshotterError, TookTooLong, Unavailable
+from snapshotter.model import Kind, Snapshot
 from snapshotter.node import Node
 from snapshotter.workers import Worker, Workers, aside, current
 
 log = logging.getLogger("runvol.snapshotter")
 NAME = "containerd.services.snapshots.v1.Snapshots"
 LENDING = "runvol.snapshotter.v1.Lending"
-_PAGE = 100
+# Of one message of a List: how many snapshots at the most, and bytes unless one alone has more.
+_PAGE, _PAGE_BYTES = 100, 1 << 20
 # A call that takes longer is worth a line, in seconds.
 _SLOW = 5.0
 # How long after its limit a call may still end by itself, in seconds.
@@ -290,7 +291,7 @@ class Service:
         try:
             _refuse_if_all_hang(running)
             self._make_room()
-            for page in self._listing(list(request.filters)):
+            for page in self._listing(list(request.filters), running):
                 now = time.monotonic()
                 running.until, running.sending = min(now + _STILL, started + _LONGEST), True
                 with aside():
@@ -302,10 +303,11 @@ class Service:
             self._ended(number, running)
         self._done("List", "", time.monotonic() - started)
 
-    def _listing(self, filters: list[str]) -> Iterator[pb.ListSnapshotsResponse]:
+    def _listing(self, filters: list[str], running: _Running) -> Iterator[pb.ListSnapshotsResponse]:
         for page in self._node.snapshots.list(filters):
-            for start in range(0, len(page), _PAGE):
-                yield pb.ListSnapshotsResponse(info=[wire.info(row) for row in page[start : start + _PAGE]])
+            if time.monotonic() > running.until:
+                raise TookTooLong(f"List found nothing for {self._limit:.0f} s; ask with simpler filters")
+            yield from _answers(page)
 
     def _make_room(self) -> None:
         """Of too many Lists the one that has stood still for longest is ended. Unavailable if all are read."""
@@ -317,6 +319,20 @@ class Service:
         if not still:
             raise Unavailable(f"{_LISTS} Lists are being read already; try again when one has ended")
         self._end_list(min(still, key=lambda one: one.until))
+
+
+def _answers(page: Sequence[Snapshot]) -> Iterator[pb.ListSnapshotsResponse]:
+    """In messages that gRPC takes, whatever labels the snapshots have: a pod's annotations become its sandbox's."""
+    found: list[Any] = []
+    length = 0
+    for info in map(wire.info, page):
+        if found and (len(found) == _PAGE or length + info.ByteSize() > _PAGE_BYTES):
+            yield pb.ListSnapshotsResponse(info=found)
+            found, length = [], 0
+        found.append(info)
+        length += info.ByteSize()
+    if found:
+        yield pb.ListSnapshotsResponse(info=found)
 
 
 def _on(lane: Workers, call: Callable[[Any, grpc.ServicerContext], Any]) -> Callable[..., Any]:

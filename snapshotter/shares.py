@@ -314,11 +314,12 @@ class Share:
 
     def sweep(self) -> list[str]:
         """Remove what killed calls have left: at once what was being removed, after a day what was being made."""
-        gone = []
-        with contextlib.suppress(OSError):
-            names = [entry.name for entry in itertools.islice(os.scandir(self.directory), _MOST_NAMES)]
-            for name in filter(_LEFT.match, names):
-                path = os.path.join(self.directory, name)
+        gone, names = [], list[str]()
+        with contextlib.suppress(OSError), os.scandir(self.directory) as entries:
+            names = [entry.name for entry in itertools.islice(entries, _MOST_NAMES)]
+        for name in filter(_LEFT.match, names):
+            path = os.path.join(self.directory, name)
+            with contextlib.suppress(OSError):  # what cannot be looked at keeps no other
                 if name.endswith(".removed") or _last_written(path) < time.time() - _ABANDONED:
                     durable.clear(path)
                     gone.append(name)
@@ -418,6 +419,8 @@ def _renamed(beside: str, place: str) -> bool:
 def _last_written(path: str) -> float:
     """When something in the directory was last written, in seconds since 1970."""
     times = [os.lstat(path).st_mtime]
+    if os.path.islink(path):
+        return times[0]
     with contextlib.suppress(NotADirectoryError), os.scandir(path) as entries:
-        times += [entry.stat(follow_symlinks=False).st_mtime for entry in entries]
+        times += [entry.stat(follow_symlinks=False).st_mtime for entry in itertools.islice(entries, _MOST_NAMES)]
     return max(times)

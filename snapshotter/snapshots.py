@@ -56,7 +56,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("runvol.snapshotter")
 
-_LABEL_LIMIT = 4096
+# Bytes of one label, as in containerd, and of all of a snapshot's: a pod's annotations have 256 KiB at the most.
+_LABEL_LIMIT, _LABELS_LIMIT = 4096, 1 << 20
 _T = TypeVar("_T")
 # Seconds that what is done behind the calls waits for a device to come to rest.
 _PATIENCE = 20.0
@@ -131,7 +132,7 @@ class Snapshotter:
         self._writebacks = Writebacks(pool)
         # Keys of intents that a call of this process is fulfilling.
         self._preparing: set[str] = set()
-        self.copies = Copies(store, pool, self._devices)
+        self.copies = Copies(store, pool, self._devices, self.with_ids)
         self._layers = Layers(store, self.copies) if share_layers else None
         self.counts = Counts(store, pool, after, inodes_of_image=self._inodes_of, quiet=quiet, background=background)
         # Committed, and somebody has them open who may write: see `part`.
@@ -153,11 +154,12 @@ class Snapshotter:
                 raise AlreadyExists(labels[LABEL_REF])
             self._settle(key, deadline)
             self._pool.admit()
-            origin = self._with_ids(lambda: self._origin(key, parent, labels, deadline))
+            origin = self.with_ids(lambda: self._origin(key, parent, labels, deadline))
             size = self._wanted_size(key, labels, origin) if kind is Kind.ACTIVE else origin.size
             if size > origin.size:
                 self._pool.admit(*bases.cost(origin.fstype, self._made_with(parent, origin), origin.size, size))
-                origin = self._grown(origin, size, deadline)
+                smaller = origin
+                origin = self.with_ids(lambda: self._grown(smaller, size, deadline))
             row = self._intended(key, parent, kind, labels, origin, size)
             self._drawn()
             try:
@@ -280,7 +282,7 @@ class Snapshotter:
     ) -> Snapshot:  # fmt: skip
         """`_intend`; an intent that may not be on the disk is none."""
         try:
-            return self._with_ids(lambda: self._intend(key, parent, kind, labels, origin, size))
+            return self.with_ids(lambda: self._intend(key, parent, kind, labels, origin, size))
         except StoreFailed:
             row = self._store.get(key)
             if row is not None and row.state is State.PREPARING:
@@ -288,7 +290,7 @@ class Snapshotter:
                     self._drop(row)
             raise
 
-    def _with_ids(self, work: Callable[[], _T]) -> _T:
+    def with_ids(self, work: Callable[[], _T]) -> _T:
         """`work`, and once more where no id was left: one call begins a new epoch for all that meet the end at once."""
         try:
             return work()
@@ -570,12 +572,10 @@ class Snapshotter:
             return replace(row, labels=changed, updated=now)
 
     def list(self, wanted: Sequence[str]) -> Iterator[list[Snapshot]]:
-        """Pages of the snapshots that pass the filters; nothing is locked between pages."""
+        """Pages of the snapshots that pass the filters, empty ones too; nothing is locked between pages."""
         passes = filters.parse(wanted)
         for page in self._store.pages():
-            found = [row for row in page if row.state is not State.PREPARING and passes(row)]
-            if found:
-                yield found
+            yield [row for row in page if row.state is not State.PREPARING and passes(row)]
 
     def usage(self, key: str, deadline: Deadline) -> tuple[int, int]:
         """Bytes in blocks that the parent does not have, and inodes more than it has; never negative."""
@@ -623,9 +623,14 @@ def _check_key(field: str, key: str) -> None:
 
 
 def _check_labels(labels: Mapping[str, str]) -> dict[str, str]:
+    total = 0
     for name, value in labels.items():
-        if len(name.encode()) + len(value.encode()) > _LABEL_LIMIT:
-            raise BadRequest("labels", name, f"key and value have at most {_LABEL_LIMIT} bytes together")
+        length = len(name.encode()) + len(value.encode())
+        if length > _LABEL_LIMIT:
+            raise BadRequest("labels", name[:80], f"key and value have at most {_LABEL_LIMIT} bytes together")
+        total += length
+    if total > _LABELS_LIMIT:
+        raise BadRequest("labels", f"{len(labels)} labels", f"have at most {_LABELS_LIMIT} bytes together")
     return {name: value for name, value in labels.items() if value}
 
 

@@ -52,6 +52,11 @@ def parse(transaction: int) -> Number | None:
                   count=transaction & mask)  # fmt: skip
 
 
+def number(text: str | None) -> int:
+    """The number in a fact of a store; 0 for anything else, as a store may have been damaged, or changed by hand."""
+    return int(text) if text and text.isascii() and text.isdecimal() else 0
+
+
 def _below(power: int) -> int:
     """A number below a power of two that nobody can know."""
     return int.from_bytes(os.urandom(4), "big") % power
@@ -76,6 +81,8 @@ class Stamp:
         self._drawn = self._changes = 0
         # Whether a thread moves the stamp behind the calls; without one each run moves it.
         self.followed = False
+        # Why this process is not the one that serves the pool; empty as long as nobody else has moved it.
+        self.lost = ""
 
     @property
     def number(self) -> int:
@@ -174,10 +181,12 @@ class Stamp:
         self._number, self._drawn, self._changes = new, drawn, self._store.changes
 
     def check(self, *expected: int) -> None:
-        """PoolRefused unless the pool has the stamp that this process has given it."""
+        """PoolRefused unless the pool has the stamp that this process has given it: no id is given then any more."""
         found = self._pool.status().transaction
         if self._number and found not in (expected or (self._number,)):
-            raise PoolRefused(
+            self.lost = self._store.barred = (
                 f"another process has moved pool {self._pool.name} on, as its stamp is not the one that this process "
                 "has given it: no device is given or deleted any more. Stop one of both, and start the other anew"
             )
+            raise PoolRefused(self.lost)
+        self.lost = ""

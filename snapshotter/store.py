@@ -16,7 +16,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from blockdev import ioctls
 from blockdev.dm_targets import MAX_THIN_ID
@@ -91,6 +91,9 @@ _GIVEN = (
 )
 
 
+_Row = tuple[str, str, int, int, int, int, str, int, int, str, str]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Base:
     """An empty, formatted device that first layers are snapshots of."""
@@ -110,6 +113,42 @@ class Counted:
     inodes: int
     added: int | None = None
     final: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What stands in a copy of a store. `doomed` are devices with their sizes."""
+
+    rows: list[Snapshot]
+    bases: list[Base]
+    doomed: dict[int, int]
+    facts: dict[str, str]
+
+
+def contents(copy: sqlite3.Connection) -> Contents:
+    """All of a copy of a store, which may be one of a store that was damaged: ValueError or sqlite3.Error then."""
+    version = copy.execute("PRAGMA user_version").fetchone()[0]
+    if version > _SCHEMA:
+        raise ValueError(f"it was written by a newer runvol (schema {version}, this one knows {_SCHEMA})")
+    plain = {row[0] for row in copy.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    if lacking := {"facts", "snapshots", "doomed", "bases"} - plain:
+        raise ValueError(f"it has no table {', '.join(sorted(lacking))}")
+    if (said := copy.execute("PRAGMA integrity_check(1)").fetchone()[0]) != "ok":
+        raise ValueError(str(said))
+    try:
+        found = Contents(
+            rows=[_snapshot(row) for row in copy.execute(f"SELECT {_COLUMNS} FROM snapshots ORDER BY key")],  # noqa: S608
+            bases=[_base(row) for row in copy.execute(_BASES)],
+            doomed={int(row[0]): int(row[1]) for row in copy.execute("SELECT device, size FROM doomed")},
+            facts={str(row[0]): str(row[1]) for row in copy.execute("SELECT name, value FROM facts")},
+        )
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+    devices = [row.device for row in found.rows] + [base.device for base in found.bases] + list(found.doomed)
+    for device in devices:
+        if not isinstance(device, int) or not 0 <= device <= MAX_THIN_ID:
+            raise ValueError(f"{device!r} is no device of a pool")
+    return found
 
 
 class Store:
@@ -239,7 +278,9 @@ class Store:
         self._keep_reserve()
         self._refused |= self._refusals.prepare() | set(self._numbers(_SEVERAL))
         several = sorted(self._refused)
-        self.shared = frozenset(self._owners(several))
+        # What the disk knows already counts, whether or not it takes more.
+        self.shared = frozenset(self._owners(sorted({*several, *self.quarantined()})))
+        self._past = self.read_fact("past") or ""
         with self.transaction():
             self.quarantine(several, now)
             self.buried(several)
@@ -254,7 +295,6 @@ class Store:
         self._counts = True
         owners = self._owners(self.quarantined())
         self.shared = frozenset(owners)
-        self._past = self.read_fact("past") or ""
         self._refused.difference_update(several)
         if several:
             self._refusals.clear()
@@ -326,13 +366,15 @@ class Store:
         """Why the store is not what its pool was last served with, as a sentence; empty if it is."""
         return self._past
 
-    def enter_past(self, why: str, lineage: str, unproven: Iterable[int], now: int) -> None:
+    def enter_past(self, why: str, lineage: str, unproven: Iterable[int], now: int, *, before: str = "") -> None:
         """The pool went on without this store. Devices of which nothing proves that they still are what the rows say
-        are quarantined: not mapped, no parents, no bases, never deleted."""
+        are quarantined: not mapped, no parents, no bases, never deleted. `before`: the lineage of the last store that
+        was the pool's own."""
         devices = sorted(unproven)
         with self.transaction():
             self.set_fact("past", why)
             self.set_fact("lineage", lineage)
+            self.set_fact("before", before)
             self.quarantine(devices, now)
             self.buried(devices)
             self._db.executemany("DELETE FROM bases WHERE device = ?", ((device,) for device in devices))
@@ -343,14 +385,6 @@ class Store:
             )
         self._past = why
         self.shared = frozenset(self._owners(self.quarantined()))
-
-    def rows_of(self, copy: sqlite3.Connection) -> list[Snapshot]:
-        """All rows of a copy of a store."""
-        return [self._snapshot(row) for row in copy.execute(f"SELECT {_COLUMNS} FROM snapshots ORDER BY key")]  # noqa: S608
-
-    def bases_of(self, copy: sqlite3.Connection) -> list[Base]:
-        """The bases of a copy of a store."""
-        return [_base(row) for row in copy.execute(_BASES)]
 
     def put(self, row: Snapshot) -> None:
         """The row is as it is here, whatever there was of its key or device. Inside a transaction."""
@@ -368,7 +402,7 @@ class Store:
 
     def leave_past(self) -> None:
         """An operator has decided. Inside a transaction."""
-        self.forget_facts(["past"])
+        self.forget_facts(["past", "before"])
         self._past = ""
 
     def facts(self, prefix: str) -> list[str]:
@@ -631,23 +665,11 @@ class Store:
         row = db.execute(f"SELECT {_COLUMNS} FROM snapshots WHERE {where}", values).fetchone()  # noqa: S608
         return None if row is None else self._snapshot(row)
 
-    def _snapshot(self, row: tuple[str, str, int, int, int, int, str, int, int, str, str]) -> Snapshot:
-        key, parent, kind, state, device, size, fstype, created, updated, image, labels = row
-        if state != State.READY and self._made.get(key) == device:
-            state = State.READY
-        return Snapshot(
-            key=key,
-            parent=parent,
-            kind=Kind(kind),
-            state=State(state),
-            device=device,
-            size=size,
-            fstype=fstype,
-            created=created,
-            updated=updated,
-            image=image,
-            labels=json.loads(labels) if labels else {},
-        )
+    def _snapshot(self, row: _Row) -> Snapshot:
+        found = _snapshot(row)
+        if found.state is not State.READY and self._made.get(found.key) == found.device:
+            return replace(found, state=State.READY)
+        return found
 
     def images(self) -> set[str]:
         """The images that devices of the pool stand on."""
@@ -718,6 +740,23 @@ class Store:
     def _numbers(self, query: str, *values: int) -> list[int]:
         with self._reading, _explained(self.path):
             return [int(row[0]) for row in self._reader.execute(query, values).fetchall()]
+
+
+def _snapshot(row: _Row) -> Snapshot:
+    key, parent, kind, state, device, size, fstype, created, updated, image, labels = row
+    return Snapshot(
+        key=key,
+        parent=parent,
+        kind=Kind(kind),
+        state=State(state),
+        device=device,
+        size=size,
+        fstype=fstype,
+        created=created,
+        updated=updated,
+        image=image,
+        labels=json.loads(labels) if labels else {},
+    )
 
 
 def _base(row: tuple[str, int, int, int]) -> Base:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from pathlib import Path
 from types import SimpleNamespace
@@ -141,11 +141,11 @@ class Served:
     def code(self, name: str, /, **fields: Any) -> str:
         return code(self.begin(name, **fields))
 
-    def listing(self, channel: grpc.Channel | None = None) -> Any:
+    def listing(self, channel: grpc.Channel | None = None, filters: Sequence[str] = ()) -> Any:
         return (channel or self.channel).unary_stream(
             f"/{NAME}/List", request_serializer=pb.ListSnapshotsRequest.SerializeToString,
             response_deserializer=pb.ListSnapshotsResponse.FromString,
-        )(pb.ListSnapshotsRequest())  # fmt: skip
+        )(pb.ListSnapshotsRequest(filters=filters))  # fmt: skip
 
     def health(self) -> int:
         ask = self.channel.unary_unary("/grpc.health.v1.Health/Check",
@@ -498,3 +498,35 @@ def test_calls_at_once_are_all_answered(served: Served) -> None:
     with pytest.raises(Unavailable):
         served.node._usable.clear()
         served.node.wait_for_pool(Deadline.after(0.1))
+
+
+def test_labels_as_large_as_a_pods_annotations_keep_no_list_from_being_read(served: Served) -> None:
+    labels = {f"containerd.io/snapshot/{number}": "x" * 4000 for number in range(64)}
+    with served.store.transaction():
+        for number in range(120):
+            served.store.insert(_row(f"large {number}", 0, labels))
+    pages = list(served.listing())
+    assert sum(len(page.info) for page in pages) == 122
+    assert max(page.ByteSize() for page in pages) < 2 << 20
+
+
+def test_all_labels_together_have_a_limit(served: Served) -> None:
+    labels = {f"l{number}": "x" * 4000 for number in range(300)}
+    assert served.code("Prepare", key="k", labels=labels).startswith("INVALID_ARGUMENT: labels = '300 labels'")
+    served.call("Prepare", key="k")
+    assert served.code("Update", info=pb.Info(name="k", labels=labels)).startswith("INVALID_ARGUMENT")
+
+
+def test_a_list_that_finds_nothing_for_long_is_ended(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    served.fill(600)
+    pages = Store.pages
+
+    def slow(store: Store) -> Iterator[list[Snapshot]]:
+        for page in pages(store):
+            time.sleep(LIMIT / 2 + 0.2)
+            yield page
+
+    monkeypatch.setattr(Store, "pages", slow)
+    with pytest.raises(grpc.RpcError) as ended:
+        list(served.listing(filters=["name==nothing"]))
+    assert ended.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED

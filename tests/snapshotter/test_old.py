@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from snapshotter import backing
@@ -26,3 +27,12 @@ def test_an_old_store_is_read_guarded_and_goes_on(tmp_path: Path) -> None:
     described = backing.load(str(state))
     assert described is not None
     assert described.name == "oldpool"
+
+
+def test_an_earlier_release_reads_what_describes_a_pool_that_it_could_have_made(tmp_path: Path) -> None:
+    known = {"name", "identity", "kind", "data", "metadata", "metadata_bytes", "block", "group", "data_bytes"}
+    it = backing.Description(name="p", identity="1" * 32, kind="device", data="/dev/a", metadata="/dev/b",
+                             metadata_bytes=1 << 22, block=1 << 16, data_bytes=1 << 30)  # fmt: skip
+    backing.save(str(tmp_path), it)
+    assert set(json.loads((tmp_path / backing.FILE).read_bytes())) <= known
+    assert backing.load(str(tmp_path)) == it

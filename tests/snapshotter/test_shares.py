@@ -539,3 +539,12 @@ def test_signatures_are_those_of_rfc_8032() -> None:
     assert public.verifies(signature, bytes.fromhex("af82"))
     assert not public.verifies(signature, bytes.fromhex("af83"))
     assert not public.verifies(signature[:-1], bytes.fromhex("af82"))
+
+
+def test_what_a_sweep_cannot_look_at_keeps_nothing_else(share: Share) -> None:
+    place = Path(share.directory)
+    for number in range(8):
+        (place / f".{CHAIN[7:]}.{number:08x}").symlink_to("nowhere")
+        (place / f".{CHAIN[7:]}.{number + 8:08x}.removed").mkdir()
+    assert len(share.sweep()) == 8
+    assert len(list(place.iterdir())) == 8

@@ -296,3 +296,19 @@ def test_an_id_that_the_pool_had_already_is_never_deleted(path: str) -> None:
     with store.transaction():
         store.remove("k", 2)
     assert (store.doomed(), store.quarantined()) == ({}, [1])
+
+
+def test_what_is_quarantined_counts_although_the_disk_takes_no_more(path: str) -> None:
+    store = _doubled(path)
+    store.guard(1)
+    with store.transaction():
+        store.set_fact("past", "the store is an old copy")
+        store.insert(replace(ROW, key="again", device=9, state=State.READY))
+        store.set_base(Base(fstype="ext4", size=2, device=9, ready=True))
+    store.close()
+    store = Store(path)
+    _refuse(store, "COMMIT")
+    with pytest.raises(StoreFailed):
+        store.guard(2)
+    assert store.past == "the store is an old copy"
+    assert store.shared == {1, 2, 3, 9}

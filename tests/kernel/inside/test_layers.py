@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from blockdev import Deadline, WaitExpired
+from snapshotter.errors import Unavailable
 from snapshotter.pool import Pool
 from tests.kernel.inside.lab import MIB, Lab, mounted
 
@@ -205,4 +206,18 @@ def test_a_refused_commit_leaves_the_device_as_it_is(lab: Lab) -> None:
         _written(fd, b"1")
     with mounted(lab.mounts("a")) as root:
         (root / "f").write_text("as ever")
+    assert not lab.leaks()
+
+
+def test_what_somebody_has_frozen_is_refused_with_a_reason_and_committed_once_it_is_thawed(lab: Lab) -> None:
+    with mounted(lab.prepare("a")) as root:
+        (root / "f").write_bytes(b"before")
+        subprocess.run(["fsfreeze", "-f", str(root)], check=True)
+        try:
+            with pytest.raises(Unavailable, match="is frozen by somebody else"):
+                lab.commit("layer", "a")
+        finally:
+            subprocess.run(["fsfreeze", "-u", str(root)], check=True)
+        lab.commit("layer", "a")
+    assert lab.read("layer", "f") == b"before"
     assert not lab.leaks()

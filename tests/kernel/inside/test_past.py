@@ -324,3 +324,65 @@ def test_what_was_removed_before_or_after_the_past_came_back_stays_removed(
     assert _secret(lab, "c") == "of c"
     assert not lab.leaks()
     assert lab.node.store.quarantined() == []
+
+
+def _in_the_past(lab: Lab, copy: Path) -> None:
+    """`old` was there when the copy was made, and is in the pool's own; `late` only there."""
+    _write(lab, "old", "of old")
+    _kept(lab, copy)
+    _write(lab, "late", "of late")
+    for number in range(RUN):
+        lab.prepare(f"n{number}")
+        lab.remove(f"n{number}")
+    _follow(lab)
+    _lose(lab, copy)
+    lab.start()
+    assert lab.node.store.past
+
+
+def test_what_was_removed_in_the_past_stays_removed_although_somebody_has_it_open(lab: Lab, tmp_path: Path) -> None:
+    _in_the_past(lab, tmp_path / "copy")
+    fd = os.open(lab.mounts("old")[0].source, os.O_RDWR)
+    try:
+        lab.remove("old")
+        lab.reap()
+        report = _repaired(lab)
+        assert (report.restored, report.lost) == (["late"], [])
+        assert lab.names() == ["late"]
+        assert not lab.node.store.shared
+    finally:
+        os.close(fd)
+    assert not lab.leaks()
+
+
+def test_what_was_committed_in_the_past_is_not_named_as_gone(lab: Lab, tmp_path: Path) -> None:
+    _in_the_past(lab, tmp_path / "copy")
+    lab.commit("layer", "old")
+    assert _write(lab, "child", "of child", "layer")
+    report = _repaired(lab)
+    assert (report.restored, report.lost) == (["late"], [])
+    assert lab.names() == ["child", "late", "layer"]
+    assert lab.read("layer", "secret") == b"of old"
+    assert not lab.leaks()
+
+
+def test_two_copies_that_are_restored_in_turn_lose_nothing_that_either_has_made(lab: Lab, tmp_path: Path) -> None:
+    _in_the_past(lab, tmp_path / "first")
+    _write(lab, "with the first", "of it")
+    _follow(lab)
+    _kept(lab, tmp_path / "second")
+    for number, name in enumerate(("first", "second", "first")):
+        _lose(lab, tmp_path / name)
+        lab.start()
+        assert lab.node.store.past
+        assert _secret(lab, "old") == "of old"
+        _write(lab, f"turn {number}", f"of turn {number}")
+        _follow(lab)
+    _repaired(lab)
+    assert _secret(lab, "turn 2") == "of turn 2"
+    devices = [lab.stat(key).device for key in lab.names()]
+    assert len(devices) == len(set(devices))
+    assert {"late", "old", "turn 1", "turn 2"} <= set(lab.names())
+    for key in lab.names():
+        assert _secret(lab, key).startswith("of ")
+    assert not lab.leaks()
