@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from blockdev import Deadline
@@ -17,6 +18,7 @@ from blockdev.devicemapper import Mapper
 from snapshotter import assembly, backing, past, seals, turns
 from snapshotter.errors import NotFound, PoolRefused
 from snapshotter.keeper import Keeper
+from snapshotter.model import Snapshot
 from snapshotter.pool import Pool
 from snapshotter.stamps import Stamp
 from snapshotter.store import STORE, Contents, Store
@@ -96,29 +98,13 @@ def _repair(store: Store, pool: Pool, keeper: Keeper, deadline: Deadline, *, kee
 
 def _take(store: Store, copy: Contents, ids: set[int], report: Report) -> None:
     """What the copy knows, unless what is there now says otherwise."""
-    rows = copy.rows
-    report.parents |= {row.key: row.parent for row in rows}
+    report.parents |= {row.key: row.parent for row in copy.rows}
     with store.transaction():
         trusted = {row.device for page in store.pages() for row in page} - set(store.quarantined())
         # It was committed under another name since, or removed, and somebody has it open still.
         decided = (trusted | store.doomed().keys()) - {0}
-        back: set[int] = set()
-        for row in rows:
-            here = store.find(row.key)
-            if here is not None and (here.device in trusted or not here.device):
-                continue
-            if row.device in decided:
-                continue
-            if row.device and row.device not in ids:
-                report.lost.append(row.key)
-                continue
-            store.put(row)
-            if row.device:
-                trusted.add(row.device)
-                decided.add(row.device)
-                back.add(row.device)
-            report.restored.append(row.key)
-        known = decided | {row.device for row in rows}
+        back = _take_rows(store, copy.rows, ids, trusted, decided, report)
+        known = decided | {row.device for row in copy.rows}
         for base in copy.bases:
             if base.device not in ids - known:
                 continue
@@ -140,6 +126,25 @@ def _take(store: Store, copy: Contents, ids: set[int], report: Report) -> None:
         for name, value in copy.facts.items():
             if _is_kept(store, name) and store.fact(name) is None:
                 store.set_fact(name, value)
+
+
+def _take_rows(
+    store: Store, rows: Sequence[Snapshot], ids: set[int], trusted: set[int], decided: set[int], report: Report
+) -> set[int]:  # fmt: skip
+    """The devices of those rows that came back. Inside a transaction."""
+    back = set[int]()
+    for row in rows:
+        here = store.find(row.key)
+        kept = here is not None and (here.device in trusted or not here.device)
+        if kept or row.device in decided | back:
+            continue
+        if row.device and row.device not in ids:
+            report.lost.append(row.key)
+            continue
+        store.put(row)
+        back |= {row.device} - {0}
+        report.restored.append(row.key)
+    return back
 
 
 def _is_kept(store: Store, name: str) -> bool:
