@@ -25,8 +25,8 @@ _SNAPSHOTS, _STORAGE, _LEASES, _NODES = (
     "node.k8s.io",
 )
 _SNAPSHOT_API = {"apiGroup": _SNAPSHOTS, "kind": "VolumeSnapshot"}
-# Seconds: refused, and done again by somebody who waits longer from time to time.
-_REFUSED, _DONE = 60.0, 120.0
+# Seconds: refused, and done again by somebody who waits longer from time to time, five minutes at the most.
+_REFUSED, _DONE = 60.0, 330.0
 _FOLLOWS = ("list", "watch")
 
 
