@@ -499,7 +499,7 @@ class Store:
             )
         while True:
             if self._following >= self._reserved:
-                self._following = int(self.fact("next_device") or "1")
+                self._following = _counted_on(self.fact("next_device"))
                 self._reserved = self._following + RUN
                 self.set_fact("next_device", str(self._reserved))
             device, self._following = self._following, self._following + 1
@@ -514,7 +514,7 @@ class Store:
 
     def give_from(self, first: int) -> None:
         """Give no id below this one any more, however few that leaves."""
-        if max(first, self._following) > max(int(self.fact("next_device") or "1"), self._following):
+        if max(first, self._following) > max(_counted_on(self.fact("next_device")), self._following):
             self.set_fact("next_device", str(first))
             self._following = self._reserved = 0
 
@@ -530,7 +530,7 @@ class Store:
 
     def following(self) -> int:
         """All ids below were given in this epoch, or may have been."""
-        return int(self.read_fact("next_device") or "1")
+        return _counted_on(self.read_fact("next_device"))
 
     def raise_devices(self, above: int) -> None:
         """Give no id up to `above`, which the pool has already, unless that would leave few."""
@@ -538,7 +538,7 @@ class Store:
             return
         if self._following <= above < self._reserved:
             self._following = above + 1
-        elif above >= int(self.fact("next_device") or "1"):
+        elif above >= _counted_on(self.fact("next_device")):
             self.set_fact("next_device", str(above + 1))
             self._following = self._reserved = 0
 
@@ -757,6 +757,13 @@ def _snapshot(row: _Row) -> Snapshot:
         image=image,
         labels=json.loads(labels) if labels else {},
     )
+
+
+def _counted_on(told: str | None) -> int:
+    """The next id. Of what is no number nobody knows how many were given: all, so that a new epoch has to begin."""
+    if told is None:
+        return 1
+    return int(told) if told.isascii() and told.isdecimal() and int(told) else MAX_THIN_ID + 1
 
 
 def _base(row: tuple[str, int, int, int]) -> Base:

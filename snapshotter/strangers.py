@@ -36,7 +36,7 @@ def compare(store: Store, pool: Pool, deadline: Deadline) -> Compared:
     before, rows = store.devices(), store.fulfilled()
     ids = pool.ids(deadline)
     unknown = ids - before - store.devices()
-    following = int(store.read_fact("next_device") or "1")
+    following = store.following()
     gone = set(store.quarantined()) - ids - rows
     if unknown or gone or max(ids, default=0) >= following:
         with store.transaction():

@@ -312,3 +312,18 @@ def test_what_is_quarantined_counts_although_the_disk_takes_no_more(path: str) -
         store.guard(2)
     assert store.past == "the store is an old copy"
     assert store.shared == {1, 2, 3, 9}
+
+
+@pytest.mark.parametrize("told", ["", "-5", "0", "many", "1.5", "\u0663"])
+def test_of_a_counter_that_is_none_nobody_knows_which_ids_were_given(path: str, told: str) -> None:
+    store = Store(path)
+    with store.transaction():
+        store.set_fact("next_device", told)
+    store.close()
+    store = Store(path)
+    with pytest.raises(PoolFull, match="new epoch"):
+        _draw(store)
+    assert store.used_up()
+    with store.transaction():
+        store.begin_again()
+    assert _draw(store) == 1
