@@ -12,7 +12,7 @@ import os
 
 from blockdev import syscalls
 
-# A disk with less free room than so many times what is kept is left alone.
+# A disk with less free room than so many times what is kept is left alone, unless the caller says another number.
 _TIMES = 16
 
 
@@ -26,23 +26,23 @@ def keep_beyond(path: str, size: int) -> None:
             os.close(fd)
 
 
-def has_room(directory: str, size: int) -> bool:
+def has_room(directory: str, size: int, times: int = _TIMES) -> bool:
     """Whether its disk has so much more free than that, that nobody misses it."""
     facts = os.statvfs(directory)
-    return facts.f_bavail * facts.f_frsize >= _TIMES * size
+    return facts.f_bavail * facts.f_frsize >= times * size
 
 
 class Reserve:
     """The file `path`, of so many bytes. Callers that have something of their own to say of a failure go on without."""
 
-    def __init__(self, path: str, size: int) -> None:
-        self._path, self._size = path, size
+    def __init__(self, path: str, size: int, *, times: int = _TIMES) -> None:
+        self._path, self._size, self._times = path, size, times
 
     def keep(self) -> None:
         """The file is there and has its room, if the disk has room to spare. No error: it is wanted on disks that have.
         What a killed process has begun is made whole: what is too small keeps nothing."""
         with contextlib.suppress(OSError):
-            if self._is_kept() or not has_room(os.path.dirname(self._path), self._size):
+            if self._is_kept() or not has_room(os.path.dirname(self._path), self._size, self._times):
                 return
             fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             try:

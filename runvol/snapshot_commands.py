@@ -22,11 +22,11 @@ from runvol.sizes import SIZE
 from snapshotter import assembly, backing, names, quarantine
 from snapshotter.assembly import Extender, Wish
 from snapshotter.backing import Backing
-from snapshotter.errors import BadRequest, NotFound, PoolRefused, Unavailable, WrongState
+from snapshotter.errors import BadRequest, PoolRefused, Unavailable, WrongState
 from snapshotter.gauge import Gauge
 from snapshotter.model import Kind
 from snapshotter.pool import Pool
-from snapshotter.store import STORE, Store
+from snapshotter.store import STORE, Store, existing
 
 if TYPE_CHECKING:
     from snapshotter.repairing import Report
@@ -54,10 +54,7 @@ snapshotter.add_command(containerd_config)
 
 
 def _store(config: Config) -> Store:
-    path = os.path.join(state_dir(config), STORE)
-    if not os.path.exists(path):
-        raise NotFound(path, "the store")
-    return Store(path)
+    return existing(state_dir(config))
 
 
 @click.command()

@@ -20,6 +20,7 @@ from blockdev import Deadline, exclusivity, ioctls, loops
 from blockdev.devicemapper import Mapper
 from blockdev.errors import DeviceBusy
 from snapshotter import assembly, backing, existing, making, stamps, strangers, turns
+from snapshotter.alone import Alone
 from snapshotter.backing import Backing, Description
 from snapshotter.errors import BadRequest, PoolRefused
 from snapshotter.existing import Look, Superblock
@@ -328,13 +329,9 @@ class _Found:
         keeper.open()
         self._mark_by_keeper(below, pool)
         store.guard(time.time_ns())
-        with store.transaction():
-            if not store.fact("lineage"):
-                store.set_fact("lineage", os.urandom(8).hex())
+        store.name_lineage()
         strangers.compare(store, pool, self._deadline)
-        stamp = Stamp(store, pool)
-        stamp.take(pool.status())
-        keeper.write(store.image(), stamp.number, store.read_fact("lineage") or "")
+        Alone(store=store, pool=pool, keeper=keeper, stamp=Stamp(store, pool)).agree()
         assembly.end_adoption(below)
         return Adopted(name=self.it.name, own=False, quarantined=len(store.quarantined()))
 

@@ -27,7 +27,7 @@ log = logging.getLogger("runvol.snapshotter")
 UUID = "RUNVOL-POOL-"
 # Percent by which a pool is extended that does not do so by itself.
 _STEP = 20
-_NO_POOL = "no pool is described in {}; make one with `runvol pool init`"
+NO_POOL = "no pool is described in {}; make one with `runvol pool init`"
 
 
 def init(mapper: Mapper, state_dir: str, wish: Wish, deadline: Deadline) -> Pool:
@@ -167,7 +167,7 @@ def assemble(mapper: Mapper, state_dir: str, deadline: Deadline, limits: Limits 
     """
     description = backing.load(state_dir)
     if description is None:
-        raise PoolRefused(_NO_POOL.format(state_dir))
+        raise PoolRefused(NO_POOL.format(state_dir))
     below = Backing(mapper, state_dir, description)
     if not _is_made(mapper, below, deadline):
         half = is_adopted_half(state_dir, description)
@@ -250,15 +250,8 @@ def _prove_free(it: Description, metadata: str, data: str) -> None:
     Let go of at once, as the kernel takes them for the table: who came first is decided by the pool's name then.
     """
     for device in (metadata, data):
-        try:
-            os.close(os.open(device, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC))
-        except OSError as error:
-            if error.errno != errno.EBUSY:
-                raise
-            raise Unavailable(
-                f"{device}, on which pool {it.name} stands, is in use by somebody else: it is mounted, or another "
-                "device is mapped over it; end that first"
-            ) from None
+        with _alone_on(device, f", on which pool {it.name} stands,"):
+            pass
 
 
 def check_metadata(name: str, metadata: str, deadline: Deadline) -> None:
@@ -289,7 +282,7 @@ def repair(mapper: Mapper, state_dir: str, deadline: Deadline) -> str:
     """
     description = backing.load(state_dir)
     if description is None:
-        raise PoolRefused(_NO_POOL.format(state_dir))
+        raise PoolRefused(NO_POOL.format(state_dir))
     with turns.whole(state_dir, description.identity):
         below = Backing(mapper, state_dir, description)
         metadata, data = below.attach(deadline)
@@ -327,7 +320,7 @@ def _unmap(mapper: Mapper, pool: Pool) -> None:
 
 
 @contextlib.contextmanager
-def _alone_on(device: str) -> Iterator[None]:
+def _alone_on(device: str, which: str = "") -> Iterator[None]:
     """Nobody maps the device, mounts it or writes to it alone inside; Unavailable where somebody does."""
     try:
         fd = os.open(device, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC)
@@ -335,7 +328,8 @@ def _alone_on(device: str) -> Iterator[None]:
         if error.errno != errno.EBUSY:
             raise
         raise Unavailable(
-            f"{device} is in use by somebody else: it is mounted, or another device is mapped over it; end that first"
+            f"{device}{which} is in use by somebody else: it is mounted, or another device is mapped over it; end that "
+            "first"
         ) from None
     try:
         yield

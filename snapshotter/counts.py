@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -22,13 +21,14 @@ from snapshotter.bases import EMPTY
 from snapshotter.errors import SnapshotterError
 from snapshotter.locks import Locks
 from snapshotter.model import Kind, Snapshot
+from snapshotter.pace import Pace
 from snapshotter.pool import DeviceMissing, Pool
 from snapshotter.store import Base, Counted, Store
 
 log = logging.getLogger("runvol.snapshotter")
 # Seconds between looks into the pool's metadata, from the first that asks for one until it is made, and that it waits
 # at most for a moment without calls.
-_EVERY, _SOON, _LONGEST_WAIT, _QUIET = 30.0, 2.0, 10.0, 0.15
+_EVERY, _SOON, _LONGEST_WAIT = 30.0, 2.0, 10.0
 # Up to so many active devices are compared with their parents one by one; of more, all of the pool is listed once.
 _FEW = 4
 _LOOKING = "counting what snapshots use"
@@ -56,7 +56,7 @@ class Counts:
         quiet: Callable[[], float] = lambda: 9.0, background: Background | None = None,
     ) -> None:  # fmt: skip
         self._store, self._pool, self._after = store, pool, after
-        self._inodes_of_image, self._quiet = inodes_of_image, quiet
+        self._inodes_of_image = inodes_of_image
         self._background = background or Background()
         self._counting = Locks()
         self._lock = threading.Lock()
@@ -66,6 +66,7 @@ class Counts:
         self._asked: dict[str, None] = {}
         self._left: dict[int, Counted] = {}
         self._wake, self._stop = threading.Event(), threading.Event()
+        self._pace = Pace(quiet, self._stop, _LONGEST_WAIT)
         self._thread = threading.Thread(target=self._run, name="counts", daemon=True)
 
     # -- the answers ----------------------------------------------------------------------------------------------
@@ -306,9 +307,7 @@ class Counts:
         while not self._stop.is_set():
             self._wake.wait()
             self._stop.wait(_SOON)
-            until = time.monotonic() + _LONGEST_WAIT
-            while self._quiet() < _QUIET and time.monotonic() < until and not self._stop.is_set():
-                self._stop.wait(_QUIET / 3)
+            self._pace.step()
             if self._stop.is_set():
                 return
             self._wake.clear()

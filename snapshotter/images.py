@@ -29,7 +29,8 @@ from snapshotter.store import Store
 from snapshotter.trust import REPLACED, Trust, Verdict, pin_of
 
 log = logging.getLogger("runvol.snapshotter")
-_PIN = "image "
+# Of the fact that a chain is pinned by, before the chain.
+PIN = "image "
 # Chains of which it is remembered that a line was logged.
 _MOST_SAID = 10_000
 
@@ -86,11 +87,11 @@ class Images:
                 if above is None or above.kind is not Kind.COMMITTED:
                     raise NotFound(parent, "parent")
             # What a chain's content is was decided when this node first used it, which another call may just have done.
-            pin = self._store.fact(f"{_PIN}{chain}")
+            pin = self._store.fact(f"{PIN}{chain}")
             if pin is not None and pin != pin_of(manifest):
                 return Verdict(reason=REPLACED, why="another image of this chain has come into use here meanwhile")
             if pin is None:
-                self._store.set_fact(f"{_PIN}{chain}", pin_of(manifest))
+                self._store.set_fact(f"{PIN}{chain}", pin_of(manifest))
             if self._store.find(name) is None:
                 self._store.insert(
                     Snapshot(key=name, parent=parent, kind=Kind.COMMITTED, state=State.READY, device=0,
@@ -118,7 +119,7 @@ class Images:
             return dict(self._passed_over)
 
     def _pin(self, chain: str) -> str | None:
-        return self._store.read_fact(f"{_PIN}{chain}")
+        return self._store.read_fact(f"{PIN}{chain}")
 
     def name(self, chain: str) -> str:
         return f"runvol-image-{chain[7:39]}"
@@ -225,14 +226,14 @@ class Images:
 
 def pins(store: Store) -> dict[str, str]:
     """Chains whose content this node has decided on, with that."""
-    found = ((name.removeprefix(_PIN), store.read_fact(name)) for name in store.facts(_PIN))
+    found = ((name.removeprefix(PIN), store.read_fact(name)) for name in store.facts(PIN))
     return {chain: pin for chain, pin in found if pin is not None}
 
 
 def forget(store: Store, chain: str) -> None:
     """The node may use another image for the chain from now on. WrongState while a snapshot stands on it, NotFound."""
     with store.transaction():
-        if store.fact(f"{_PIN}{chain}") is None:
+        if store.fact(f"{PIN}{chain}") is None:
             raise NotFound(chain, "image in use on this node")
         users = store.with_image(chain)
         if users:
@@ -240,7 +241,7 @@ def forget(store: Store, chain: str) -> None:
                 f"the image of {chain} cannot be forgotten: {len(users)} snapshots of this node stand on it, such as "
                 f"{users[0].key!r}; remove them first"
             )
-        store.forget_facts([f"{_PIN}{chain}"])
+        store.forget_facts([f"{PIN}{chain}"])
 
 
 def _uuid(chain: str) -> str:

@@ -25,7 +25,7 @@ import zlib
 from dataclasses import dataclass
 
 from snapshotter import backing
-from snapshotter.errors import PoolFull, PoolRefused, SnapshotterError, Unavailable
+from snapshotter.errors import PoolFull, PoolRefused, Unavailable
 from snapshotter.pool import KEEPER, DeviceMissing, DeviceThere, Pool
 
 _PLACES, _STEP, _PAGE, _CHUNK = 4, 1 << 28, 4096, 64 << 10
@@ -61,7 +61,6 @@ class Keeper:
         self._pool = pool
         self._fd = -1
         self._written: dict[int, list[bytes]] = {}
-        self.trouble = "it was not opened yet"
 
     @property
     def held(self) -> bool:
@@ -74,14 +73,6 @@ class Keeper:
         """
         if self.held:
             return
-        try:
-            self._open()
-        except SnapshotterError as error:
-            self.trouble = str(error)
-            raise
-        self.trouble = ""
-
-    def _open(self) -> None:
         made = self._map()
         path = self._pool.path(KEEPER)
         before = _HELD.get(self._pool.identity)

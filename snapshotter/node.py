@@ -129,7 +129,6 @@ class Node:
             settings.share_layers, self.stamp.follow, self.renew_ids,
         )  # fmt: skip
         self.lender = Lender(self.store, self.pool, self.snapshots)
-        self._usable, self._stop = threading.Event(), threading.Event()
         # Set once the pool was opened, or could not be.
         self._tried = threading.Event()
         self._why_not = f"pool {description.name} is being assembled"
@@ -279,9 +278,7 @@ class Node:
             self._hold()
         if not self.stamp.number:
             self.stamp.take(self.pool.status())
-        if not self.store.read_fact("lineage"):
-            with self.store.transaction():
-                self.store.set_fact("lineage", os.urandom(8).hex())
+        self.store.name_lineage()
         self.store.barred = ""
 
     def renew_ids(self) -> None:
@@ -291,19 +288,18 @@ class Node:
             self.store.quarantine(sorted(set(self.pool.active()) - self.store.devices()), time.time_ns())
         self.stamp.begin_epoch()
 
-    def follow(self, *, copy: bool = True) -> None:
+    def follow(self) -> None:
         """Move the stamp, and copy the store into the pool, if anything was done since."""
         if not self.ready or self.store.barred:
             return
         self.stamp.move()
-        if not copy or not self.keeper.held or not self.stamp.number:
+        if not self.keeper.held or not self.stamp.number:
             return
         changes, began = self.store.changes, time.monotonic()
         if changes != self._copied and began >= self._copy_at:
             try:
                 self.store.write_made()
-                lineage, before = (self.store.read_fact(name) or "" for name in ("lineage", "before"))
-                self.keeper.write(self.store.image(), self.stamp.number, lineage, before)
+                self.keeper.write(self.store.image(), self.stamp.number, self.store.lineage, self.store.before)
                 self._copied, self.copied_at = changes, time.time()
             finally:
                 ended = time.monotonic()

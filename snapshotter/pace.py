@@ -19,10 +19,11 @@ _LOOK = 0.05
 
 
 class Pace:
-    """For one thread. `quiet` says for how many seconds there was no call; `stop` ends each wait."""
+    """For one thread. `quiet` says for how many seconds there was no call; `stop` ends each wait, and `longest` is how
+    many seconds one takes at the most (two without it)."""
 
-    def __init__(self, quiet: Callable[[], float], stop: threading.Event) -> None:
-        self._quiet, self._stop = quiet, stop
+    def __init__(self, quiet: Callable[[], float], stop: threading.Event, longest: float = 0) -> None:
+        self._quiet, self._stop, self._longest = quiet, stop, longest or _LONGEST_WAIT
         self._resumed = 0.0
 
     def busy(self) -> bool:
@@ -34,7 +35,7 @@ class Pace:
         now = time.monotonic()
         if self.busy():
             worked = now - self._resumed
-            longest = _LONGEST_WAIT if worked > _BEGINNING else min(_LONGEST_WAIT, worked * _times(left))
+            longest = self._longest if worked > _BEGINNING else min(self._longest, worked * _times(left))
             self._wait(now + longest, longest)
         self._resumed = time.monotonic()
 

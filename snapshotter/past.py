@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -88,7 +87,7 @@ def enter(store: Store, keeper: Keeper, status: PoolStatus, why: str) -> None:
         bases -= {(base.fstype, base.size, base.device) for base in known.bases if base.ready}
         doomed -= known.doomed.keys()
     unproven = {device for _, device in rows} | {device for _, _, device in bases} | doomed
-    store.enter_past(why, os.urandom(8).hex(), unproven, time.time_ns(), before=before or "")
+    store.enter_past(why, unproven, time.time_ns(), before=before or "")
     log.error("the store is not the pool's own", extra={"why": why, "unproven": len(unproven)})
 
 

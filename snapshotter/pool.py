@@ -567,7 +567,7 @@ class Pool:
         """Bytes in blocks that the mapped device has, those that it shares included. SnapshotterError if it is gone."""
         name = self.device_name(device)
         try:
-            return self.mapper.thin_status(name).mapped * SECTOR
+            return self.mapped_sectors(device) * SECTOR
         except (MapperError, ValueError) as error:
             raise SnapshotterError(f"device {name} says nothing of what it maps: {error}") from None
 

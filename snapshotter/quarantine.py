@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,13 +10,13 @@ from blockdev import Deadline, superblocks
 from blockdev.devicemapper import Mapper
 from blockdev.dm_targets import SECTOR
 from blockdev.errors import FilesystemDamaged
-from snapshotter import assembly, backing, past, turns
+from snapshotter import past, turns
+from snapshotter import store as stores
+from snapshotter.alone import Alone, alone
 from snapshotter.errors import AlreadyExists, BadRequest, NotFound, PoolRefused, WrongState
-from snapshotter.keeper import Keeper
 from snapshotter.model import Kind, Snapshot, State
 from snapshotter.pool import Pool
-from snapshotter.stamps import Stamp
-from snapshotter.store import STORE, Store
+from snapshotter.store import Store
 
 _WHAT = "quarantined device"
 # Longer than any filesystem in a pool; a thin device is as long as it is mapped.
@@ -36,7 +35,7 @@ def free(state_dir: str, devices: Sequence[int], deadline: Deadline) -> None:
     """Have the snapshotter, beside which this may be called, delete these devices and their data. All of them or none:
     NotFound and WrongState as for `check`."""
     with turns.beside(state_dir, deadline):
-        store = _store(state_dir)
+        store = stores.existing(state_dir)
         try:
             with store.transaction():
                 check(store, devices)
@@ -52,13 +51,6 @@ def _check(store: Store, device: int, there: Sequence[int]) -> None:
         raise NotFound(str(device), _WHAT)
     if owners := store.owners(device):
         raise WrongState(f"device {device} is that of snapshot {owners[0]!r}; remove the snapshot first")
-
-
-def _store(state_dir: str) -> Store:
-    path = os.path.join(state_dir, STORE)
-    if not os.path.exists(path):
-        raise NotFound(path, "the store")
-    return Store(path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,25 +72,13 @@ def adopt(mapper: Mapper, state_dir: str, wanted: Wanted, deadline: Deadline) ->
     """
     if not wanted.key:
         raise BadRequest("--key", wanted.key, "a snapshot has one")
-    description = backing.load(state_dir)
-    if description is None:
-        raise PoolRefused(f"no pool is described in {state_dir}; make one with `runvol pool init`")
-    with turns.whole(state_dir, description.identity):
-        pool, _ = assembly.assemble(mapper, state_dir, deadline)
-        store = _store(state_dir)
-        keeper = Keeper(pool)
-        store.closing.append(keeper.close)
-        try:
-            keeper.open()
-            store.guard(time.time_ns())
-            return _adopt(store, pool, keeper, wanted, deadline)
-        finally:
-            store.close()
+    with alone(mapper, state_dir, deadline, lambda: stores.existing(state_dir)) as it:
+        return _adopt(it, wanted, deadline)
 
 
-def _adopt(store: Store, pool: Pool, keeper: Keeper, wanted: Wanted, deadline: Deadline) -> Snapshot:
-    stamp = Stamp(store, pool)
-    why = store.past or past.recognised(store, pool, stamp, pool.status(), deadline)
+def _adopt(it: Alone, wanted: Wanted, deadline: Deadline) -> Snapshot:
+    store, pool = it.store, it.pool
+    why = store.past or past.recognised(store, pool, it.stamp, pool.status(), deadline)
     if why:
         raise PoolRefused(f"{why}; that comes first")
     _check(store, wanted.device, store.quarantined())
@@ -115,8 +95,7 @@ def _adopt(store: Store, pool: Pool, keeper: Keeper, wanted: Wanted, deadline: D
     with store.transaction():
         store.put(row)
         store.release([wanted.device])
-    stamp.take(pool.status())
-    keeper.write(store.image(), stamp.number, store.read_fact("lineage") or "")
+    it.agree()
     return row
 
 

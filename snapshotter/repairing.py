@@ -15,16 +15,13 @@ from dataclasses import dataclass, field
 
 from blockdev import Deadline
 from blockdev.devicemapper import Mapper
-from snapshotter import assembly, backing, past, seals, turns
+from snapshotter import images, past, seals
+from snapshotter.alone import Alone, alone
 from snapshotter.errors import NotFound, PoolRefused
-from snapshotter.keeper import Keeper
 from snapshotter.model import Snapshot
-from snapshotter.pool import Pool
-from snapshotter.stamps import Stamp
-from snapshotter.store import STORE, Contents, Store
+from snapshotter.store import Contents, Store
 
 log = logging.getLogger("runvol.snapshotter")
-_IMAGE = "image "
 
 
 @dataclass
@@ -56,23 +53,13 @@ def repair_store(mapper: Mapper, state_dir: str, deadline: Deadline, *, keep: bo
     PoolRefused where a process serves the pool, or where there is nothing to repair; NotFound where the pool has no
     copy. May be interrupted and repeated.
     """
-    described = backing.load(state_dir)
-    with turns.whole(state_dir, described.identity if described else ""):
-        pool, _ = assembly.assemble(mapper, state_dir, deadline)
-        store = Store(os.path.join(state_dir, STORE))
-        keeper = Keeper(pool)
-        store.closing.append(keeper.close)
-        try:
-            keeper.open()
-            store.guard(time.time_ns())
-            return _repair(store, pool, keeper, deadline, keep=keep)
-        finally:
-            store.close()
+    with alone(mapper, state_dir, deadline) as it:
+        return _repair(it, deadline, keep=keep)
 
 
-def _repair(store: Store, pool: Pool, keeper: Keeper, deadline: Deadline, *, keep: bool) -> Report:
-    stamp, status = Stamp(store, pool), pool.status()
-    why = past.recognised(store, pool, stamp, status, deadline)
+def _repair(it: Alone, deadline: Deadline, *, keep: bool) -> Report:
+    store, pool, keeper, status = it.store, it.pool, it.keeper, it.pool.status()
+    why = past.recognised(store, pool, it.stamp, status, deadline)
     if why:
         past.enter(store, keeper, status, why)
     elif not store.past:
@@ -81,7 +68,7 @@ def _repair(store: Store, pool: Pool, keeper: Keeper, deadline: Deadline, *, kee
     if keep:
         _keep(store, ids, report)
     else:
-        for copy, content in past.copies(keeper, status, besides=store.read_fact("lineage") or ""):
+        for copy, content in past.copies(keeper, status, besides=store.lineage):
             report.made = report.made or copy.made
             _take(store, content, ids, report)
         if not report.made:
@@ -90,9 +77,8 @@ def _repair(store: Store, pool: Pool, keeper: Keeper, deadline: Deadline, *, kee
     with store.transaction():
         store.leave_past()
         store.set_fact(past.SUPERSEDED, str(max((copy.sequence for copy in keeper.copies()), default=0)))
-    stamp.take(pool.status())
+    it.agree()
     report.quarantined = store.quarantined()
-    keeper.write(store.image(), stamp.number, store.read_fact("lineage") or "")
     return report
 
 
@@ -119,7 +105,7 @@ def _take(store: Store, copy: Contents, ids: set[int], report: Report) -> None:
         for device, size in copy.doomed.items():
             if device in ids - known:
                 # A row that an older store has of it was removed since.
-                store.forget_rows(int(device))
+                store.forget_rows(device)
                 store.release([device])
                 store.doom(device, time.time_ns(), size)
         store.release(sorted(back))
@@ -153,7 +139,7 @@ def _is_kept(store: Store, name: str) -> bool:
     if name.startswith(seals.FACT):
         device = name.removeprefix(seals.FACT)
         return device.isdecimal() and os.path.exists(os.path.join(os.path.dirname(store.path), seals.TREES, device))
-    return name.startswith(_IMAGE)
+    return name.startswith(images.PIN)
 
 
 def _keep(store: Store, ids: set[int], report: Report) -> None:

@@ -195,12 +195,8 @@ class Snapshotter:
         """The layer's filesystem in this size, if that is kept. One on a shared image grows in each child."""
         if not origin.device or origin.image or origin.base:
             return origin
-
-        def create(device: int) -> None:
-            with self._devices.held(str(origin.device), deadline=deadline), self._pool.quiet(origin.device):
-                self._pool.create_snapshot(device, origin.device)
-
-        found = self._bases.grown(origin.fstype, origin.device, size, create, deadline)
+        found = self._bases.grown(origin.fstype, origin.device, size,
+                                  lambda device: self.copy(device, origin.device, deadline), deadline)  # fmt: skip
         if found is None:
             return origin
         return replace(origin, device=found, size=size, base=bases.of_layer(origin.fstype, origin.device))
@@ -353,13 +349,16 @@ class Snapshotter:
 
     def map_read_only(self, device: int, layer: Snapshot, deadline: Deadline) -> None:
         """Map a copy of a committed layer's device, which has no row."""
-        below = self._images.origin(layer.image, deadline) if layer.image else ""
-        self._pool.activate(device, layer.size, read_only=True, origin=below)
+        self._pool.activate(device, layer.size, read_only=True, origin=self._below(layer, deadline))
 
     def _activate(self, row: Snapshot, deadline: Deadline) -> None:
-        below = self._images.origin(row.image, deadline) if row.image else ""
+        below = self._below(row, deadline)
         self._idle.keep(row.device, deadline)
         self._pool.activate(row.device, row.size, read_only=row.kind is Kind.VIEW, origin=below)
+
+    def _below(self, row: Snapshot, deadline: Deadline) -> str:
+        """The shared image under the device; empty for none."""
+        return self._images.origin(row.image, deadline) if row.image else ""
 
     def _drop(self, row: Snapshot) -> None:
         with self._store.transaction():

@@ -21,7 +21,8 @@ from dataclasses import dataclass, replace
 from blockdev import ioctls
 from blockdev.dm_targets import MAX_THIN_ID
 from blockdev.durable import sync_directory
-from snapshotter.errors import IdsUsedUp, StoreFailed, Unavailable
+from blockdev.reserve import Reserve
+from snapshotter.errors import IdsUsedUp, NotFound, StoreFailed, Unavailable
 from snapshotter.flushes import Flushes
 from snapshotter.model import Kind, Snapshot, State
 from snapshotter.refusals import SLOTS, Refusals
@@ -62,8 +63,9 @@ STORE = "snapshots.db"
 # rest of a run.
 RUN = 64
 _LONG_LOG = 2 << 20
-# What is kept free on the store's disk for removals, in bytes: some hundreds of them.
-_RESERVE = 1 << 20
+# What is kept free on the store's disk for removals, in bytes (some hundreds of them), where so many times as much is
+# free: on small disks too.
+_RESERVE, _SPARED = 1 << 20, 2
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 # A filesystem without files that have no name, or one that is merely full: that is told otherwise.
 _NO_ANSWER = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, *_NO_ROOM)
@@ -79,6 +81,7 @@ _COUNTED = (
 )
 _STALE = "DELETE FROM counted WHERE device NOT IN (SELECT device FROM snapshots)"
 _ONE_BASE = "CREATE UNIQUE INDEX IF NOT EXISTS one_base ON bases (device)"
+_LINEAGE = "lineage"
 _BASES = "SELECT fstype, size, device, ready FROM bases"
 _SEVERAL = (
     "SELECT device FROM (SELECT device FROM snapshots WHERE device <> 0 UNION ALL SELECT device FROM bases "
@@ -151,6 +154,19 @@ def contents(copy: sqlite3.Connection) -> Contents:
     return found
 
 
+def new_lineage() -> str:
+    """16 characters that no other store has."""
+    return os.urandom(8).hex()
+
+
+def existing(state_dir: str) -> Store:
+    """The store of this state directory. NotFound where there is none."""
+    path = os.path.join(state_dir, STORE)
+    if not os.path.exists(path):
+        raise NotFound(path, "the store")
+    return Store(path)
+
+
 class Store:
     """Rows. Safe to use from several threads; a second process may read beside it. Raises StoreFailed."""
 
@@ -179,7 +195,8 @@ class Store:
         self.shared: frozenset[int] = frozenset()
         # Ids that the pool turned out to have already, and that could not be quarantined yet; on the disk as well.
         self._refused: set[int] = set()
-        self._refusals, self._reserve = Refusals(f"{path}.refused"), f"{path}.reserve"
+        self._refusals = Refusals(f"{path}.refused")
+        self._reserve = Reserve(f"{path}.reserve", _RESERVE, times=_SPARED)
         with _explained(path):
             self._db = self._connect()
             self._db.execute("PRAGMA journal_mode = WAL")
@@ -275,7 +292,7 @@ class Store:
         kept to in memory all the same, and no id is given until it is.
         """
         self.guarded = False
-        self._keep_reserve()
+        self._reserve.keep()
         self._refused |= self._refusals.prepare() | set(self._numbers(_SEVERAL))
         several = sorted(self._refused)
         # What the disk knows already counts, whether or not it takes more.
@@ -315,7 +332,7 @@ class Store:
     def tidy(self) -> None:
         """Copy a log that has grown back into the database, without making anybody wait, and set aside what removals
         were given once there is room again. For one thread only."""
-        self._keep_reserve()
+        self._reserve.keep()
         try:
             if os.path.getsize(f"{self.path}-wal") < _LONG_LOG:
                 return
@@ -335,26 +352,10 @@ class Store:
     def make_room(self) -> None:
         """The disk is full: what is kept for removals, which are what makes room, is given to them. With it the log is
         copied back and begins anew, so that they need no more."""
-        with contextlib.suppress(OSError):
-            os.unlink(self._reserve)
+        if self._reserve.give_up():
             log.warning("the store's disk is full; its reserve is given to removals", extra={"store": self.path})
         with contextlib.suppress(StoreFailed):
             self._copy_back()
-
-    def _keep_reserve(self) -> None:
-        """Room for removals, whatever others fill the disk with; none where there is little left anyway."""
-        if os.path.exists(self._reserve):
-            return
-        with contextlib.suppress(OSError):
-            facts = os.statvfs(os.path.dirname(self.path))
-            if facts.f_bavail * facts.f_frsize < 2 * _RESERVE:
-                return
-            fd = os.open(f"{self._reserve}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            try:
-                os.posix_fallocate(fd, 0, _RESERVE)
-            finally:
-                os.close(fd)
-            os.rename(f"{self._reserve}.new", self._reserve)
 
     def image(self) -> bytes:
         """All of the store as one file of SQLite's, as last committed; nobody waits for it. For one thread only."""
@@ -366,14 +367,14 @@ class Store:
         """Why the store is not what its pool was last served with, as a sentence; empty if it is."""
         return self._past
 
-    def enter_past(self, why: str, lineage: str, unproven: Iterable[int], now: int, *, before: str = "") -> None:
+    def enter_past(self, why: str, unproven: Iterable[int], now: int, *, before: str = "") -> None:
         """The pool went on without this store. Devices of which nothing proves that they still are what the rows say
-        are quarantined: not mapped, no parents, no bases, never deleted. `before`: the lineage of the last store that
-        was the pool's own."""
+        are quarantined: not mapped, no parents, no bases, never deleted. It is of another lineage from now on;
+        `before` is that of the last store that was the pool's own."""
         devices = sorted(unproven)
         with self.transaction():
             self.set_fact("past", why)
-            self.set_fact("lineage", lineage)
+            self.set_fact(_LINEAGE, new_lineage())
             self.set_fact("before", before)
             self.quarantine(devices, now)
             self.buried(devices)
@@ -404,6 +405,22 @@ class Store:
         """An operator has decided. Inside a transaction."""
         self.forget_facts(["past", "before"])
         self._past = ""
+
+    def name_lineage(self) -> None:
+        """The store has a name of its own, by which its copies in the pool are known."""
+        if not self.read_fact(_LINEAGE):
+            with self.transaction():
+                self.set_fact(_LINEAGE, new_lineage())
+
+    @property
+    def lineage(self) -> str:
+        """That name; empty for a store that was not compared with a pool yet."""
+        return self.read_fact(_LINEAGE) or ""
+
+    @property
+    def before(self) -> str:
+        """The lineage of the last store that was the pool's own, while this one is not; else empty."""
+        return self.read_fact("before") or ""
 
     def facts(self, prefix: str) -> list[str]:
         """Names of facts that begin so."""

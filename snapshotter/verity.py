@@ -29,11 +29,6 @@ def build(image: str, hashes: str, salt: bytes, progress: Callable[[int], object
     return root
 
 
-def root_of(image: str, salt: bytes, progress: Callable[[int], object] | None = None) -> str:
-    """The root of what `image` holds now: every byte is read."""
-    return tree(image, salt, progress)[1]
-
-
 def tree_bytes(size: int) -> int:
     """How long the tree of so many bytes is."""
     blocks, total = -(-size // BLOCK), 0

@@ -84,3 +84,16 @@ def test_the_cost_of_an_xfs_without_a_parent_goes_by_the_base_that_it_grows_from
     ((places, _each),) = (cost for cost in asked if cost)
     assert places == 100 * 4, "the first layer was grown from a base of 1 GiB"
     store.close()
+
+
+def test_a_stop_ends_the_pauses_of_what_hashes_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are waited for with the very event that a stop sets."""
+    backing.save(str(tmp_path), Description(name="p", identity="0" * 16, kind="loop", data="/d", metadata="/m",
+                                            metadata_bytes=2 << 20, block=65536))  # fmt: skip
+    monkeypatch.setattr(node, "Mapper", lambda: SimpleNamespace(close=lambda: None))
+    served = node.Node(node.Settings(state_dir=str(tmp_path), verity=True))
+    assert served.seals is not None
+    pause: Any = served.seals._rest
+    served._stop.set()
+    assert pause.__self__._stop.is_set()
+    served.store.close()

@@ -12,6 +12,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from blockdev import Deadline
+from blockdev.devicemapper import Mapper
+from snapshotter import assembly
+
 MIB = 1 << 20
 
 
@@ -84,7 +88,7 @@ class Server:
             return True
 
     def said(self) -> str:
-        return (self.directory / "log").read_text()[-4000:]
+        return (self.directory / "log").read_text()[-16000:]
 
     def kill(self) -> None:
         assert self.process is not None
@@ -95,6 +99,18 @@ class Server:
         if self.process is not None and self.process.poll() is None:
             self.process.terminate()
             assert self.process.wait(30) == 0, self.said()
+
+    def lose_data(self) -> Path:
+        """The pool is taken apart and its data are not there, until what is returned is renamed to `data_file`."""
+        self.stop()
+        with Mapper() as mapper:
+            pool, below = assembly.assemble(mapper, str(self.state), Deadline.after(60))
+            assembly.disassemble(mapper, pool, below, Deadline.after(60))
+        return self.data_file.rename(self.data_file.with_suffix(".away"))
+
+    @property
+    def data_file(self) -> Path:
+        return self.directory / "pool" / f"{self.pool_name}.data"
 
     def snapshots(self) -> list[dict[str, object]]:
         found = json.loads(self.runvol("snapshots", "--json"))

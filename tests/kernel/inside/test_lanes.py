@@ -14,10 +14,8 @@ from typing import Any
 import grpc
 import pytest
 
-from blockdev import Deadline
 from blockdev.devicemapper import Mapper
 from runvol_proto import containerd_snapshots_pb2 as pb
-from snapshotter import assembly
 from snapshotter.model import Kind, Snapshot, State
 from snapshotter.service import NAME
 from snapshotter.store import Store
@@ -101,12 +99,7 @@ def test_a_commit_on_the_way_is_refused_once_the_pool_is_full_and_goes_well_when
 def test_while_the_pool_is_away_stat_is_quick_and_commit_is_refused_at_once(server: Server) -> None:
     client = Client(server)
     client.prepare("x")
-    server.stop()
-    with Mapper() as mapper:
-        pool, below = assembly.assemble(mapper, str(server.state), Deadline.after(60))
-        assembly.disassemble(mapper, pool, below, Deadline.after(60))
-    data = server.directory / "pool" / f"{server.pool_name}.data"
-    data.rename(data.with_suffix(".away"))
+    away = server.lose_data()
     server.start()
     client = Client(server)
     waiting = [_begin(client, "Prepare", pb.PrepareSnapshotRequest(key=f"p{number}")) for number in range(100)]
@@ -117,7 +110,7 @@ def test_while_the_pool_is_away_stat_is_quick_and_commit_is_refused_at_once(serv
     assert time.monotonic() - started < 2
     assert "does not exist" in commit.details()
     assert {_code(call) for call in waiting} == {grpc.StatusCode.UNAVAILABLE}
-    data.with_suffix(".away").rename(data)
+    away.rename(server.data_file)
     until = time.monotonic() + 20
     while _code(_begin(client, "Commit", pb.CommitSnapshotRequest(name="layer", key="x"))) is not grpc.StatusCode.OK:
         assert time.monotonic() < until

@@ -102,15 +102,7 @@ def _name(client: Client, server: Server) -> str:
 def test_the_socket_answers_before_the_pool_is_there_and_says_what_is_missing(server: Server) -> None:
     client = Client(server)
     client.prepare("a")
-    server.stop()
-    from blockdev import Deadline
-    from snapshotter import assembly
-
-    with Mapper() as mapper:
-        pool, below = assembly.assemble(mapper, str(server.state), Deadline.after(60))
-        assembly.disassemble(mapper, pool, below, Deadline.after(60))
-    data = server.directory / "pool" / f"{server.pool_name}.data"
-    data.rename(data.with_suffix(".away"))
+    away = server.lose_data()
     server.start()
     assert client.stat("a").info.name == "a"
     until = time.monotonic() + 30
@@ -122,7 +114,7 @@ def test_the_socket_answers_before_the_pool_is_there_and_says_what_is_missing(se
         assert time.monotonic() < until
     assert f"{server.pool_name}.data does not exist" in words
     assert "pool" in server.runvol("doctor", ok=(1,))
-    data.with_suffix(".away").rename(data)
+    away.rename(server.data_file)
     until = time.monotonic() + 30
     while True:
         try:
