@@ -18,7 +18,7 @@ class DeviceIndex:
     """`records`: the directory of this boot's records."""
 
     def __init__(self, records: str) -> None:
-        self._directory, self._temporary = os.path.join(records, "devices"), os.path.join(records, "tmp", "device-")
+        self._directory, self._temporary = os.path.join(records, "devices"), os.path.join(records, "tmp")
 
     def volume_of(self, device: str) -> str:
         """The volume that was last noted for the device, which may have let go of it since; empty for none."""
@@ -34,16 +34,21 @@ class DeviceIndex:
                 os.unlink(self._place(device))
 
     def note(self, volume: str, device: str) -> None:
-        """The volume's claim is about to name the device; nothing for what is no loop device. OSError."""
+        """The volume's claim is about to name the device; nothing for what is no loop device. OSError.
+
+        What a killed process was writing has such a name as what it writes of the claim: who removes that one sweeps
+        both.
+        """
         if not device.startswith(_LOOP):
             return
         place, content = self._place(device), volume.encode("ascii")
+        beside = os.path.join(self._temporary, f"{volume}.")
         try:
-            durable.replace(place, content, beside=self._temporary, synced=False)
+            durable.replace(place, content, beside=beside, synced=False)
         except FileNotFoundError:
-            for needed in (place, self._temporary):
-                os.makedirs(os.path.dirname(needed), mode=0o700, exist_ok=True)
-            durable.replace(place, content, beside=self._temporary, synced=False)
+            for needed in (self._directory, self._temporary):
+                os.makedirs(needed, mode=0o700, exist_ok=True)
+            durable.replace(place, content, beside=beside, synced=False)
 
     def _place(self, device: str) -> str:
         return os.path.join(self._directory, os.path.basename(device))

@@ -224,3 +224,25 @@ def test_a_wrong_entry_of_the_index_is_put_right_at_a_start(claims, soon, tmp_pa
         assert not cell.has_another("/dev/loop7")
         claims.sweep()
         assert cell.has_another("/dev/loop7")
+
+
+_KILLED_NOTING = """
+import os, signal, sys
+from blockdev import Deadline, durable
+from guestmount import Claim, Claims, Owner, Target
+from guestmount.claims import HOST, Use
+claim = Claim(volume="loop-a", source="/x", staging_path="/s", use=Use(mode="single_node_writer", fstype="ext4"),
+              owner=Owner(kind=HOST), targets={"/t": Target(read_only=False, pod_uid="u")})
+with Claims(sys.argv[1]).locked("loop-a", Deadline.after(5)) as cell:
+    cell.write(claim)
+    durable.os.rename = lambda *_a, **_k: os.kill(os.getpid(), signal.SIGKILL)
+    cell.write(claim.but(device="/dev/loop7"))
+"""
+
+
+def test_what_was_being_noted_of_its_device_goes_with_the_record(tmp_path, soon):
+    child = subprocess.run([sys.executable, "-c", _KILLED_NOTING, str(tmp_path)], check=False)
+    assert child.returncode == -signal.SIGKILL and len(os.listdir(tmp_path / "tmp")) == 1
+    with Claims(str(tmp_path)).locked("loop-a", soon) as cell:
+        cell.remove()
+    assert not any(files for _, _, files in os.walk(tmp_path))
