@@ -114,7 +114,8 @@ class Detector:
         any_sandbox = any(one.has_sandbox or self._operator_knows(one) for one in asked.all)
         if containerd is not None and None not in asked.others and not any_sandbox:
             source = f"{containerd.source} has no sandbox handler"
-            answer = Runtime(kind=HOST, handler=containerd.default_handler, source=source)
+            pod = self._pods.followed(ref.uid) if self._pods is not None and ref.uid else None
+            answer = Runtime(kind=HOST, handler=containerd.default_handler, source=source, pod=pod)
             return self._agreeing(answer, attribute, containerd, ref)
         if self._pods is None:
             doubts.append("no Kubernetes API is configured (detect.kubeconfig)")

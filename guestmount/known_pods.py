@@ -86,6 +86,9 @@ class KnownPods:
 
     # -- as a source
 
+    def followed(self, uid: str) -> PodFacts | None:
+        return self._pods.get(uid)
+
     def pod(self, ref: PodRef, deadline: Deadline) -> PodFacts:
         facts = self._pods.get(ref.uid) if ref.uid else None
         if facts is None:

@@ -94,6 +94,9 @@ class KubernetesApi:
             raise NotThere(f"{what} is bound to no claim")
         return str(claim.get("namespace", "")), str(claim["name"])
 
+    def followed(self, _uid: str) -> PodFacts | None:
+        return None
+
     def cluster(self) -> str:
         """What tells this cluster from another, without a question to it; empty where that is not known."""
         try:

@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from blockdev import nfs
+from blockdev import nfs, selinux
 from guestmount import placeholder, registration, ttrpc, ways
 from guestmount.claims import SANDBOX, Claim, Claims, Target
 from guestmount.detect import Runtime
@@ -185,7 +185,7 @@ def replacement(mount: pb.Mount, claim: Claim, target: Target, *, ips: list[str]
     if claim.nfs is None:
         raise ttrpc.RpcError(ttrpc.INTERNAL, f"volume {claim.volume} is no NFS export")
     export, address = claim.nfs.export, claim.nfs.address
-    flags = [flag for flag in claim.use.mount_flags if flag not in ("ro", "rw", "defaults")]
+    flags = [flag for flag in selinux.without(claim.use.mount_flags) if flag not in ("ro", "rw", "defaults")]
     # Of the pod's addresses the one of the server's family, for callbacks of version 4.0.
     client = next((ip for ip in ips if (":" in ip) == (":" in address)), _any(address))
     options = nfs.kernel_options(export, address, client)

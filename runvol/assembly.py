@@ -73,6 +73,7 @@ def build(config: Config, *, check_patience: float = PATIENCE) -> Node:
         guest_filesystems=Trust(config.text("node.guest_filesystems")),
         check_patience=check_patience,
         copy_gives_way=config.number("loop.copy_gives_way_seconds"),
+        max_volumes=config.number("csi.max_volumes"),
         sandboxes=Sandboxes(endpoint=lambda: places(config).taken().endpoints, roots=config.words("node.roots")),
     )
     node.claims.remake = partial(repair.remade, node)

@@ -155,6 +155,11 @@ TABLE: Mapping[str, Setting] = {
         meaning="the key of a taint that new nodes come with, such as csi.runvol.io/not-ready, and that the plugin "
         "takes off its node once kubelet has registered it; empty for none",
     ),
+    "csi.max_volumes": Setting(
+        default=0,
+        meaning="volumes of csi.runvol.io that this node may have at a time, those on NFS not counted; 0 for "
+        "any number",
+    ),
     "csi.metrics": Setting(default="", meaning="HOST:PORT of the plugin's metrics (loopback); empty for none"),
     "csi.services": Setting(default=("identity", "controller", "node"), meaning="the CSI services to serve"),
     "snapshotter.endpoint": Setting(default="unix:///run/runvol/snapshotter.sock", meaning="the socket for containerd"),
@@ -339,7 +344,7 @@ def _check(config: Config) -> None:
     for key, words in _WORDS.items():
         if config.text(key) not in words:
             raise ConfigError(f"{key} = {config.text(key)!r}: takes {', '.join(words)}")
-    for key in ("loop.capacity_bytes", "directory.capacity_bytes"):
+    for key in ("loop.capacity_bytes", "directory.capacity_bytes", "csi.max_volumes"):
         if config.number(key) < 0:
             raise ConfigError(f"{key} = {config.number(key)}: must not be negative")
     if config.text("directory.path") and not config.text("directory.path").startswith("/"):
