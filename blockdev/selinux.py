@@ -1,8 +1,9 @@
 """SELinux's mount options: the label that all files of a filesystem have, for the kernel that mounts it.
 
 A label may hold a comma (`system_u:object_r:container_file_t:s0:c10,c20`), so kubelet, and whoever writes one into
-mountOptions, puts it in double quotes: mount(2) takes it with them (selinux_sb_eat_lsm_opts in security/selinux/hooks.c),
-fsconfig(2) without. A kernel that runs without SELinux knows none of these options, and mount(8) leaves them out there.
+mountOptions, puts it in double quotes: mount(2) takes it with them (selinux_sb_eat_lsm_opts in the kernel's
+security/selinux/hooks.c), fsconfig(2) without. A kernel that runs without SELinux knows none of these options, and
+mount(8) leaves them out there.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ from __future__ import annotations
 import msgspec
 
 from blockdev import selinux
-
 from guestmount.claims import Claim, Target, Use
 from guestmount.errors import Conflict, Refused
 from guestmount.requests import PublishRequest
@@ -33,10 +32,10 @@ def _check_label(claim: Claim, asked: str) -> None:
     has = selinux.context_of(claim.use.mount_flags)
     if asked and asked != has:
         pods = ", ".join(sorted({f"pod {target.pod}" for target in claim.targets.values()})) or "no pod has it now"
+        staged = f"with the SELinux label {has}" if has else "without an SELinux label"
         raise Conflict(
-            f"volume {claim.volume} is staged {f'with the SELinux label {has}' if has else 'without an SELinux label'}, "
-            f"asked for is {asked}, and a mounted filesystem has one: it can have that once nobody uses it here "
-            f"({pods}) and it is staged again"
+            f"volume {claim.volume} is staged {staged}, asked for is {asked}, and a mounted filesystem has one: it can "
+            f"have that once nobody uses it here ({pods}) and it is staged again"
         )
 
 

@@ -23,8 +23,8 @@ def check(claims: Claims, new: Claim, most: int) -> None:
     has = [one for one in _staged(claims) if one.volume != new.volume]
     if len(has) >= most:
         raise NoPlace(
-            f"volume {new.volume} has no place on this node, which may have {most} volumes at a time (csi.max_volumes); "
-            "delete a pod that has one, or let the pod run on another node"
+            f"volume {new.volume} has no place on this node, which may have {most} volumes at a time "
+            "(csi.max_volumes); delete a pod that has one, or let the pod run on another node"
         )
 
 
