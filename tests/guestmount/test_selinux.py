@@ -55,7 +55,6 @@ class Lab:
     def __init__(self, directory: Path) -> None:
         self.root, self.soon = directory / "kubelet", Deadline.after(60)
         self.root.mkdir()
-        (directory / "containerd.toml").write_text("")
         settings = {
             "node.roots": str(self.root), "paths.state_dir": str(directory / "state"),
             "paths.run_dir": str(directory / "run"), "paths.direct_volumes": str(directory / "direct"),
@@ -64,7 +63,7 @@ class Lab:
         }  # fmt: skip
         self.node = assembly.build(config.load(flags=settings))
         backend = self.node.catalog.for_parameters({"backend": "loop"})
-        self.volume = backend.create("v", SizeRange(required=64 << 20), {}, capability(""), self.soon)
+        self.volume = backend.create("v", SizeRange(required=64 << 20), {}, [capability("")])
 
     def stage(self, label: str) -> None:
         self.node.stage(StageRequest(volume_id=self.volume.volume_id, staging_path=self.staging,
