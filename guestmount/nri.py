@@ -14,6 +14,7 @@ is no concern here.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import socket
@@ -185,14 +186,16 @@ def replacement(mount: pb.Mount, claim: Claim, target: Target, *, ips: list[str]
     if claim.nfs is None:
         raise ttrpc.RpcError(ttrpc.INTERNAL, f"volume {claim.volume} is no NFS export")
     export, address = claim.nfs.export, claim.nfs.address
+    export = dataclasses.replace(export, options=selinux.without(export.options))
     flags = [flag for flag in selinux.without(claim.use.mount_flags) if flag not in ("ro", "rw", "defaults")]
     # Of the pod's addresses the one of the server's family, for callbacks of version 4.0.
     client = next((ip for ip in ips if (":" in ip) == (":" in address)), _any(address))
     options = nfs.kernel_options(export, address, client)
     if export.version == "3" and claim.nfs.mount_port:
         options += [f"mountport={claim.nfs.mount_port}", "mountvers=3"]
-    kept = [option for option in mount.options if option not in _OF_BINDS and option not in ("ro", "rw")]
-    read_only = target.read_only or "ro" in mount.options
+    kept = [option for option in mount.options if option not in _OF_BINDS and option not in ("ro", "rro", "rw")]
+    # `rro` is a bind's (recursiveReadOnly); below this mount there is no other.
+    read_only = target.read_only or bool({"ro", "rro"} & {*mount.options})
     return pb.Mount(
         destination=mount.destination,
         type=export.fstype,

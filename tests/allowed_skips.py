@@ -7,6 +7,8 @@ ALLOWED: tuple[tuple[str, str], ...] = (
     ("tests/csi/test_closing.py::test_a_kill_in_the_middle_of_the_growth*", "the kernel grows a mounted ext4 here"),
     ("tests/deploy/test_csi_unit.py::test_systemd_understands_the_unit*", "systemd-analyze is not installed"),
     ("tests/deploy/test_csi_unit.py::test_how_exposed_a_unit_is*", "systemd-analyze is not installed"),
+    ("tests/csi/test_user_namespaces.py::*", "is not prepared: run tests/prepare/go.sh"),
+    ("tests/csi/test_recursive_read_only.py::*", "is not prepared: run tests/prepare/go.sh"),
     ("tests/deploy/test_containerd_config.py::*", "is not prepared: run tests/prepare/containerds.sh"),
     ("tests/kernel/inside/test_gauge_in_cri.py::*", "is not prepared: run tests/prepare/containerds.sh"),
     ("tests/kernel/inside/test_gauge_in_kubelet.py::*", "is not prepared: run tests/prepare/cluster.sh"),
