@@ -71,6 +71,9 @@ class Pods:
         spec = {"containers": [], **({"runtimeClassName": self._class} if self._class else {})}
         return facts_from({"metadata": {"uid": "uid-1"}, "spec": spec})
 
+    def followed(self, _uid: str) -> None:
+        return None
+
     def handler(self, runtime_class: str, _deadline: Deadline) -> str:
         return runtime_class
 
