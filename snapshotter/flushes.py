@@ -2,8 +2,7 @@
 
 A flush may take milliseconds, and everybody who needs one holds a caller meanwhile. So a commit is written without
 waiting, and whoever has to know that it is on the disk waits for the next flush that begins after it; the first of
-those does it for all. Where many wait, as the last flush has shown, it lets the next ones come before it begins: a
-slow disk is asked less often, and a lone call waits for nobody.
+those does it for all.
 """
 
 from __future__ import annotations
@@ -11,11 +10,6 @@ from __future__ import annotations
 import errno
 import os
 import threading
-import time
-
-# Who told at least so many lets others come, until there are enough of them, for a few flushes' time at the most.
-_COMPANY, _ENOUGH = 3, 8
-_FLUSHES, _LONGEST = 3, 0.02
 
 
 class Flushes:
@@ -30,11 +24,9 @@ class Flushes:
         self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         self._turn = threading.Condition()
         self._written = self._flushed = 0
-        self._flushing = self._gathering = False
+        self._flushing = False
         self._failed: tuple[int, OSError] | None = None
         self._unsure = False
-        self._waiting = self._told = 0
-        self._took = 0.0
         self.count = 0
 
     def written(self) -> int:
@@ -46,22 +38,13 @@ class Flushes:
     def wait(self, number: int) -> None:
         """Return once all up to `number` is on the disk; OSError where it could not be brought there."""
         with self._turn:
-            self._waiting += 1
-            try:
-                if self._gathering and self._waiting >= _ENOUGH:
-                    self._turn.notify_all()
-                while self._flushing and self._flushed < number:
-                    self._turn.wait()
-                if self._flushed >= number:
-                    return
-                if self._failed is not None and self._failed[0] >= number:
-                    raise OSError(self._failed[1].errno, self._failed[1].strerror)
-                self._flushing = True
-                if self._told >= _COMPANY:
-                    self._gather()
-                upto = self._written
-            finally:
-                self._waiting -= 1
+            while self._flushing and self._flushed < number:
+                self._turn.wait()
+            if self._flushed >= number:
+                return
+            if self._failed is not None and self._failed[0] >= number:
+                raise OSError(self._failed[1].errno, self._failed[1].strerror)
+            self._flushing, upto = True, self._written
         failed: OSError | None = None
         try:
             self._flush()
@@ -70,7 +53,6 @@ class Flushes:
         finally:
             with self._turn:
                 self._flushing = False
-                self._told = self._waiting + 1
                 if failed is None:
                     self._flushed = upto
                 else:
@@ -79,25 +61,8 @@ class Flushes:
         if failed is not None:
             raise failed
 
-    def _gather(self) -> None:
-        """Others come, for a moment. With the turn held."""
-        end = time.monotonic() + min(self._took * _FLUSHES, _LONGEST)
-        self._gathering = True
-        try:
-            while self._waiting < _ENOUGH and (left := end - time.monotonic()) > 0:
-                self._turn.wait(left)
-        finally:
-            self._gathering = False
-
     def _flush(self) -> None:
         self.count += 1
-        began = time.monotonic()
-        try:
-            self._write_out()
-        finally:
-            self._took = time.monotonic() - began
-
-    def _write_out(self) -> None:
         try:
             if self._unsure:
                 self._write_again()
