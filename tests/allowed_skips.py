@@ -11,6 +11,7 @@ ALLOWED: tuple[tuple[str, str], ...] = (
     ("tests/csi/test_recursive_read_only.py::*", "is not prepared: run tests/prepare/go.sh"),
     ("tests/deploy/test_containerd_config.py::*", "is not prepared: run tests/prepare/containerds.sh"),
     ("tests/kernel/inside/test_gauge_in_cri.py::*", "is not prepared: run tests/prepare/containerds.sh"),
+    ("tests/kernel/inside/test_containerd.py::*", "is not prepared: run tests/prepare/containerds.sh"),
     ("tests/kernel/inside/test_gauge_in_kubelet.py::*", "is not prepared: run tests/prepare/cluster.sh"),
     ("tests/sanity/test_sanity.py::*", "local volume"),
     ("tests/sanity/test_sanity.py::*-sandbox-*]", "what a sandbox has is not grown under it"),
