@@ -16,14 +16,26 @@ _KEYS = frozenset({CONTEXT, "fscontext", "defcontext", "rootcontext"})
 _VALUE = re.compile(r'"[^"]+"|[^",]+')
 # A label's categories, where a comma has divided them from it.
 _CATEGORIES = re.compile(r"c\d{1,4}(\.c\d{1,4})?\"?")
-_FILESYSTEMS = "/proc/filesystems"
+_FILESYSTEMS, _OWN_LABEL = "/proc/filesystems", "/proc/self/attr/current"
+# Colons of a whole label, at least.
+_FIELDS = 2
 
 
 def is_on() -> bool:
-    """Whether the running kernel enforces or logs by SELinux. Told by the kernel itself, since selinuxfs is mounted in
-    no container."""
+    """Whether the running kernel has a policy of SELinux, by which it enforces or logs. Told by the kernel itself:
+    selinuxfs is mounted in no container.
+
+    One that runs SELinux and was given no policy refuses labels. This process is labelled `kernel` there, and
+    user:role:type with a policy.
+    """
     with open(_FILESYSTEMS) as known:
-        return any(line.split()[-1] == "selinuxfs" for line in known)
+        if not any(line.split()[-1] == "selinuxfs" for line in known):
+            return False
+    try:
+        with open(_OWN_LABEL) as own:
+            return own.read().count(":") >= _FIELDS
+    except OSError:  # another security module has it
+        return False
 
 
 def is_label(option: str) -> bool:
@@ -59,7 +71,7 @@ def wrong(options: Sequence[str]) -> tuple[str, str] | None:
         if key not in _KEYS:
             continue
         plain = value.replace('"', "")
-        if not _VALUE.fullmatch(value) or plain.count(":") < 2 or not all(plain.split(":")[:3]):
+        if not _VALUE.fullmatch(value) or plain.count(":") < _FIELDS or not all(plain.split(":")[:3]):
             return option, "is no label of SELinux, which is user:role:type or user:role:type:level, in double quotes"
         if given.setdefault(key, plain) != plain:
             return option, f"is a second label beside {key}={given[key]}; give one (mountOptions, or the pod's own)"

@@ -35,7 +35,8 @@ def be_placed(target: str, deadline: Deadline, *, label: str = "") -> None:
         raise MountFailed("the placeholder", target, "something else is mounted there; unpublish the volume first")
     options: dict[str, str | None] = {"source": SOURCE, "size": "64k", "mode": "0755"}
     if selinux.is_on():
-        # containerd relabels what it binds, which a read-only filesystem refuses unless its label is fixed.
+        # kubelet (hostutil's getSELinuxSupport) has containerd label each file of what says `seclabel` in the table of
+        # mounts, which a read-only filesystem refuses; one that was mounted with a label does not say it.
         options[selinux.CONTEXT] = label or _LABEL
     with filesystem("tmpfs", options, deadline=deadline) as root:
         fd = os.open(NOTE, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o444, dir_fd=root)

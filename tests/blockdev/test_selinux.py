@@ -12,15 +12,38 @@ QUOTED = f'context="{LABEL}"'
 
 
 @pytest.fixture
-def enforcing(tmp_path, monkeypatch):
-    known = tmp_path / "filesystems"
-    known.write_text("nodev\tsysfs\nnodev\tselinuxfs\n\text4\n")
-    monkeypatch.setattr(selinux, "_FILESYSTEMS", str(known))
+def kernel(tmp_path, monkeypatch):
+    """`kernel(filesystem, label)`: what it tells of itself and of this process; no label for no answer."""
+
+    def tell(filesystem="selinuxfs", label="system_u:system_r:container_t:s0\n"):
+        (tmp_path / "filesystems").write_text(f"nodev\tsysfs\nnodev\t{filesystem}\n\text4\n")
+        if label is not None:
+            (tmp_path / "current").write_text(label)
+        monkeypatch.setattr(selinux, "_FILESYSTEMS", str(tmp_path / "filesystems"))
+        monkeypatch.setattr(selinux, "_OWN_LABEL", str(tmp_path / "current"))
+
+    return tell
 
 
-def test_this_machines_kernel_is_asked():
-    with open("/proc/filesystems") as known:
-        assert selinux.is_on() is ("selinuxfs" in known.read().split())
+@pytest.fixture
+def enforcing(kernel):
+    kernel()
+
+
+@pytest.mark.parametrize(
+    ("filesystem", "label", "on"),
+    [
+        ("selinuxfs", "system_u:system_r:container_t:s0:c1,c2\x00", True),
+        ("selinuxfs", "u:r:t\n", True),
+        # It was started with SELinux, and nobody gave it a policy: then it refuses labels.
+        ("selinuxfs", "kernel\x00", False),
+        ("selinuxfs", None, False),
+        ("securityfs", "unconfined\n", False),
+    ],
+)
+def test_selinux_is_on_where_the_kernel_has_a_policy(kernel, filesystem, label, on):
+    kernel(filesystem, label)
+    assert selinux.is_on() is on
 
 
 def test_a_label_with_a_comma_stays_whole_among_others():
@@ -47,10 +70,8 @@ def test_the_hosts_kernel_is_told_as_mount_does_it(enforcing):
     assert selinux.of_host(("context=a:b:c", "noatime", 'context="a:b:c"')) == ('context="a:b:c"', "noatime")
 
 
-def test_a_kernel_without_selinux_is_told_none_since_it_knows_no_such_option(tmp_path, monkeypatch):
-    known = tmp_path / "filesystems"
-    known.write_text("nodev\tsysfs\n\text4\n")
-    monkeypatch.setattr(selinux, "_FILESYSTEMS", str(known))
+def test_a_kernel_without_selinux_is_told_none_since_it_knows_no_such_option(kernel):
+    kernel("tmpfs", None)
     assert selinux.of_host(("noatime", QUOTED)) == ("noatime",)
 
 

@@ -1,19 +1,18 @@
-"""What the kernel is told of a pod's SELinux label, call by call. No kernel here runs SELinux: the label is written down
-and left out of the real call, which would know no such option."""
+"""What the kernel is told of a pod's SELinux label, call by call: it is written down and left out of the real call, since
+this machine's kernel may know no such option. `tests/kernel/test_selinux.py` has one that does."""
 
 from __future__ import annotations
 
-from pathlib import Path
 
 import pytest
 
-from blockdev import Deadline, mountinfo, mounts, selinux, syscalls
-from guestmount import Conflict, PodRef, PublishRequest, StageRequest, placeholder
+from blockdev import mountinfo, mounts, selinux, syscalls
+from guestmount import Conflict, StageRequest, placeholder
 from guestmount.requests import check_options
 from guestmount.errors import BadRequest
-from runvol import assembly, config
 from tests.csi.helpers import PODS
-from volumes import AccessMode, Capability, SizeRange
+from tests.labels import Lab
+from volumes import AccessMode, Capability
 
 LABEL = "system_u:object_r:container_file_t:s0:c10,c20"
 OTHER = "system_u:object_r:container_file_t:s0:c30,c40"
@@ -25,6 +24,8 @@ def told(tmp_path, monkeypatch):
     known = tmp_path / "filesystems"
     known.write_text("nodev\tselinuxfs\n")
     monkeypatch.setattr(selinux, "_FILESYSTEMS", str(known))
+    (tmp_path / "label").write_text("system_u:system_r:unconfined_t:s0\n")
+    monkeypatch.setattr(selinux, "_OWN_LABEL", str(tmp_path / "label"))
     calls: list[tuple[str, str]] = []
     mount, configure = syscalls.mount, syscalls.fsconfig_set
 
@@ -42,57 +43,6 @@ def told(tmp_path, monkeypatch):
     monkeypatch.setattr(syscalls, "mount", spied_mount)
     monkeypatch.setattr(syscalls, "fsconfig_set", spied_configure)
     return calls
-
-
-def capability(label: str, *more: str) -> Capability:
-    flags = (*more, *((f'context="{label}"',) if label else ()))
-    return Capability(mode=AccessMode.SINGLE_NODE_MULTI_WRITER, fstype="ext4", mount_flags=flags)
-
-
-class Lab:
-    """A node in this process, and one volume."""
-
-    def __init__(self, directory: Path) -> None:
-        self.root, self.soon = directory / "kubelet", Deadline.after(60)
-        self.root.mkdir()
-        settings = {
-            "node.roots": str(self.root), "paths.state_dir": str(directory / "state"),
-            "paths.run_dir": str(directory / "run"), "paths.direct_volumes": str(directory / "direct"),
-            "paths.containerd_config": str(directory / "containerd.toml"), "paths.kata_root": str(directory / "kata"),
-            "node.id": "node-1", "node.unproved_mounts": "allow",
-        }  # fmt: skip
-        self.node = assembly.build(config.load(flags=settings))
-        backend = self.node.catalog.for_parameters({"backend": "loop"})
-        self.volume = backend.create("v", SizeRange(required=64 << 20), {}, [capability("")])
-
-    def stage(self, label: str) -> None:
-        self.node.stage(StageRequest(volume_id=self.volume.volume_id, staging_path=self.staging,
-                                     capability=capability(label, "noatime")), self.soon)  # fmt: skip
-
-    @property
-    def staging(self) -> str:
-        path = self.root / "staging"
-        path.mkdir(exist_ok=True)
-        return str(path)
-
-    def target(self, pod: str) -> str:
-        path = self.root / "pods" / pod / "volumes/kubernetes.io~csi/v"
-        path.mkdir(parents=True, exist_ok=True)
-        return str(path / "mount")
-
-    def publish(self, pod: str, label: str, runtime: str) -> str:
-        self.node.publish(
-            PublishRequest(
-                volume_id=self.volume.volume_id, staging_path=self.staging, target=self.target(pod),
-                capability=capability(label, "noatime"), pod=PodRef(uid=pod), context={"runtime": runtime},
-            ), self.soon,
-        )  # fmt: skip
-        return self.target(pod)
-
-    def end(self, *pods: str) -> None:
-        for pod in pods:
-            self.node.unpublish(self.volume.volume_id, self.target(pod), self.soon)
-        self.node.unstage(self.volume.volume_id, self.staging, self.soon)
 
 
 @pytest.fixture
@@ -157,7 +107,7 @@ def test_without_a_label_of_the_pods_every_container_may_read_the_placeholder(la
 def test_half_a_label_is_refused_before_anything_is_staged(lab):
     flags = tuple(mounts.words(f"context={LABEL}"))
     use = Capability(mode=AccessMode.SINGLE_NODE_MULTI_WRITER, fstype="ext4", mount_flags=flags)
-    request = StageRequest(volume_id=lab.volume.volume_id, staging_path=lab.staging, capability=use)
+    request = StageRequest(volume_id=lab.id, staging_path=lab.staging, capability=use)
     with pytest.raises(BadRequest, match="mount_flags = 'context=.*double quotes"):
         lab.node.stage(request, lab.soon)
     with pytest.raises(BadRequest, match="double quotes"):

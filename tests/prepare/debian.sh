@@ -6,7 +6,7 @@ set -eu
 
 run="e2fsprogs xfsprogs util-linux python3-venv thin-provisioning-tools"
 test="qemu-system-x86 fio busybox-static cpio kmod python3-minimal libpython3-stdlib make git ca-certificates gcc libc6-dev"
-kernel="user-mode-linux dmsetup lvm2 runc qemu-utils strace iproute2 fdisk"
+kernel="user-mode-linux dmsetup lvm2 runc qemu-utils strace iproute2 fdisk checkpolicy"
 image="mmdebstrap openssl"
 grep -q '^VERSION_ID="12"' /etc/os-release || test="$test virtiofsd"
 
