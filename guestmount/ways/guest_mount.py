@@ -31,8 +31,8 @@ class GuestMount(AnyKernel):
     def check(self, means: Means, claim: Claim, arrival: Arrival, deadline: Deadline) -> tuple[Claim, Target]:
         check_nothing_at(claim, arrival.path, placeholder=True)
         runtime = arrival.runtime
+        preflight.check_users(runtime)  # first: nothing that the others ask for would help
         means.dialects.of(runtime.dialect, runtime.handler).check_nfs(_delivery(claim, arrival.path, arrival.target))
-        preflight.check_users(runtime)
         preflight.check_mounts(runtime, pv_name=claim.volume)
         mount = claim.nfs
         if mount is not None and arrival.request.context.get("probe", "host") == "host":

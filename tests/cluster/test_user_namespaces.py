@@ -59,8 +59,13 @@ runtime_type = 'io.containerd.kata.v2'
                   f"RUNVOL_CSI_MAX_VOLUMES={MOST}", sys.executable, "-m", "runvol", "csi"]  # fmt: skip
         one.launched("runvol", in_tree(plugin), keep=True)
         one.on(units=["runvol"])
+        # Whoever has users of its own may mount proc only where one is whole, and the node's has files in its place.
+        one.run(["sh", "-ec", "mkdir /run/whole; mount -t proc proc /run/whole"])
         cluster.apply((ROOT / "deploy/kubernetes/csidrivers.yaml").read_text(), SHARE)
-        cluster.apply(storage_class("loop", backend="loop"), storage_class("xfs", backend="loop", fsType="xfs"))
+        cluster.apply(
+            storage_class("loop", backend="loop"),
+            storage_class("xfs", backend="loop", **{"csi.storage.k8s.io/fstype": "xfs"}),
+        )
         cluster.apply(storage_class("directory", backend="directory", quota="none"))
         know_provisioner(one)
         cluster.start(PROVISIONER)

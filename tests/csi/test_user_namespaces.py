@@ -131,12 +131,13 @@ def test_a_directory_on_a_filesystem_that_cannot_is_refused_by_its_name(api, tmp
         subprocess.run(["umount", str(tmp_path / "layers")], check=True)
 
 
-@pytest.mark.parametrize("what", ["filesystem", "raw", "directory", "nfs"])
+@pytest.mark.parametrize("what", ["filesystem", "raw", "directory", "shared nfs", "nfs"])
 def test_a_sandboxed_pod_with_a_user_namespace_is_refused_in_words(driver, api, what):
     """A guest's agent maps nothing; before, such a pod waited for kubelet's own refusal with its volume handed over."""
     pod(api, sandbox=True)
-    if what == "nfs":
-        context = {"backend": "nfs", "server": "192.0.2.1", "share": "/srv/one", "probe": "none", "inSandbox": "share"}
+    if "nfs" in what:
+        shared = {"inSandbox": "share"} if "shared" in what else {}
+        context = {"backend": "nfs", "server": "192.0.2.1", "share": "/srv/one", "probe": "none", **shared}
         volume = type("Static", (), {"volume_id": "static-1", "volume_context": context})
         use = mount_capability("MULTI_NODE_MULTI_WRITER")
     else:
