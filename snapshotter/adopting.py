@@ -329,7 +329,7 @@ class _Found:
         keeper.open()
         self._mark_by_keeper(below, pool)
         store.guard(time.time_ns())
-        store.name_lineage()
+        store.lineage.found()
         strangers.compare(store, pool, self._deadline)
         Alone(store=store, pool=pool, keeper=keeper, stamp=Stamp(store, pool)).agree()
         assembly.end_adoption(below)

@@ -278,7 +278,7 @@ class Node:
             self._hold()
         if not self.stamp.number:
             self.stamp.take(self.pool.status())
-        self.store.name_lineage()
+        self.store.lineage.found()
         self.store.barred = ""
 
     def renew_ids(self) -> None:
@@ -299,7 +299,9 @@ class Node:
         if changes != self._copied and began >= self._copy_at:
             try:
                 self.store.write_made()
-                self.keeper.write(self.store.image(), self.stamp.number, self.store.lineage, self.store.before)
+                self.keeper.write(
+                    self.store.image(), self.stamp.number, self.store.lineage.name, self.store.lineage.before
+                )
                 self._copied, self.copied_at = changes, time.time()
             finally:
                 ended = time.monotonic()
