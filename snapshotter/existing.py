@@ -21,7 +21,7 @@ from blockdev.errors import CommandFailed
 from snapshotter import backing
 from snapshotter.errors import PoolRefused
 from snapshotter.keeper import HEAD, stamps_in
-from snapshotter.pool import KEEPER, first_block, numbers
+from snapshotter.metadata import KEEPER, first_block, numbers
 
 _MAGIC, _BLOCK_SECTORS = 27022010, backing.METADATA_BLOCK // SECTOR
 _FIELDS = {"magic": ("<Q", 32), "version": ("<I", 40), "transaction": ("<Q", 48), "data_blocks": ("<Q", 64),

@@ -15,10 +15,10 @@ from blockdev import Deadline
 from blockdev.devicemapper import Events, Mapper
 from blockdev.errors import BlockdevError
 from snapshotter import assembly, backing, past, recovery, strangers
-from snapshotter.assembly import Extender
 from snapshotter.background import Background
 from snapshotter.bases import Bases, rounded
 from snapshotter.errors import PoolFull, PoolRefused, SnapshotterError, StoreFailed, Unavailable
+from snapshotter.extending import Extender
 from snapshotter.gauge import Follower, Gauge
 from snapshotter.idle import Idle
 from snapshotter.keeper import Keeper
