@@ -6,6 +6,10 @@ one that may or may not be on the disk the count is read again.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
 from blockdev.dm_targets import MAX_THIN_ID
 from snapshotter.errors import IdsUsedUp, Unavailable
 from snapshotter.foreign import Foreign
@@ -17,6 +21,7 @@ RUN = 64
 # Ids above one that somebody else has taken are drawn as long as this many are left; below that, those around it.
 _ENOUGH = MAX_THIN_ID // 2
 _NEXT = "next_device"
+_T = TypeVar("_T")
 _GIVEN = (
     "SELECT EXISTS (SELECT 1 FROM snapshots WHERE device = ?1 AND device <> 0) "
     "OR EXISTS (SELECT 1 FROM doomed WHERE device = ?1) OR EXISTS (SELECT 1 FROM bases WHERE device = ?1) "
@@ -36,6 +41,9 @@ class Ids:
         self.drawn = 0
         # Why none may be given yet; empty once the pool's devices were compared with the rows.
         self.barred = ""
+        # Begins a new epoch, in which ids come back; the server sets it.
+        self.renew: Callable[[], None] | None = None
+        self._renewal = threading.Lock()
 
     def begin(self) -> None:
         """See `Memory`."""
@@ -70,6 +78,18 @@ class Ids:
             if not self._rows.execute(_GIVEN, device).fetchone()[0]:
                 self.drawn += 1
                 return device
+
+    def renewing(self, work: Callable[[], _T]) -> _T:
+        """`work`, and once more where no id was left: one call begins a new epoch for all that meet the end at once."""
+        try:
+            return work()
+        except IdsUsedUp:
+            if self.renew is None:
+                raise
+        with self._renewal:
+            if self.used_up():
+                self.renew()
+        return work()
 
     def following(self) -> int:
         """All ids below were given in this epoch, or may have been; as last committed."""
