@@ -23,11 +23,12 @@ from snapshotter import assembly, backing, existing, making, stamps, strangers, 
 from snapshotter.alone import Alone
 from snapshotter.backing import Backing, Description
 from snapshotter.errors import BadRequest, PoolRefused
-from snapshotter.existing import Look, Superblock
+from snapshotter.existing import Look
 from snapshotter.keeper import Keeper
 from snapshotter.pool import KEEPER, Pool
 from snapshotter.stamps import Stamp
 from snapshotter.store import STORE, Store
+from snapshotter.superblock import Superblock
 
 _GRAIN = 4 << 20
 
