@@ -101,8 +101,9 @@ class DirectoryBackend(Stored):
         try:
             quotas.read(nearest(self._directory), FIRST_PROJECT)
         except QuotaUnavailable as error:
-            return [Need(met=False, finding=f"{error}; until then classes need `quota: none`")]
-        return [Need(met=True, finding=f"project quotas are kept on {self._directory}")]
+            return [Need(met=False, what="no-quotas", finding=str(error), fix=f"mount {self._directory} with "
+                         "prjquota; until then classes need `quota: none`")]  # fmt: skip
+        return [Need(met=True, what="no-quotas", finding=f"project quotas are kept on {self._directory}")]
 
     def create(
         self,

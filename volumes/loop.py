@@ -381,14 +381,16 @@ class LoopBackend(Stored):
             return []
         found, left = list[Need](), self._left()
         if left < 0:
-            more = f"volumes of {self._directory} were promised {-left} bytes more than there are: all keep what they "
-            advice = "have, and none is made or grown; delete volumes or snapshots, or give it a larger disk"
-            found.append(Need(met=False, finding=more + advice))
+            more = (f"volumes of {self._directory} were promised {-left} bytes more than there are: all keep what they "
+                    "have, and none is made or grown")  # fmt: skip
+            advice = ("delete volumes or snapshots (`runvol volumes` lists them), give it a larger disk, or raise "
+                      "`loop.capacity_bytes` where that is set")  # fmt: skip
+            found.append(Need(met=False, what="over-promised", finding=more, fix=advice))
         if marks.are_kept(self._directory):
             return found
         finding = (f"the filesystem of {self._directory} takes no extended attributes (trusted.*): a store that is "
                    "restored from a backup knows less of its volumes")  # fmt: skip
-        return [*found, Need(met=False, finding=finding)]
+        return [*found, Need(met=False, what="no-attributes", finding=finding)]
 
     def adopt(self, path: str, name: str) -> Volume:
         """Take over an existing image file, by rename into the directory, with its data and its filesystem."""
