@@ -14,8 +14,10 @@ from runvol import (
     doctor_kata,
     doctor_kernel,
     doctor_kubelet,
+    doctor_nri,
     doctor_sidecars,
     doctor_snapshots,
+    doctor_versions,
     doctor_volumes,
 )
 from runvol.config import Config
@@ -63,11 +65,14 @@ def _looks(config: Config, node: Node) -> Iterator[tuple[str, Look]]:
         yield "mounts", lambda: doctor_kubelet.reach(node)
     yield "the driver", lambda: doctor_kubelet.examine(config)
     yield "sidecars", lambda: doctor_sidecars.examine(config)
+    yield "versions", lambda: doctor_versions.examine(config, on_node=on_node)
+    yield "the clock", lambda: doctor_versions.clock(config, assembly.api(config))
     if on_node:
         asked = doctor_containerd.asked(config)
         yield "Kubernetes", lambda: doctor_cluster.examine(config, assembly.api(config), asked)
         yield "containerd", lambda: doctor_containerd.examine(asked)
         yield "runtime handlers", lambda: doctor_kata.examine(config, asked.handlers.values())
+        yield "NRI", lambda: doctor_nri.examine(config, asked.handlers.values())
     else:
         yield "Kubernetes", lambda: doctor_cluster.examine(config, assembly.api(config), None)
     yield "backends", lambda: doctor_volumes.backends(node)

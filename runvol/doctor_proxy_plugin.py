@@ -25,7 +25,7 @@ _FILE = "FILE"
 def entry(config: Config) -> Mapping[str, Any] | None:
     """containerd's entry of the snapshotter; None if there is none, or nobody can read it."""
     try:
-        found = _document(assembly.places(config).taken(), config.text("paths.host_root"))[1]
+        found = document(assembly.places(config).taken(), config.text("paths.host_root"))[1]
     except Refused:
         return None
     plugin: Mapping[str, Any] | None = found.get("proxy_plugins", {}).get(NAME)
@@ -37,11 +37,11 @@ def examine(config: Config) -> Iterator[Diagnosis]:
     taken, root = assembly.places(config).taken(), config.text("paths.host_root")
     path, write = taken.config, writing(taken.config)
     try:
-        version, document = _document(taken, root)
+        version, found = document(taken, root)
     except Refused as error:
         yield broken("containerd.config-unreadable", _SUBJECT, f"{path}: {error}")
         return
-    plugin = document.get("proxy_plugins", {}).get(NAME)
+    plugin = found.get("proxy_plugins", {}).get(NAME)
     if plugin is None:
         yield warning("containerd.proxy-plugin-missing", _SUBJECT, f"{path} has no [proxy_plugins.{NAME}]: containerd "
                       "does not know the snapshotter", write)  # fmt: skip
@@ -56,16 +56,16 @@ def examine(config: Config) -> Iterator[Diagnosis]:
     if gauge and root in former_roots(config) and root != gauge:
         yield warning("containerd.gauge-elsewhere", _SUBJECT, f"proxy_plugins.{NAME}.exports.root is {root!r} in "
                       f"{path}, and what shows the pool's fill is {gauge!r}", write)  # fmt: skip
-    users = sorted(_users(document))
+    users = sorted(_users(found))
     if users:
         yield good("containerd.handlers-on-snapshotter", "runtimes on it", ", ".join(users))
     else:
         yield warning("containerd.no-handler-on-snapshotter", "runtimes on it", f"none has snapshotter = {NAME!r} in "
                       f"{path}", write)  # fmt: skip
-    for finding, line in _discarding(document):
+    for finding, line in _discarding(found):
         yield broken("containerd.layers-discarded", _SUBJECT, f"{path}: {finding}", line.replace(_FILE, path))
     if version.merges:
-        for one in _platforms(document):
+        for one in _platforms(found):
             yield warning(one[0], _SUBJECT, f"{path}: {one[1]}", one[2].replace(_FILE, path) or write)
 
 
@@ -74,7 +74,7 @@ def writing(path: str) -> str:
     return f"`runvol snapshotter containerd-config --write --config {path}`, then restart containerd"
 
 
-def _document(taken: Taken, root: str) -> tuple[Version, Mapping[str, Any]]:
+def document(taken: Taken, root: str) -> tuple[Version, Mapping[str, Any]]:
     try:
         version = containerd_version.detect(taken, root)
     except Refused:

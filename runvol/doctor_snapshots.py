@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterator, Mapping
 
@@ -13,13 +12,13 @@ from runvol import assembly, doctor_gauge, doctor_proxy_plugin, pool_absence
 from runvol.config import Config
 from runvol.diagnosis import BROKEN, OK, WARNING, Diagnosis, broken, good, warning
 from runvol.gauge_place import gauge_path
-from snapshotter import backing, images
+from runvol.tables import size
+from snapshotter import backing, store_seen
 from snapshotter.errors import SnapshotterError
 from snapshotter.gauge import fill
 from snapshotter.images import Share
 from snapshotter.node import STORE
 from snapshotter.pool import Health, Pool
-from snapshotter.store import Store, disk_trouble
 from snapshotter.trust import Trust
 
 # Percent of the device ids that were given, from which on an operator is told.
@@ -41,6 +40,7 @@ def examine(config: Config) -> Iterator[Diagnosis]:
         yield from _newcomer(config, state)
         return
     yield from _programs(config)
+    yield from _promised(description)
     trouble = _kernel()
     yield trouble
     if trouble.state == OK:
@@ -142,6 +142,24 @@ def _absent(mapper: Mapper, state: str, description: backing.Description) -> Dia
     return broken(known, "pool", f"{description.name} is not assembled: {why}", advice)
 
 
+def _promised(description: backing.Description) -> Iterator[Diagnosis]:
+    """A pool in files may be larger than their disk has room for."""
+    if description.kind != "loop":
+        return
+    owed, path = 0, description.data
+    try:
+        for one in (description.data, description.metadata):
+            facts = os.stat(one)
+            owed += max(0, facts.st_size - facts.st_blocks * 512)
+        disk = os.statvfs(os.path.dirname(path))
+    except OSError:
+        return  # that a file is not there is told where the pool is looked at
+    free = disk.f_bavail * disk.f_frsize
+    if owed > free:
+        yield warning("pool.over-promised", "pool", f"{path} was promised {size(owed)} that it does not have yet, and "
+                      f"its disk has {size(free)} free")  # fmt: skip
+
+
 def _health(finding: Health) -> Diagnosis:
     if finding.state == OK:
         return good("pool.health", "pool", finding.message)
@@ -151,27 +169,26 @@ def _health(finding: Health) -> Diagnosis:
 
 def _store(state: str) -> Iterator[Diagnosis]:
     path, subject = os.path.join(state, STORE), "snapshotter's store"
-    if trouble := disk_trouble(path, flush=True):
+    if trouble := store_seen.disk_trouble(state):
         yield broken("snapshotter.disk-refuses", subject, f"the filesystem of {state} takes no writes: {trouble}")
         return
     if not os.path.exists(path):
         yield warning("snapshotter.store-missing", subject, f"{path} does not exist: the snapshotter never ran")
         return
     try:
-        with contextlib.closing(Store(path)) as store:
-            quarantined, doomed = store.quarantined(), store.doomed()
-            past, used = store.read_fact("past"), store.following() * 100 // MAX_THIN_ID
-            yield good("snapshotter.store", subject, f"{store.count()} snapshots, {len(doomed)} to be deleted")
+        seen = store_seen.seen(path)
     except SnapshotterError as error:
         yield broken("snapshotter.store-damaged", subject, str(error))
         return
-    if past:
-        yield broken("snapshotter.other-past", subject, past)
+    yield good("snapshotter.store", subject, f"{seen.snapshots} snapshots, {seen.doomed} to be deleted")
+    used = seen.following * 100 // MAX_THIN_ID
+    if seen.past:
+        yield broken("snapshotter.other-past", subject, seen.past)
     if used >= _MANY_IDS:
         yield warning("snapshotter.ids-running-out", "device ids", f"{used}% of the pool's {MAX_THIN_ID} device ids "
                       "were given")  # fmt: skip
-    if quarantined:
-        yield warning("snapshotter.quarantine", "quarantine", f"{len(quarantined)} devices of the pool belong to no "
+    if seen.quarantined:
+        yield warning("snapshotter.quarantine", "quarantine", f"{seen.quarantined} devices of the pool belong to no "
                       "snapshot")  # fmt: skip
 
 
@@ -207,13 +224,12 @@ def _trusts(config: Config, trust: Trust) -> Iterator[Diagnosis]:
                       "key is named, and no list")  # fmt: skip
 
 
-def _pins(config: Config) -> dict[str, str]:
+def _pins(config: Config) -> Mapping[str, str]:
     path = os.path.join(config.text("snapshotter.state_dir"), STORE)
     if not os.path.exists(path):
         return {}
     try:
-        with contextlib.closing(Store(path)) as store:
-            return images.pins(store)
+        return store_seen.seen(path).pins
     except SnapshotterError:
         return {}  # `_store` tells
 

@@ -249,7 +249,7 @@ def doctor(load: Loader, as_json: bool) -> None:
     from runvol.diagnosis import status
 
     loaded = load()
-    found = list(examination.examine(loaded, assembly.build(loaded)))
+    found = list(examination.examine(loaded, assembly.build(loaded, looking=True)))
     doctor_shown.show(found, as_json=as_json)
     sys.exit(status(found))
 

@@ -75,11 +75,11 @@ class DirectoryBackend(Stored):
     kind = VolumeKind.FILES
     multi_node = False
 
-    def __init__(self, state_dir: str, *, directory: str = "", capacity_limit: int = 0) -> None:
+    def __init__(self, state_dir: str, *, directory: str = "", capacity_limit: int = 0, reading: bool = False) -> None:
         """`directory` defaults to `<state_dir>/directories`; `capacity_limit` (bytes, 0: none) bounds the promises."""
         self._directory = os.path.realpath(directory or os.path.join(state_dir, "directories"))
         self._limit = capacity_limit
-        self._store = Store(os.path.join(state_dir, "directories.db"))
+        self._store = Store(os.path.join(state_dir, "directories.db"), reading=reading)
         self._place = Place(self._directory, self._store, 0o711)
         self._busy = Busy(os.path.join(state_dir, "directories.lock"))
         self._jobs = Jobs()

@@ -76,11 +76,12 @@ class LoopBackend(Stored):
     kind = VolumeKind.BLOCK
     multi_node = False
 
-    def __init__(self, state_dir: str, *, capacity_limit: int = 0) -> None:
-        """`capacity_limit` (bytes, 0 for none) bounds what all volumes together may promise."""
+    def __init__(self, state_dir: str, *, capacity_limit: int = 0, reading: bool = False) -> None:
+        """`capacity_limit` (bytes, 0 for none) bounds what all volumes together may promise; `reading`: the store is
+        only looked at."""
         self._directory = os.path.join(os.path.realpath(state_dir), "volumes")
         self._limit = capacity_limit
-        self._store = Store(os.path.join(state_dir, "volumes.db"))
+        self._store = Store(os.path.join(state_dir, "volumes.db"), reading=reading)
         self._place = Place(self._directory, self._store, 0o700)
         self._busy = Busy(os.path.join(state_dir, "volumes.lock"))
         self.keeper: Keeper = Unkept()
