@@ -1,4 +1,4 @@
-"""`runvol doctor` for versions and the clock: what runvol was tried with, what is of another release, what time it is."""
+"""`runvol doctor` for versions and the clock: what runvol was tried with, whose release differs, what time it is."""
 
 from __future__ import annotations
 
