@@ -65,22 +65,28 @@ def examine(node: Node) -> Iterator[Diagnosis]:
         listed = []
     for sentence in left_out:
         yield warning("volumes.not-listed", "volumes", f"not listed: {sentence}")
+    files = dict(node.catalog.images())
     for _seq, volume in listed:
-        yield from _problems(node, volume.volume_id)
+        yield from _problems(node, volume.volume_id, files.get(volume.volume_id, ""))
     yield from _left_over(node)
 
 
-def _problems(node: Node, volume_id: str) -> Iterator[Diagnosis]:
+def _problems(node: Node, volume_id: str, file: str) -> Iterator[Diagnosis]:
     try:
         for problem in problems(node, volume_id):
-            yield _of(volume_id, problem)
+            yield _of(volume_id, problem, file)
     except TROUBLE as error:
         yield unknown("volumes.unlooked", f"volume {volume_id}", f"cannot be looked at: {error}")
 
 
-def _of(volume_id: str, problem: Problem) -> Diagnosis:
-    return Diagnosis(state=BROKEN if problem.lost else WARNING, id=REASONS.get(problem.reason, _OTHERWISE),
-                     subject=f"volume {volume_id}", finding=problem.message)  # fmt: skip
+def _of(volume_id: str, problem: Problem, file: str) -> Diagnosis:
+    known, fix = REASONS.get(problem.reason, _OTHERWISE), ""
+    if known == "volumes.filesystem-damaged" and file:
+        fix = f"end its pods, then `e2fsck -fy {file}` (XFS: xfs_repair)"
+    elif known == "volumes.file-missing" and file:
+        fix = f"bring {file} back from a backup, or delete the claim"
+    return Diagnosis(state=BROKEN if problem.lost else WARNING, id=known, subject=f"volume {volume_id}",
+                     finding=problem.message, fix=fix)  # fmt: skip
 
 
 def _left_over(node: Node) -> Iterator[Diagnosis]:

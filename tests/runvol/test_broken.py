@@ -123,7 +123,7 @@ FILES = (
     Broken(id="kata.shim-missing", words="runtime_path",
            breaks=lambda it: (it.handler(), (it.root / "opt/kata/bin/containerd-shim-kata-v2").unlink()),
            by_hand=lambda it: it.write("opt/kata/bin/containerd-shim-kata-v2", "")),
-    Broken(id="kata.shared-block-not-refused", given={"detect.kubeconfig": "in-cluster"}, breaks=kata(RUST)),
+    Broken(id="kata.shared-block-not-refused", given={"detect.kubeconfig": '"in-cluster"'}, breaks=kata(RUST)),
     Broken(id="kata.shared-block-not-refused", breaks=lambda it: (
         it.handler(kata=RUST), it.set(kata__rust_shared_block="allow", detect__kubeconfig="in-cluster"))),
     Broken(id="kata.guest-nfs-unknown", breaks=lambda it: _guests(it, None), words="config-VERSION",
@@ -143,7 +143,7 @@ FILES = (
         "etc/containerd/config.toml", "version = [\n")), words="repair",
         by_hand=lambda it: it.write("etc/containerd/config.toml", "version = 3\n")),
     Broken(id="containerd.not-found", breaks=lambda it: it.set(paths__containerd_config=f"{it.root}/none.toml"),
-           given={"paths.containerd_config": "{it.containerd}"}),
+           given={"paths.containerd_config": '"{it.containerd}"'}),
 )  # fmt: skip
 
 
