@@ -43,7 +43,7 @@ def _copied(path: str) -> bytes:
 
 
 def _stamp(path: str) -> tuple[tuple[int, ...], ...]:
-    found = []
+    found: list[tuple[int, ...]] = []
     for name in (path, f"{path}-wal"):
         try:
             facts = os.stat(name)

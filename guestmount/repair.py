@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from blockdev import Deadline, exclusivity, loops, mountinfo, mounts
+from blockdev import Deadline, loops, mountinfo, mounts
 from guestmount import file_witnesses, placeholder, ways, witnesses
 from guestmount.claims import Claim
 from guestmount.errors import TROUBLE, BadRequest, Busy, Refused
@@ -88,7 +88,7 @@ def _hand_offs(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding
     found = []
     for ours in _ours(node):
         one = ours.one
-        if witnesses.pod_exists(one.target, node.roots) or witnesses.device_in_use(one.device):
+        if witnesses.pod_exists(one.target, node.roots) or witnesses.device_in_use(one.device, looking=dry_run):
             continue
         take_back = functools.partial(ours.dialect.withdraw, one.target) if not dry_run else None
         if _unless_claimed(node, ours.volume_id, deadline, functools.partial(_has_target, one.target), take_back):
@@ -245,7 +245,12 @@ def _loop_devices(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Find
     handed = {one.device for one in node.means.dialects.delivered().values()}
     for device in loops.bound():
         volume_id, path = _on(device, files)
-        if not path or device in handed or not exclusivity.is_free(device) or mountinfo.node_targets(device):
+        if (
+            not path
+            or device in handed
+            or witnesses.device_in_use(device, looking=dry_run)
+            or mountinfo.node_targets(device)
+        ):
             continue
         take_back = functools.partial(loops.detach, device, path, deadline) if not dry_run else None
         if _unless_claimed(node, volume_id, deadline, functools.partial(_has_device, device), take_back):
