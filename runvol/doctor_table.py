@@ -146,7 +146,7 @@ _KUBERNETES = {
     ),
     "kubernetes.forbidden": _ill(
         "the API lets something not be read that is needed (403)",
-        "give the plugin's account the rules of deploy/kubernetes/rbac.yaml",
+        "give the plugin's account the rules in deploy/manifests/runvol.yaml",
     ),
     "kubernetes.csidriver": _well("the CSIDriver object says what the driver needs"),
     "kubernetes.csidriver-missing": _ill(
@@ -212,7 +212,7 @@ _CONTAINERD = {
     "containerd.handlers-on-snapshotter": _well("runtimes have their root filesystems on the snapshotter"),
     "containerd.no-handler-on-snapshotter": _ill(
         "no runtime has its root filesystems on the snapshotter",
-        "`runvol snapshotter containerd-config --write --handlers NAME`, then restart containerd",
+        "`runvol snapshotter containerd-config --write`, then restart containerd",
     ),
     "containerd.layers-discarded": _ill(
         "containerd discards layers once they are unpacked: they cannot be unpacked for another snapshotter",
@@ -427,7 +427,7 @@ _IMAGES = {
 _WHOLE = {
     "versions.known": _well("a program's version is one that runvol was tried with"),
     "versions.untried": _ill(
-        "a program's version is one that runvol was never tried with", "see docs/matrix.md; report how it went"
+        "a program's version is one that runvol was never tried with", "report how it went, or install one that is in docs/doctor.md"
     ),
     "versions.too-old": _ill("a program's version is too old for runvol", "install a later version"),
     "versions.skew": _ill(
