@@ -427,7 +427,8 @@ _IMAGES = {
 _WHOLE = {
     "versions.known": _well("a program's version is one that runvol was tried with"),
     "versions.untried": _ill(
-        "a program's version is one that runvol was never tried with", "report how it went, or install one that is in docs/doctor.md"
+        "a program's version is one that runvol was never tried with",
+        "install one that docs/doctor.md names, or report how it went",
     ),
     "versions.too-old": _ill("a program's version is too old for runvol", "install a later version"),
     "versions.skew": _ill(
