@@ -18,8 +18,9 @@ from snapshotter.errors import SnapshotterError
 from snapshotter.gauge import fill
 from snapshotter.images import Share
 from snapshotter.node import STORE
-from snapshotter.pool import Health, Pool
+from snapshotter.pool import Pool
 from snapshotter.trust import Trust
+from snapshotter.watermarks import Health
 
 # Percent of the device ids that were given, from which on an operator is told.
 _MANY_IDS = 75
