@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from blockdev import BlockdevError, Deadline, devicemapper
 from blockdev.devicemapper import Mapper
-from blockdev.dm_targets import MAX_THIN_ID
+from blockdev.dm_targets import MAX_THIN_ID, PoolStatus
 from runvol import assembly, doctor_gauge, doctor_proxy_plugin, pool_absence
 from runvol.config import Config
 from runvol.diagnosis import BROKEN, OK, WARNING, Diagnosis, broken, good, warning
@@ -127,9 +127,10 @@ def _pool(config: Config, description: backing.Description) -> Iterator[Diagnosi
                 yield _absent(mapper, state, description)
                 return
             pool = Pool(mapper, description.name, description.identity, "", limits(config))
-            for finding in pool.health():
-                yield _health(finding)
-            wanted = fill(pool.status(), description.block, pool.limits.data_reserve)
+            status = pool.status()
+            for finding in pool.health(status):
+                yield _health(finding, _remedy(finding, status, description))
+            wanted = fill(status, description.block, pool.limits.data_reserve)
         yield from doctor_gauge.examine(gauge_path(config), state, wanted)
     except (SnapshotterError, BlockdevError, ValueError) as error:
         yield broken("pool.unreadable", subject, str(error))
@@ -161,11 +162,22 @@ def _promised(description: backing.Description) -> Iterator[Diagnosis]:
                       f"its disk has {size(free)} free")  # fmt: skip
 
 
-def _health(finding: Health) -> Diagnosis:
+def _remedy(finding: Health, status: PoolStatus, description: backing.Description) -> str:
+    """What makes this pool larger, in the part that lacks room; empty where that does not help."""
+    remedies, known = backing.remedies(description), _HEALTH.get(finding.mode, "pool.filling")
+    data, metadata = (used / max(1, total) for used, total in (
+        (status.data_used, status.data_total), (status.metadata_used, status.metadata_total)))  # fmt: skip
+    if known == "pool.metadata-full" or (known == "pool.filling" and metadata > data):
+        return remedies.metadata
+    return f"{remedies.data}, or remove images" if known in ("pool.data-full", "pool.filling") else ""
+
+
+def _health(finding: Health, remedy: str) -> Diagnosis:
     if finding.state == OK:
         return good("pool.health", "pool", finding.message)
     known = _HEALTH.get(finding.mode, "pool.filling")
-    return Diagnosis(state=finding.state, id=known, subject="pool", finding=finding.message)
+    return Diagnosis(state=finding.state, id=known, subject="pool",
+                     finding=finding.message.partition(": ")[0], fix=remedy)  # fmt: skip
 
 
 def _store(state: str) -> Iterator[Diagnosis]:

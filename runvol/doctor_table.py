@@ -353,7 +353,7 @@ _POOL = {
     ),
     "pool.not-set-up": _well("no pool is described, and containerd needs none"),
     "pool.missing": _ill("containerd has an entry of the snapshotter, and no pool is described", "`runvol pool init`"),
-    "pool.description-damaged": _ill("the pool's description cannot be read", "bring pool.toml back from a backup"),
+    "pool.description-damaged": _ill("the pool's description cannot be read", "bring pool.json back from a backup"),
     "pool.not-assembled": _ill(
         "the pool is described and not assembled", "`systemctl start runvol-snapshotter` assembles it"
     ),
