@@ -44,7 +44,7 @@ def examine(config: Config, *, on_node: bool, root: str = "/") -> Iterator[Diagn
     if on_node and "loop" in config.words("volumes.backends"):
         yield _loop(root)
         for name, needed in _FILESYSTEMS:
-            yield _filesystem(name, root, needed=needed)
+            yield _filesystem(name, root, config.text("paths.host_root"), needed=needed)
     yield from _capabilities()
     doubt = confined.doubt("/")
     if doubt:
@@ -61,7 +61,8 @@ def _loop(root: str) -> Diagnosis:
     return broken("kernel.loop-missing", "loop devices", f"there is no {_CONTROL}", fix)
 
 
-def _filesystem(name: str, root: str, *, needed: bool) -> Diagnosis:
+def _filesystem(name: str, root: str, host: str, *, needed: bool) -> Diagnosis:
+    """A container sees the node's modules below `host` only, if at all."""
     subject = f"filesystem {name}"
     try:
         with open(os.path.join(root, "proc/filesystems")) as file:
@@ -70,8 +71,12 @@ def _filesystem(name: str, root: str, *, needed: bool) -> Diagnosis:
         return unknown("doctor.not-looked", subject, f"/proc/filesystems: {error.strerror}")
     if name in known:
         return good("kernel.filesystem", subject, "the kernel mounts it")
-    if loadable(name, root):
+    places = [place for place in (root, host) if os.path.isdir(_modules(place))]
+    if any(loadable(name, place) for place in places):
         return good("kernel.filesystem", subject, "the kernel has a module of it, and loads it when it is mounted")
+    if not places:
+        finding = f"the kernel has not mounted it yet, and its modules are not seen ({_modules('/')})"
+        return unknown("kernel.filesystem-missing", subject, finding, f"`modprobe {name}` on the node tells")
     return Diagnosis(
         state=BROKEN if needed else WARNING, id="kernel.filesystem-missing", subject=subject,
         finding="the kernel does not mount it, and has no module of it",
@@ -79,9 +84,13 @@ def _filesystem(name: str, root: str, *, needed: bool) -> Diagnosis:
     )  # fmt: skip
 
 
+def _modules(root: str) -> str:
+    return os.path.join(root, "lib/modules", os.uname().release)
+
+
 def loadable(module: str, root: str = "/") -> bool:
     """Whether the running kernel has a module of this name in it or on the disk."""
-    base, wanted = os.path.join(root, "lib/modules", os.uname().release), f"/{module}.ko"
+    base, wanted = _modules(root), f"/{module}.ko"
     for name in ("modules.builtin", "modules.dep"):
         try:
             with open(os.path.join(base, name)) as opened:

@@ -298,6 +298,8 @@ def test_kernel_without_loop_devices_and_filesystems(tmp_path: Path) -> None:
     with Installation() as it:
         shutil.copy(tmp_path / "modprobe", it.bin / "modprobe")
 
+        it.set(paths__host_root=str(tmp_path))
+
         def ill() -> dict[str, str]:
             found = doctor_kernel.examine(it.loaded, on_node=True, root=str(tmp_path))
             return {
@@ -309,6 +311,12 @@ def test_kernel_without_loop_devices_and_filesystems(tmp_path: Path) -> None:
         for fix in found.values():
             it.apply(fix, {})
         assert not ill()
+        # In a container without the node's modules nobody knows.
+        (tmp_path / "proc/filesystems").write_text("nodev\ttmpfs\n")
+        shutil.rmtree(tmp_path / "lib")
+        it.set(paths__host_root=str(tmp_path))
+        found = doctor_kernel.examine(it.loaded, on_node=True, root=str(tmp_path))
+        assert {one.state for one in found if one.id == "kernel.filesystem-missing"} == {"unknown"}
 
 
 def test_a_module_that_can_be_loaded_is_as_good(tmp_path: Path) -> None:
