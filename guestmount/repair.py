@@ -38,7 +38,7 @@ class Finding:
 def collect(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
     """Everything on the node that belongs to no volume or to no pod; removed unless `dry_run`."""
     found: list[Finding] = []
-    for look in (_closed, _hand_offs, _placeholders, _claims, _loop_devices):
+    for look in (_closed, _hand_offs, _placeholders, _claims, _loop_devices, _quotas):
         try:
             found += look(node, deadline, dry_run=dry_run)
         except TROUBLE as error:
@@ -255,6 +255,19 @@ def _loop_devices(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Find
         take_back = functools.partial(loops.detach, device, path, deadline) if not dry_run else None
         if _unless_claimed(node, volume_id, deadline, functools.partial(_has_device, device), take_back):
             found.append(Finding(kind="loop device", place=device, why=f"nobody uses it on {path}", done=not dry_run))
+    return found
+
+
+def _quotas(node: Node, _deadline: Deadline, *, dry_run: bool) -> list[Finding]:
+    found = []
+    for backend, project in node.catalog.left_quotas():
+        why, done = "no volume has its limit", not dry_run
+        if not dry_run:
+            try:
+                backend.lift(project)
+            except TROUBLE as error:
+                why, done = f"{why}, but {error}", False
+        found.append(Finding(kind="quota", place=f"project {project} of {backend.directory}", why=why, done=done))
     return found
 
 

@@ -51,6 +51,8 @@ _REMOVAL, _REMOVAL_AT_START = 86400.0, 10.0
 _BIND = frozenset({"ro", "rw", "defaults"})
 # Projects are numbers that a whole filesystem shares; others count from 1 (projid files, container runtimes).
 FIRST_PROJECT = 1 << 30
+# Looked at for limits that were left.
+_MOST_PROJECTS = 100_000
 # So many of them that somebody else has taken are passed over by one call; and so many while others wait for it.
 _MOST_FOREIGN, _FEW_FOREIGN = 10_000, 100
 
@@ -345,6 +347,29 @@ class DirectoryBackend(Stored):
         names = sorted(set(os.listdir(self._directory)) - rows) if os.path.isdir(self._directory) else []
         return [os.path.join(self._directory, name) for name in names
                 if name.removeprefix(_NEW).removeprefix(_OLD) not in rows and name != "lost+found"]  # fmt: skip
+
+    def left_quotas(self) -> Sequence[int]:
+        """Projects of ours that have a limit although no row and no directory has them, and nothing counts for them."""
+        if not os.path.isdir(self._directory):
+            return []
+        # Before the rows: what is begun meanwhile has a higher number.
+        highest = min(self._store.next_number(), _MOST_PROJECTS)
+        known = {_project(row) for row in self._store.rows()}
+        known |= {_project_of(path) for path in self.unknown_files() if _is_directory(path)}
+        found = []
+        try:
+            for project in range(FIRST_PROJECT + 1, FIRST_PROJECT + highest):
+                if project not in known:
+                    quota = quotas.read(self._directory, project)
+                    if quota.limit and not quota.used and not quota.files:
+                        found.append(project)
+        except QuotaUnavailable:
+            return []
+        return found
+
+    def lift(self, project: int) -> None:
+        """The limit of such a project goes."""
+        quotas.limit(self._directory, project, 0)
 
     prefixes = (PREFIX,)
 

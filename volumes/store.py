@@ -371,7 +371,7 @@ class Store:
         """The `seq` that the next row gets."""
         with self._lock, _explained(self.path):
             asked = "SELECT seq FROM sqlite_sequence WHERE name = 'volumes'"
-            found = self._database(writing=True).execute(asked).fetchone()
+            found = self._database(writing=not self._reading).execute(asked).fetchone()
         return (int(found[0]) if found else 0) + 1
 
     def number_above(self, seq: int) -> None:
