@@ -53,6 +53,15 @@ def _name(pid: int) -> str:
         return "a process that has just ended"
 
 
+def stacked(device: str) -> list[str]:
+    """Devices that stand on a block device, by their names in /sys."""
+    number = os.stat(device).st_rdev
+    try:
+        return sorted(os.listdir(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/holders"))
+    except FileNotFoundError:
+        return []
+
+
 def mount_points(device: str) -> list[str]:
     """Where a block device is mounted, other mount namespaces told apart by a process in them."""
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Collection
+from typing import Any
 
 import grpc
 
@@ -101,6 +102,17 @@ class Server:
 
 def answers(path: str, name: str) -> bool:
     """Whether the driver of this name answers at the socket."""
+    found = _info(path)
+    return found is not None and bool(found.name == name)
+
+
+def version_at(path: str) -> str:
+    """The release of what answers at the socket; empty if nobody does."""
+    found = _info(path)
+    return str(found.vendor_version) if found is not None else ""
+
+
+def _info(path: str) -> Any:
     with grpc.insecure_channel(f"unix:{path}") as channel:
         ask = channel.unary_unary(
             "/csi.v1.Identity/GetPluginInfo",
@@ -108,6 +120,6 @@ def answers(path: str, name: str) -> bool:
             response_deserializer=csi_pb2.GetPluginInfoResponse.FromString,
         )
         try:
-            return bool(ask(csi_pb2.GetPluginInfoRequest(), timeout=_ANSWER).name == name)
+            return ask(csi_pb2.GetPluginInfoRequest(), timeout=_ANSWER)
         except grpc.RpcError:
-            return False
+            return None

@@ -203,6 +203,12 @@ def read(handler: Handler, *, root: str = "/") -> KataConfig | None:
     )
 
 
+def found(handler: Handler, *, root: str = "/") -> str | None:
+    """The file that `read` reads, if there is one."""
+    path = _find(handler, shim_of(handler), root)
+    return None if path is None else _real(path, root)
+
+
 def _table(document: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     found = document.get(name)
     return found if isinstance(found, dict) else {}

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from blockdev import Deadline, exclusivity, loops, mountinfo, mounts
+from blockdev import Deadline, loops, mountinfo, mounts
 from guestmount import file_witnesses, placeholder, ways, witnesses
 from guestmount.claims import Claim
 from guestmount.errors import TROUBLE, BadRequest, Busy, Refused
@@ -38,7 +38,7 @@ class Finding:
 def collect(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
     """Everything on the node that belongs to no volume or to no pod; removed unless `dry_run`."""
     found: list[Finding] = []
-    for look in (_closed, _hand_offs, _placeholders, _claims, _loop_devices):
+    for look in (_closed, _hand_offs, _placeholders, _claims, _loop_devices, _quotas):
         try:
             found += look(node, deadline, dry_run=dry_run)
         except TROUBLE as error:
@@ -88,9 +88,9 @@ def _hand_offs(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding
     found = []
     for ours in _ours(node):
         one = ours.one
-        if witnesses.pod_exists(one.target, node.roots) or witnesses.device_in_use(one.device):
+        if witnesses.pod_exists(one.target, node.roots) or witnesses.device_in_use(one.device, looking=dry_run):
             continue
-        take_back = functools.partial(ours.dialect.withdraw, one.target) if not dry_run else _nothing
+        take_back = functools.partial(ours.dialect.withdraw, one.target) if not dry_run else None
         if _unless_claimed(node, ours.volume_id, deadline, functools.partial(_has_target, one.target), take_back):
             why = f"no claim has {one.target}"
             found.append(Finding(kind="hand-off", place=one.place, why=why, done=not dry_run))
@@ -106,13 +106,17 @@ def _closed(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
             continue
         why, done = "closed by a call that did not end well", False
         try:
+            if dry_run:
+                claim = node.claims.peek(ours.volume_id)
+                if claim is not None and one.target in claim.targets:
+                    found.append(Finding(kind="hand-off", place=one.place, why=why))
+                continue
             with node.claims.locked(ours.volume_id, deadline) as cell:
                 if cell.claim is None or one.target not in cell.claim.targets:
                     continue
-                if not dry_run:
-                    way, target = ways.way_at(cell.claim, one.target), cell.claim.targets[one.target]
-                    way.deliver(node.means, cell, cell.claim, one.target, target, deadline)
-                    done = True
+                way, target = ways.way_at(cell.claim, one.target), cell.claim.targets[one.target]
+                way.deliver(node.means, cell, cell.claim, one.target, target, deadline)
+                done = True
         except Busy:
             continue  # it is at work
         except TROUBLE as error:
@@ -122,14 +126,23 @@ def _closed(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
 
 
 def _unless_claimed(
-    node: Node, volume_id: str, deadline: Deadline, in_use: Callable[[Claim], bool], take_back: Callable[[], None]
+    node: Node,
+    volume_id: str,
+    deadline: Deadline,
+    in_use: Callable[[Claim], bool],
+    take_back: Callable[[], None] | None,
 ) -> bool:
     """Whether `take_back` was called for something of the volume, while its claim was held still.
+
+    `take_back` None: nobody is held still, and True if it would be called.
 
     A decision from a list of claims that was read earlier would take away what a publish has made since. A volume that
     somebody works on, or whose claim cannot be read, is left alone.
     """
     try:
+        if take_back is None:
+            claim = node.claims.peek(volume_id)
+            return claim is None or not in_use(claim)
         with node.claims.locked(volume_id, deadline) as cell:
             if cell.claim is not None and in_use(cell.claim):
                 return False
@@ -148,10 +161,6 @@ def _has_target(target: str, claim: Claim) -> bool:
 
 def _has_device(device: str, claim: Claim) -> bool:
     return claim.device == device
-
-
-def _nothing() -> None:
-    """A dry run."""
 
 
 def _placeholders(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
@@ -236,11 +245,29 @@ def _loop_devices(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Find
     handed = {one.device for one in node.means.dialects.delivered().values()}
     for device in loops.bound():
         volume_id, path = _on(device, files)
-        if not path or device in handed or not exclusivity.is_free(device) or mountinfo.node_targets(device):
+        if (
+            not path
+            or device in handed
+            or witnesses.device_in_use(device, looking=dry_run)
+            or mountinfo.node_targets(device)
+        ):
             continue
-        take_back = functools.partial(loops.detach, device, path, deadline) if not dry_run else _nothing
+        take_back = functools.partial(loops.detach, device, path, deadline) if not dry_run else None
         if _unless_claimed(node, volume_id, deadline, functools.partial(_has_device, device), take_back):
             found.append(Finding(kind="loop device", place=device, why=f"nobody uses it on {path}", done=not dry_run))
+    return found
+
+
+def _quotas(node: Node, _deadline: Deadline, *, dry_run: bool) -> list[Finding]:
+    found = []
+    for backend, project in node.catalog.left_quotas():
+        why, done = "no volume has its limit", not dry_run
+        if not dry_run:
+            try:
+                backend.lift(project)
+            except TROUBLE as error:
+                why, done = f"{why}, but {error}", False
+        found.append(Finding(kind="quota", place=f"project {project} of {backend.directory}", why=why, done=done))
     return found
 
 

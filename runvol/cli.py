@@ -22,8 +22,9 @@ _MODULES = {
     "runvol.image_commands": ("images",),
     "runvol.flexvolume_commands": ("flexvolume",),
     "runvol.migrate_commands": ("migrate",),
+    "runvol.bundle_commands": ("support_bundle",),
 }  # fmt: skip
-_NAMES = {"show_config": "config", "show_parameters": "parameters"}
+_NAMES = {"show_config": "config", "show_parameters": "parameters", "support_bundle": "support-bundle"}
 _COMMANDS = {_NAMES.get(name, name): (module, name) for module, names in _MODULES.items() for name in names}
 # The base classes of the rooms' errors; only rooms that are loaded can have raised one.
 _ERRORS = {

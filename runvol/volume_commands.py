@@ -243,14 +243,15 @@ def detect(load: Loader, namespace_name: str, attribute: str) -> None:
 @_json
 @click.pass_obj
 def doctor(load: Loader, as_json: bool) -> None:
-    """Say what this node can do and what to change; status 1 if something is broken."""
+    """Say what this node can do and what to change; status 1 if something is broken, 3 if not all could be seen."""
     from runvol import doctor as examination
+    from runvol import doctor_shown
+    from runvol.diagnosis import status
 
     loaded = load()
-    found = list(examination.examine(loaded, assembly.build(loaded)))
-    rows = [{"state": one.state, "subject": one.subject, "finding": one.finding} for one in found]
-    tables.show(rows, ("state", "subject", "finding"), as_json=as_json, empty="")
-    sys.exit(1 if any(one.state == "broken" for one in found) else 0)
+    found = list(examination.examine(loaded, assembly.build(loaded, looking=True)))
+    doctor_shown.show(found, as_json=as_json)
+    sys.exit(status(found))
 
 
 @click.command()

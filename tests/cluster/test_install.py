@@ -71,7 +71,7 @@ def test_doctor_judges_the_arguments_of_the_sidecars(runvol: Cluster) -> None:
                 found.setdefault(row["subject"], set()).add(f"{row['state']}: {row['finding']}")
         return found
 
-    provisioner, snapshotter = (f"csi-{name} of unix:///run/runvol/csi.sock" for name in ("provisioner", "snapshotter"))
+    provisioner, snapshotter = (f"csi-{name} of csi.runvol.io" for name in ("provisioner", "snapshotter"))
     good = {"ok: has the arguments that the driver needs"}
     assert said() == {provisioner: good, snapshotter: good}
     node = runvol.nodes[0]

@@ -362,4 +362,4 @@ def test_doctor_says_who_is_registered(registry):
         one.stop()
         driver.stop()
         assert {state for state, _ in lines().values()} == {"warning"}
-        assert "is `runvol csi` running" in lines()["driver nfs.csi.runvol.io"][1]
+        assert "nobody answers at" in lines()["driver nfs.csi.runvol.io"][1]

@@ -176,7 +176,7 @@ def test_a_damaged_claim_is_told_and_stops_nothing_else(driver):
     for command in (("gc", "--dry-run", "--json"), ("volumes", "--json"), ("doctor", "--json")):
         done = driver.cli(*command, check=False)
         assert str(path) in done.stdout + done.stderr, command
-        assert done.returncode in (0, 1) and "Traceback" not in done.stderr
+        assert done.returncode in (0, 1, 3) and "Traceback" not in done.stderr
     driver.cli("gc")
     assert has_placeholder(target) and driver.left_over()["hand-off files"]
     assert {row["volume"] for row in json.loads(driver.cli("volumes", "--json").stdout)} == {

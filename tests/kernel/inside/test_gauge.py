@@ -229,8 +229,8 @@ def test_after_a_reboot_it_is_there_before_the_pool(gauge: Gauge) -> None:
 
 
 def _diagnosis(server: Server, place: Path) -> tuple[str, str]:
-    found = {one["subject"]: one for one in json.loads(server.runvol("doctor", "--json", ok=(0, 1)))}
-    return found[f"gauge {place}"]["state"], found[f"gauge {place}"]["finding"]
+    found = {one["subject"]: one for one in json.loads(server.runvol("doctor", "--json", ok=(0, 1, 3)))}
+    return found["gauge"]["state"], found["gauge"]["finding"]
 
 
 def _follows(server: Server, gauge: Path, seconds: float = 12) -> Fill:
