@@ -66,6 +66,12 @@ class Deadline:
             time.sleep(min(every, self.remaining()))
 
 
+def left_behind() -> int:
+    """System calls that have not come back when their caller's time was over."""
+    with _lock:
+        return sum(len(events) for events in _left_behind.values())
+
+
 def bounded(what: str, deadline: Deadline, call: Callable[[], T], *, key: str = "") -> T:
     """Run a system call that may never return (a dead server, a broken disk) without sharing its fate.
 

@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from blockdev import Deadline
+from csi.call_book import CallBook
 from csi.errors import CallError, code_of, sentence_of
 from csi.secrets import stripped
 from csi.workers import Workers
@@ -49,14 +50,14 @@ class Malformed:
 
 
 def service_handler(
-    name: str, implementation: object, workers: Workers, looking: Workers
+    name: str, implementation: object, workers: Workers, looking: Workers, book: CallBook
 ) -> grpc.GenericRpcHandler[Any, Any]:
     """A handler for the service `csi.v1.<name>`: each RPC is the method of that name, in a thread of `workers`, or of
     `looking` for those that only look at what may hang."""
     service = csi_pb2.DESCRIPTOR.services_by_name[name]
     handlers = {
         method.name: _handler(
-            method, getattr(implementation, method.name), looking if method.name in _LOOKS else workers
+            method, getattr(implementation, method.name), looking if method.name in _LOOKS else workers, book
         )
         for method in service.methods
         if hasattr(implementation, method.name)
@@ -64,7 +65,9 @@ def service_handler(
     return grpc.method_handlers_generic_handler(service.full_name, handlers)
 
 
-def _handler(descriptor: MethodDescriptor, method: Method, workers: Workers) -> grpc.RpcMethodHandler[Any, Any]:
+def _handler(
+    descriptor: MethodDescriptor, method: Method, workers: Workers, book: CallBook
+) -> grpc.RpcMethodHandler[Any, Any]:
     request_class = GetMessageClass(descriptor.input_type)
 
     def decode(raw: bytes) -> Message | Malformed:
@@ -74,7 +77,7 @@ def _handler(descriptor: MethodDescriptor, method: Method, workers: Workers) -> 
             return Malformed(str(error))
 
     def call(request: Message | Malformed, context: grpc.ServicerContext) -> Message:
-        return _run(descriptor.name, method, workers, request, context)
+        return _counted(descriptor.name, method, workers, request, context, book)
 
     call.experimental_thread_pool = workers.pool  # type: ignore[attr-defined]
     return grpc.unary_unary_rpc_method_handler(
@@ -82,11 +85,25 @@ def _handler(descriptor: MethodDescriptor, method: Method, workers: Workers) -> 
     )
 
 
+def _counted(
+    name: str, method: Method, workers: Workers, request: Message | Malformed, context: grpc.ServicerContext,
+    book: CallBook,
+) -> Message:  # fmt: skip
+    """The call, written down in the book from its begin to its end, whatever that is."""
+    deadline, started = _deadline(context.time_remaining()), time.monotonic()
+    place, codes = book.begun(name, deadline), [grpc.StatusCode.INTERNAL.name]
+    try:
+        return _run(name, method, workers, request, context, deadline, codes)
+    finally:
+        book.ended(place, codes[-1], time.monotonic() - started)
+
+
 def _run(
-    name: str, method: Method, workers: Workers, request: Message | Malformed, context: grpc.ServicerContext
-) -> Message:
+    name: str, method: Method, workers: Workers, request: Message | Malformed, context: grpc.ServicerContext,
+    deadline: Deadline, codes: list[str],
+) -> Message:  # fmt: skip
+    """The answer; with whatever code it ends, `codes` gets its name."""
     number, started = next(_numbers), time.monotonic()
-    deadline = _deadline(context.time_remaining())
     try:
         if isinstance(request, Malformed):
             raise CallError(
@@ -99,6 +116,7 @@ def _run(
             response = method(request, deadline)
     except Exception as error:
         code = code_of(error)
+        codes.append(code.name)
         if code is grpc.StatusCode.INTERNAL:
             log.exception("call failed", extra=_facts(name, number, request, started, code.name))
             _abort(context, code, f"{type(error).__name__}: {error}; see the driver's log")
@@ -107,6 +125,7 @@ def _run(
         facts = {**_facts(name, number, request, started, code.name), "reason": said}
         log.warning("call refused", extra=facts, exc_info=isinstance(error, OSError))
         _abort(context, code, said)
+    codes.append("OK")
     level = logging.DEBUG if name in _QUIET or name.endswith(("Capabilities", "Info")) else logging.INFO
     if log.isEnabledFor(level):
         log.log(level, "call done", extra=_facts(name, number, request, started, "OK"))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -53,6 +54,8 @@ class KnownPods:
         self._watches: list[Watch] = []
         self._volumes: Watch | None = None
         self._odd = ""
+        # Who told of a pod, and how often: watch, api, kubelet, kept or nobody.
+        self.told: Counter[str] = Counter()
 
     def start(self) -> None:
         """Follow this node's pods, the RuntimeClasses and runvol's PersistentVolumes from now on."""
@@ -79,6 +82,15 @@ class KnownPods:
         """Whether the API server tells what becomes of pods and classes now."""
         return bool(self._watches) and all(watch.healthy for watch in self._watches)
 
+    @property
+    def watches(self) -> Sequence[Watch]:
+        """Those that are followed."""
+        return [*self._watches, *([self._volumes] if self._volumes is not None else [])]
+
+    def claim_heard_of(self, persistent_volume: str) -> tuple[str, str]:
+        """Namespace and name of the claim, as the watch has told; empty where it has not. Nobody is asked."""
+        return self._claims.get(persistent_volume, ("", ""))
+
     def warm(self) -> None:
         self._api.warm()
         if self._follows and not self._watches:
@@ -90,6 +102,8 @@ class KnownPods:
         facts = self._pods.get(ref.uid) if ref.uid else None
         if facts is None:
             facts = self._asked(ref, deadline)
+        else:
+            self.told["watch"] += 1
         if self._node and facts.node not in ("", self._node):
             raise NotThere(f"pod {ref} is on the node {facts.node!r}, and this one is {self._node!r} (node.id)")
         self._kept.put("pod", facts.uid, facts)
@@ -97,21 +111,27 @@ class KnownPods:
 
     def _asked(self, ref: PodRef, deadline: Deadline) -> PodFacts:
         try:
-            return self._api.pod(ref, deadline)
+            return self._by("api", self._api.pod(ref, deadline))
         except NotThere:
+            self.told["nobody"] += 1
             raise
         except PodUnknown as error:
             why = str(error)
         if self._kubelet is not None and ref.uid:
             try:
-                return self._kubelet(ref, deadline)
+                return self._by("kubelet", self._kubelet(ref, deadline))
             except PodUnknown as error:
                 why = f"{why}; {error}"
         found = self._kept.get("pod", ref.uid, PodFacts) if ref.uid else None
         if found is None or found.uid != ref.uid:
+            self.told["nobody"] += 1
             raise PodUnknown(f"{why}; and nothing is kept of it on this node")
         log.warning("a pod is known from before only", extra={"pod": str(ref), "why": why})
-        return found
+        return self._by("kept", found)
+
+    def _by(self, who: str, facts: PodFacts) -> PodFacts:
+        self.told[who] += 1
+        return facts
 
     def handler(self, runtime_class: str, deadline: Deadline) -> str:
         known = self._classes.get(runtime_class) if self.healthy() else None

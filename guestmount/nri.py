@@ -27,6 +27,7 @@ from guestmount.claims import SANDBOX, Claim, Claims, Target
 from guestmount.detect import Runtime
 from guestmount.errors import Refused, RuntimeUnknown
 from guestmount.handoff import KataDialect
+from guestmount.nri_metrics import BY_GUEST, PLACEHOLDER, REFUSED, UNCHANGED, Book
 from guestmount.nri_mux import PLUGIN, RUNTIME, Mux
 from guestmount.pods import UNTRUSTED
 from guestmount.ways import guest_mount
@@ -50,8 +51,10 @@ class Plugin:
     RuntimeUnknown. Without it only the claim's own handler is served.
     """
 
-    def __init__(self, claims: Claims, runtime_of: Callable[[str], Runtime] | None = None) -> None:
-        self._claims, self._runtime_of = claims, runtime_of
+    def __init__(
+        self, claims: Claims, runtime_of: Callable[[str], Runtime] | None = None, book: Book | None = None
+    ) -> None:
+        self._claims, self._runtime_of, self._book = claims, runtime_of, book or Book()
 
     def Configure(self, request: pb.ConfigureRequest) -> pb.ConfigureResponse:
         log.info("configured by", extra={"runtime": request.runtime_name, "version": request.runtime_version})
@@ -69,6 +72,7 @@ class Plugin:
                     continue
                 theirs = pod is not None and bool(self._foreign(pod, mount.source, target))
                 if not theirs and (pod is None or not self._handler_of_another(pod, target)):
+                    self._book.note(PLACEHOLDER)
                     log.error(
                         "a container has the placeholder instead of its NFS volume; restart its pod",
                         extra={"container": container.name, "id": container.id, "target": mount.source},
@@ -83,12 +87,16 @@ class Plugin:
 
     def CreateContainer(self, request: pb.CreateContainerRequest) -> pb.CreateContainerResponse:
         """RpcError, with which the runtime refuses the container, for one that binds what another pod's guest has."""
-        started = time.monotonic()
+        started, outcome = time.monotonic(), REFUSED
         response = pb.CreateContainerResponse()
-        binds = [one for one in request.container.mounts if one.type == "bind" and one.source.startswith("/")]
-        targets, damaged = self._targets() if binds else ({}, ())
-        for mount in binds:
-            self._bind(mount, request, response, targets, damaged)
+        try:
+            binds = [one for one in request.container.mounts if one.type == "bind" and one.source.startswith("/")]
+            targets, damaged = self._targets() if binds else ({}, ())
+            for mount in binds:
+                self._bind(mount, request, response, targets, damaged)
+            outcome = BY_GUEST if response.adjust.mounts else UNCHANGED
+        finally:
+            self._book.answered(outcome, time.monotonic() - started)
         if time.monotonic() - started > _SLOW:
             log.warning("creating a container was held up", extra={"seconds": round(time.monotonic() - started, 2)})
         return response
