@@ -69,6 +69,9 @@ TABLE: Mapping[str, Setting] = {
         default="/", meaning="the node's root, as runvol sees it: where containerd's and Kata's configuration is read"
     ),
     "paths.kata_root": Setting(default="/", meaning="where the search for Kata's configuration starts"),
+    "paths.pod_logs": Setting(
+        default="/var/log/pods", meaning="where kubelet keeps what containers write out (its podLogsDir)"
+    ),
     "detect.sandbox_handlers": Setting(
         default=("kata*", "runv*", "rund*"), meaning="names of runtime handlers that are sandboxes"
     ),
