@@ -14,6 +14,7 @@ from blockdev.families import COUNTER, GAUGE, HISTOGRAM, Family
 from csi.call_book import BOUNDS, CallBook
 from csi.workers import Workers
 from guestmount import BadRequest, Detector
+from guestmount.events import EVENTS, Events
 from guestmount.known_pods import KnownPods
 from guestmount.survey import Seen, Survey, Surveyed
 from volumes import work
@@ -157,6 +158,7 @@ FAMILIES = (
     VOLUME_POD, CAPACITY, USED, AVAILABLE, INODES, INODES_USED, MEASURED, UNMEASURED, READS, READ_BYTES, READ_SECONDS,
     WRITES, WRITTEN_BYTES, WRITE_SECONDS, VMM_READ, VMM_WRITTEN, LEFT_OUT, DAMAGED, HANDOFFS, STORED, PROMISED,
     CAN_PROMISE, SURVEYED, SURVEY_SECONDS, SURVEY_FAILURES, DETECTIONS, LOOKUPS, WATCH_HEALTHY, WATCH_HEARD,
+    EVENTS,
 )  # fmt: skip
 _USAGE = ((CAPACITY, "total_bytes"), (USED, "used_bytes"), (AVAILABLE, "available_bytes"))
 _INODES = ((INODES, "inodes"), (INODES_USED, "used_inodes"))
@@ -216,6 +218,18 @@ class _Detection:
         yield LOOKUPS.of(((by,), number) for by, number in _still(pods.told))
         yield WATCH_HEALTHY.of(((one.what,), float(one.healthy)) for one in pods.watches)
         yield WATCH_HEARD.of(((one.what,), one.last) for one in pods.watches)
+
+
+class _Events:
+    """What was told to pods and claims."""
+
+    part = "events"
+
+    def __init__(self, events: Events) -> None:
+        self._events = events
+
+    def collect(self) -> Iterator[Metric]:
+        yield EVENTS.of(((outcome,), number) for outcome, number in _still(self._events.outcomes))
 
 
 def _still(counted: Counter[str]) -> list[tuple[str, int]]:
@@ -293,10 +307,12 @@ def _io(seen: Seen) -> Iterator[Metric]:
 
 def serve(
     address: str, *, version: str, book: CallBook, workers: Sequence[Workers], detector: Detector,
-    survey: Survey | None, others: Sequence[Collector] = (),
+    survey: Survey | None, events: Events | None = None, others: Sequence[Collector] = (),
 ) -> None:  # fmt: skip
     """Serve `HOST:PORT`. BadRequest."""
     collectors: list[Collector] = [_Calls(book, workers), _Detection(detector), *others]
+    if events is not None:
+        collectors.append(_Events(events))
     if survey is not None:
         collectors.append(_Volumes(survey))
     try:

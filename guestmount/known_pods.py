@@ -49,6 +49,8 @@ class KnownPods:
         self._classes: dict[str, str] = {}
         # Namespace and name of the claim, by PersistentVolume.
         self._claims: dict[str, tuple[str, str]] = {}
+        # And its UID.
+        self._uids: dict[str, str] = {}
         # What was answered since the watch last said something; empty for a class that is not there.
         self._answered: dict[str, str] = {}
         self._watches: list[Watch] = []
@@ -87,9 +89,10 @@ class KnownPods:
         """Those that are followed."""
         return [*self._watches, *([self._volumes] if self._volumes is not None else [])]
 
-    def claim_heard_of(self, persistent_volume: str) -> tuple[str, str]:
-        """Namespace and name of the claim, as the watch has told; empty where it has not. Nobody is asked."""
-        return self._claims.get(persistent_volume, ("", ""))
+    def claim_heard_of(self, persistent_volume: str) -> tuple[str, str, str]:
+        """Namespace, name and UID of the claim, as the watch has told; empty where it has not. Nobody is asked."""
+        namespace, name = self._claims.get(persistent_volume, ("", ""))
+        return namespace, name, self._uids.get(persistent_volume, "")
 
     def warm(self) -> None:
         self._api.warm()
@@ -220,17 +223,27 @@ class KnownPods:
         self._kept.drop("class", name)
 
     def _all_volumes(self, volumes: Iterator[Object]) -> None:
-        self._claims = {name: claim for name, claim in map(_claim_of, volumes) if claim is not None}
+        claims: dict[str, tuple[str, str]] = {}
+        uids: dict[str, str] = {}
+        for one in volumes:
+            name, claim = _claim_of(one)
+            if claim is not None:
+                claims[name], uids[name] = claim, _claims_uid(one)
+        self._claims, self._uids = claims, uids
 
     def _volume(self, one: Object) -> None:
         name, claim = _claim_of(one)
         if claim is None:
-            self._claims.pop(name, None)
+            self._forget_volume(name)
         else:
-            self._claims[name] = claim
+            self._claims[name], self._uids[name] = claim, _claims_uid(one)
 
     def _no_volume(self, one: Object) -> None:
-        self._claims.pop(_claim_of(one)[0], None)
+        self._forget_volume(_claim_of(one)[0])
+
+    def _forget_volume(self, name: str) -> None:
+        self._claims.pop(name, None)
+        self._uids.pop(name, None)
 
     def _renewed(self, name: str, handler: str) -> None:
         """What is kept of a class is what the server says now, of this cluster."""
@@ -257,6 +270,11 @@ def _claim_of(one: Object) -> tuple[str, tuple[str, str] | None]:
     namespace, claim = (_word(spec.get("claimRef"), key) for key in ("namespace", "name"))
     ours = "flexVolume" in spec or _word(spec.get("csi"), "driver") in DRIVERS
     return name, (namespace, claim) if ours and namespace and claim else None
+
+
+def _claims_uid(one: Object) -> str:
+    spec = one.get("spec")
+    return _word(spec.get("claimRef"), "uid") if isinstance(spec, dict) else ""
 
 
 def _word(fields: object, name: str) -> str:

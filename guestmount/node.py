@@ -20,6 +20,7 @@ from guestmount.claims import Cell, Claim, Claims, Target, Use
 from guestmount.cri import Sandboxes
 from guestmount.detect import Detector
 from guestmount.errors import TROUBLE, Refused, RuntimeUnknown
+from guestmount.events import Events
 from guestmount.giving import Giving
 from guestmount.handoff import Dialect, Dialects
 from guestmount.reach import Reach
@@ -54,6 +55,8 @@ class Node:
     check_patience: float = PATIENCE
     sandboxes: Sandboxes = field(default_factory=lambda: Sandboxes(endpoint=""))
     copy_gives_way: float = 120.0
+    # Who tells pods and claims what they have to know; None where nobody is told.
+    events: Events | None = None
 
     def __post_init__(self) -> None:
         self.catalog.watch_copies(self)

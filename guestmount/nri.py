@@ -22,14 +22,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from blockdev import nfs
-from guestmount import placeholder, registration, ttrpc, ways
+from guestmount import notices, placeholder, registration, ttrpc, ways
 from guestmount.claims import SANDBOX, Claim, Claims, Target
 from guestmount.detect import Runtime
 from guestmount.errors import Refused, RuntimeUnknown
+from guestmount.events import Events
 from guestmount.handoff import KataDialect
 from guestmount.nri_metrics import BY_GUEST, PLACEHOLDER, REFUSED, UNCHANGED, Book
 from guestmount.nri_mux import PLUGIN, RUNTIME, Mux
 from guestmount.pods import UNTRUSTED
+from guestmount.survey import user_of
 from guestmount.ways import guest_mount
 from runvol_proto import nri_pb2 as pb
 
@@ -52,9 +54,10 @@ class Plugin:
     """
 
     def __init__(
-        self, claims: Claims, runtime_of: Callable[[str], Runtime] | None = None, book: Book | None = None
-    ) -> None:
-        self._claims, self._runtime_of, self._book = claims, runtime_of, book or Book()
+        self, claims: Claims, runtime_of: Callable[[str], Runtime] | None = None, book: Book | None = None,
+        events: Events | None = None,
+    ) -> None:  # fmt: skip
+        self._claims, self._runtime_of, self._book, self._events = claims, runtime_of, book or Book(), events
 
     def Configure(self, request: pb.ConfigureRequest) -> pb.ConfigureResponse:
         log.info("configured by", extra={"runtime": request.runtime_name, "version": request.runtime_version})
@@ -73,6 +76,8 @@ class Plugin:
                 theirs = pod is not None and bool(self._foreign(pod, mount.source, target))
                 if not theirs and (pod is None or not self._handler_of_another(pod, target)):
                     self._book.note(PLACEHOLDER)
+                    if self._events is not None:
+                        notices.volume_missing(self._events, user_of(mount.source, target, None), container.name)
                     log.error(
                         "a container has the placeholder instead of its NFS volume; restart its pod",
                         extra={"container": container.name, "id": container.id, "target": mount.source},

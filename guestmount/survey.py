@@ -12,10 +12,10 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from blockdev import Deadline, WaitExpired, disk_stats, holders, ioctls
+from blockdev import Deadline, WaitExpired, disk_stats, holders, ioctls, nfs
 from blockdev.deadlines import bounded
 from blockdev.disk_stats import DiskStats
 from blockdev.holders import Io
@@ -43,6 +43,9 @@ class User:
     namespace: str
     pod: str
     persistent_volume_claim: str
+    pod_uid: str = ""
+    claim_uid: str = ""
+    target: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +73,8 @@ class Surveyed:
     device: _Device | None = None
     vmm: int = 0
     source: str = ""
+    # Of files, on a filesystem that others use as well.
+    files: bool = False
 
     @property
     def user(self) -> User:
@@ -106,6 +111,8 @@ class Seen:
     volumes: tuple[Surveyed, ...] = ()
     left_out: int = 0
     damaged: int = 0
+    # Targets whose hand-off is missing or damaged.
+    lost: frozenset[str] = frozenset()
     handoffs: Mapping[tuple[str, str], int] = field(default_factory=dict)
     stores: Mapping[str, Store] = field(default_factory=dict)
     at: float = 0.0
@@ -115,8 +122,11 @@ class Seen:
 class Survey:
     """Looks every `interval` seconds, and soon after it is asked to; `most` volumes are looked at one by one."""
 
-    def __init__(self, node: Node, *, interval: float, most: int) -> None:
-        self._node, self._interval, self._most = node, interval, most
+    def __init__(
+        self, node: Node, *, interval: float, most: int, listeners: Sequence[Callable[[Seen], None]] = ()
+    ) -> None:
+        """`listeners` are told of each look, in the thread that took it."""
+        self._node, self._interval, self._most, self._listeners = node, interval, most, listeners
         # A copy that remembers for itself what it has read.
         self._claims = node.claims.patient(0.0)
         self._wanted, self._stop = threading.Event(), threading.Event()
@@ -158,15 +168,19 @@ class Survey:
         surveyed = [self._one(claim, before.get(claim.volume)) for claim in claims[: self._most]]
         surveyed = self._measured(surveyed, {claim.volume: claim for claim in claims})
         surveyed = _with_processes(surveyed)
+        handoffs, lost = self._handoffs(claims)
         self.seen = Seen(
             volumes=tuple(sorted(surveyed, key=lambda one: one.volume)),
             left_out=max(0, len(claims) - self._most),
             damaged=len(damaged),
-            handoffs=self._handoffs(claims),
+            lost=lost,
+            handoffs=handoffs,
             stores=self._stores(),
             at=time.time(),
             seconds=time.monotonic() - began,
         )
+        for listener in self._listeners:
+            listener(self.seen)
 
     def _one(self, claim: Claim, before: Surveyed | None) -> Surveyed:
         """As the claim says it; nothing is asked of a disk."""
@@ -178,11 +192,12 @@ class Survey:
             backend=self._backend(claim.volume),
             owner=owner,
             handler=handler,
-            users=tuple(_user(path, claim.targets[path], heard) for path in sorted(claim.targets)),
+            users=tuple(user_of(path, claim.targets[path], heard) for path in sorted(claim.targets)),
             usage=before.usage if before is not None else None,
             measured=before.measured if before is not None else 0.0,
             device=_device(claim, before),
             vmm=before.vmm if before is not None else 0,
+            files=claim.kind is VolumeKind.FILES,
             source=claim.source if claim.kind is VolumeKind.BLOCK and owner not in (HOST, NOBODY) else "",
         )
 
@@ -200,30 +215,36 @@ class Survey:
         for one in found:
             claim = claims[one.volume]
             server = claim.nfs.server if claim.nfs is not None else ""
-            if not claim.targets or server in silent or not until.remaining():
+            if server in silent:
+                made.append(dataclasses.replace(one, trouble=f"the server {server} does not answer"))
+                continue
+            if not claim.targets or not until.remaining():
                 made.append(one)
                 continue
             try:
                 made.append(dataclasses.replace(one, usage=_usage(claim), measured=time.time(), trouble=""))
             except (*TROUBLE, WaitExpired) as error:
-                silent |= {server} - {""} if isinstance(error, WaitExpired) else set()
+                silent |= {server} - {""} if isinstance(error, WaitExpired | nfs.ServerSilent) else set()
                 made.append(dataclasses.replace(one, trouble=str(error)))
         return made
 
-    def _handoffs(self, claims: Sequence[Claim]) -> Counter[tuple[str, str]]:
+    def _handoffs(self, claims: Sequence[Claim]) -> tuple[Counter[tuple[str, str]], frozenset[str]]:
+        """By dialect and state; and the targets whose hand-off is not what the claim says."""
         own = {path for claim in claims for path in claim.targets}
         found: Counter[tuple[str, str]] = Counter()
-        lost = {
+        damaged: set[str] = set()
+        missing = {
             path: (claim.targets[path].dialect or (claim.owner.dialect if claim.owner else ""))
             for claim in claims for path in claim.targets if ways.way_at(claim, path).hands_over
         }  # fmt: skip
         for dialect in self._node.dialects:
             for one in dialect.delivered():
-                lost.pop(one.target, None)
+                missing.pop(one.target, None)
+                damaged |= {one.target} & own if one.problem else set()
                 found[one.dialect, _state(one.problem, one.closed, one.target in own)] += 1
-        for dialect_name in lost.values():
+        for dialect_name in missing.values():
             found[dialect_name, "missing"] += 1
-        return found
+        return found, frozenset(damaged | missing.keys())
 
     def _stores(self) -> dict[str, Store]:
         """Of the backends whose volumes lie on this node; the others' would ask servers."""
@@ -265,10 +286,14 @@ def _owner(claim: Claim) -> tuple[str, str]:
     return ("sandbox" if ways.in_guests(claim) else HOST), handler
 
 
-def _user(path: str, target: Target, known: KnownPods | None) -> User:
+def user_of(path: str, target: Target, known: KnownPods | None) -> User:
+    """Who has a target; the claim as far as the API server's watch has told."""
     volume = next(iter(path.rpartition("/volumes/")[2].split("/")[1:2]), "")  # kubernetes.io~DRIVER/NAME/mount
-    _namespace, claimed = known.claim_heard_of(volume) if known is not None and volume else ("", "")
-    return User(namespace=target.pod_namespace, pod=target.pod_name, persistent_volume_claim=claimed)
+    _namespace, claimed, uid = known.claim_heard_of(volume) if known is not None and volume else ("", "", "")
+    return User(
+        namespace=target.pod_namespace, pod=target.pod_name, persistent_volume_claim=claimed, pod_uid=target.pod_uid,
+        claim_uid=uid, target=path,
+    )  # fmt: skip
 
 
 def _state(problem: str, closed: bool, ours: bool) -> str:

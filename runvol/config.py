@@ -167,6 +167,11 @@ TABLE: Mapping[str, Setting] = {
         "takes off its node once kubelet has registered it; empty for none",
     ),
     "csi.metrics": Setting(default="", meaning="HOST:PORT where the plugin serves its metrics; empty for none"),
+    "csi.events_seconds": Setting(
+        default=600,
+        meaning="seconds after which an event on a pod or claim is said again, if it is still so; 0 for no events. "
+        "Without an API (detect.kubeconfig) there are none",
+    ),
     "csi.services": Setting(default=("identity", "controller", "node"), meaning="the CSI services to serve"),
     "snapshotter.endpoint": Setting(default="unix:///run/runvol/snapshotter.sock", meaning="the socket for containerd"),
     "snapshotter.state_dir": Setting(
@@ -404,6 +409,7 @@ def _check_kubelet(config: Config) -> None:
 
 _RANGES = {
     "loop.copy_gives_way_seconds": (1, 86400),
+    "csi.events_seconds": (0, 86400),
     "metrics.interval_seconds": (1, 3600),
     "metrics.doctor_seconds": (0, 86400),
     "metrics.volumes": (0, 5000),

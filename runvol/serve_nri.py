@@ -23,7 +23,8 @@ def serve(config: Config) -> None:
     os.makedirs(run_dir, mode=0o700, exist_ok=True)
     told, stop = daemon.signals(), threading.Event()
     book = nri_metrics.Book()
-    plugin = nri.Plugin(assembly.claims(config), assembly.detector(config).of_handler, book)
+    events = assembly.events(config, assembly.api(config))
+    plugin = nri.Plugin(assembly.claims(config), assembly.detector(config).of_handler, book, events)
     if config.text("nri.metrics"):
         nri_metrics.serve(
             config.text("nri.metrics"), version=version(), book=book,

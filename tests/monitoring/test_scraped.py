@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -11,6 +12,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -72,9 +74,9 @@ def scrape(port: int) -> str:
     return text
 
 
-def put_claim(api: ApiDouble, volume_id: str, claim: str) -> None:
+def put_claim(api: ApiDouble, volume_id: str, claim: str, uid: str = "u") -> None:
     api.put("persistentvolumes", volume_id, {"spec": {
-        "csi": {"driver": "csi.runvol.io"}, "claimRef": {"namespace": "default", "name": claim}}})  # fmt: skip
+        "csi": {"driver": "csi.runvol.io"}, "claimRef": {"namespace": "default", "name": claim, "uid": uid}}})  # fmt: skip
 
 
 @pytest.mark.guest
@@ -233,3 +235,33 @@ def test_nobody_is_told_where_nothing_is_served(driver: Driver, port: int) -> No
         assert not {"survey", "doctor", "metrics"} & threads
         with socket.socket() as probe:
             assert probe.connect_ex(("127.0.0.1", free_port())) != 0
+
+
+def events_of(api: ApiDouble, reason: str) -> list[dict[str, Any]]:
+    return [one for one in [*api.objects.get("events", {}).values()] if one["reason"] == reason]
+
+
+def test_pods_and_claims_are_told(driver: Driver, api: ApiDouble) -> None:
+    """A volume that is almost full, on the pod and its claim; and a hand-off that somebody has taken away, on the pod."""
+    full, lost = driver.create("full", 32 << 20), driver.create("lost", 32 << 20)
+    put_claim(api, full.volume_id, "data", uid="claim-uid")
+    driver.stage(full)
+    driver.stage(lost)
+    target = driver.publish(full, A, runtime="runc", name="web-0")
+    with open(f"{target}/file", "wb") as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(1 << 20))
+            file.flush()
+    about = until(lambda: {one["involvedObject"]["kind"]: one["involvedObject"] for one in
+                           events_of(api, "VolumeAlmostFull")} if len(events_of(api, "VolumeAlmostFull")) > 1 else {}, 20)  # fmt: skip
+    assert (about["Pod"]["name"], about["Pod"]["uid"]) == ("web-0", A)
+    assert (about["PersistentVolumeClaim"]["name"], about["PersistentVolumeClaim"]["uid"]) == ("data", "claim-uid")
+    driver.publish(lost, B, runtime="kata", name="db-0")
+    (handed,) = driver.direct_volumes.iterdir()
+    (handed / "mountInfo.json").unlink()
+    (event,) = until(lambda: events_of(api, "HandOffLost"), 20)
+    assert (event["involvedObject"]["name"], event["involvedObject"]["uid"]) == ("db-0", B)
+    assert lost.volume_id in event["message"]
+    for volume, pod in ((full, A), (lost, B)):
+        driver.unpublish(volume, pod)
+        driver.unstage(volume)
