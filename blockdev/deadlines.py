@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from blockdev import log_context
 from blockdev.errors import BlockdevError, WaitExpired
 
 T = TypeVar("T")
@@ -100,7 +101,7 @@ def bounded(what: str, deadline: Deadline, call: Callable[[], T], *, key: str = 
     with _lock:
         if _left_behind.get(key):
             raise WaitExpired(what, deadline.given)
-    started(what, threading.Thread(target=work, name=what, daemon=True))
+    started(what, threading.Thread(target=log_context.inherited(work), name=what, daemon=True))
     ended.wait(deadline.remaining())
     with _lock:
         if not ended.is_set():

@@ -25,8 +25,8 @@ REASONS = {
     "VolumeUnreachable": "the volume's server does not answer, or its filesystem cannot be read; on the pod",
     "VolumeMissing": "a container of a sandboxed pod was made while the NRI plugin was away, and has no NFS volume; on "
     "the pod",
-    "SnapshotOfVolumeInUse": "a snapshot was taken while a pod had the volume: it is what a power cut would have left; on "
-    "the claim",
+    "SnapshotOfVolumeInUse": "a snapshot was taken while a pod had the volume: it is what a power cut would have left; "
+    "on the claim",
 }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from blockdev import nfs
+from blockdev import log_context, nfs
 from guestmount import notices, placeholder, registration, ttrpc, ways
 from guestmount.claims import SANDBOX, Claim, Claims, Target
 from guestmount.detect import Runtime
@@ -92,6 +92,14 @@ class Plugin:
 
     def CreateContainer(self, request: pb.CreateContainerRequest) -> pb.CreateContainerResponse:
         """RpcError, with which the runtime refuses the container, for one that binds what another pod's guest has."""
+        pod, container = request.pod, request.container.name
+        with log_context.about(
+            request_id=log_context.request_id(), rpc="CreateContainer", pod=f"{pod.namespace}/{pod.name}",
+            pod_uid=pod.uid, container=container,
+        ):  # fmt: skip
+            return self._created(request)
+
+    def _created(self, request: pb.CreateContainerRequest) -> pb.CreateContainerResponse:
         started, outcome = time.monotonic(), REFUSED
         response = pb.CreateContainerResponse()
         try:
