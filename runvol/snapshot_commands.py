@@ -20,9 +20,10 @@ from runvol.gauge_place import gauge_path
 from runvol.serve_snapshots import limits, state_dir
 from runvol.sizes import SIZE
 from snapshotter import assembly, backing, names, quarantine
-from snapshotter.assembly import Extender, Wish
+from snapshotter.assembly import Wish
 from snapshotter.backing import Backing
 from snapshotter.errors import BadRequest, PoolRefused, Unavailable, WrongState
+from snapshotter.extending import Extender
 from snapshotter.gauge import Gauge
 from snapshotter.model import Kind
 from snapshotter.pool import Pool
