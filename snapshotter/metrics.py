@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from blockdev import scraped
 from blockdev.dm_targets import MAX_THIN_ID, PoolStatus
 from blockdev.families import COUNTER, GAUGE, HISTOGRAM, Family
+from snapshotter.backing import METADATA_BLOCK
 from snapshotter.errors import BadRequest, SnapshotterError
 from snapshotter.node import Node
 from snapshotter.service import Observer
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60)
 _MODES = ("rw", "out_of_data_space", "ro", "fail", "error")
-# Bytes of a block of a pool's metadata (the kernel's thin-provisioning.rst).
-_METADATA_BLOCK = 4096
 
 CALL_SECONDS = Family(
     name="runvol_snapshotter_call_seconds",
@@ -146,8 +145,8 @@ def _filled(status: PoolStatus, block: int) -> Iterator[Metric]:
         return  # a pool that has failed tells no numbers
     yield DATA_USED.of(status.data_used * block)
     yield DATA.of(status.data_total * block)
-    yield METADATA_USED.of(status.metadata_used * _METADATA_BLOCK)
-    yield METADATA.of(status.metadata_total * _METADATA_BLOCK)
+    yield METADATA_USED.of(status.metadata_used * METADATA_BLOCK)
+    yield METADATA.of(status.metadata_total * METADATA_BLOCK)
 
 
 class _Calls:
