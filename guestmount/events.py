@@ -8,6 +8,7 @@ and where there is no API nothing happens. Kubernetes' core/v1 Event, as client-
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 import queue
 import threading
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from blockdev import Deadline
+from blockdev.deadlines import NoThread, started
 from blockdev.families import COUNTER, Family
 from guestmount.pods import NotThere, PodUnknown
 
@@ -98,8 +100,10 @@ class Events:
                 self.outcomes["dropped"] += 1
                 return
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="events", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="events", daemon=True)
+                with contextlib.suppress(NoThread):  # the next one tries again
+                    started("telling events", thread)
+                    self._thread = thread
 
     def _run(self) -> None:
         while True:

@@ -90,9 +90,10 @@ def _claim(user: User) -> About:
 
 def snapshot_taken(node: Node, snapshot_id: str, volume_id: str) -> None:
     """A snapshot is there; it is told to the claim of a volume that pods have. Never fails a call."""
-    events, pods = node.events, node.detector.pods
+    events = node.events
     if events is None:
         return
+    pods = node.detector.pods
     try:
         claim = node.claims.peek(volume_id)
     except TROUBLE:
