@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import grpc
 
 from blockdev import daemon
+from csi.call_book import CallBook
 from csi.calls import service_handler
 from csi.controller import Controller
 from csi.drivers import CsiDriver
@@ -48,11 +49,12 @@ class Server:
         services: Collection[str],
         driver: CsiDriver,
         sources: ClaimSources | None = None,
+        book: CallBook | None = None,
     ) -> None:
         unknown = sorted(set(services) - set(SERVICES))
         if unknown:
             raise BadRequest("--services", ",".join(unknown), f"takes {', '.join(SERVICES)}")
-        self.path, self.name = socket_path(endpoint), driver.name
+        self.path, self.name, book = socket_path(endpoint), driver.name, book or CallBook()
         probing, looking = Workers("identity", _PROBING), Workers("looking", _LOOKING)
         self._workers = [probing, looking, Workers("controller", _WORKERS), Workers("node", _WORKERS)]
         _, _, controller, nodes = self._workers
@@ -66,18 +68,24 @@ class Server:
                 Identity(version, driver, with_controller="controller" in services),
                 probing,
                 looking,
+                book,
             )
         ]
         if "controller" in services:
             catalog = driver.catalog
             service = Controller(node, node_id, catalog, sources)
-            handlers.append(service_handler("Controller", service, controller, looking))
+            handlers.append(service_handler("Controller", service, controller, looking, book))
             if catalog.takes_groups and catalog.grouping is not None:
                 groups = GroupController(catalog.grouping, node_id, catalog)
-                handlers.append(service_handler("GroupController", groups, controller, looking))
+                handlers.append(service_handler("GroupController", groups, controller, looking, book))
         if "node" in services:
-            handlers.append(service_handler("Node", NodeService(node, node_id, driver), nodes, looking))
+            handlers.append(service_handler("Node", NodeService(node, node_id, driver), nodes, looking, book))
         self._server.add_generic_rpc_handlers(tuple(handlers))
+
+    @property
+    def workers(self) -> Sequence[Workers]:
+        """The threads that its calls have."""
+        return self._workers
 
     def start(self) -> None:
         """BadRequest if another process answers on the socket; a socket that nobody serves is replaced."""

@@ -20,6 +20,7 @@ from guestmount.claims import Cell, Claim, Claims, Target, Use
 from guestmount.cri import Sandboxes
 from guestmount.detect import Detector
 from guestmount.errors import TROUBLE, Refused, RuntimeUnknown
+from guestmount.events import Events
 from guestmount.giving import Giving
 from guestmount.handoff import Dialect, Dialects
 from guestmount.reach import Reach
@@ -56,6 +57,8 @@ class Node:
     sandboxes: Sandboxes = field(default_factory=lambda: Sandboxes(endpoint=""))
     copy_gives_way: float = 120.0
     max_volumes: int = 0
+    # Who tells pods and claims what they have to know; None where nobody is told.
+    events: Events | None = None
 
     def __post_init__(self) -> None:
         self.catalog.watch_copies(self)

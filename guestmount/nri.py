@@ -22,14 +22,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from blockdev import nfs, selinux
-from guestmount import placeholder, registration, ttrpc, ways
+from blockdev import log_context, nfs, selinux
+from guestmount import notices, placeholder, registration, ttrpc, ways
 from guestmount.claims import SANDBOX, Claim, Claims, Target
 from guestmount.detect import Runtime
 from guestmount.errors import Refused, RuntimeUnknown
+from guestmount.events import Events
 from guestmount.handoff import KataDialect
+from guestmount.nri_metrics import BY_GUEST, PLACEHOLDER, REFUSED, UNCHANGED, Book
 from guestmount.nri_mux import PLUGIN, RUNTIME, Mux
 from guestmount.pods import UNTRUSTED
+from guestmount.survey import user_of
 from guestmount.ways import guest_mount
 from runvol_proto import nri_pb2 as pb
 
@@ -51,8 +54,11 @@ class Plugin:
     RuntimeUnknown. Without it only the claim's own handler is served.
     """
 
-    def __init__(self, claims: Claims, runtime_of: Callable[[str], Runtime] | None = None) -> None:
-        self._claims, self._runtime_of = claims, runtime_of
+    def __init__(
+        self, claims: Claims, runtime_of: Callable[[str], Runtime] | None = None, book: Book | None = None,
+        events: Events | None = None,
+    ) -> None:  # fmt: skip
+        self._claims, self._runtime_of, self._book, self._events = claims, runtime_of, book or Book(), events
 
     def Configure(self, request: pb.ConfigureRequest) -> pb.ConfigureResponse:
         log.info("configured by", extra={"runtime": request.runtime_name, "version": request.runtime_version})
@@ -70,6 +76,9 @@ class Plugin:
                     continue
                 theirs = pod is not None and bool(self._foreign(pod, mount.source, target))
                 if not theirs and (pod is None or not self._handler_of_another(pod, target)):
+                    self._book.note(PLACEHOLDER)
+                    if self._events is not None:
+                        notices.volume_missing(self._events, user_of(mount.source, target, None), container.name)
                     log.error(
                         "a container has the placeholder instead of its NFS volume; restart its pod",
                         extra={"container": container.name, "id": container.id, "target": mount.source},
@@ -84,12 +93,24 @@ class Plugin:
 
     def CreateContainer(self, request: pb.CreateContainerRequest) -> pb.CreateContainerResponse:
         """RpcError, with which the runtime refuses the container, for one that binds what another pod's guest has."""
-        started = time.monotonic()
+        pod, container = request.pod, request.container.name
+        with log_context.about(
+            request_id=log_context.request_id(), rpc="CreateContainer", pod=f"{pod.namespace}/{pod.name}",
+            pod_uid=pod.uid, container=container,
+        ):  # fmt: skip
+            return self._created(request)
+
+    def _created(self, request: pb.CreateContainerRequest) -> pb.CreateContainerResponse:
+        started, outcome = time.monotonic(), REFUSED
         response = pb.CreateContainerResponse()
-        binds = [one for one in request.container.mounts if one.type == "bind" and one.source.startswith("/")]
-        targets, damaged = self._targets() if binds else ({}, ())
-        for mount in binds:
-            self._bind(mount, request, response, targets, damaged)
+        try:
+            binds = [one for one in request.container.mounts if one.type == "bind" and one.source.startswith("/")]
+            targets, damaged = self._targets() if binds else ({}, ())
+            for mount in binds:
+                self._bind(mount, request, response, targets, damaged)
+            outcome = BY_GUEST if response.adjust.mounts else UNCHANGED
+        finally:
+            self._book.answered(outcome, time.monotonic() - started)
         if time.monotonic() - started > _SLOW:
             log.warning("creating a container was held up", extra={"seconds": round(time.monotonic() - started, 2)})
         return response

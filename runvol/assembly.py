@@ -26,6 +26,7 @@ from guestmount import (
 )
 from guestmount.containerd_places import Places
 from guestmount.cri import Sandboxes
+from guestmount.events import Events
 from guestmount.known_pods import KnownPods
 from guestmount.startup_taint import StartupTaint
 from guestmount.written import Trust
@@ -77,10 +78,17 @@ def build(config: Config, *, check_patience: float = PATIENCE, looking: bool = F
         copy_gives_way=config.number("loop.copy_gives_way_seconds"),
         max_volumes=config.number("csi.max_volumes"),
         sandboxes=Sandboxes(endpoint=lambda: places(config).taken().endpoints, roots=config.words("node.roots")),
+        events=events(config, pods),
     )
     if not looking:
         node.claims.remake = partial(repair.remade, node)
     return node
+
+
+def events(config: Config, pods: KubernetesApi | None) -> Events | None:
+    """Who tells pods and claims what they have to know; None where nobody is to be told."""
+    again = config.number("csi.events_seconds")
+    return None if pods is None or not again else Events(pods, reporter=config.node_id, again=again)
 
 
 def reach(config: Config) -> Reach:

@@ -15,9 +15,10 @@ as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSO
 
 _MODULES = {
     "runvol.volume_commands": (
-        "csi", "nri", "volumes", "handoffs", "where", "detect", "doctor", "gc", "bench", "show_config",
+        "csi", "nri", "volumes", "handoffs", "detect", "doctor", "gc", "bench", "show_config",
         "show_parameters",
     ),
+    "runvol.where_command": ("where",),
     "runvol.snapshot_commands": ("snapshotter", "snapshots", "pool"),
     "runvol.image_commands": ("images",),
     "runvol.flexvolume_commands": ("flexvolume",),

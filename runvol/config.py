@@ -69,6 +69,9 @@ TABLE: Mapping[str, Setting] = {
         default="/", meaning="the node's root, as runvol sees it: where containerd's and Kata's configuration is read"
     ),
     "paths.kata_root": Setting(default="/", meaning="where the search for Kata's configuration starts"),
+    "paths.pod_logs": Setting(
+        default="/var/log/pods", meaning="where kubelet keeps what containers write out (its podLogsDir)"
+    ),
     "detect.sandbox_handlers": Setting(
         default=("kata*", "runv*", "rund*"), meaning="names of runtime handlers that are sandboxes"
     ),
@@ -137,6 +140,14 @@ TABLE: Mapping[str, Setting] = {
         "volumes that a sandbox has grow with its next pod only",
     ),
     "nri.socket": Setting(default="/var/run/nri/nri.sock", meaning="the container runtime's NRI socket"),
+    "nri.metrics": Setting(default="", meaning="HOST:PORT where the NRI plugin serves its metrics; empty for none"),
+    "metrics.interval_seconds": Setting(
+        default=30, meaning="how often the volumes of a node are looked at for its metrics, where they are served"
+    ),
+    "metrics.doctor_seconds": Setting(
+        default=900, meaning="how often `runvol doctor` is asked for its findings' metrics; 0 for never"
+    ),
+    "metrics.volumes": Setting(default=500, meaning="most volumes of a node that have metrics of their own"),
     "csi.endpoint": Setting(
         default="unix:///run/runvol/csi.sock",
         meaning="the CSI socket of the driver csi.runvol.io, which serves all volumes; empty for none",
@@ -160,7 +171,12 @@ TABLE: Mapping[str, Setting] = {
         meaning="volumes of csi.runvol.io that this node may have at a time, those on NFS not counted; 0 for "
         "any number",
     ),
-    "csi.metrics": Setting(default="", meaning="HOST:PORT of the plugin's metrics (loopback); empty for none"),
+    "csi.metrics": Setting(default="", meaning="HOST:PORT where the plugin serves its metrics; empty for none"),
+    "csi.events_seconds": Setting(
+        default=600,
+        meaning="seconds after which an event on a pod or claim is said again, if it is still so; 0 for no events. "
+        "Without an API (detect.kubeconfig) there are none",
+    ),
     "csi.services": Setting(default=("identity", "controller", "node"), meaning="the CSI services to serve"),
     "snapshotter.endpoint": Setting(default="unix:///run/runvol/snapshotter.sock", meaning="the socket for containerd"),
     "snapshotter.state_dir": Setting(
@@ -203,7 +219,7 @@ TABLE: Mapping[str, Setting] = {
         meaning="where a filesystem is mounted that is as full as the pool, for kubelet and what watches the node; "
         "`auto` is `gauge` in snapshotter.state_dir; empty for none",
     ),
-    "snapshotter.metrics": Setting(default="", meaning="HOST:PORT of the metrics (loopback); empty for none"),
+    "snapshotter.metrics": Setting(default="", meaning="HOST:PORT where it serves its metrics; empty for none"),
     "pool.data_reserve_percent": Setting(
         default=3, meaning="free data that new snapshots leave to those that run, in percent"
     ),
@@ -364,6 +380,7 @@ def _check(config: Config) -> None:
                 "options behind semicolons"
             )
     _check_kubelet(config)
+    _check_ranges(config)
     _check_snapshotter(config)
     if not _NODE_ID.match(config.node_id):
         raise ConfigError(
@@ -397,6 +414,10 @@ def _check_kubelet(config: Config) -> None:
 
 _RANGES = {
     "loop.copy_gives_way_seconds": (1, 86400),
+    "csi.events_seconds": (0, 86400),
+    "metrics.interval_seconds": (1, 3600),
+    "metrics.doctor_seconds": (0, 86400),
+    "metrics.volumes": (0, 5000),
     "snapshotter.size_bytes": (8 << 20, 1 << 50),
     "snapshotter.call_seconds": (1, 3600),
     "snapshotter.discard": (0, 1),
@@ -410,12 +431,15 @@ _RANGES = {
 }
 
 
-def _check_snapshotter(config: Config) -> None:
+def _check_ranges(config: Config) -> None:
     for key, (least, most) in _RANGES.items():
         if not least <= config.number(key) <= most:
             raise ConfigError(
                 f"{key} = {config.number(key)} (from {config.sources[key]}): must lie between {least} and {most}"
             )
+
+
+def _check_snapshotter(config: Config) -> None:
     fstype = config.text("snapshotter.fstype")
     if fstype not in SMALLEST:
         raise ConfigError(f"snapshotter.fstype = {fstype!r}: takes {', '.join(SMALLEST)}")

@@ -10,6 +10,7 @@ import os
 import stat
 
 from blockdev import Deadline
+from runvol import version
 from runvol.config import Config, ConfigError
 from runvol.gauge_place import gauge_path
 from snapshotter.errors import PoolRefused, Unavailable
@@ -96,7 +97,7 @@ def serve(config: Config, pool_name: str | None) -> None:
     if config.text("snapshotter.metrics"):
         from snapshotter import metrics
 
-        observe = metrics.serve(node, config.text("snapshotter.metrics"))
+        observe = metrics.serve(node, config.text("snapshotter.metrics"), version=version())
     limit = config.number("snapshotter.call_seconds")
     # What a start has made stays; the collector need not look at it again.
     gc.freeze()

@@ -202,31 +202,6 @@ def handoffs(load: Loader, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("pod", metavar="NAMESPACE/NAME|UID")
-@_json
-@click.pass_obj
-def where(load: Loader, pod: str, as_json: bool) -> None:
-    """Where a pod's volumes are: on the host, or in which guest."""
-    node = _node(load)
-    rows = [
-        {
-            "volume": claim.volume,
-            "kernel": claim.owner.kind if claim.owner else "-",
-            "handler": claim.owner.handler if claim.owner else "",
-            "device": claim.device or claim.source,
-            "read_only": target.read_only,
-            "target": path,
-        }
-        for claim in _claims(node)
-        for path, target in claim.targets.items()
-        if pod in (target.pod_uid, target.pod, target.pod_name)
-    ]
-    if not rows:
-        raise click.ClickException(f"no volume of this node is published to pod {pod}")
-    tables.show(rows, ("volume", "kernel", "handler", "device", "read_only", "target"), as_json=as_json, empty="")
-
-
-@click.command()
 @click.argument("namespace_name", metavar="NAMESPACE/NAME")
 @click.option("--attribute", default="", help="The volume's attribute `runtime`.")
 @click.pass_obj

@@ -135,7 +135,7 @@ def test_the_command_and_the_metrics_show_it(tmp_path):
         assert json.loads(driver.cli("volumes", "work", "--json").stdout) == []
         assert "nothing is under way" in driver.cli("volumes", "work").stdout
         text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode()
-        assert "runvol_work 0.0" in text
+        assert "runvol_jobs 0.0" in text
         place = driver.run / "work"
         place.mkdir(mode=0o700, exist_ok=True)
         with held(place, "other", [{"what": "snapshot s of v", "done": 1 << 20, "total": 4 << 20, "seconds": 2.5}]):
