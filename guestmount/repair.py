@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from blockdev import Deadline, exclusivity, loops, mountinfo, mounts
 from guestmount import file_witnesses, placeholder, ways, witnesses
@@ -27,27 +28,64 @@ _MOMENT = 0.3
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing that nobody needs. `done`: it was taken back."""
+    """One thing that nobody needs. `done`: it was taken back; `by_hand`: it never is by runvol."""
 
     kind: str
     place: str
     why: str
     done: bool = False
+    by_hand: bool = False
+
+
+class _Look(Protocol):
+    def __call__(self, node: Node, deadline: Deadline, /, *, dry_run: bool) -> list[Finding]: ...
+
+
+def taken_back(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
+    """What `runvol gc` says and does: a plan and its deed are the same steps. The claims that were lost are made again
+    before the deed, which takes nothing away."""
+    made = [] if dry_run else [Finding(kind="claim", place="", why=said, done=True) for said in before_serving(node)]
+    looks = (_closed, _hand_offs, _unfinished, _placeholders, _claims, _loop_devices)
+    return made + _looked(looks, node, deadline, dry_run=dry_run)
 
 
 def collect(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
-    """Everything on the node that belongs to no volume or to no pod; removed unless `dry_run`."""
+    """Everything on the node that belongs to no volume or to no pod; removed unless `dry_run`. Volumes that were not
+    finished are the catalog's to tell."""
+    return _looked((_closed, _hand_offs, _placeholders, _claims, _loop_devices), node, deadline, dry_run=dry_run)
+
+
+def _looked(looks: Sequence[_Look], node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
     found: list[Finding] = []
-    for look in (_closed, _hand_offs, _placeholders, _claims, _loop_devices):
+    for look in looks:
         try:
             found += look(node, deadline, dry_run=dry_run)
         except TROUBLE as error:
             found.append(Finding(kind="trouble", place="", why=f"not all was looked at: {error}"))
     found += [
-        Finding(kind="file", place=path, why="no volume has it; `runvol volumes adopt` takes it, `rm` removes it")
+        Finding(
+            kind="file",
+            place=path,
+            why="no volume has it; `runvol volumes adopt` takes it, `rm` removes it",
+            by_hand=True,
+        )
         for path in node.catalog.unknown_files()
     ]
     return found
+
+
+def _unfinished(node: Node, _deadline: Deadline, *, dry_run: bool) -> list[Finding]:
+    """Volumes that a process which ended was making or deleting; what it failed of stays, with the reason."""
+    planned = {one.name: one.why for one in node.catalog.unfinished()}
+    if dry_run:
+        return [Finding(kind="volume", place=name, why=why) for name, why in planned.items()]
+    said = node.catalog.recover()
+    left = {one.name: one.why for one in node.catalog.unfinished()}
+    found = [Finding(kind="volume", place=name, why=left.get(name, why), done=name not in left)
+             for name, why in (planned | left).items()]  # fmt: skip
+    # What the stores put right besides, of volumes that are whole.
+    others = [one for one in said if not any(name in one for name in planned)]
+    return found + [Finding(kind="volume", place="", why=one, done=True) for one in others]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,8 @@ from volumes import nfs_parameters, registry
 from volumes.errors import InvalidParameter
 from volumes.parameter import BACKEND, FILESYSTEM, FSTYPE, RESERVED, RUNTIME, Parameter, one_of
 
-__all__ = ["FSTYPE", "RESERVED", "SUPPORTED_FSTYPES", "TABLE", "Parameter", "check", "check_context", "check_delivered",
-           "context_of"]  # fmt: skip
+__all__ = ["BACKEND", "FSTYPE", "RESERVED", "SUPPORTED_FSTYPES", "TABLE", "Parameter", "check", "check_context",
+           "check_delivered", "context_of"]  # fmt: skip
 
 # Written into the context by external-provisioner and by kubelet.
 _FROM_KUBERNETES = ("csi.storage.k8s.io/", "storage.kubernetes.io/")

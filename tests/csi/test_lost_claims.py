@@ -179,7 +179,7 @@ def test_a_damaged_claim_is_told_and_stops_nothing_else(driver):
         assert done.returncode in (0, 1) and "Traceback" not in done.stderr
     driver.cli("gc")
     assert has_placeholder(target) and driver.left_over()["hand-off files"]
-    assert {row["volume"] for row in json.loads(driver.cli("volumes", "--json").stdout)} == {
+    assert {row["volume"] for row in json.loads(driver.cli("volumes", "--json").stdout)["items"]} == {
         volume.volume_id,
         other.volume_id,
     }

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from runvol import schemas
 from tests.csi.helpers import PODS
 from tests.driver import Driver, mount_capability
 
@@ -18,7 +19,10 @@ A = PODS[0]
 
 
 def rows(done):
-    return json.loads(done.stdout)
+    """The items, each of which the schema allows."""
+    document = json.loads(done.stdout)
+    schemas.read(document)
+    return document["items"]
 
 
 def test_volumes_are_a_table_and_json(driver):
@@ -29,7 +33,11 @@ def test_volumes_are_a_table_and_json(driver):
     table = driver.cli("volumes").stdout
     assert volume.volume_id[:20] in table and "pvc-1" in table and "64.0 MiB" in table
     (row,) = rows(driver.cli("volumes", "--json"))
-    assert row["capacity_bytes"] == 64 << 20 and "default/web-0" in row["owner"] and row["targets"] == 1
+    assert (row["capacityBytes"], row["state"], row["source"]) == (64 << 20, "owned", None)
+    assert row["owner"] | {"podUid": A} == {
+        "kernel": "sandbox", "podNamespace": "default", "podName": "web-0", "podUid": A, "handler": "kata",
+    }  # fmt: skip
+    assert [(one["podName"], one["readOnly"]) for one in row["targets"]] == [("web-0", False)]
     driver.unpublish(volume, A)
 
 
@@ -39,7 +47,7 @@ def test_static_volumes_are_made_adopted_and_deleted(driver):
     image = driver.directory / "old.img"
     image.write_bytes(b"old" + bytes((8 << 20) - 3))
     (adopted,) = rows(driver.cli("volumes", "adopt", str(image), "--name", "old", "--json"))
-    assert not image.exists() and adopted["capacity_bytes"] == 8 << 20
+    assert not image.exists() and adopted["capacityBytes"] == 8 << 20
     for row in (made, adopted):
         assert "deleted" in driver.cli("volumes", "delete", row["volume"], "--yes").stdout
     refused = driver.cli("volumes", "delete", made["volume"], "--yes", check=False)
@@ -61,13 +69,9 @@ def test_hand_offs_and_where_tell_what_a_pod_has(driver):
     driver.stage(volume)
     target = driver.publish(volume, A, runtime="kata", name="web-0")
     (row,) = rows(driver.cli("handoffs", "--json"))
-    assert (row["volume"], row["pod"], row["dialect"], row["target"], row["problem"]) == (
-        volume.volume_id,
-        "default/web-0",
-        "kata",
-        target,
-        "",
-    )
+    assert (row["volume"], row["podName"], row["podUid"], row["dialect"], row["target"], row["problem"]) == (
+        volume.volume_id, "web-0", A, "kata", target, None,
+    )  # fmt: skip
     for name in ("default/web-0", A):
         (row,) = rows(driver.cli("where", name, "--json"))
         assert (row["kernel"], row["handler"], row["volume"]) == ("sandbox", "kata", volume.volume_id)
@@ -87,11 +91,16 @@ def test_gc_says_first_and_takes_back_what_nobody_needs(driver):
     )  # fmt: skip
     for name in os.listdir(driver.records / "claims"):
         os.unlink(driver.records / "claims" / name)
-    planned = rows(driver.cli("gc", "--dry-run", "--json"))
-    assert {row["kind"] for row in planned} == {"hand-off", "placeholder"} and not any(row["done"] for row in planned)
+    told = driver.cli("gc", "--dry-run", "--json", check=False)
+    planned = rows(told)
+    assert (
+        told.returncode == 1
+        and {row["what"] for row in planned} == {"hand-off", "placeholder"}
+        and not any(row["done"] for row in planned)
+    )
     assert len(driver.mounts()) == 1
     done = rows(driver.cli("gc", "--json"))
-    assert len(done) == 2 and all(row["done"] for row in done)
+    assert [row | {"done": False} for row in done] == planned and all(row["done"] for row in done)
     assert driver.mounts() == [] and "nothing is left over" in driver.cli("gc").stdout
 
 
@@ -175,12 +184,13 @@ def test_config_shows_every_setting_and_its_source(driver, tmp_path):
     file = tmp_path / "runvol.toml"
     file.write_text('[log]\nlevel = "debug"\n')
     shown = {row["key"]: row for row in rows(driver.cli("--config", str(file), "config", "--json"))}
-    assert shown["log.level"]["source"] == str(file)
-    assert shown["node.id"]["source"] == "RUNVOL_NODE_ID" and shown["csi.endpoint"]["source"] == "default"
+    assert (shown["log.level"]["source"], shown["log.level"]["saidBy"]) == ("file", str(file))
+    assert shown["node.id"]["saidBy"] == "RUNVOL_NODE_ID" and shown["csi.endpoint"]["saidBy"] == "paths.run_dir"
     shown = {
         row["key"]: row for row in rows(driver.cli("--config", str(file), "--log-level", "error", "config", "--json"))
     }
-    assert (shown["log.level"]["value"], shown["log.level"]["source"]) == ('"error"', "flag")
+    level = shown["log.level"]
+    assert (level["value"], level["source"], level["saidBy"]) == ("error", "flag", "--log-level")
 
 
 def test_a_wrong_setting_is_a_sentence_and_a_status(driver, tmp_path):
@@ -189,7 +199,7 @@ def test_a_wrong_setting_is_a_sentence_and_a_status(driver, tmp_path):
                         ("[log]\nformat = 'xml'\n", "log.format"), ("[[", "no TOML"), ("[loop]\ncapacity_bytes = -1\n", "negative")):  # fmt: skip
         file.write_text(text)
         refused = driver.cli("--config", str(file), "config", check=False)
-        assert refused.returncode == 1 and words in refused.stderr and "Traceback" not in refused.stderr, refused.stderr
+        assert refused.returncode == 2 and words in refused.stderr and "Traceback" not in refused.stderr, refused.stderr
     assert "does not exist" in driver.cli("--config", "/nowhere.toml", "config", check=False).stderr
 
 
@@ -203,7 +213,7 @@ def test_the_servers_flags_are_checked(tmp_path):
                          (["--services", "node,banana", "--endpoint", f"unix://{tmp_path}/a.sock"], "banana"), (["--node-id", "-x-"], "node.id")):  # fmt: skip
         done = subprocess.run([sys.executable, "-m", "runvol", "csi", *flags], env=environment, capture_output=True, text=True, timeout=30,
                               check=False, cwd=Path(__file__).resolve().parents[2])  # fmt: skip
-        assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
 def test_bench_measures_the_running_driver_and_leaves_nothing(driver):
@@ -213,10 +223,10 @@ def test_bench_measures_the_running_driver_and_leaves_nothing(driver):
             driver.cli("bench", "publish", "--endpoint", f"unix://{driver.socket}", "--samples", "5", "--json")
         )
     }
-    assert figures["NodePublishVolume"]["p50_ms"] > 0 and figures["NodePublishVolume"]["samples"] == 5
+    assert figures["NodePublishVolume"]["p50Ms"] > 0 and figures["NodePublishVolume"]["samples"] == 5
     assert not any(driver.left_over().values()) and not list(driver.kubelet.glob("runvol-bench-*"))
     refused = driver.cli("bench", "publish", "--endpoint", "unix:///nowhere/x.sock", check=False)
-    assert refused.returncode == 1 and "UNAVAILABLE" in refused.stderr and "Traceback" not in refused.stderr
+    assert refused.returncode == 3 and "UNAVAILABLE" in refused.stderr and "Traceback" not in refused.stderr
 
 
 def test_parameters_and_help_are_there():

@@ -32,7 +32,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         data = tmp_path / "pool" / f"{server.pool_name}.data"
         data.rename(data.with_suffix(".away"))
         assert f"{data} does not exist; bring it back, {server.state}/pool.json names it" in status(server)
-        found = {one["subject"]: one for one in json.loads(server.runvol("doctor", "--json", ok=(0, 1)))}
+        found = {one["subject"]: one for one in json.loads(server.runvol("doctor", "--json", ok=(0, 1)))["items"]}
         assert found[f"pool {server.pool_name}"]["state"] == "broken"
         assert f"{data} does not exist" in found[f"pool {server.pool_name}"]["finding"]
         data.with_suffix(".away").rename(data)
