@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from blockdev import Deadline, exclusivity, loops, mountinfo, mounts
+from blockdev.errors import of_system
 from guestmount import file_witnesses, placeholder, ways, witnesses
 from guestmount.claims import Claim
 from guestmount.errors import TROUBLE, BadRequest, Busy, Refused
@@ -44,9 +45,29 @@ class _Look(Protocol):
 def taken_back(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
     """What `runvol gc` says and does: a plan and its deed are the same steps. The claims that were lost are made again
     before the deed, which takes nothing away."""
-    made = [] if dry_run else [Finding(kind="claim", place="", why=said, done=True) for said in before_serving(node)]
+    made = [] if dry_run else _made_again(node)
     looks = (_closed, _hand_offs, _unfinished, _placeholders, _claims, _loop_devices)
-    return made + _looked(looks, node, deadline, dry_run=dry_run)
+    # One trouble keeps several from looking.
+    return list(dict.fromkeys(made + _looked(looks, node, deadline, dry_run=dry_run)))
+
+
+def _made_again(node: Node) -> list[Finding]:
+    """What a start does first, each step by itself."""
+    found: list[Finding] = []
+    for step in _first(node):
+        try:
+            found += [Finding(kind="claim", place="", why=said, done=True) for said in step() or ()]
+        except TROUBLE as error:
+            found.append(_trouble(error))
+    return found
+
+
+def _trouble(error: Exception) -> Finding:
+    return Finding(kind="trouble", place="", why=f"not all was looked at: {_words(error)}")
+
+
+def _words(error: Exception) -> str:
+    return of_system(error) if isinstance(error, OSError) else str(error)
 
 
 def collect(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
@@ -61,7 +82,7 @@ def _looked(looks: Sequence[_Look], node: Node, deadline: Deadline, *, dry_run: 
         try:
             found += look(node, deadline, dry_run=dry_run)
         except TROUBLE as error:
-            found.append(Finding(kind="trouble", place="", why=f"not all was looked at: {error}"))
+            found.append(_trouble(error))
     found += [
         Finding(
             kind="file",
@@ -154,7 +175,7 @@ def _closed(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
         except Busy:
             continue  # it is at work
         except TROUBLE as error:
-            why += f", and not opened: {error}"
+            why += f", and not opened: {_words(error)}"
         found.append(Finding(kind="hand-off", place=one.place, why=why, done=done))
     return found
 
@@ -214,7 +235,7 @@ def _placeholders(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Find
             try:
                 mounts.be_absent(mount.target, deadline)
             except TROUBLE as error:
-                why, done = f"{why}, but {error}", False
+                why, done = f"{why}, but {_words(error)}", False
         found.append(Finding(kind="placeholder", place=mount.target, why=why, done=done))
     return found
 
@@ -226,7 +247,7 @@ def _claims(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
         try:
             gone = _volume_is_gone(node, claim)
         except TROUBLE as error:
-            found.append(Finding(kind="claim", place=claim.volume, why=f"whether its volume is gone: {error}"))
+            found.append(Finding(kind="claim", place=claim.volume, why=f"whether its volume is gone: {_words(error)}"))
             continue
         if not gone and not claim.lingers:
             continue
@@ -240,7 +261,7 @@ def _claims(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
                 _forget(node, claim.volume, deadline, gone=gone)
                 done = True
             except TROUBLE as error:
-                why += f", but {error}"
+                why += f", but {_words(error)}"
         found.append(Finding(kind="claim", place=claim.volume, why=why, done=done))
     return found
 
@@ -294,9 +315,13 @@ def _by_inode(images: Sequence[tuple[str, str]]) -> dict[tuple[int, int], tuple[
 
 def before_serving(node: Node) -> list[str]:
     """What the first call must find: the claims, made again where they were lost. Looks only at what is in memory."""
+    return _each(_first(node))
+
+
+def _first(node: Node) -> list[Callable[[], Sequence[str] | None]]:
     sweeps = [dialect.sweep for dialect in node.dialects]
     reclaim = functools.partial(_reclaim, node, Deadline.after(_START))
-    return _each([node.claims.sweep, *sweeps, reclaim, functools.partial(_note, node)])
+    return [node.claims.sweep, *sweeps, reclaim, functools.partial(_note, node)]
 
 
 def behind(node: Node) -> list[str]:
@@ -323,8 +348,10 @@ def _each(steps: Sequence[Callable[[], Sequence[str] | None]]) -> list[str]:
         try:
             said += step() or ()
         except Exception as error:
-            log.exception("a repair failed; it is tried again at the next start and by gc")
-            said.append(f"a repair failed: {error}")
+            words = _words(error)
+            log.error("a repair failed; it is tried again at the next start and by gc", extra={"why": words},
+                      exc_info=not isinstance(error, TROUBLE))  # fmt: skip
+            said.append(f"a repair failed: {words}")
     return said
 
 

@@ -22,6 +22,7 @@ _MODULES = {
     "runvol.flexvolume_commands": ("flexvolume",),
     "runvol.migrate_commands": ("migrate",),
 }  # fmt: skip
+_SERVICES = ("csi", "nri", "snapshotter")
 _NAMES = {"show_config": "config", "show_parameters": "parameters"}
 _COMMANDS = {_NAMES.get(name, name): (module, name) for module, names in _MODULES.items() for name in names}
 
@@ -84,7 +85,9 @@ def _version(context: click.Context) -> None:
 def _load(given: dict[str, str], more: dict[str, Any]) -> config.Config:
     flags = {key: value for key, value in given.items() if key != "file"}
     loaded = config.load(file=given.get("file"), flags=flags | more)
-    logs.start(loaded.text("log.level"), loaded.text("log.format"))
+    # What a person reads beside a listing is trouble; a service tells what it does.
+    quiet = loaded.sources["log.level"] == config.DEFAULT and click.get_current_context().info_name not in _SERVICES
+    logs.start("warning" if quiet else loaded.text("log.level"), loaded.text("log.format"))
     return loaded
 
 

@@ -352,8 +352,8 @@ def _check_variables(environment: Mapping[str, str]) -> None:
 
         alike = difflib.get_close_matches(name, known, n=1, cutoff=_ALIKE)
         if alike or name.startswith(sections):
-            hint = f"is {alike[0]} meant? " if alike else ""
-            raise ConfigError(f"the variable {name} is not known; {hint}`runvol config` lists those that are")
+            hint = f"is {alike[0]} meant?" if alike else "a setting's is RUNVOL_<SECTION>_<KEY> (`runvol config`)"
+            raise ConfigError(f"the variable {name} is not known; {hint}")
 
 
 def variable_of(key: str) -> str:

@@ -263,7 +263,8 @@ def _ask(channel: grpc.Channel, path: str, method: str, request: Any, response: 
 @as_json_option
 @click.pass_obj
 def images_sign(load: Loader, chain: str | None, all_of_them: bool, key_file: str, as_json: bool) -> None:
-    """Read an image whole and sign what was read, if it is what its manifest says. Sign only what you trust."""
+    """Read the image of a CHAIN whole and sign what was read, if it is what its manifest says. Sign only what you
+    trust."""
     config = load()
     share, store, key = _share(config), _store(config), signatures.private_key(key_file)
     if bool(chain) == all_of_them:

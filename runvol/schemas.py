@@ -184,8 +184,8 @@ class Parameter(Item):
     meaning: Annotated[str, _said("what it is for")]
 
 
-class Snapshot(Item):
-    """A snapshot of containerd's (`snapshots`): an image's layer or a container's root filesystem."""
+class ContainerSnapshot(Item):
+    """A container snapshot (`snapshots`), which containerd has: an image's layer or a container's root filesystem."""
 
     key: Annotated[str, _said("its key, namespace/number/name")]
     kind: Annotated[str, _word("active", "committed", "view", means="as containerd has it")]

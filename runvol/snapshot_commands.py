@@ -67,14 +67,14 @@ def snapshots(load: Loader, as_json: bool) -> None:
     snapshots are listed by `runvol volumes snapshots`."""
     with troubles.looking():
         items = [_snapshot(row) for page in _store(load()).pages() for row in page]
-    columns: tables.Columns[schemas.Snapshot] = [
+    columns: tables.Columns[schemas.ContainerSnapshot] = [
         "key", "kind", ("size", lambda it: words(it.size_bytes)), "fstype", "device", "parent",
     ]  # fmt: skip
-    tables.show(schemas.Snapshot, items, columns, as_json=as_json, empty="no container snapshots")
+    tables.show(schemas.ContainerSnapshot, items, columns, as_json=as_json, empty="no container snapshots")
 
 
-def _snapshot(row: Snapshot) -> schemas.Snapshot:
-    return schemas.Snapshot(
+def _snapshot(row: Snapshot) -> schemas.ContainerSnapshot:
+    return schemas.ContainerSnapshot(
         key=row.key,
         kind=row.kind.name.lower(),
         state=row.state.name.lower(),
@@ -108,7 +108,7 @@ def pool() -> None:
 @click.option("--metadata-size", type=SIZE, default=0, metavar="SIZE",
               help="Of the metadata; without it, chosen from --size.")  # fmt: skip
 @click.option("--block-size", "block", type=SIZE, default="64Ki", show_default=True, metavar="SIZE",
-              help="Of what the pool gives at once.")  # fmt: skip
+              help="What the pool gives out at once.")  # fmt: skip
 @click.option(
     "--force-wipe",
     multiple=True,
@@ -140,16 +140,19 @@ def _size(count: int | None) -> str | None:
 
 
 @pool.command("adopt", short_help="Take over a thin pool that is there.")
-@click.option("--pool", "name", default="", metavar="NAME", help="The pool's own, if it tells; else runvol.")
+@click.option(
+    "--pool", "name", default="", metavar="NAME", help="Its name; without it, what the pool tells, or runvol."
+)
 @click.option("--device", default="", metavar="PATH", help="The device of the data, or of both.")
-@click.option("--metadata-device", default="", metavar="PATH", help="That of the metadata.")
+@click.option("--metadata-device", default="", metavar="PATH", help="The device of the metadata.")
 @click.option("--vg", "group", default="", metavar="GROUP", help="The volume group, with --data and --metadata.")
-@click.option("--data", "data_volume", default="", metavar="LV", help="A plain logical volume.")
-@click.option("--metadata", "metadata_volume", default="", metavar="LV", help="Another one.")
+@click.option("--data", "data_volume", default="", metavar="LV", help="The logical volume of the data, a plain one.")
+@click.option("--metadata", "metadata_volume", default="", metavar="LV", help="That of the metadata.")
 @click.option("--loop", "directory", default="", metavar="DIR", help="Where `pool init --loop` made a pool's files.")
-@click.option("--data-file", default="", metavar="FILE", help="A file, with --metadata-file.")
-@click.option("--metadata-file", default="", metavar="FILE", help="Another one.")
-@click.option("--metadata-size", type=SIZE, default=0, metavar="SIZE", help="Where --device is split.")
+@click.option("--data-file", default="", metavar="FILE", help="The file of the data, with --metadata-file.")
+@click.option("--metadata-file", default="", metavar="FILE", help="That of the metadata.")
+@click.option("--metadata-size", type=SIZE, default=0, metavar="SIZE",
+              help="Of the metadata, where --device is split.")  # fmt: skip
 @as_json_option
 @click.pass_obj
 def pool_adopt(load: Loader, /, metadata_size: int, as_json: bool, **given: str) -> None:
@@ -295,7 +298,7 @@ def pool_extend(load: Loader, more: int | None, metadata: bool, as_json: bool) -
 @as_json_option
 @click.pass_obj
 def pool_check(load: Loader, repair: bool, as_json: bool) -> None:
-    """Check the pool's metadata; with --repair, put it right. Status 1 if they are damaged."""
+    """Check the pool's metadata; with --repair, put them right. Status 1 if they are damaged."""
     config = load()
     with troubles.looking():
         it = _description(config)

@@ -12,9 +12,12 @@ import os
 import sys
 from collections.abc import Iterator
 
+from blockdev.errors import of_system
+
 # Fine; something is wrong, or it failed; the command line or a setting is wrong; it could not be looked at.
 FINE, FOUND, USAGE, NOT_SEEN = 0, 1, 2, 3
 
+_RIGHTS = (errno.EACCES, errno.EPERM)
 # The base classes of the rooms' errors; only rooms that are loaded can have raised one.
 _ERRORS = {
     "blockdev.errors": "BlockdevError",
@@ -66,12 +69,6 @@ def _classes(named: dict[str, str]) -> tuple[type[BaseException], ...]:
 
 
 def _of_system(error: OSError) -> str:
-    """The path, and the kernel's words for its answer."""
-    # Some are raised with a text alone.
-    why = (error.strerror or str(error) or type(error).__name__).strip()
-    why = why[:1].lower() + why[1:] if why[1:2].islower() else why
-    places = " to ".join(os.fsdecode(one) for one in (error.filename, error.filename2) if isinstance(one, str | bytes))
-    said = f"{places}: {why}" if places else why
-    if error.errno in (errno.EACCES, errno.EPERM) and os.geteuid() != 0:
-        return f"{said}; run runvol as root"
-    return said
+    """Whoever is not root is told to be."""
+    said = of_system(error)
+    return f"{said}; run runvol as root" if error.errno in _RIGHTS and os.geteuid() != 0 else said

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 
 import click
@@ -20,7 +22,11 @@ _CALL = 60.0
 
 
 def _node(load: Loader) -> Node:
-    return assembly.build(load())
+    """The node's verbs. A state directory that is not made yet holds nothing; one that cannot be read is an OSError."""
+    loaded = load()
+    with contextlib.suppress(FileNotFoundError), os.scandir(loaded.text("paths.state_dir")):
+        pass
+    return assembly.build(loaded)
 
 
 @click.command(short_help="Serve the CSI plugin.")
@@ -381,7 +387,8 @@ def gc(load: Loader, dry_run: bool, as_json: bool) -> None:
              for one in found]  # fmt: skip
     columns: tables.Columns[schemas.LeftOver] = ["what", "place", "done", "why"]
     tables.show(schemas.LeftOver, items, columns, as_json=as_json, empty="nothing is left over")
-    sys.exit(troubles.FINE if all(one.done for one in items) else troubles.FOUND)
+    left = {one.what for one in items if not one.done}
+    sys.exit(troubles.FOUND if left - {"trouble"} else troubles.NOT_SEEN if left else troubles.FINE)
 
 
 @click.command(short_help="Measure the running driver on this node.")

@@ -49,7 +49,7 @@ def check(parameters: Mapping[str, str], *, default: str = "loop") -> dict[str, 
                 continue
             raise InvalidParameter(key, value, f"is not known; known are {', '.join(sorted(_BY_KEY))}")
         if not known.accepts(value):
-            raise InvalidParameter(key, value, f"takes {known.values}")
+            raise InvalidParameter(key, value, known.refuses(value) if known.refuses else f"takes {known.values}")
         if mine.get(known.key, value) != value:
             raise InvalidParameter(key, value, f"contradicts {known.key} = {mine[known.key]!r}")
         mine[known.key] = value
