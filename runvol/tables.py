@@ -1,7 +1,7 @@
 """What there is, for a person or, with `--json`, for a program.
 
-A terminal gets a table where its rows fit, else `key = value` lines; a pipe gets a line for each row, however long. No
-cell is cut, and no line ends in blanks.
+A terminal gets a table where its rows, or all but a sentence at their end, fit, else `key = value` lines; a pipe gets a
+line for each row, however long. No cell is cut, and no line ends in blanks.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ T = TypeVar("T", bound=schemas.Item)
 Columns = Sequence[str | tuple[str, Callable[[T], object]]]
 _GAP = "  "
 _WIDTH = 80
+# What a column of sentences needs, to be read.
+_NARROW = 30
 
 
 def show(kind: type[T], items: Sequence[T], columns: Columns[T], *, as_json: bool, empty: str) -> None:
@@ -78,17 +80,28 @@ def definitions(entries: Sequence[tuple[str, Sequence[str]]]) -> None:
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     heads = [title.upper() for title in titles]
     widths = [max(len(one) for one in column) for column in zip(heads, *rows, strict=True)]
-    if sys.stdout.isatty() and sum(widths) + len(_GAP) * (len(widths) - 1) > shutil.get_terminal_size().columns:
-        blocks = ["\n".join(_block(titles, row)) for row in rows]
-        return "\n\n".join(blocks).split("\n")
-    return [
-        _GAP.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [heads, *rows]
-    ]
+    before = sum(widths[:-1]) + len(_GAP) * (len(widths) - 1)
+    columns = shutil.get_terminal_size().columns
+    if not sys.stdout.isatty() or before + widths[-1] <= columns:
+        return [_line(row, widths) for row in [heads, *rows]]
+    # A sentence at the end goes on below itself.
+    if columns - before >= _NARROW and all(len(word) <= columns - before for row in rows for word in row[-1].split()):
+        return [line for row in [heads, *rows] for line in _folded(row, widths, columns - before)]
+    return "\n\n".join("\n".join(_block(titles, row, columns)) for row in rows).split("\n")
 
 
-def _block(titles: Sequence[str], row: Sequence[str]) -> list[str]:
+def _line(row: Sequence[str], widths: Sequence[int]) -> str:
+    return _GAP.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def _folded(row: Sequence[str], widths: Sequence[int], width: int) -> list[str]:
+    first, *more = textwrap.wrap(row[-1], width, break_long_words=False, break_on_hyphens=False)
+    return [_line([*row[:-1], first], widths), *(_line([*[""] * (len(row) - 1), one], widths) for one in more)]
+
+
+def _block(titles: Sequence[str], row: Sequence[str], columns: int) -> list[str]:
     """One row as lines; a sentence goes on below, indented."""
-    columns, lines = shutil.get_terminal_size().columns, []
+    lines = []
     for title, cell in zip(titles, row, strict=True):
         if cell != "-":
             lines += textwrap.wrap(f"{title} = {cell}", columns, subsequent_indent="    ", break_long_words=False,
