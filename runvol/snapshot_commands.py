@@ -226,7 +226,8 @@ def _print_pool(item: schemas.Pool) -> None:
         ]
     facts += [("quarantined devices", len(item.quarantined_devices)), ("doomed devices", item.doomed_devices)]
     tables.definitions([(f"{key} = {tables.text(value)}", []) for key, value in facts])
-    tables.definitions([(f"{one.state}:", [one.finding]) for one in item.findings])
+    for one in item.findings:
+        tables.say(f"{one.state}: {one.finding}")
 
 
 def _of_store(config: Config, name: str, finding: str) -> schemas.Pool:

@@ -77,6 +77,15 @@ def definitions(entries: Sequence[tuple[str, Sequence[str]]]) -> None:
     click.echo("\n".join(lines))
 
 
+def say(sentence: str) -> None:
+    """A sentence among a listing, which goes on below, indented, where a terminal ends."""
+    lines = [sentence]
+    if sys.stdout.isatty():
+        lines = textwrap.wrap(sentence, shutil.get_terminal_size().columns, subsequent_indent="    ",
+                              break_long_words=False, break_on_hyphens=False)  # fmt: skip
+    click.echo("\n".join(lines))
+
+
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     heads = [title.upper() for title in titles]
     widths = [max(len(one) for one in column) for column in zip(heads, *rows, strict=True)]

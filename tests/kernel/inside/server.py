@@ -14,6 +14,7 @@ from pathlib import Path
 
 from blockdev import Deadline
 from blockdev.devicemapper import Mapper
+from runvol import schemas
 from snapshotter import assembly
 
 MIB = 1 << 20
@@ -63,6 +64,8 @@ class Server:
         done = subprocess.run([sys.executable, "-m", "runvol", *arguments], env=self.environment, capture_output=True,
                               text=True, check=False, timeout=120)  # fmt: skip
         assert done.returncode in ok, done.stderr
+        if "--json" in arguments and done.stdout:
+            schemas.read(json.loads(done.stdout))
         return done.stdout
 
     def start(self) -> float:

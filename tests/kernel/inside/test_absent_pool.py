@@ -17,7 +17,7 @@ def status(server: Server) -> str:
     done = subprocess.run([sys.executable, "-m", "runvol", "pool", "status"], env=server.environment, capture_output=True,
                           text=True, timeout=60, check=False)  # fmt: skip
     assert done.returncode == 1
-    return done.stderr
+    return done.stdout
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
