@@ -15,11 +15,12 @@ from runvol.diagnosis import BROKEN, OK, WARNING, Diagnosis
 from runvol.gauge_place import gauge_path
 from snapshotter import backing, images
 from snapshotter.errors import SnapshotterError
+from snapshotter.failures import disk_trouble
 from snapshotter.gauge import fill
 from snapshotter.images import Share
 from snapshotter.node import STORE
 from snapshotter.pool import Pool
-from snapshotter.store import Store, disk_trouble
+from snapshotter.store import Store
 from snapshotter.trust import Trust
 
 # Percent of the device ids that were given, from which on an operator is told.

@@ -22,9 +22,10 @@ from runvol.options import SIZE
 from runvol.serve_snapshots import limits, state_dir
 from runvol.sizes import words
 from snapshotter import assembly, backing, names, quarantine
-from snapshotter.assembly import Extender, Wish
+from snapshotter.assembly import Wish
 from snapshotter.backing import Backing
 from snapshotter.errors import PoolRefused, WrongState
+from snapshotter.extending import Extender
 from snapshotter.gauge import Gauge
 from snapshotter.model import Kind, Snapshot
 from snapshotter.pool import Pool

@@ -9,6 +9,7 @@ ALLOWED: tuple[tuple[str, str], ...] = (
     ("tests/deploy/test_csi_unit.py::test_how_exposed_a_unit_is*", "systemd-analyze is not installed"),
     ("tests/deploy/test_containerd_config.py::*", "is not prepared: run tests/prepare/containerds.sh"),
     ("tests/kernel/inside/test_gauge_in_cri.py::*", "is not prepared: run tests/prepare/containerds.sh"),
+    ("tests/kernel/inside/test_containerd.py::*", "is not prepared: run tests/prepare/containerds.sh"),
     ("tests/kernel/inside/test_gauge_in_kubelet.py::*", "is not prepared: run tests/prepare/cluster.sh"),
     ("tests/sanity/test_sanity.py::*", "local volume"),
     ("tests/sanity/test_sanity.py::*-sandbox-*]", "what a sandbox has is not grown under it"),
