@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -181,13 +182,25 @@ def test_a_variable_that_is_not_known_is_refused(name: str, hint: str) -> None:
     assert str(refused.value).startswith(f"the variable {name} is not known; {hint}")
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["RUNVOL_CSI_SERVICE_HOST", "RUNVOL_CSI_SERVICE_PORT_GRPC", "RUNVOL_CSI_PORT", "RUNVOL_CSI_PORT_443_TCP_ADDR",
-     "RUNVOL_FLEXVOLUME_LOG", "RUNVOL_CACHE", "RUNVOL_TEST_DIR", "PATH"],
-)  # fmt: skip
-def test_a_variable_that_is_somebody_elses_is_passed_over(name: str) -> None:
-    load({name: "/x"})
+def test_a_variable_that_is_somebody_elses_is_passed_over() -> None:
+    """Those of Services, and those of other programs, such as these tests."""
+    ours = set(re.findall(r"RUNVOL_[A-Z_]+[A-Z]", (ROOT / "Makefile").read_text()))
+    services = ("SERVICE_HOST", "SERVICE_PORT_GRPC", "PORT", "PORT_443_TCP_ADDR", "PORT_443_TCP")
+    for name in ("PATH", "RUNVOL_CACHE", "RUNVOL_TEST_DIR", "RUNVOL_FLEXVOLUME_LOG", *ours):
+        load({name: "/x"})
+    for name in services:
+        load({f"RUNVOL_{name}": "x", f"RUNVOL_CSI_{name}": "x"})
+    assert len(ours) > 5
+
+
+def test_a_slip_of_one_letter_is_noticed_in_every_variable() -> None:
+    known = {config.variable_of(key) for key in config.TABLE}
+    for name in known:
+        for at in range(len("RUNVOL_"), len(name)):
+            slip = name[:at] + name[at + 1 :]
+            if slip not in known:
+                with pytest.raises(ConfigError, match="is not known"):
+                    load({slip: "x"})
 
 
 def test_the_file_of_the_variable_holds_and_the_flag_is_nearer(tmp_path: Path) -> None:
