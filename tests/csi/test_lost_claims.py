@@ -226,7 +226,7 @@ def test_gc_keeps_the_claim_of_a_volume_whose_store_is_away(driver):
     for suffix in ("-wal", "-shm"):
         (driver.state / f"volumes.db{suffix}").unlink(missing_ok=True)
     driver.start()
-    driver.cli("gc")
+    driver.cli("gc", check=False)
     assert (driver.records / "claims" / f"{volume.volume_id}.json").exists() and os.path.ismount(target)
     driver.stop()
     for name in ("volumes.db", "volumes.db-wal", "volumes.db-shm"):

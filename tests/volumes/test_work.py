@@ -140,5 +140,5 @@ def test_the_command_and_the_metrics_show_it(tmp_path):
         place.mkdir(mode=0o700, exist_ok=True)
         with held(place, "other", [{"what": "snapshot s of v", "done": 1 << 20, "total": 4 << 20, "seconds": 2.5}]):
             (row,) = json.loads(driver.cli("volumes", "work", "--json").stdout)["items"]
-            assert (row["work"], row["done_bytes"], row["percent"]) == ("snapshot s of v", 1 << 20, 25)
+            assert (row["work"], row["doneBytes"], row["percent"]) == ("snapshot s of v", 1 << 20, 25)
             assert "snapshot s of v" in driver.cli("volumes").stdout
