@@ -75,11 +75,15 @@ TABLE: Mapping[str, Setting] = {
         meaning="what the host does before it mounts a block filesystem that a guest may have written: checked (whole, "
         "by a program under limits), trusted or never",
     ),
-    "paths.state_dir": Setting(default="/var/lib/runvol", meaning="volumes and their store; survives reboots"),
+    "paths.state_dir": Setting(
+        default="/var/lib/runvol", meaning="the state directory: volumes and stores; survives reboots"
+    ),
     "paths.state_dir_mounted": Setting(
         default="false", meaning="something must be mounted at the state directory, else nothing starts: true or false"
     ),
-    "paths.run_dir": Setting(default="/run/runvol", meaning="sockets and locks; must not survive reboots"),
+    "paths.run_dir": Setting(
+        default="/run/runvol", meaning="the run directory: sockets and locks; must not survive reboots"
+    ),
     "paths.direct_volumes": Setting(
         default="/run/kata-containers/shared/direct-volumes", meaning="where Kata's shims look for direct volumes"
     ),
@@ -92,14 +96,16 @@ TABLE: Mapping[str, Setting] = {
     ),
     "paths.kata_root": Setting(default="/", meaning="where the search for Kata's configuration starts"),
     "detect.sandbox_handlers": Setting(
-        default=("kata*", "runv*", "rund*"), meaning="names of runtime handlers that are sandboxes"
+        default=("kata*", "runv*", "rund*"), meaning="names of handlers that are sandboxes"
     ),
     "detect.host_handlers": Setting(
-        default=(), meaning="names of runtime handlers that run pods on the node's own kernel, whatever their type"
+        default=(), meaning="names of handlers that run pods on the node's own kernel, whatever their type"
     ),
-    "detect.sandbox_handler": Setting(default="kata", meaning="the handler that `runtime: sandbox` means"),
+    "detect.sandbox_handler": Setting(
+        default="kata", meaning="the handler that the parameter `runtime: sandbox` means"
+    ),
     "detect.rund": Setting(
-        default="rund2", meaning="the hand-off that handlers named rund speak: rund2 or rund3 (RunD's version)"
+        default="rund2", meaning="the dialect of handlers named rund: rund2 or rund3 (RunD's version)"
     ),
     "detect.default_runtime": Setting(
         default="", meaning="runtime of pods that nobody knows: runc, sandbox, a handler; empty refuses them"
@@ -180,10 +186,10 @@ TABLE: Mapping[str, Setting] = {
     ),
     "csi.startup_taint": Setting(
         default="",
-        meaning="the key of a taint that new nodes come with, such as csi.runvol.io/not-ready, and that the plugin "
+        meaning="the key of a taint that new nodes come with, such as csi.runvol.io/not-ready, and that the node plugin "
         "takes off its node once kubelet has registered it; empty for none",
     ),
-    "csi.metrics": Setting(default="", meaning="HOST:PORT of the plugin's metrics (loopback); empty for none"),
+    "csi.metrics": Setting(default="", meaning="HOST:PORT of the drivers' metrics (loopback); empty for none"),
     "csi.services": Setting(default=("identity", "controller", "node"), meaning="the CSI services to serve"),
     "snapshotter.endpoint": Setting(default="unix:///run/runvol/snapshotter.sock", meaning="the socket for containerd"),
     "snapshotter.state_dir": Setting(

@@ -84,7 +84,7 @@ _as = click.option("--as", "name", default="runvol/runvol", show_default=True, m
 @click.option(
     "--through-plugin",
     is_flag=True,
-    help="For a plugin in a container: what kubelet executes on the node enters it. Run it in there.",
+    help="For a node plugin in a container: what kubelet executes on the node enters it. Run it in there.",
 )
 @as_json_option
 @click.pass_obj

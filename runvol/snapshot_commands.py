@@ -398,7 +398,7 @@ def pool_gauge(load: Loader, remove: bool, as_json: bool) -> None:
 def pool_quarantine(
     load: Loader, /, free: tuple[int, ...], free_all: bool, yes: bool, adopt: int | None, as_json: bool, **given: str
 ) -> None:
-    """List devices of the pool that no snapshot belongs to (the store was lost, or they are foreign), free or adopt
+    """List devices of the pool that no container snapshot belongs to (the store was lost, or they are foreign), free or adopt
     them."""
     config = load()
     if adopt is not None:

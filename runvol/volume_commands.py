@@ -29,7 +29,7 @@ def _node(load: Loader) -> Node:
     return assembly.build(loaded)
 
 
-@click.command(short_help="Serve the CSI plugin.")
+@click.command(short_help="Serve the drivers: the node plugin.")
 @click.option("--endpoint", metavar="URL", help="The socket to serve, unix:///…/csi.sock.")
 @click.option("--nfs-endpoint", metavar="URL", help="The same for the driver nfs.csi.runvol.io.")
 @click.option("--node-id", metavar="NAME", help="The node's name in Kubernetes.")
@@ -38,7 +38,7 @@ def _node(load: Loader) -> Node:
 def csi(
     load: Loader, endpoint: str | None, nfs_endpoint: str | None, node_id: str | None, services: str | None
 ) -> None:
-    """Serve the CSI plugin."""
+    """Serve the drivers csi.runvol.io and nfs.csi.runvol.io: the node plugin, or a central controller."""
     from runvol import serve
 
     given = {"csi.endpoint": endpoint, "csi.nfs_endpoint": nfs_endpoint, "node.id": node_id, "csi.services": services}
@@ -269,7 +269,7 @@ def _claims(node: Node) -> list[Claim]:
     return found
 
 
-@click.command(short_help="List what was handed to sandboxes.")
+@click.command(short_help="List hand-offs: what sandboxes were given.")
 @_json
 @click.pass_obj
 def handoffs(load: Loader, as_json: bool) -> None:

@@ -232,3 +232,27 @@ def test_sizes_are_bytes_or_quantities_in_every_setting() -> None:
     assert loaded.number("loop.capacity_bytes") == 1 << 40
     assert loaded.number("directory.capacity_bytes") == 3 << 29
     assert loaded.number("snapshotter.size_bytes") == 10 << 30
+
+
+def test_the_flexvolume_driver_tells_the_same_sentences(tmp_path: Path) -> None:
+    environment = {"PATH": os.environ["PATH"], "RUNVOL_FLEXVOLUME_LOG": str(tmp_path / "log")}
+    for wrong, said in (
+        ({"RUNVOL_PATHS_STATEDIR": "/x"}, "the variable RUNVOL_PATHS_STATEDIR is not known; is RUNVOL_PATHS_STATE_DIR"),
+        ({"RUNVOL_CONFIG": f"{tmp_path}/none.toml"}, f"the configuration file {tmp_path}/none.toml does not exist"),
+        ({"RUNVOL_LOG_LEVEL": "loud"}, "log.level = 'loud' (from RUNVOL_LOG_LEVEL): takes debug, info"),
+    ):
+        done = subprocess.run([sys.executable, "-m", "runvol.flexvolume_driver", "unmount", "/x"], capture_output=True,
+                              text=True, check=False, cwd=ROOT, env=environment | wrong, timeout=60)  # fmt: skip
+        reply = json.loads(done.stdout)
+        assert (done.returncode, reply["status"], done.stderr) == (1, "Failure", "")
+        assert reply["message"].startswith(said), reply
+
+
+def test_an_installed_flexvolume_driver_has_the_settings_of_its_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "runvol.toml"
+    file.touch()
+    run("--config", file, "--run-dir", tmp_path / "r", "flexvolume", "install", "--plugin-dir", tmp_path / "p",
+        "--state-dir", tmp_path / "s", status=0)  # fmt: skip
+    text = (tmp_path / "p/runvol~runvol/runvol").read_text()
+    for name, value in (("CONFIG", file), ("PATHS_RUN_DIR", tmp_path / "r"), ("PATHS_STATE_DIR", tmp_path / "s")):
+        assert f"os.environ.setdefault('RUNVOL_{name}', '{value}')" in text
