@@ -186,8 +186,8 @@ TABLE: Mapping[str, Setting] = {
     ),
     "csi.startup_taint": Setting(
         default="",
-        meaning="the key of a taint that new nodes come with, such as csi.runvol.io/not-ready, and that the node plugin "
-        "takes off its node once kubelet has registered it; empty for none",
+        meaning="the key of a taint that new nodes come with, such as csi.runvol.io/not-ready, and that the node "
+        "plugin takes off its node once kubelet has registered it; empty for none",
     ),
     "csi.metrics": Setting(default="", meaning="HOST:PORT of the drivers' metrics (loopback); empty for none"),
     "csi.services": Setting(default=("identity", "controller", "node"), meaning="the CSI services to serve"),

@@ -217,7 +217,7 @@ class Pool(Item):
     data_total_bytes: Annotated[int | None, _said("bytes of data that there are")]
     metadata_used_bytes: Annotated[int | None, _said("bytes of metadata in use")]
     metadata_total_bytes: Annotated[int | None, _said("bytes of metadata that there are")]
-    generation: Annotated[int | None, _said("the metadata's transaction id")]
+    generation: Annotated[str | None, _said("the metadata's transaction id, a number of up to 20 digits")]
     mapped_devices: Annotated[int | None, _said("how many of its devices are mapped")]
     quarantined_devices: Annotated[list[int], _said("ids of devices that no snapshot belongs to")]
     doomed_devices: Annotated[int, _said("how many wait for their deletion")]

@@ -24,7 +24,7 @@ from runvol.sizes import words
 from snapshotter import assembly, backing, names, quarantine
 from snapshotter.assembly import Wish
 from snapshotter.backing import Backing
-from snapshotter.errors import PoolRefused, WrongState
+from snapshotter.errors import PoolRefused, Unavailable, WrongState
 from snapshotter.extending import Extender
 from snapshotter.gauge import Gauge
 from snapshotter.model import Kind, Snapshot
@@ -180,8 +180,8 @@ def pool_adopt(load: Loader, /, metadata_size: int, as_json: bool, **given: str)
     _tell("adopted", "pool", done.name, said, as_json)
 
 
-def _tell(action: str, what: str, name: str, message: str, as_json: bool) -> None:
-    one = schemas.Outcome(action=action, what=what, name=name, done=True, message=message)
+def _tell(action: str, what: str, name: str, message: str, as_json: bool, *, done: bool = True) -> None:
+    one = schemas.Outcome(action=action, what=what, name=name, done=done, message=message)
     tables.tell([one], as_json=as_json)
 
 
@@ -257,7 +257,7 @@ def _assembled(config: Config, one: Pool, block: int) -> schemas.Pool:
         data_total_bytes=status.data_total * block,
         metadata_used_bytes=status.metadata_used * 4096,
         metadata_total_bytes=status.metadata_total * 4096,
-        generation=status.transaction,
+        generation=str(status.transaction),
         mapped_devices=len(one.active()),
         findings=findings,
     )
@@ -309,13 +309,26 @@ def pool_check(load: Loader, repair: bool, as_json: bool) -> None:
             said = assembly.repair(mapper, state_dir(config), Deadline.after(3600))
             _tell("repaired", "pool", it.name, said, as_json)
             return
-        if mapper.find(it.name) is None:
-            metadata, _ = Backing(mapper, state_dir(config), it).attach(Deadline.after(_CALL))
-            assembly.check_metadata(it.name, metadata, Deadline.after(_CALL))
-        else:
-            one, _ = assembly.assemble(mapper, state_dir(config), Deadline.after(_CALL))
-            one.check_live(Deadline.after(_CALL))
-    _tell("checked", "pool", it.name, f"pool {it.name}: the metadata is sound", as_json)
+        wrong = _wrong_with(mapper, config, it)
+    if wrong and not as_json:
+        raise click.ClickException(wrong)
+    _tell("checked", "pool", it.name, wrong or f"pool {it.name}: the metadata is sound", as_json, done=not wrong)
+    raise SystemExit(troubles.FOUND if wrong else troubles.FINE)
+
+
+def _wrong_with(mapper: Mapper, config: Config, it: backing.Description) -> str:
+    """What its metadata is like, if not sound; NotSeen where it cannot be looked at."""
+    with troubles.looking():
+        try:
+            if mapper.find(it.name) is None:
+                metadata, _ = Backing(mapper, state_dir(config), it).attach(Deadline.after(_CALL))
+                assembly.check_metadata(it.name, metadata, Deadline.after(_CALL))
+            else:
+                one, _ = assembly.assemble(mapper, state_dir(config), Deadline.after(_CALL))
+                one.check_live(Deadline.after(_CALL))
+        except Unavailable as error:
+            return str(error)
+    return ""
 
 
 @pool.command("repair-store", short_help="Make a lost or old store again.")
@@ -398,8 +411,8 @@ def pool_gauge(load: Loader, remove: bool, as_json: bool) -> None:
 def pool_quarantine(
     load: Loader, /, free: tuple[int, ...], free_all: bool, yes: bool, adopt: int | None, as_json: bool, **given: str
 ) -> None:
-    """List devices of the pool that no container snapshot belongs to (the store was lost, or they are foreign), free or adopt
-    them."""
+    """List devices of the pool that no container snapshot belongs to (the store was lost, or they are foreign), free
+    or adopt them."""
     config = load()
     if adopt is not None:
         if free or free_all:
