@@ -304,21 +304,21 @@ def pool_check(load: Loader, repair: bool, as_json: bool) -> None:
     config = load()
     with troubles.looking():
         it = _description(config)
-    with Mapper() as mapper:
-        if repair:
+    if repair:
+        with Mapper() as mapper:
             said = assembly.repair(mapper, state_dir(config), Deadline.after(3600))
-            _tell("repaired", "pool", it.name, said, as_json)
-            return
-        wrong = _wrong_with(mapper, config, it)
+        _tell("repaired", "pool", it.name, said, as_json)
+        return
+    wrong = _wrong_with(config, it)
     if wrong and not as_json:
         raise click.ClickException(wrong)
     _tell("checked", "pool", it.name, wrong or f"pool {it.name}: the metadata is sound", as_json, done=not wrong)
     raise SystemExit(troubles.FOUND if wrong else troubles.FINE)
 
 
-def _wrong_with(mapper: Mapper, config: Config, it: backing.Description) -> str:
+def _wrong_with(config: Config, it: backing.Description) -> str:
     """What its metadata is like, if not sound; NotSeen where it cannot be looked at."""
-    with troubles.looking():
+    with troubles.looking(), Mapper() as mapper:
         try:
             if mapper.find(it.name) is None:
                 metadata, _ = Backing(mapper, state_dir(config), it).attach(Deadline.after(_CALL))
