@@ -9,7 +9,7 @@ import click
 
 from runvol.cli import Loader
 from runvol.diagnosis import FINE, NOT_LOOKED
-from runvol.tables import size
+from runvol.sizes import words as size
 
 
 @click.command("support-bundle", short_help="Pack what a maintainer needs into one file.")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import click
 
+from runvol import schemas, tables
 from runvol.diagnosis import OK, STATES, Diagnosis
 
 _NARROWEST, _WIDEST = 40, 100
@@ -19,7 +20,7 @@ _INDENT = "         "
 
 def show(found: Sequence[Diagnosis], *, as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps([fields(one) for one in found], indent=2))
+        tables.print_json(schemas.Diagnosis, [schemas.Diagnosis(**fields(one)) for one in found])
         return
     # A pipe has no width: a line there is one finding's, fix or all.
     width = min(_WIDEST, max(_NARROWEST, shutil.get_terminal_size().columns)) if sys.stdout.isatty() else None
@@ -27,7 +28,7 @@ def show(found: Sequence[Diagnosis], *, as_json: bool) -> None:
         click.echo(line)
 
 
-def fields(one: Diagnosis) -> dict[str, str | None]:
+def fields(one: Diagnosis) -> dict[str, Any]:
     return {"state": one.state, "id": one.id, "subject": one.subject, "finding": one.finding, "fix": one.fix or None}
 
 
