@@ -8,6 +8,7 @@ storage calls.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -30,14 +31,22 @@ def archives(directory: Path) -> list[Path]:
     accounts = {"etc/passwd": b"root:x:0:0:root:/root:/bin/sh\n", "etc/group": b"root:x:0:\n"}
     tools = images.layer({"bin/busybox": busybox, **accounts}, links)
     agnhost = images.layer({"agnhost": programs.directory("e2e") / "agnhost"})
+    # A dd that knows `oflag=nocache`, which busybox has not, and a shell that does not take its own before it.
+    of_glibc = {"usr/bin/dd": Path("/bin/dd"), "bin/sh": Path("/bin/dash").resolve()}
+    glibc = images.layer({**of_glibc, **_libraries("/bin/dd"), **_libraries("/bin/dash")})
+    layers = {"busybox": [tools], "nginx": [tools], "glibc": [tools, glibc]}
     found = []
     for kind, reference in names().items():
         path = directory / f"e2e-{kind}.tar"
-        if kind == "busybox":
-            images.write_archive(path, reference, [tools], command=["sh"])
+        if kind in layers:
+            images.write_archive(path, reference, layers[kind], command=["sh"])
         else:
-            # A pause that ends at once when it is told to.
-            command = ["pause"]
-            images.write_archive(path, reference, [tools, agnhost], entrypoint=["/agnhost"], command=command)
+            images.write_archive(path, reference, [tools, agnhost], entrypoint=["/agnhost"], command=["pause"])
         found.append(path)
     return found
+
+
+def _libraries(program: str) -> dict[str, Path]:
+    """What a program of this machine is linked with, by the paths that it is looked for at."""
+    said = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
+    return {path.lstrip("/"): Path(path) for path in re.findall(r"(/\S+) \(0x", said)}

@@ -31,6 +31,8 @@ func TestMain(m *testing.M) {
 		names := map[string]string{
 			"busybox": image.GetE2EImage(image.BusyBox),
 			"agnhost": image.GetE2EImage(image.Agnhost),
+			"glibc":   image.GetE2EImage(image.GlibcDnsTesting),
+			"nginx":   image.GetE2EImage(image.Nginx),
 			"pause":   image.GetE2EImage(image.Pause),
 		}
 		if err := json.NewEncoder(os.Stdout).Encode(names); err != nil {
@@ -40,8 +42,8 @@ func TestMain(m *testing.M) {
 		os.Exit(0)
 	}
 	framework.AfterReadingAllFlags(&framework.TestContext)
-	// Driver files name the files of their classes; both are given from where the program is started.
-	testfiles.AddFileSource(testfiles.RootFileSource{Root: "."})
+	// Where driver files say that the files of their classes are.
+	testfiles.AddFileSource(testfiles.RootFileSource{Root: framework.TestContext.RepoRoot})
 	os.Exit(m.Run())
 }
 
