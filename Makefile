@@ -1,11 +1,12 @@
 # Every target installs what it needs and says so; a second run is quick.
-.PHONY: help demo test test-kernel test-cluster test-long lint bench bench-kernel bench-lives venv prepare clean
+.PHONY: help demo test test-kernel test-cluster test-e2e test-long lint bench bench-kernel bench-lives venv prepare clean
 
 help:
 	@echo "make demo   a volume goes into a guest, is measured and survives the guest (about 3 minutes)"
 	@echo "make test   every test that fits into 15 minutes"
 	@echo "make test-kernel  device-mapper, LVM, containerd and crashes, in a user-mode kernel if need be (20 minutes)"
 	@echo "make test-cluster  a real Kubernetes: the chart, its volumes, nodes that fail (15 minutes; 15 more to build it)"
+	@echo "make test-e2e  Kubernetes' own end-to-end tests of storage (an hour; 10 minutes more to build them)"
 	@echo "make test-long  what is repeated and large: three suites, 10,000 snapshots, 200 kill rounds (an hour)"
 	@echo "make lint   ruff, mypy, import-linter"
 	@echo "make bench-kernel  the snapshotter against containerd's devmapper and overlayfs (10 minutes)"
@@ -46,6 +47,13 @@ test-cluster: prepare
 	@tests/prepare/debian.sh image
 	@RUNVOL_CLUSTER_TIER=1 .venv/bin/python -m pytest tests/cluster $(SHORT_CLUSTER) $(ARGS)
 
+# Kubernetes' own tests against each driver file; ARGS are BACKENDs and more. In a user-mode kernel where there is no NFS client.
+test-e2e: prepare
+	@tests/prepare/cluster.sh
+	@tests/prepare/debian.sh image
+	@tests/prepare/e2e.sh
+	@.venv/bin/python -m tests.e2e $(ARGS)
+
 test-long: prepare
 	@RUNVOL_SUITES=3 RUNVOL_MANY=10000 RUNVOL_LIVES=100 RUNVOL_ROUNDS=100 .venv/bin/python -m tests.kernel $(ARGS)
 	@RUNVOL_POWER_CUTS=10 .venv/bin/python -m pytest tests/kernel/test_power_cut.py
@@ -53,6 +61,8 @@ test-long: prepare
 	@RUNVOL_ATTACKS=100 .venv/bin/python -m pytest -s tests/attacks
 	@.venv/bin/python -m tests.kill.load --rounds 200
 	@RUNVOL_CLUSTER_TIER=1 RUNVOL_ROUNDS=10 .venv/bin/python -m pytest -s tests/cluster
+	@tests/prepare/e2e.sh
+	@.venv/bin/python -m tests.e2e
 
 lint: venv
 	.venv/bin/ruff check .
