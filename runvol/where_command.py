@@ -44,7 +44,8 @@ def where(load: Loader, pod: str, as_json: bool) -> None:
         {"kind": one.kind, "namespace": one.pod.namespace, "pod": one.pod.name, "pod_uid": one.pod.uid,
          "container": one.container, "seen_at": one.seen_at, "path": one.path,
          "on_host": "yes" if one.readable else "no", "readable": one.readable, "why": one.why,
-         "volume": one.volume, "device": one.device, "handler": one.handler, "read_only": one.read_only}
+         "volume": one.volume, "device": one.device, "handler": one.handler,
+         "kernel": one.kernel, "read_only": one.read_only}
         for one in found
     ]  # fmt: skip
     tables.show(rows, _COLUMNS, as_json=as_json, empty="")
