@@ -124,6 +124,7 @@ class PodPlace(Item):
     readable: Annotated[bool, _said("whether its content can be read there")]
     why: Annotated[str | None, _said("why it cannot, for a person")]
     device: Annotated[str | None, _said("device, file or export that carries it")]
+    kernel: Annotated[str | None, _word("host", "sandbox", "unknown", means="whose kernel has the volume")]
     handler: Annotated[str | None, _said("the runtime handler")]
     read_only: Annotated[bool, _said("whether the pod may not write")]
 

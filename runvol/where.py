@@ -16,7 +16,7 @@ import msgspec
 
 from blockdev import durable, mountinfo
 from guestmount import ways
-from guestmount.claims import Claim, Target
+from guestmount.claims import HOST, SANDBOX, Claim, Target
 from guestmount.runtimes import in_root
 from volumes import VolumeKind
 
@@ -46,7 +46,8 @@ class Pod:
 @dataclass(frozen=True, kw_only=True)
 class Place:
     """One thing of a pod. `path`: on the node; `readable`: whether its content is there; `why`: if it is not, in words.
-    `seen_at`: where the container has it. `device`: what carries it, where that is known."""
+    `seen_at`: where the container has it; `kernel`: which one has a volume of runvol's mounted, host or sandbox.
+    `device`: what carries it, where that is known."""
 
     kind: str
     pod: Pod
@@ -57,6 +58,7 @@ class Place:
     why: str = ""
     device: str = ""
     handler: str = ""
+    kernel: str = ""
     read_only: bool = False
     seen_at: str = ""
 
@@ -221,13 +223,19 @@ def _volumes(pod: Pod, claims: Sequence[Claim], own: Sequence[Bundle]) -> Iterat
                 yield Place(
                     kind=VOLUME, pod=pod, container=container, volume=claim.volume, path=path, readable=not why,
                     why=why, device=claim.device or claim.source, read_only=target.read_only, seen_at=to,
-                    handler=handler,
+                    handler=handler, kernel=_kernel(claim, path),
                 )  # fmt: skip
     start = _OF_POD.format(uid=pod.uid)
     for one in own:
         for source, to in one.mounts:
             if start in source and source not in ours:
                 yield Place(kind=VOLUME, pod=pod, container=one.container, path=source, readable=True, seen_at=to)
+
+
+def _kernel(claim: Claim, path: str) -> str:
+    if claim.owner is not None:
+        return claim.owner.kind
+    return SANDBOX if path in ways.in_guests(claim) else HOST
 
 
 def _unreadable(claim: Claim, path: str) -> str:

@@ -55,7 +55,7 @@ def where(load: Loader, pod: str, as_json: bool) -> None:
                          pod_uid=one.pod.uid, container=one.container or None, volume=one.volume or None,
                          seen_at=one.seen_at or None, path=one.path or None, readable=one.readable,
                          why=one.why or None, device=one.device or None, handler=one.handler or None,
-                         read_only=one.read_only)
+                         kernel=one.kernel or None, read_only=one.read_only)
         for one in found
     ]  # fmt: skip
     tables.show(schemas.PodPlace, items, _COLUMNS, as_json=as_json, empty="")
