@@ -32,7 +32,7 @@ def socket_path(endpoint: str) -> str:
     try:
         return daemon.socket_path(endpoint)
     except ValueError as error:
-        raise BadRequest("--endpoint", endpoint, str(error)) from None
+        raise BadRequest("endpoint", endpoint, str(error)) from None
 
 
 class Server:
@@ -51,7 +51,7 @@ class Server:
     ) -> None:
         unknown = sorted(set(services) - set(SERVICES))
         if unknown:
-            raise BadRequest("--services", ",".join(unknown), f"takes {', '.join(SERVICES)}")
+            raise BadRequest("services", ",".join(unknown), f"takes {', '.join(SERVICES)}")
         self.path, self.name = socket_path(endpoint), driver.name
         probing, looking = Workers("identity", _PROBING), Workers("looking", _LOOKING)
         self._workers = [probing, looking, Workers("controller", _WORKERS), Workers("node", _WORKERS)]
@@ -82,7 +82,7 @@ class Server:
     def start(self) -> None:
         """BadRequest if another process answers on the socket; a socket that nobody serves is replaced."""
         if daemon.is_taken(self.path):
-            raise BadRequest("--endpoint", f"unix://{self.path}", "another process serves this socket; stop it first")
+            raise BadRequest("endpoint", f"unix://{self.path}", "another process serves this socket; stop it first")
         daemon.listen(self._server, self.path)
         self._server.start()
 

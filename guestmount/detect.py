@@ -124,8 +124,8 @@ class Detector:
             except PodUnknown as error:
                 doubts.append(str(error))
         if attribute:
-            return self._of_name(attribute, asked, "the volume's attribute runtime")
-        doubts.append("the volume has no attribute runtime")
+            return self._of_name(attribute, asked, "the volume's parameter runtime")
+        doubts.append("the volume has no parameter runtime")
         if self._settings.default_runtime:
             return self._of_name(self._settings.default_runtime, asked, "the setting detect.default_runtime")
         doubts.append("detect.default_runtime is not set")
@@ -183,7 +183,7 @@ class Detector:
             named = attribute not in (_GENERIC_SANDBOX, *_RUNC)
             if said.kind != answer.kind or (named and said.handler != answer.handler):
                 raise Refused(
-                    f"the volume's attribute runtime = {attribute!r} contradicts {ref}, which will run with the "
+                    f"the volume's parameter runtime = {attribute!r} contradicts {ref}, which will run with the "
                     f"handler {answer.handler!r} ({answer.source}); correct the StorageClass or the "
                     "pod's runtimeClassName"
                 )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from blockdev import BlockdevError, Deadline
 from blockdev.deadlines import bounded
 from runvol.diagnosis import Diagnosis, good, warning
-from runvol.tables import size
+from runvol.sizes import words as size
 from snapshotter.errors import SnapshotterError
 from snapshotter.gauge import Fill, Gauge
 

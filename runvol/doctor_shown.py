@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import sys
@@ -11,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import click
 
+from runvol import schemas, tables
 from runvol.diagnosis import OK, STATES, Diagnosis
 
 _NARROWEST, _WIDEST = 40, 100
@@ -19,7 +19,7 @@ _INDENT = "         "
 
 def show(found: Sequence[Diagnosis], *, as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps([fields(one) for one in found], indent=2))
+        tables.print_json(schemas.Diagnosis, items(found))
         return
     # A pipe has no width: a line there is one finding's, fix or all.
     width = min(_WIDEST, max(_NARROWEST, shutil.get_terminal_size().columns)) if sys.stdout.isatty() else None
@@ -27,8 +27,11 @@ def show(found: Sequence[Diagnosis], *, as_json: bool) -> None:
         click.echo(line)
 
 
-def fields(one: Diagnosis) -> dict[str, str | None]:
-    return {"state": one.state, "id": one.id, "subject": one.subject, "finding": one.finding, "fix": one.fix or None}
+def items(found: Sequence[Diagnosis]) -> list[schemas.Diagnosis]:
+    return [
+        schemas.Diagnosis(state=one.state, id=one.id, subject=one.subject, finding=one.finding, fix=one.fix or None)
+        for one in found
+    ]
 
 
 def lines(found: Sequence[Diagnosis], width: int | None) -> Iterator[str]:

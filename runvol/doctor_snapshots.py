@@ -12,7 +12,7 @@ from runvol import assembly, doctor_gauge, doctor_proxy_plugin, pool_absence
 from runvol.config import Config
 from runvol.diagnosis import BROKEN, OK, WARNING, Diagnosis, broken, good, warning
 from runvol.gauge_place import gauge_path
-from runvol.tables import size
+from runvol.sizes import words as size
 from snapshotter import backing, store_seen
 from snapshotter.errors import SnapshotterError
 from snapshotter.gauge import fill

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from blockdev import daemon
 from guestmount import BadRequest, Node, boot, repair
-from runvol import assembly, version
+from runvol import assembly, endpoints, version
 from runvol.config import Config
 from volumes import work
 
@@ -115,6 +115,9 @@ def csi_plugin(config: Config) -> None:
 
     told = daemon.signals()
     assembly.check_mounted(config)
+    for key in ("csi.endpoint", "csi.nfs_endpoint"):
+        if config.text(key):
+            endpoints.path(config, key)
     held = [*_alone(config, "paths.run_dir", "paths.state_dir")]
     sign = daemon.sign_of(config.text("paths.run_dir"))
     with contextlib.suppress(FileNotFoundError):
@@ -161,8 +164,8 @@ def csi_plugin(config: Config) -> None:
         known.enter_context(_introduced(config, servers))
     daemon.notify("READY=1")
     daemon.watched(lambda: all(server.answers() for server in servers), sign)
-    endpoints = [config.text(key) for key in ("csi.endpoint", "csi.nfs_endpoint") if config.text(key)]
-    log.info("serving", extra={"endpoint": ", ".join(endpoints), "node": config.node_id,
+    served = [config.text(key) for key in ("csi.endpoint", "csi.nfs_endpoint") if config.text(key)]
+    log.info("serving", extra={"endpoint": ", ".join(served), "node": config.node_id,
                                "services": list(config.words("csi.services")), "version": version()})  # fmt: skip
     threading.Thread(target=_repair, args=(node, config.text("paths.state_dir")), name="repair", daemon=True).start()
     told.recv(1)

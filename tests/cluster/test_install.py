@@ -153,7 +153,9 @@ def in_plugin(cluster: Cluster, *words: str) -> str:
 
 
 def test_a_pod_with_a_flexvolume(runvol: Cluster) -> None:
-    volume = json.loads(in_plugin(runvol, "volumes", "create", "flexed", "--size", "67108864", "--json"))[0]["volume"]
+    volume = json.loads(in_plugin(runvol, "volumes", "create", "flexed", "--size", "67108864", "--json"))["items"][0][
+        "volume"
+    ]
     source = {"driver": "runvol/runvol", "fsType": "ext4", "options": {"volume": volume}}
     mounts = {"volumeMounts": [{"name": "data", "mountPath": "/data"}]}
     for name, script in (
