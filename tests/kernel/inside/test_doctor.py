@@ -82,11 +82,12 @@ def test_a_pool_that_is_well(server: Server) -> None:
 
 
 def test_a_pool_that_nobody_assembled(server: Server) -> None:
+    prepared(server)
     _take_apart(server)
     found = ill(server, "pool.not-assembled")
     assert found["state"] == "broken"
     apply(server, found)
-    prepared(server)
+    prepared(server, "b")
     assert is_well(server, "pool.not-assembled")
 
 
