@@ -73,8 +73,9 @@ def _words(error: Exception) -> str:
 def collect(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
     """Everything on the node that belongs to no volume or to no pod; removed unless `dry_run`. Volumes that were not
     finished are the catalog's to tell."""
-    looks = (_closed, _hand_offs, _placeholders, _claims, _loop_devices, _quotas)
-    return _looked(looks, node, deadline, dry_run=dry_run)
+    return _looked(
+        (_closed, _hand_offs, _placeholders, _claims, _loop_devices, _quotas), node, deadline, dry_run=dry_run
+    )
 
 
 def _looked(looks: Sequence[_Look], node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:

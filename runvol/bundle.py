@@ -30,7 +30,7 @@ from guestmount import kata_config
 from guestmount.containerd_files import Version, load
 from guestmount.errors import Refused
 from guestmount.runtimes import in_root
-from runvol import assembly, config, doctor, doctor_containerd, doctor_shown, version
+from runvol import assembly, config, doctor, doctor_containerd, doctor_shown, schemas, version
 from runvol.config import Config
 from runvol.diagnosis import Diagnosis
 from runvol.masking import Masked
@@ -225,7 +225,7 @@ def _versions() -> str:
 def _doctor(config: Config, found: list[Diagnosis]) -> str:
     """`found` has them afterwards."""
     found += doctor.examine(config, assembly.build(config, looking=True))
-    return _json([doctor_shown.fields(one) for one in found])
+    return schemas.written(schemas.Diagnosis, doctor_shown.items(found)).decode()
 
 
 def _settings(config: Config) -> str:

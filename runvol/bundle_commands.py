@@ -8,8 +8,8 @@ import time
 import click
 
 from runvol.cli import Loader
-from runvol.diagnosis import FINE, NOT_LOOKED
 from runvol.sizes import words as size
+from runvol.troubles import FINE, NOT_SEEN
 
 
 @click.command("support-bundle", short_help="Pack what a maintainer needs into one file.")
@@ -37,4 +37,4 @@ def support_bundle(load: Loader, file: str | None) -> None:
     click.echo(f"{path}: {len(made.content)} parts, {size(count)}; look through it before you give it away")
     for one in made.left_out:
         click.echo(f"left out: {one.name}: {one.left_out}", err=True)
-    sys.exit(NOT_LOOKED if made.left_out else FINE)
+    sys.exit(NOT_SEEN if made.left_out else FINE)

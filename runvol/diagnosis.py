@@ -6,12 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from runvol.doctor_table import TABLE
+from runvol.troubles import FINE, FOUND, NOT_SEEN
 
 OK, WARNING, BROKEN, UNKNOWN = "ok", "warning", "broken", "unknown"
 # From the best on; what could not be looked at may be anything.
 STATES = (OK, WARNING, UNKNOWN, BROKEN)
-# Of a process.
-FINE, WRONG, NOT_LOOKED = 0, 1, 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,4 +56,4 @@ def unknown(known: str, subject: str, finding: str, fix: str = "") -> Diagnosis:
 def status(found: Iterable[Diagnosis]) -> int:
     """The exit code: 1 if something is broken, else 3 if something could not be looked at; warnings are none."""
     states = {one.state for one in found}
-    return WRONG if BROKEN in states else NOT_LOOKED if UNKNOWN in states else FINE
+    return FOUND if BROKEN in states else NOT_SEEN if UNKNOWN in states else FINE

@@ -7,7 +7,6 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import click
 
@@ -20,7 +19,7 @@ _INDENT = "         "
 
 def show(found: Sequence[Diagnosis], *, as_json: bool) -> None:
     if as_json:
-        tables.print_json(schemas.Diagnosis, [schemas.Diagnosis(**fields(one)) for one in found])
+        tables.print_json(schemas.Diagnosis, items(found))
         return
     # A pipe has no width: a line there is one finding's, fix or all.
     width = min(_WIDEST, max(_NARROWEST, shutil.get_terminal_size().columns)) if sys.stdout.isatty() else None
@@ -28,8 +27,11 @@ def show(found: Sequence[Diagnosis], *, as_json: bool) -> None:
         click.echo(line)
 
 
-def fields(one: Diagnosis) -> dict[str, Any]:
-    return {"state": one.state, "id": one.id, "subject": one.subject, "finding": one.finding, "fix": one.fix or None}
+def items(found: Sequence[Diagnosis]) -> list[schemas.Diagnosis]:
+    return [
+        schemas.Diagnosis(state=one.state, id=one.id, subject=one.subject, finding=one.finding, fix=one.fix or None)
+        for one in found
+    ]
 
 
 def lines(found: Sequence[Diagnosis], width: int | None) -> Iterator[str]:

@@ -63,7 +63,7 @@ class DoctorWatch:
     def ask(self) -> None:
         """Whatever `examine` raises."""
         began = time.monotonic()
-        self._found = Counter((_id_of(one), one.state) for one in self._examine())
+        self._found = Counter((one.id, one.state) for one in self._examine())
         self._at, self._seconds = time.time(), time.monotonic() - began
 
     def collect(self) -> Iterator[Metric]:
@@ -71,7 +71,3 @@ class DoctorWatch:
         yield EXAMINED.of(self._at)
         yield SECONDS.of(self._seconds)
         yield FAILURES.of(self._failures)
-
-
-def _id_of(one: Diagnosis) -> str:
-    return str(getattr(one, "id", "") or "unnamed")

@@ -72,7 +72,7 @@ def _findings(config: Config) -> list[Diagnosis]:
     """With parts of its own: what it waits for holds up none of the plugin's."""
     from runvol import assembly, doctor
 
-    node = assembly.build(config)
+    node = assembly.build(config, looking=True)
     try:
         return list(doctor.examine(config, node))
     finally:

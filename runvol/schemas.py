@@ -144,13 +144,12 @@ class Diagnosis(Item):
 
     state: Annotated[
         str,
-        _word("ok", "warning", "unknown", "broken",
-              means="broken: something cannot work; unknown: it could not be looked at"),
-    ]  # fmt: skip
-    id: Annotated[str, _said("what was found, a word of docs/doctor.md")]
-    subject: Annotated[str, _said("what was looked at, the same for an id")]
+        _word("ok", "warning", "unknown", "broken", means="unknown: it could not be looked at; broken: it cannot work"),
+    ]
+    id: Annotated[str, _said("what was found, the same in every release (docs/doctor.md has them all)")]
+    subject: Annotated[str, _said("what was looked at")]
     finding: Annotated[str, _said("what it is like, for a person")]
-    fix: Annotated[str | None, _said("what to do, for a person; commands stand between backquotes")]
+    fix: Annotated[str | None, _said("what to do; what is typed stands between backquotes")]
 
 
 class LeftOver(Item):

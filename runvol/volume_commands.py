@@ -330,7 +330,7 @@ def detect(load: Loader, namespace_name: str, said: str, as_json: bool) -> None:
 @_json
 @click.pass_obj
 def doctor(load: Loader, as_json: bool) -> None:
-    """Say what this node can do and what to change; status 1 if something is broken, 3 if not all could be seen."""
+    """Say what this node can do and what to change. Status 1 if something is broken, 3 if not all could be seen."""
     from runvol import doctor as examination
     from runvol import doctor_shown
     from runvol.diagnosis import status
