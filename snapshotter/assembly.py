@@ -244,8 +244,8 @@ def map_pool(mapper: Mapper, below: Backing, metadata: str, data: str) -> None:
 
 
 def _resume(mapper: Mapper, name: str, metadata: str, data: str) -> None:
-    """Let the pool go on. One that cannot, as its devices are not what its metadata say, is unmapped: it would keep them
-    from whoever puts them right. Unavailable."""
+    """Let the pool go on. One that cannot, as its devices are not what its metadata say, is unmapped: it would keep
+    them from whoever puts them right. Unavailable."""
     try:
         mapper.resume(name)
     except MapperError as error:
