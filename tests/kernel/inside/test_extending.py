@@ -182,6 +182,7 @@ def test_what_is_made_while_the_pool_is_extended_again_and_again_is_made(make_la
 
 def test_while_a_pool_is_left_suspended_nothing_hangs_and_it_is_said(lab: Lab) -> None:
     lab.layer("layer", files={"f": b"content"})
+    lab.reap()
     lab.node.mapper.suspend(lab.name)
     try:
         started = time.monotonic()
