@@ -18,7 +18,7 @@ venv:
 	@tests/prepare/python.sh
 
 prepare: venv
-	@tests/prepare/debian.sh test kernel
+	@tests/prepare/debian.sh test kernel watch
 	@tests/prepare/nfs.sh
 	@tests/prepare/go.sh
 	@tests/prepare/containerds.sh

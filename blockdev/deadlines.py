@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from blockdev import log_context
 from blockdev.errors import BlockdevError, WaitExpired
 
 T = TypeVar("T")
@@ -66,6 +67,12 @@ class Deadline:
             time.sleep(min(every, self.remaining()))
 
 
+def left_behind() -> int:
+    """System calls that have not come back when their caller's time was over."""
+    with _lock:
+        return sum(len(events) for events in _left_behind.values())
+
+
 def bounded(what: str, deadline: Deadline, call: Callable[[], T], *, key: str = "") -> T:
     """Run a system call that may never return (a dead server, a broken disk) without sharing its fate.
 
@@ -94,7 +101,7 @@ def bounded(what: str, deadline: Deadline, call: Callable[[], T], *, key: str = 
     with _lock:
         if _left_behind.get(key):
             raise WaitExpired(what, deadline.given)
-    started(what, threading.Thread(target=work, name=what, daemon=True))
+    started(what, threading.Thread(target=log_context.inherited(work), name=what, daemon=True))
     ended.wait(deadline.remaining())
     with _lock:
         if not ended.is_set():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -135,3 +137,12 @@ class CapabilityMissing(BlockdevError):
 
     def __init__(self, what: str, capability: str) -> None:
         super().__init__(f"{what} needs {capability}, which the node plugin was started without; add it")
+
+
+def of_system(error: OSError) -> str:
+    """An answer of the kernel's in words: the path, and why."""
+    # Some are raised with a text alone.
+    why = "exists already" if error.errno == errno.EEXIST else (error.strerror or str(error) or type(error).__name__)
+    why = why[:1].lower() + why[1:] if why[1:2].islower() else why
+    places = " to ".join(os.fsdecode(one) for one in (error.filename, error.filename2) if isinstance(one, str | bytes))
+    return f"{places}: {why}" if places else why

@@ -17,20 +17,22 @@ _DIES_WITHIN = 1.0
 
 def create(context: int, what: str, deadline: Deadline) -> None:
     """fsconfig(2)'s command that makes a filesystem context's superblock. OSError, or WaitExpired naming `what`."""
-    _make("create", str(context), what=what, deadline=deadline, keep=[context])
+    run(_PROGRAM, "create", str(context), what=what, deadline=deadline, keep=[context])
 
 
 def mount(source: str, target: str, fstype: str, flags: int, data: str, *, what: str, deadline: Deadline) -> None:
     """mount(2). OSError, or WaitExpired naming `what`; the mount may still have come about in that very moment."""
-    _make("mount", source, target, fstype, str(flags), data, what=what, deadline=deadline)
+    run(_PROGRAM, "mount", source, target, fstype, str(flags), data, what=what, deadline=deadline)
 
 
-def _make(*words: str, what: str, deadline: Deadline, keep: Sequence[int] = ()) -> None:
+def run(program: str, *words: str, what: str, deadline: Deadline, keep: Sequence[int] = ()) -> None:
+    """A program of this room, with this process's id before its words; what it ends with is an errno. OSError, or
+    WaitExpired naming `what`. `keep`: descriptors that it needs."""
     import subprocess
 
     deadline.check(what)
     process = subprocess.Popen(
-        [sys.executable, "-I", "-S", _PROGRAM, str(os.getpid()), *words], pass_fds=keep, stdin=subprocess.DEVNULL,
+        [sys.executable, "-I", "-S", program, str(os.getpid()), *words], pass_fds=keep, stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:

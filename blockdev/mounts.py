@@ -129,15 +129,19 @@ def mount(source: str, target: str, fstype: str, options: Sequence[str], deadlin
 
 
 def bind(source: str, target: str, *, read_only: bool, opened: int | None = None) -> None:
-    """Bind `source` to `target`; a read-only one is never writable, not even for a moment.
+    """Bind `source` to `target`, without what is mounted below it; a read-only one is never writable, not even for a
+    moment.
 
-    With `opened`, a descriptor, that is what is bound, whatever lies at the path by now.
+    What is mounted inside of the source later appears at a target that may be written (shared mounts), and never at one
+    that may not: it would be writable there. With `opened`, a descriptor, that is what is bound, whatever lies at the
+    path by now.
     """
     try:
         tree = syscalls.open_tree_clone(source if opened is None else opened)
         try:
             if read_only:
-                syscalls.mount_setattr(tree, syscalls.MOUNT_ATTR_RDONLY)
+                rule = syscalls.MS_PRIVATE
+                syscalls.mount_setattr(tree, syscalls.MOUNT_ATTR_RDONLY, propagation=rule, recursive=True)
             syscalls.move_mount(tree, target)
         finally:
             os.close(tree)

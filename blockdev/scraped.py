@@ -1,6 +1,7 @@
 """Where Prometheus comes for metrics: one listener, for whoever has some.
 
-Whoever reaches it may be anybody: it takes few connections at a time, and none of them for long.
+Whoever reaches it may be anybody: it takes few connections at a time, and none of them for long. What is collected has
+an end: of what hangs the last values are told, with when they were true.
 """
 
 from __future__ import annotations
@@ -9,31 +10,109 @@ import logging
 import socket
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from blockdev.deadlines import Deadline, NoThread, bounded
+from blockdev.errors import WaitExpired
+from blockdev.families import GAUGE, Family
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
+    from prometheus_client.metrics_core import Metric
 
 log = logging.getLogger("runvol.metrics")
 
 # Connections at a time, and seconds that one may take from its first byte to its last.
 _MOST, _SECONDS = 8, 10.0
+# Seconds for what one part of a process has to tell.
+_COLLECTING = 2.0
 # Seconds after a connection that could not be taken: it is there still, and cannot be taken again.
 _PAUSE = 0.1
 
 
-def listen(address: str, registry: CollectorRegistry) -> None:
-    """Serve the registry at `HOST:PORT`. ValueError, with what is wrong in words."""
+BUILD = Family(
+    name="runvol_build_info",
+    kind=GAUGE,
+    labels=("part", "version"),
+    help="1; the process, and the version that it runs.",
+)
+COLLECTED = Family(
+    name="runvol_collected_timestamp_seconds", kind=GAUGE, labels=("part",),
+    help="When a part of the process was asked for its values, in seconds since 1970: now, unless what it asks hangs.",
+)  # fmt: skip
+FAMILIES = (BUILD, COLLECTED)
+
+
+class Collector(Protocol):
+    """Who has metrics to tell at each scrape; `part`: what it is called."""
+
+    part: str
+
+    def collect(self) -> Iterable[Metric]:
+        """All that it has; families as they stand in the table."""
+
+
+class _Bounded:
+    """What a collector says; what it said last where it hangs, or fails."""
+
+    def __init__(self, inner: Collector, seconds: float) -> None:
+        self._inner, self._seconds, self._last, self._at = inner, seconds, list["Metric"](), 0.0
+        self.name = inner.part
+
+    def collect(self) -> Iterator[Metric]:
+        try:
+            self._last = bounded(
+                f"collecting {self.name}", Deadline.after(self._seconds), lambda: list(self._inner.collect()),
+                key=f"collecting {id(self)}",
+            )  # fmt: skip
+            self._at = time.time()
+        except (WaitExpired, NoThread) as error:
+            log.warning("metrics are told as they were", extra={"part": self.name, "why": str(error)})
+        except Exception:
+            log.exception("metrics are told as they were", extra={"part": self.name})
+        yield from self._last
+
+    @property
+    def at(self) -> float:
+        return self._at
+
+
+class _All:
+    """Every part, one after the other, and how old each is."""
+
+    def __init__(self, collectors: Sequence[Collector], part: str, version: str) -> None:
+        self._parts = [_Bounded(one, _COLLECTING) for one in collectors]
+        self._part, self._version = part, version
+
+    def collect(self) -> Iterator[Metric]:
+        yield BUILD.of([((self._part, self._version), 1.0)])
+        for one in self._parts:
+            yield from one.collect()
+        yield COLLECTED.of(((one.name,), one.at) for one in self._parts)
+
+
+def listen(address: str, collectors: Sequence[Collector], *, part: str, version: str) -> None:
+    """Serve what they tell at `HOST:PORT`, and what the process takes. ValueError, with what is wrong in words."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ValueError("takes HOST:PORT")
     try:
-        server = _server(host.removeprefix("[").removesuffix("]"), int(port), registry)
+        server = _server(host.removeprefix("[").removesuffix("]"), int(port), _registry(collectors, part, version))
     except OSError as error:
         raise ValueError(f"cannot be listened on: {error.strerror}") from None
     except UnicodeError:
         raise ValueError("cannot be listened on: this is no host's name") from None
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
+
+
+def _registry(collectors: Sequence[Collector], part: str, version: str) -> CollectorRegistry:
+    from prometheus_client import CollectorRegistry, ProcessCollector
+
+    registry = CollectorRegistry()
+    registry.register(_All(collectors, part, version))
+    ProcessCollector(registry=registry)
+    return registry
 
 
 def _server(host: str, port: int, registry: CollectorRegistry) -> Any:

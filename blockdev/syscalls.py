@@ -14,7 +14,7 @@ from dataclasses import dataclass
 _libc = ctypes.CDLL(None, use_errno=True)
 
 AT_FDCWD = -100
-AT_EMPTY_PATH = 0x1000
+AT_EMPTY_PATH, AT_RECURSIVE = 0x1000, 0x8000
 AT_NO_AUTOMOUNT = 0x800
 AT_SYMLINK_NOFOLLOW = 0x100
 AT_STATX_DONT_SYNC = 0x4000
@@ -107,10 +107,12 @@ class _MountAttr(ctypes.Structure):
     ]
 
 
-def mount_setattr(fd: int, attributes: int) -> None:
-    """Set attributes of the mount that `fd` stands for (Linux 5.12)."""
-    wanted = _MountAttr(set=attributes)
-    _check(_libc.syscall(_MOUNT_SETATTR, fd, b"", AT_EMPTY_PATH, ctypes.byref(wanted), ctypes.sizeof(wanted)))
+def mount_setattr(fd: int, attributes: int, *, propagation: int = 0, recursive: bool = False) -> None:
+    """Set attributes of the mount that `fd` stands for (Linux 5.12), and how mounts below it propagate: MS_PRIVATE and
+    its like, 0 for as before. `recursive`: of all mounts below it, too."""
+    wanted = _MountAttr(set=attributes, propagation=propagation)
+    flags = AT_EMPTY_PATH | (AT_RECURSIVE if recursive else 0)
+    _check(_libc.syscall(_MOUNT_SETATTR, fd, b"", flags, ctypes.byref(wanted), ctypes.sizeof(wanted)))
 
 
 def open_tree_clone(source: str | int) -> int:

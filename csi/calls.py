@@ -5,8 +5,8 @@ Handlers are made from the descriptors in csi.proto, so a method that exists the
 
 from __future__ import annotations
 
-import itertools
 import logging
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,8 @@ from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
-from blockdev import Deadline
+from blockdev import Deadline, log_context
+from csi.call_book import CallBook
 from csi.errors import CallError, code_of, sentence_of
 from csi.secrets import stripped
 from csi.workers import Workers
@@ -36,7 +37,9 @@ _QUIET = frozenset({"Probe", "NodeGetVolumeStats", "NodeGetVolumeHealth"})
 _LOOKS = frozenset(
     {"NodeGetVolumeStats", "NodeGetVolumeHealth", "ControllerGetVolumeHealth", "ControllerListVolumeHealth"}
 )
-_numbers = itertools.count(1)
+
+# What kubelet says of a pod (podInfoOnMount), and where a target's path has its uid.
+_POD, _OF_POD = "csi.storage.k8s.io/pod.", re.compile(r"/pods/([^/]+)/")
 
 Method = Callable[[Any, Deadline], Message]
 
@@ -49,14 +52,14 @@ class Malformed:
 
 
 def service_handler(
-    name: str, implementation: object, workers: Workers, looking: Workers
+    name: str, implementation: object, workers: Workers, looking: Workers, book: CallBook
 ) -> grpc.GenericRpcHandler[Any, Any]:
     """A handler for the service `csi.v1.<name>`: each RPC is the method of that name, in a thread of `workers`, or of
     `looking` for those that only look at what may hang."""
     service = csi_pb2.DESCRIPTOR.services_by_name[name]
     handlers = {
         method.name: _handler(
-            method, getattr(implementation, method.name), looking if method.name in _LOOKS else workers
+            method, getattr(implementation, method.name), looking if method.name in _LOOKS else workers, book
         )
         for method in service.methods
         if hasattr(implementation, method.name)
@@ -64,7 +67,9 @@ def service_handler(
     return grpc.method_handlers_generic_handler(service.full_name, handlers)
 
 
-def _handler(descriptor: MethodDescriptor, method: Method, workers: Workers) -> grpc.RpcMethodHandler[Any, Any]:
+def _handler(
+    descriptor: MethodDescriptor, method: Method, workers: Workers, book: CallBook
+) -> grpc.RpcMethodHandler[Any, Any]:
     request_class = GetMessageClass(descriptor.input_type)
 
     def decode(raw: bytes) -> Message | Malformed:
@@ -74,7 +79,7 @@ def _handler(descriptor: MethodDescriptor, method: Method, workers: Workers) -> 
             return Malformed(str(error))
 
     def call(request: Message | Malformed, context: grpc.ServicerContext) -> Message:
-        return _run(descriptor.name, method, workers, request, context)
+        return _counted(descriptor.name, method, workers, request, context, book)
 
     call.experimental_thread_pool = workers.pool  # type: ignore[attr-defined]
     return grpc.unary_unary_rpc_method_handler(
@@ -82,11 +87,26 @@ def _handler(descriptor: MethodDescriptor, method: Method, workers: Workers) -> 
     )
 
 
+def _counted(
+    name: str, method: Method, workers: Workers, request: Message | Malformed, context: grpc.ServicerContext,
+    book: CallBook,
+) -> Message:  # fmt: skip
+    """The call, written down in the book from its begin to its end, whatever that is."""
+    deadline, started = _deadline(context.time_remaining()), time.monotonic()
+    place, codes = book.begun(name, deadline), [grpc.StatusCode.INTERNAL.name]
+    try:
+        with log_context.about(**_about(name, request)):
+            return _run(name, method, workers, request, context, deadline, codes)
+    finally:
+        book.ended(place, codes[-1], time.monotonic() - started)
+
+
 def _run(
-    name: str, method: Method, workers: Workers, request: Message | Malformed, context: grpc.ServicerContext
-) -> Message:
-    number, started = next(_numbers), time.monotonic()
-    deadline = _deadline(context.time_remaining())
+    name: str, method: Method, workers: Workers, request: Message | Malformed, context: grpc.ServicerContext,
+    deadline: Deadline, codes: list[str],
+) -> Message:  # fmt: skip
+    """The answer; with whatever code it ends, `codes` gets its name."""
+    started = time.monotonic()
     try:
         if isinstance(request, Malformed):
             raise CallError(
@@ -99,18 +119,35 @@ def _run(
             response = method(request, deadline)
     except Exception as error:
         code = code_of(error)
+        codes.append(code.name)
         if code is grpc.StatusCode.INTERNAL:
-            log.exception("call failed", extra=_facts(name, number, request, started, code.name))
+            log.exception("call failed", extra=_facts(name, request, started, code.name))
             _abort(context, code, f"{type(error).__name__}: {error}; see the driver's log")
         said = sentence_of(error)[:_LONGEST_SENTENCE]  # a pod's paths may have a megabyte, in the log too
         # What has no sentence of its own says where it came from.
-        facts = {**_facts(name, number, request, started, code.name), "reason": said}
+        facts = {**_facts(name, request, started, code.name), "reason": said}
         log.warning("call refused", extra=facts, exc_info=isinstance(error, OSError))
         _abort(context, code, said)
+    codes.append("OK")
     level = logging.DEBUG if name in _QUIET or name.endswith(("Capabilities", "Info")) else logging.INFO
     if log.isEnabledFor(level):
-        log.log(level, "call done", extra=_facts(name, number, request, started, "OK"))
+        log.log(level, "call done", extra=_facts(name, request, started, "OK"))
     return response
+
+
+def _about(name: str, request: Message | Malformed) -> dict[str, str]:
+    """What all lines of a call say: which it is, and of which volume and pod. Nothing of it was checked yet."""
+    found = {"request_id": log_context.request_id(), "rpc": name}
+    if isinstance(request, Malformed):
+        return found
+    for field in ("volume_id", "source_volume_id", "snapshot_id"):
+        if value := str(getattr(request, field, "")):
+            found["snapshot" if field == "snapshot_id" else "volume"] = value
+    context = getattr(request, "volume_context", {})
+    pod = {key: str(context.get(f"{_POD}{key}", "")) for key in ("namespace", "name", "uid")}
+    in_path = _OF_POD.search(str(getattr(request, "target_path", "") or getattr(request, "volume_path", "")))
+    named = f"{pod['namespace']}/{pod['name']}" if pod["name"] else ""
+    return {**found, "pod": named, "pod_uid": pod["uid"] or (in_path[1] if in_path else "")}
 
 
 def _deadline(remaining: float | None) -> Deadline:
@@ -125,11 +162,10 @@ def _abort(context: grpc.ServicerContext, code: grpc.StatusCode, message: str) -
     raise AssertionError("abort returned")
 
 
-def _facts(name: str, number: int, request: Message | Malformed, started: float, code: str) -> dict[str, object]:
+def _facts(name: str, request: Message | Malformed, started: float, code: str) -> dict[str, object]:
     shown = {} if isinstance(request, Malformed) else stripped(request)
     return {
         "rpc": name,
-        "call": number,
         "code": code,
         "ms": round((time.monotonic() - started) * 1000, 1),
         "request": shown,

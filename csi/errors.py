@@ -16,6 +16,7 @@ _CODES: tuple[tuple[type[BaseException], grpc.StatusCode], ...] = (
     (guestmount.Busy, grpc.StatusCode.ABORTED),
     (guestmount.RuntimeUnknown, grpc.StatusCode.UNAVAILABLE),
     (guestmount.Refused, grpc.StatusCode.FAILED_PRECONDITION),
+    (guestmount.NoPlace, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (guestmount.Unsupported, grpc.StatusCode.INVALID_ARGUMENT),
     (volumes.VolumeNotFound, grpc.StatusCode.NOT_FOUND),
     (volumes.VolumeConflict, grpc.StatusCode.ALREADY_EXISTS),

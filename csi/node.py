@@ -9,7 +9,7 @@ from blockdev import Deadline
 from csi import checks, health
 from csi.drivers import CsiDriver
 from csi.topology import segments
-from guestmount import BadRequest, Node, PublishRequest, StageRequest, usage
+from guestmount import BadRequest, Node, PublishRequest, StageRequest, usage, volume_limit
 from guestmount.requests import check_capability
 from runvol_proto import csi_pb2
 from volumes import VolumeError, parameters
@@ -46,6 +46,7 @@ class NodeService:
         response = csi_pb2.NodeGetInfoResponse(node_id=self._node_id)
         if self._driver.on_nodes:
             response.accessible_topology.segments.update(segments(self._node_id))
+            response.max_volumes_per_node = volume_limit.left_for_csi(self._node)
         return response
 
     def _described(self, volume_id: str, context: Mapping[str, str]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from csi import checks
 from csi.errors import CallError
 from csi.pages import page
 from csi.topology import here, segments
-from guestmount import BadRequest, Node
+from guestmount import BadRequest, Node, notices
 from runvol_proto import csi_pb2
 from volumes import Catalog, InvalidParameter, Snapshot, SnapshotGroup, VolumeNotFound, parameters
 from volumes.backend import GroupBackend, SnapshotBackend
@@ -39,6 +39,7 @@ class SnapshotCalls:
                 f"accessibility_requirements leave out node {self._node_id}, where a snapshot of {volume_id} has to be",
             )
         made = backend.take_snapshot(name, volume_id, deadline)
+        notices.snapshot_taken(self._node, made.snapshot_id, volume_id)
         return csi_pb2.CreateSnapshotResponse(snapshot=self._snapshot(made))
 
     def _snapshot(self, snapshot: Snapshot) -> csi_pb2.Snapshot:

@@ -39,6 +39,7 @@ class Workers:
     takes one of the last quarter."""
 
     def __init__(self, name: str, count: int) -> None:
+        self.name, self.count = name, count
         self.pool = _Pool(name, count)
         self._most = max(1, count * 3 // 4)
         self._lock = threading.Lock()
@@ -62,6 +63,17 @@ class Workers:
                 self._working[family] -= 1
                 if not self._working[family]:
                     del self._working[family]
+
+    @property
+    def busy(self) -> int:
+        """Threads that have a call."""
+        with self._lock:
+            return self._working.total()
+
+    @property
+    def queued(self) -> int:
+        """Calls that wait for a thread."""
+        return self.pool._work_queue.qsize()
 
     def close(self) -> None:
         """Idle threads end; those that work, or hang, end with the process."""

@@ -10,18 +10,20 @@ import contextlib
 import json
 import logging
 import os
+import re
 import socket
 import threading
 import time
 from collections.abc import Sequence
 
-from blockdev import Deadline, daemon
+from blockdev import Deadline, daemon, log_context
 from flexvolume.calls import Driver, Status
 from guestmount import Node
 
 log = logging.getLogger("runvol.flexvolume")
 
 SOCKET = "flexvolume.sock"
+_OF_POD = re.compile(r"/pods/([^/]+)/")
 VERSION = 1
 _LARGEST = 1 << 20
 _AT_ONCE = 64
@@ -108,12 +110,14 @@ class Service:
 
     def _answer(self, words: Sequence[str], name: str, seconds: float) -> str:
         started = time.monotonic()
-        reply = Driver(self._node, directory=self._directory, name=name).answer(words, Deadline.after(seconds))
-        level = logging.INFO if reply.status is Status.SUCCESS else logging.WARNING
         target = words[1] if words[0] in ("mount", "unmount") and len(words) > 1 else ""
-        took = round((time.monotonic() - started) * 1000, 1)
-        log.log(level, "call done", extra={"call": words[0][:40], "target": target[:4096], "ms": took,
-                                           "status": reply.status.value, "reason": reply.message})  # fmt: skip
+        pod = _OF_POD.search(target)
+        with log_context.about(request_id=log_context.request_id(), rpc=words[0], pod_uid=pod[1] if pod else ""):
+            reply = Driver(self._node, directory=self._directory, name=name).answer(words, Deadline.after(seconds))
+            level = logging.INFO if reply.status is Status.SUCCESS else logging.WARNING
+            took = round((time.monotonic() - started) * 1000, 1)
+            log.log(level, "call done", extra={"call": words[0][:40], "target": target[:4096], "ms": took,
+                                               "status": reply.status.value, "reason": reply.message})  # fmt: skip
         return json.dumps(reply.document())
 
 

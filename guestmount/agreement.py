@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from blockdev import selinux
 from guestmount.claims import Claim, Target, Use
 from guestmount.errors import Conflict, Refused
 from guestmount.requests import PublishRequest
@@ -13,10 +14,28 @@ def check_same_stage(claim: Claim, staging: str, use: Use) -> None:
     """Refused, or Conflict, where the volume is staged already at another path or as something else."""
     if claim.staging_path != staging:
         raise Refused(f"volume {claim.volume} is staged at {claim.staging_path}; unstage it there first")
+    _check_label(claim, selinux.context_of(use.mount_flags))
     if claim.use != use:
         raise Conflict(
             f"volume {claim.volume} is staged at {staging} with another capability ({claim.use}, asked for is {use}); "
             "unstage it first"
+        )
+
+
+def check_same_label(claim: Claim, request: PublishRequest) -> None:
+    """Conflict where the host's kernel has the volume, or will have it, with another label than this pod's."""
+    _check_label(claim, selinux.context_of(request.capability.mount_flags))
+
+
+def _check_label(claim: Claim, asked: str) -> None:
+    """kubelet waits for the end of the pods that have another one, and stages the volume again then."""
+    has = selinux.context_of(claim.use.mount_flags)
+    if asked and asked != has:
+        pods = ", ".join(sorted({f"pod {target.pod}" for target in claim.targets.values()})) or "no pod has it now"
+        staged = f"with the SELinux label {has}" if has else "without an SELinux label"
+        raise Conflict(
+            f"volume {claim.volume} is staged {staged}, asked for is {asked}, and a mounted filesystem has one: it can "
+            f"have that once nobody uses it here ({pods}) and it is staged again"
         )
 
 

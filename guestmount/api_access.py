@@ -16,6 +16,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPResponse
 from importlib import metadata
 from typing import Any, Protocol
@@ -53,6 +54,15 @@ class Refusal(ValueError):
         self.status, self.said = status, said
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sent:
+    """What is sent with a request that changes something."""
+
+    method: str
+    body: bytes
+    form: str = "application/json"
+
+
 class Access(Protocol):
     """How the server is reached. Both may be asked anew for each exchange."""
 
@@ -65,16 +75,14 @@ class Access(Protocol):
 
 
 def answered(
-    what: str, access: Access, path: str, seconds: float, *, largest: int = _LARGEST, replaced: bytes | None = None
+    what: str, access: Access, path: str, seconds: float, *, largest: int = _LARGEST, sent: Sent | None = None
 ) -> bytes:
     """The body of the answer, of at most so many bytes. OSError or ValueError, with the reason: Denied for 401,
-    Refusal; WaitExpired. Each wait for a byte has its time; all of them together have one here. With `replaced` the
-    object is put there."""
+    Refusal; WaitExpired. Each wait for a byte has its time; all of them together have one here. With `sent` something
+    is changed there."""
     opened: list[Connection] = []
     try:
-        return bounded(
-            what, Deadline.after(seconds), lambda: _exchanged(access, path, seconds, largest, opened, replaced)
-        )
+        return bounded(what, Deadline.after(seconds), lambda: _exchanged(access, path, seconds, largest, opened, sent))
     except WaitExpired:
         for connection in opened:  # the thread that waits for it ends
             connection.sever()
@@ -82,7 +90,7 @@ def answered(
 
 
 def _exchanged(
-    access: Access, path: str, seconds: float, largest: int, opened: list[Connection], replaced: bytes | None
+    access: Access, path: str, seconds: float, largest: int, opened: list[Connection], sent: Sent | None
 ) -> bytes:
     """`opened` is told the connection, so that who waits no longer can end it."""
     try:
@@ -92,10 +100,10 @@ def _exchanged(
     opened.append(connection)
     try:
         headers = {"Accept": "application/json", **agent(), **access.headers()}
-        if replaced is None:
+        if sent is None:
             connection.request("GET", path, headers=headers)
         else:
-            connection.request("PUT", path, replaced, {"Content-Type": "application/json", **headers})
+            connection.request(sent.method, path, sent.body, {"Content-Type": sent.form, **headers})
         reply = connection.getresponse()
         body = reply.read(largest + 1)
     except ssl.SSLError as error:
@@ -106,7 +114,7 @@ def _exchanged(
         connection.close()
     if reply.status == 401:
         raise Denied("401 Unauthorized")
-    if reply.status != 200:
+    if reply.status != 200 and not (sent is not None and reply.status == 201):
         raise Refusal(reply.status, reply.reason, said=_is_status(body))
     if len(body) > largest:
         raise ValueError(f"an answer of more than {largest} bytes")

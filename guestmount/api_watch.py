@@ -56,7 +56,14 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name=f"watch of {what}", daemon=True)
         self._version = ""
         self._heard: float | None = None
+        # When the server said something last, on whatever connection, in seconds since 1970; 0 for never.
+        self.last = 0.0
         self._odd = False
+
+    @property
+    def what(self) -> str:
+        """Of what it is a watch."""
+        return self._what
 
     @property
     def healthy(self) -> bool:
@@ -107,6 +114,7 @@ class Watch:
         self._listed(self._api.listed(self._what, self._path, Deadline.after(_LIST), query=self._query, version=found,
                                       page=self._page))  # fmt: skip
         self._version = found[-1] if found else ""
+        self.last = time.time()
 
     def _follow(self) -> None:
         """Until the server ends it, or says that it has forgotten where this one was."""
@@ -161,4 +169,4 @@ class Watch:
         version = metadata.get("resourceVersion") if isinstance(metadata, dict) else None
         if version:
             self._version = str(version)
-        self._heard = time.monotonic()
+        self._heard, self.last = time.monotonic(), time.time()

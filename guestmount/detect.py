@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -67,6 +68,13 @@ class Detector:
         self._settings, self._pods = settings, pods
         places = Places(config=settings.containerd_config, endpoint=settings.cri_endpoint, root=settings.host_root)
         self._containerd = KubeletsContainerd(places, settings.kept, settings.roots)
+        # How often each source has decided; `nobody` where none could.
+        self.decided: Counter[str] = Counter()
+
+    @property
+    def pods(self) -> PodSource | None:
+        """Who tells of pods; None where nobody does."""
+        return self._pods
 
     def warm(self) -> None:
         """Begin what the first question would wait for."""
@@ -78,7 +86,12 @@ class Detector:
 
         RuntimeUnknown if nobody can tell; Refused where the attribute contradicts what is known for certain.
         """
-        answer = self._ask(ref, attribute, self._containerd.read(deadline), deadline)
+        try:
+            answer, by = self._ask(ref, attribute, self._containerd.read(deadline), deadline)
+        except (RuntimeUnknown, Refused):
+            self.decided["nobody"] += 1
+            raise
+        self.decided[by] += 1
         log.info("runtime detected", extra={"pod": str(ref), "handler": answer.handler, "kind": answer.kind,
                                             "source": answer.source})  # fmt: skip
         return answer
@@ -109,25 +122,29 @@ class Detector:
         except RuntimeUnknown:
             return True
 
-    def _ask(self, ref: PodRef, attribute: str, asked: Answer, deadline: Deadline) -> Runtime:
+    def _ask(self, ref: PodRef, attribute: str, asked: Answer, deadline: Deadline) -> tuple[Runtime, str]:
+        """And what has decided it, in one word."""
         doubts, containerd = [], asked.believed
         any_sandbox = any(one.has_sandbox or self._operator_knows(one) for one in asked.all)
         if containerd is not None and None not in asked.others and not any_sandbox:
             source = f"{containerd.source} has no sandbox handler"
-            answer = Runtime(kind=HOST, handler=containerd.default_handler, source=source)
-            return self._agreeing(answer, attribute, containerd, ref)
+            pod = self._pods.followed(ref.uid) if self._pods is not None and ref.uid else None
+            answer = Runtime(kind=HOST, handler=containerd.default_handler, source=source, pod=pod)
+            return self._agreeing(answer, attribute, containerd, ref), "containerd"
         if self._pods is None:
             doubts.append("no Kubernetes API is configured (detect.kubeconfig)")
         else:
             try:
-                return self._agreeing(self._of_pod(ref, self._pods, asked, deadline), attribute, containerd, ref)
+                found = self._of_pod(ref, self._pods, asked, deadline)
+                return self._agreeing(found, attribute, containerd, ref), _decider(found)
             except PodUnknown as error:
                 doubts.append(str(error))
         if attribute:
-            return self._of_name(attribute, asked, "the volume's attribute runtime")
-        doubts.append("the volume has no attribute runtime")
+            return self._of_name(attribute, asked, "the volume's parameter runtime"), "attribute"
+        doubts.append("the volume has no parameter runtime")
         if self._settings.default_runtime:
-            return self._of_name(self._settings.default_runtime, asked, "the setting detect.default_runtime")
+            name = self._settings.default_runtime
+            return self._of_name(name, asked, "the setting detect.default_runtime"), "setting"
         doubts.append("detect.default_runtime is not set")
         raise RuntimeUnknown(f"which runtime will run {ref} is not known: {'; '.join(doubts)}")
 
@@ -183,7 +200,7 @@ class Detector:
             named = attribute not in (_GENERIC_SANDBOX, *_RUNC)
             if said.kind != answer.kind or (named and said.handler != answer.handler):
                 raise Refused(
-                    f"the volume's attribute runtime = {attribute!r} contradicts {ref}, which will run with the "
+                    f"the volume's parameter runtime = {attribute!r} contradicts {ref}, which will run with the "
                     f"handler {answer.handler!r} ({answer.source}); correct the StorageClass or the "
                     "pod's runtimeClassName"
                 )
@@ -222,6 +239,13 @@ class Detector:
             if word in handler.runtime_type or handler.name.startswith(word):
                 return dialect
         return "kata"
+
+
+def _decider(answer: Runtime) -> str:
+    """Of what is known of a pod, what names its runtime."""
+    if answer.pod is not None and answer.pod.runtime_class:
+        return "runtime_class"
+    return "annotation" if answer.pod is not None and answer.pod.untrusted else "default_runtime"
 
 
 def _differ(one: Runtime, other: Runtime) -> bool:

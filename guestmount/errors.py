@@ -25,6 +25,10 @@ class Refused(GuestmountError):
     """The state of the volume, of the node or of its configuration forbids it; the sentence says what to change."""
 
 
+class NoPlace(GuestmountError):
+    """The node has as many volumes as it may have."""
+
+
 class ClaimDamaged(Refused):
     """The record of a volume's owner cannot be read."""
 

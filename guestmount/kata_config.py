@@ -34,6 +34,10 @@ _OTHER = "io.katacontainers.config_path"
 _GO_DRIVERS = ("virtio-scsi", "virtio-blk", "virtio-mmio", "nvdimm", "virtio-blk-ccw")
 _RUST_DRIVERS = ("virtio-scsi", "virtio-blk-pci")
 _RUST_DRIVERS_ELSEWHERE = (*_RUST_DRIVERS, "virtio-blk-mmio", "virtio-blk-ccw", "virtio-pmem")
+# Of those, the ones that take a slot of a PCI bridge for each disk; slots of a bridge, and bridges at most.
+_PCI_DRIVER = {GO: "virtio-blk", RUST: "virtio-blk-pci"}
+_BRIDGE, _BRIDGES = 30, 5
+_FIRECRACKER_DRIVES = {GO: 8, RUST: 6}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +113,22 @@ class KataConfig:
             )
         return ""
 
+    def disk_slots(self, annotations: Mapping[str, str]) -> int:
+        """How many disks the shim can plug into one guest, root filesystems that are devices among them; 0 where no
+        pod comes near it (virtio-scsi: 65,536), or it is not known.
+
+        PCIBridgeMaxCapacity in the Go shim's virtcontainers/types/bridges.go and find_free_slot in runtime-rs's qmp.rs;
+        fcDiskPoolSize in fc.go and DISK_POOL_SIZE in fc_api.rs, the drives that a Firecracker is started with.
+        """
+        if self.hypervisor == "firecracker":
+            return _FIRECRACKER_DRIVES[self.shim]
+        if self.hypervisor != "qemu" or self._text("block_device_driver", annotations) != _PCI_DRIVER[self.shim]:
+            return 0
+        if self.shim == RUST and self.settings.get("pcie_root_port"):
+            return 0  # newer ones plug disks into those, too
+        bridges = self._text("default_bridges", annotations)
+        return _BRIDGE * max(1, min(int(bridges), _BRIDGES) if bridges.isascii() and bridges.isdigit() else 1)
+
     def _drivers(self) -> tuple[str, ...]:
         if self.shim == GO:
             return _GO_DRIVERS
@@ -181,6 +201,12 @@ def read(handler: Handler, *, root: str = "/") -> KataConfig | None:
         trouble=trouble if shim == RUST else "",
         kernel=os.path.join(root, str(settings["kernel"]).lstrip("/")) if settings.get("kernel") else "",
     )
+
+
+def found(handler: Handler, *, root: str = "/") -> str | None:
+    """The file that `read` reads, if there is one."""
+    path = _find(handler, shim_of(handler), root)
+    return None if path is None else _real(path, root)
 
 
 def _table(document: Mapping[str, Any], name: str) -> Mapping[str, Any]:

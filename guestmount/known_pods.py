@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -48,11 +49,15 @@ class KnownPods:
         self._classes: dict[str, str] = {}
         # Namespace and name of the claim, by PersistentVolume.
         self._claims: dict[str, tuple[str, str]] = {}
+        # And its UID.
+        self._uids: dict[str, str] = {}
         # What was answered since the watch last said something; empty for a class that is not there.
         self._answered: dict[str, str] = {}
         self._watches: list[Watch] = []
         self._volumes: Watch | None = None
         self._odd = ""
+        # Who told of a pod, and how often: watch, api, kubelet, kept or nobody.
+        self.told: Counter[str] = Counter()
 
     def start(self) -> None:
         """Follow this node's pods, the RuntimeClasses and runvol's PersistentVolumes from now on."""
@@ -79,6 +84,16 @@ class KnownPods:
         """Whether the API server tells what becomes of pods and classes now."""
         return bool(self._watches) and all(watch.healthy for watch in self._watches)
 
+    @property
+    def watches(self) -> Sequence[Watch]:
+        """Those that are followed."""
+        return [*self._watches, *([self._volumes] if self._volumes is not None else [])]
+
+    def claim_heard_of(self, persistent_volume: str) -> tuple[str, str, str]:
+        """Namespace, name and UID of the claim, as the watch has told; empty where it has not. Nobody is asked."""
+        namespace, name = self._claims.get(persistent_volume, ("", ""))
+        return namespace, name, self._uids.get(persistent_volume, "")
+
     def warm(self) -> None:
         self._api.warm()
         if self._follows and not self._watches:
@@ -86,10 +101,15 @@ class KnownPods:
 
     # -- as a source
 
+    def followed(self, uid: str) -> PodFacts | None:
+        return self._pods.get(uid)
+
     def pod(self, ref: PodRef, deadline: Deadline) -> PodFacts:
         facts = self._pods.get(ref.uid) if ref.uid else None
         if facts is None:
             facts = self._asked(ref, deadline)
+        else:
+            self.told["watch"] += 1
         if self._node and facts.node not in ("", self._node):
             raise NotThere(f"pod {ref} is on the node {facts.node!r}, and this one is {self._node!r} (node.id)")
         self._kept.put("pod", facts.uid, facts)
@@ -97,21 +117,27 @@ class KnownPods:
 
     def _asked(self, ref: PodRef, deadline: Deadline) -> PodFacts:
         try:
-            return self._api.pod(ref, deadline)
+            return self._by("api", self._api.pod(ref, deadline))
         except NotThere:
+            self.told["nobody"] += 1
             raise
         except PodUnknown as error:
             why = str(error)
         if self._kubelet is not None and ref.uid:
             try:
-                return self._kubelet(ref, deadline)
+                return self._by("kubelet", self._kubelet(ref, deadline))
             except PodUnknown as error:
                 why = f"{why}; {error}"
         found = self._kept.get("pod", ref.uid, PodFacts) if ref.uid else None
         if found is None or found.uid != ref.uid:
+            self.told["nobody"] += 1
             raise PodUnknown(f"{why}; and nothing is kept of it on this node")
         log.warning("a pod is known from before only", extra={"pod": str(ref), "why": why})
-        return found
+        return self._by("kept", found)
+
+    def _by(self, who: str, facts: PodFacts) -> PodFacts:
+        self.told[who] += 1
+        return facts
 
     def handler(self, runtime_class: str, deadline: Deadline) -> str:
         known = self._classes.get(runtime_class) if self.healthy() else None
@@ -200,17 +226,27 @@ class KnownPods:
         self._kept.drop("class", name)
 
     def _all_volumes(self, volumes: Iterator[Object]) -> None:
-        self._claims = {name: claim for name, claim in map(_claim_of, volumes) if claim is not None}
+        claims: dict[str, tuple[str, str]] = {}
+        uids: dict[str, str] = {}
+        for one in volumes:
+            name, claim = _claim_of(one)
+            if claim is not None:
+                claims[name], uids[name] = claim, _claims_uid(one)
+        self._claims, self._uids = claims, uids
 
     def _volume(self, one: Object) -> None:
         name, claim = _claim_of(one)
         if claim is None:
-            self._claims.pop(name, None)
+            self._forget_volume(name)
         else:
-            self._claims[name] = claim
+            self._claims[name], self._uids[name] = claim, _claims_uid(one)
 
     def _no_volume(self, one: Object) -> None:
-        self._claims.pop(_claim_of(one)[0], None)
+        self._forget_volume(_claim_of(one)[0])
+
+    def _forget_volume(self, name: str) -> None:
+        self._claims.pop(name, None)
+        self._uids.pop(name, None)
 
     def _renewed(self, name: str, handler: str) -> None:
         """What is kept of a class is what the server says now, of this cluster."""
@@ -237,6 +273,11 @@ def _claim_of(one: Object) -> tuple[str, tuple[str, str] | None]:
     namespace, claim = (_word(spec.get("claimRef"), key) for key in ("namespace", "name"))
     ours = "flexVolume" in spec or _word(spec.get("csi"), "driver") in DRIVERS
     return name, (namespace, claim) if ours and namespace and claim else None
+
+
+def _claims_uid(one: Object) -> str:
+    spec = one.get("spec")
+    return _word(spec.get("claimRef"), "uid") if isinstance(spec, dict) else ""
 
 
 def _word(fields: object, name: str) -> str:

@@ -23,7 +23,7 @@ from guestmount.pods import NotThere, PodFacts, PodRef, PodUnknown, facts_from
 if TYPE_CHECKING:
     from http.client import HTTPResponse
 
-    from guestmount.api_access import Access, Connection
+    from guestmount.api_access import Access, Connection, Sent
 
 _LONGEST = 1.0
 # For a kubeconfig that nobody has read yet.
@@ -94,6 +94,9 @@ class KubernetesApi:
             raise NotThere(f"{what} is bound to no claim")
         return str(claim.get("namespace", "")), str(claim["name"])
 
+    def followed(self, _uid: str) -> PodFacts | None:
+        return None
+
     def cluster(self) -> str:
         """What tells this cluster from another, without a question to it; empty where that is not known."""
         try:
@@ -112,7 +115,24 @@ class KubernetesApi:
         metadata = changed.get("metadata")
         if not isinstance(metadata, dict) or not metadata.get("resourceVersion"):
             raise PodUnknown(f"the API server's answer for {what} has no resourceVersion, so it is not replaced")
-        self._read(what, path, deadline, longest=deadline.remaining(), replaced=json.dumps(changed).encode())
+        self._send(what, path, deadline, "PUT", changed)
+
+    def create(self, what: str, path: str, made: Mapping[str, Any], deadline: Deadline) -> None:
+        """Puts a new object into the list at `path`. PodUnknown where that was not done."""
+        self._send(what, path, deadline, "POST", made)
+
+    def merge(self, what: str, path: str, changed: Mapping[str, Any], deadline: Deadline) -> None:
+        """Changes some fields of an object (RFC 7396); NotThere, PodUnknown."""
+        self._send(what, path, deadline, "PATCH", changed, "application/merge-patch+json")
+
+    def _send(
+        self, what: str, path: str, deadline: Deadline, method: str, body: Mapping[str, Any],
+        form: str = "application/json",
+    ) -> None:  # fmt: skip
+        from guestmount.api_access import Sent
+
+        sent = Sent(method=method, body=json.dumps(body).encode(), form=form)
+        self._read(what, path, deadline, longest=deadline.remaining(), sent=sent)
 
     def listed(
         self,
@@ -163,7 +183,7 @@ class KubernetesApi:
             self._config.begin()
 
     def _read(
-        self, what: str, path: str, deadline: Deadline, *, longest: float = _LONGEST, replaced: bytes | None = None
+        self, what: str, path: str, deadline: Deadline, *, longest: float = _LONGEST, sent: Sent | None = None
     ) -> dict[str, Any]:
         from guestmount.api_access import Denied, Refusal, answered
 
@@ -171,10 +191,10 @@ class KubernetesApi:
         try:
             access = self._access(deadline)
             try:
-                body = answered(asking, access, path, max(0.05, min(longest, deadline.remaining())), replaced=replaced)
+                body = answered(asking, access, path, max(0.05, min(longest, deadline.remaining())), sent=sent)
             except Denied:
                 access = self._access_anew(access, deadline)
-                body = answered(asking, access, path, max(0.05, min(longest, deadline.remaining())), replaced=replaced)
+                body = answered(asking, access, path, max(0.05, min(longest, deadline.remaining())), sent=sent)
             reply = json.loads(body)
         except Refusal as error:
             # Others say nothing of what was asked for: 401 and 403 of who asks, 5xx of the server.

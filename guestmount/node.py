@@ -15,11 +15,12 @@ import msgspec
 
 from blockdev import Deadline, DeviceBusy, ioctls, loops, mountinfo, mounts
 from blockdev.errors import BlockdevError
-from guestmount import agreement, paths, placeholder, ways
+from guestmount import agreement, paths, placeholder, volume_limit, ways
 from guestmount.claims import Cell, Claim, Claims, Target, Use
 from guestmount.cri import Sandboxes
 from guestmount.detect import Detector
 from guestmount.errors import TROUBLE, Refused, RuntimeUnknown
+from guestmount.events import Events
 from guestmount.giving import Giving
 from guestmount.handoff import Dialect, Dialects
 from guestmount.reach import Reach
@@ -40,7 +41,8 @@ class Node:
     `reach` proves that kubelet sees what is mounted there; None where there is no kubelet.
     `rust_shared_block`: containers of one pod may share a block volume under Kata's Rust shim. `guest_filesystems`:
     what the host does with one that a guest has had; `check_patience`: seconds that a call waits for that.
-    `copy_gives_way`: seconds for which a pod waits for a volume that is being copied.
+    `copy_gives_way`: seconds for which a pod waits for a volume that is being copied. `max_volumes`: that may be staged
+    here, those on NFS not counted; 0 for any number.
     """
 
     catalog: Catalog
@@ -54,6 +56,9 @@ class Node:
     check_patience: float = PATIENCE
     sandboxes: Sandboxes = field(default_factory=lambda: Sandboxes(endpoint=""))
     copy_gives_way: float = 120.0
+    max_volumes: int = 0
+    # Who tells pods and claims what they have to know; None where nobody is told.
+    events: Events | None = None
 
     def __post_init__(self) -> None:
         self.catalog.watch_copies(self)
@@ -62,6 +67,7 @@ class Node:
     def means(self) -> ways.Means:
         """What the ways work with."""
         return ways.Means(
+            claims=self.claims,
             dialects=Dialects(self.dialects),
             written=Written(catalog=self.catalog, trust=self.guest_filesystems, patience=self.check_patience),
             giving=Giving(patience=self.check_patience),
@@ -90,6 +96,7 @@ class Node:
             if claim is None:
                 _tell_passed_over(request)
                 check_options(new.use.mount_flags)
+                volume_limit.check(self.claims, new, self.max_volumes)
             else:
                 agreement.check_same_stage(claim, staging, new.use)
                 if claim.owner is not None:

@@ -14,6 +14,7 @@ is no concern here.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import socket
@@ -21,14 +22,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from blockdev import nfs
-from guestmount import placeholder, registration, ttrpc, ways
+from blockdev import log_context, nfs, selinux
+from guestmount import notices, placeholder, registration, ttrpc, ways
 from guestmount.claims import SANDBOX, Claim, Claims, Target
 from guestmount.detect import Runtime
 from guestmount.errors import Refused, RuntimeUnknown
+from guestmount.events import Events
 from guestmount.handoff import KataDialect
+from guestmount.nri_metrics import BY_GUEST, PLACEHOLDER, REFUSED, UNCHANGED, Book
 from guestmount.nri_mux import PLUGIN, RUNTIME, Mux
 from guestmount.pods import UNTRUSTED
+from guestmount.survey import user_of
 from guestmount.ways import guest_mount
 from runvol_proto import nri_pb2 as pb
 
@@ -50,8 +54,11 @@ class Plugin:
     RuntimeUnknown. Without it only the claim's own handler is served.
     """
 
-    def __init__(self, claims: Claims, runtime_of: Callable[[str], Runtime] | None = None) -> None:
-        self._claims, self._runtime_of = claims, runtime_of
+    def __init__(
+        self, claims: Claims, runtime_of: Callable[[str], Runtime] | None = None, book: Book | None = None,
+        events: Events | None = None,
+    ) -> None:  # fmt: skip
+        self._claims, self._runtime_of, self._book, self._events = claims, runtime_of, book or Book(), events
 
     def Configure(self, request: pb.ConfigureRequest) -> pb.ConfigureResponse:
         log.info("configured by", extra={"runtime": request.runtime_name, "version": request.runtime_version})
@@ -69,6 +76,9 @@ class Plugin:
                     continue
                 theirs = pod is not None and bool(self._foreign(pod, mount.source, target))
                 if not theirs and (pod is None or not self._handler_of_another(pod, target)):
+                    self._book.note(PLACEHOLDER)
+                    if self._events is not None:
+                        notices.volume_missing(self._events, user_of(mount.source, target, None), container.name)
                     log.error(
                         "a container has the placeholder instead of its NFS volume; restart its pod",
                         extra={"container": container.name, "id": container.id, "target": mount.source},
@@ -83,12 +93,24 @@ class Plugin:
 
     def CreateContainer(self, request: pb.CreateContainerRequest) -> pb.CreateContainerResponse:
         """RpcError, with which the runtime refuses the container, for one that binds what another pod's guest has."""
-        started = time.monotonic()
+        pod, container = request.pod, request.container.name
+        with log_context.about(
+            request_id=log_context.request_id(), rpc="CreateContainer", pod=f"{pod.namespace}/{pod.name}",
+            pod_uid=pod.uid, container=container,
+        ):  # fmt: skip
+            return self._created(request)
+
+    def _created(self, request: pb.CreateContainerRequest) -> pb.CreateContainerResponse:
+        started, outcome = time.monotonic(), REFUSED
         response = pb.CreateContainerResponse()
-        binds = [one for one in request.container.mounts if one.type == "bind" and one.source.startswith("/")]
-        targets, damaged = self._targets() if binds else ({}, ())
-        for mount in binds:
-            self._bind(mount, request, response, targets, damaged)
+        try:
+            binds = [one for one in request.container.mounts if one.type == "bind" and one.source.startswith("/")]
+            targets, damaged = self._targets() if binds else ({}, ())
+            for mount in binds:
+                self._bind(mount, request, response, targets, damaged)
+            outcome = BY_GUEST if response.adjust.mounts else UNCHANGED
+        finally:
+            self._book.answered(outcome, time.monotonic() - started)
         if time.monotonic() - started > _SLOW:
             log.warning("creating a container was held up", extra={"seconds": round(time.monotonic() - started, 2)})
         return response
@@ -185,14 +207,16 @@ def replacement(mount: pb.Mount, claim: Claim, target: Target, *, ips: list[str]
     if claim.nfs is None:
         raise ttrpc.RpcError(ttrpc.INTERNAL, f"volume {claim.volume} is no NFS export")
     export, address = claim.nfs.export, claim.nfs.address
-    flags = [flag for flag in claim.use.mount_flags if flag not in ("ro", "rw", "defaults")]
+    export = dataclasses.replace(export, options=selinux.without(export.options))
+    flags = [flag for flag in selinux.without(claim.use.mount_flags) if flag not in ("ro", "rw", "defaults")]
     # Of the pod's addresses the one of the server's family, for callbacks of version 4.0.
     client = next((ip for ip in ips if (":" in ip) == (":" in address)), _any(address))
     options = nfs.kernel_options(export, address, client)
     if export.version == "3" and claim.nfs.mount_port:
         options += [f"mountport={claim.nfs.mount_port}", "mountvers=3"]
-    kept = [option for option in mount.options if option not in _OF_BINDS and option not in ("ro", "rw")]
-    read_only = target.read_only or "ro" in mount.options
+    kept = [option for option in mount.options if option not in _OF_BINDS and option not in ("ro", "rro", "rw")]
+    # `rro` is a bind's (recursiveReadOnly); below this mount there is no other.
+    read_only = target.read_only or bool({"ro", "rro"} & {*mount.options})
     return pb.Mount(
         destination=mount.destination,
         type=export.fstype,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 
-from blockdev import Deadline, mountinfo, mounts, syscalls
+from blockdev import Deadline, mountinfo, mounts, selinux, syscalls
 from blockdev.detached import filesystem
 from blockdev.errors import MountFailed
 from blockdev.mountinfo import Mount
@@ -22,19 +22,22 @@ _ATTRIBUTES = (
     syscalls.MOUNT_ATTR_RDONLY | syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV | syscalls.MOUNT_ATTR_NOEXEC
 )
 _LABEL = "system_u:object_r:container_file_t:s0"
-_SELINUX = "/sys/fs/selinux/enforce"
 
 
-def be_placed(target: str, deadline: Deadline) -> None:
-    """The placeholder stands at `target`, made whole before it appears there; nothing happens if it does already."""
+def be_placed(target: str, deadline: Deadline, *, label: str = "") -> None:
+    """The placeholder stands at `target`, made whole before it appears there; nothing happens if it does already.
+
+    `label`: of SELinux, that kubelet has given the volume; empty for one that every container may read.
+    """
     if stands(target):
         return
     if mounts.is_mount_point(target):
         raise MountFailed("the placeholder", target, "something else is mounted there; unpublish the volume first")
     options: dict[str, str | None] = {"source": SOURCE, "size": "64k", "mode": "0755"}
-    if os.path.exists(_SELINUX):
-        # containerd relabels what it binds, which a read-only filesystem refuses unless its label is fixed.
-        options["context"] = _LABEL
+    if selinux.is_on():
+        # kubelet (hostutil's getSELinuxSupport) has containerd label each file of what says `seclabel` in the table of
+        # mounts, which a read-only filesystem refuses; one that was mounted with a label does not say it.
+        options[selinux.CONTEXT] = label or _LABEL
     with filesystem("tmpfs", options, deadline=deadline) as root:
         fd = os.open(NOTE, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o444, dir_fd=root)
         try:

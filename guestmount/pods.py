@@ -65,6 +65,8 @@ class PodFacts:
     uid: str
     # Empty where it is not known.
     node: str = ""
+    # Whether its users are the host's: false for a pod with a user namespace of its own (`hostUsers: false`).
+    host_users: bool = True
     runtime_class: str = ""
     annotations: Mapping[str, str] = field(default_factory=dict)
     mounts: tuple[MountFacts, ...] = ()
@@ -98,6 +100,9 @@ class PodSource(Protocol):
     def claim_of(self, persistent_volume: str, deadline: Deadline, *, anew: bool = False) -> tuple[str, str]:
         """Namespace and name of the claim that a PersistentVolume is bound to; `anew`: what is known already is not so.
         Raises PodUnknown."""
+
+    def followed(self, uid: str) -> PodFacts | None:
+        """What is known of a pod without a question to anybody."""
 
     def warm(self) -> None:
         """Begin what the first question would wait for."""
@@ -175,6 +180,7 @@ class _Spec(_Fields):
     volumes: list[_Volume] | None = None
     runtime_class_name: str | None = None
     node_name: str | None = None
+    host_users: bool | None = None
 
 
 class _Metadata(_Fields):
@@ -212,6 +218,7 @@ def facts_from(pod: Mapping[str, Any]) -> PodFacts:
     return PodFacts(
         uid=meta.uid,
         node=spec.node_name or "",
+        host_users=spec.host_users is not False,
         runtime_class=spec.runtime_class_name or "",
         annotations={
             name: value[:_LONGEST_VALUE] for name, value in (meta.annotations or {}).items() if _decides(name)

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 
 from guestmount import guest_kernel
+from guestmount.claims import SANDBOX
 from guestmount.detect import Runtime
 from guestmount.errors import Refused
 from guestmount.kata_config import RUST
@@ -30,6 +31,7 @@ def check(runtime: Runtime, *, pv_name: str, read_only: bool = False, rust_share
             + ("containers fail" if config.shim == RUST else "pods would write to the host's disk")
         )
     _check_plugged(runtime)
+    check_users(runtime)
     check_mounts(runtime, pv_name=pv_name)
     if config is not None and config.shim == RUST:
         _check_rust(runtime, pv_name=pv_name, shared=read_only or rust_shared_block)
@@ -44,6 +46,7 @@ def check_raw(runtime: Runtime) -> None:
             f"{config.path}. Set it to false in {config.table}; until then its containers fail"
         )
     _check_plugged(runtime)
+    check_users(runtime)
 
 
 def _check_plugged(runtime: Runtime) -> None:
@@ -72,6 +75,29 @@ def check_mounts(runtime: Runtime, *, pv_name: str) -> None:
                 f"container {mount.container!r} asks for mountPropagation {mount.propagation} on volume "
                 f"{mount.volume!r}; mounts do not propagate out of a guest. Remove mountPropagation"
             )
+
+
+def check_users(runtime: Runtime) -> None:
+    """Refused for a sandboxed pod that wants a user namespace of the host's as well.
+
+    No shim of Kata's, nor its agent, maps the owners of a volume's files for one, and kubelet starts no such pod: their
+    runtimes do not say that they can.
+    """
+    if runtime.kind == SANDBOX and runtime.pod is not None and not runtime.pod.host_users:
+        raise Refused(
+            f"the pod has hostUsers: false under the runtime handler {runtime.handler!r}, whose pods run in a guest "
+            "with users of its own: nothing would map the owners of a volume's files. Remove hostUsers from the pod, "
+            "whose users are none of the host's already"
+        )
+
+
+def unmapped(volume: str, what: str) -> str:
+    """The sentence for a volume that a pod with a user namespace cannot have. `what`: what it is, and who fails."""
+    return (
+        f"volume {volume} is {what} cannot map the owners of its files, as a pod with hostUsers: false needs it "
+        "(idmapped mounts): its containers would not start. Remove hostUsers from the pod, or use a volume of the "
+        "backend loop"
+    )
 
 
 def check_guest_nfs(runtime: Runtime, version: str, *, pv_name: str) -> None:

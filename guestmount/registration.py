@@ -21,7 +21,7 @@ _FILE = "nri.alive"
 def is_alive(run_dir: str) -> bool:
     """Whether a plugin is registered."""
     try:
-        fd = os.open(os.path.join(run_dir, _FILE), os.O_RDWR | os.O_CLOEXEC)
+        fd = os.open(os.path.join(run_dir, _FILE), os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return False
     try:

@@ -8,8 +8,10 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from blockdev import Deadline, exclusivity, loops, mountinfo, mounts
+from blockdev import Deadline, loops, mountinfo, mounts
+from blockdev.errors import of_system
 from guestmount import file_witnesses, placeholder, ways, witnesses
 from guestmount.claims import Claim
 from guestmount.errors import TROUBLE, BadRequest, Busy, Refused
@@ -27,27 +29,86 @@ _MOMENT = 0.3
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing that nobody needs. `done`: it was taken back."""
+    """One thing that nobody needs. `done`: it was taken back; `by_hand`: it never is by runvol."""
 
     kind: str
     place: str
     why: str
     done: bool = False
+    by_hand: bool = False
+
+
+class _Look(Protocol):
+    def __call__(self, node: Node, deadline: Deadline, /, *, dry_run: bool) -> list[Finding]: ...
+
+
+def taken_back(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
+    """What `runvol gc` says and does: a plan and its deed are the same steps. The claims that were lost are made again
+    before the deed, which takes nothing away."""
+    made = [] if dry_run else _made_again(node)
+    looks = (_closed, _hand_offs, _unfinished, _placeholders, _claims, _loop_devices, _quotas)
+    # One trouble keeps several from looking.
+    return list(dict.fromkeys(made + _looked(looks, node, deadline, dry_run=dry_run)))
+
+
+def _made_again(node: Node) -> list[Finding]:
+    """What a start does first, each step by itself."""
+    found: list[Finding] = []
+    for step in _first(node):
+        try:
+            found += [Finding(kind="claim", place="", why=said, done=True) for said in step() or ()]
+        except TROUBLE as error:
+            found.append(_trouble(error))
+    return found
+
+
+def _trouble(error: Exception) -> Finding:
+    return Finding(kind="trouble", place="", why=f"not all was looked at: {_words(error)}")
+
+
+def _words(error: Exception) -> str:
+    return of_system(error) if isinstance(error, OSError) else str(error)
 
 
 def collect(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
-    """Everything on the node that belongs to no volume or to no pod; removed unless `dry_run`."""
+    """Everything on the node that belongs to no volume or to no pod; removed unless `dry_run`. Volumes that were not
+    finished are the catalog's to tell."""
+    return _looked(
+        (_closed, _hand_offs, _placeholders, _claims, _loop_devices, _quotas), node, deadline, dry_run=dry_run
+    )
+
+
+def _looked(looks: Sequence[_Look], node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
     found: list[Finding] = []
-    for look in (_closed, _hand_offs, _placeholders, _claims, _loop_devices):
+    for look in looks:
         try:
             found += look(node, deadline, dry_run=dry_run)
         except TROUBLE as error:
-            found.append(Finding(kind="trouble", place="", why=f"not all was looked at: {error}"))
+            found.append(_trouble(error))
     found += [
-        Finding(kind="file", place=path, why="no volume has it; `runvol volumes adopt` takes it, `rm` removes it")
+        Finding(
+            kind="file",
+            place=path,
+            why="no volume has it; `runvol volumes adopt` takes it, `rm` removes it",
+            by_hand=True,
+        )
         for path in node.catalog.unknown_files()
     ]
     return found
+
+
+def _unfinished(node: Node, _deadline: Deadline, *, dry_run: bool) -> list[Finding]:
+    """Volumes that a process which ended was making or deleting; what it failed of stays, with the reason."""
+    planned = {one.name: one.why for one in node.catalog.unfinished()}
+    if dry_run:
+        return [Finding(kind="volume", place=name, why=why) for name, why in planned.items()]
+    said = node.catalog.recover()
+    left = {one.name: one.why for one in node.catalog.unfinished()}
+    found = [Finding(kind="volume", place=name, why=left.get(name, why), done=name not in left)
+             for name, why in (planned | left).items()]  # fmt: skip
+    # What the stores put right besides, of volumes that are whole.
+    others = [one for one in said if not any(name in one for name in planned)]
+    return found + [Finding(kind="volume", place="", why=one, done=True) for one in others]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,9 +149,9 @@ def _hand_offs(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding
     found = []
     for ours in _ours(node):
         one = ours.one
-        if witnesses.pod_exists(one.target, node.roots) or witnesses.device_in_use(one.device):
+        if witnesses.pod_exists(one.target, node.roots) or witnesses.device_in_use(one.device, looking=dry_run):
             continue
-        take_back = functools.partial(ours.dialect.withdraw, one.target) if not dry_run else _nothing
+        take_back = functools.partial(ours.dialect.withdraw, one.target) if not dry_run else None
         if _unless_claimed(node, ours.volume_id, deadline, functools.partial(_has_target, one.target), take_back):
             why = f"no claim has {one.target}"
             found.append(Finding(kind="hand-off", place=one.place, why=why, done=not dry_run))
@@ -106,30 +167,43 @@ def _closed(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
             continue
         why, done = "closed by a call that did not end well", False
         try:
+            if dry_run:
+                claim = node.claims.peek(ours.volume_id)
+                if claim is not None and one.target in claim.targets:
+                    found.append(Finding(kind="hand-off", place=one.place, why=why))
+                continue
             with node.claims.locked(ours.volume_id, deadline) as cell:
                 if cell.claim is None or one.target not in cell.claim.targets:
                     continue
-                if not dry_run:
-                    way, target = ways.way_at(cell.claim, one.target), cell.claim.targets[one.target]
-                    way.deliver(node.means, cell, cell.claim, one.target, target, deadline)
-                    done = True
+                way, target = ways.way_at(cell.claim, one.target), cell.claim.targets[one.target]
+                way.deliver(node.means, cell, cell.claim, one.target, target, deadline)
+                done = True
         except Busy:
             continue  # it is at work
         except TROUBLE as error:
-            why += f", and not opened: {error}"
+            why += f", and not opened: {_words(error)}"
         found.append(Finding(kind="hand-off", place=one.place, why=why, done=done))
     return found
 
 
 def _unless_claimed(
-    node: Node, volume_id: str, deadline: Deadline, in_use: Callable[[Claim], bool], take_back: Callable[[], None]
+    node: Node,
+    volume_id: str,
+    deadline: Deadline,
+    in_use: Callable[[Claim], bool],
+    take_back: Callable[[], None] | None,
 ) -> bool:
     """Whether `take_back` was called for something of the volume, while its claim was held still.
+
+    `take_back` None: nobody is held still, and True if it would be called.
 
     A decision from a list of claims that was read earlier would take away what a publish has made since. A volume that
     somebody works on, or whose claim cannot be read, is left alone.
     """
     try:
+        if take_back is None:
+            claim = node.claims.peek(volume_id)
+            return claim is None or not in_use(claim)
         with node.claims.locked(volume_id, deadline) as cell:
             if cell.claim is not None and in_use(cell.claim):
                 return False
@@ -148,10 +222,6 @@ def _has_target(target: str, claim: Claim) -> bool:
 
 def _has_device(device: str, claim: Claim) -> bool:
     return claim.device == device
-
-
-def _nothing() -> None:
-    """A dry run."""
 
 
 def _placeholders(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
@@ -176,7 +246,7 @@ def _placeholders(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Find
             try:
                 mounts.be_absent(mount.target, deadline)
             except TROUBLE as error:
-                why, done = f"{why}, but {error}", False
+                why, done = f"{why}, but {_words(error)}", False
         found.append(Finding(kind="placeholder", place=mount.target, why=why, done=done))
     return found
 
@@ -188,7 +258,7 @@ def _claims(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
         try:
             gone = _volume_is_gone(node, claim)
         except TROUBLE as error:
-            found.append(Finding(kind="claim", place=claim.volume, why=f"whether its volume is gone: {error}"))
+            found.append(Finding(kind="claim", place=claim.volume, why=f"whether its volume is gone: {_words(error)}"))
             continue
         if not gone and not claim.lingers:
             continue
@@ -202,7 +272,7 @@ def _claims(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
                 _forget(node, claim.volume, deadline, gone=gone)
                 done = True
             except TROUBLE as error:
-                why += f", but {error}"
+                why += f", but {_words(error)}"
         found.append(Finding(kind="claim", place=claim.volume, why=why, done=done))
     return found
 
@@ -236,11 +306,29 @@ def _loop_devices(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Find
     handed = {one.device for one in node.means.dialects.delivered().values()}
     for device in loops.bound():
         volume_id, path = _on(device, files)
-        if not path or device in handed or not exclusivity.is_free(device) or mountinfo.node_targets(device):
+        if (
+            not path
+            or device in handed
+            or witnesses.device_in_use(device, looking=dry_run)
+            or mountinfo.node_targets(device)
+        ):
             continue
-        take_back = functools.partial(loops.detach, device, path, deadline) if not dry_run else _nothing
+        take_back = functools.partial(loops.detach, device, path, deadline) if not dry_run else None
         if _unless_claimed(node, volume_id, deadline, functools.partial(_has_device, device), take_back):
             found.append(Finding(kind="loop device", place=device, why=f"nobody uses it on {path}", done=not dry_run))
+    return found
+
+
+def _quotas(node: Node, _deadline: Deadline, *, dry_run: bool) -> list[Finding]:
+    found = []
+    for backend, project in node.catalog.left_quotas():
+        why, done = "no volume has its limit", not dry_run
+        if not dry_run:
+            try:
+                backend.lift(project)
+            except TROUBLE as error:
+                why, done = f"{why}, but {error}", False
+        found.append(Finding(kind="quota", place=f"project {project} of {backend.directory}", why=why, done=done))
     return found
 
 
@@ -256,9 +344,13 @@ def _by_inode(images: Sequence[tuple[str, str]]) -> dict[tuple[int, int], tuple[
 
 def before_serving(node: Node) -> list[str]:
     """What the first call must find: the claims, made again where they were lost. Looks only at what is in memory."""
+    return _each(_first(node))
+
+
+def _first(node: Node) -> list[Callable[[], Sequence[str] | None]]:
     sweeps = [dialect.sweep for dialect in node.dialects]
     reclaim = functools.partial(_reclaim, node, Deadline.after(_START))
-    return _each([node.claims.sweep, *sweeps, reclaim, functools.partial(_note, node)])
+    return [node.claims.sweep, *sweeps, reclaim, functools.partial(_note, node)]
 
 
 def behind(node: Node) -> list[str]:
@@ -285,8 +377,10 @@ def _each(steps: Sequence[Callable[[], Sequence[str] | None]]) -> list[str]:
         try:
             said += step() or ()
         except Exception as error:
-            log.exception("a repair failed; it is tried again at the next start and by gc")
-            said.append(f"a repair failed: {error}")
+            words = _words(error)
+            log.error("a repair failed; it is tried again at the next start and by gc", extra={"why": words},
+                      exc_info=not isinstance(error, TROUBLE))  # fmt: skip
+            said.append(f"a repair failed: {words}")
     return said
 
 

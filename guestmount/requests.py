@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from blockdev import mounts
+from blockdev import mounts, selinux
 from guestmount.errors import BadRequest, Refused
 from guestmount.pods import PodRef
 from volumes import Capability, VolumeKind, parameters
@@ -96,6 +96,8 @@ def check_options(flags: Sequence[str]) -> None:
                 flag,
                 "a damaged filesystem could take the node down with it, or it names a second device; remove it",
             )
+    if found := selinux.wrong(flags):
+        raise BadRequest("mount_flags", *found)
 
 
 def exists(path: str) -> bool:

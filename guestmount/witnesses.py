@@ -57,10 +57,10 @@ def pod_exists(target: str, roots: Sequence[str]) -> bool:
     return bool(directory) and os.path.lexists(directory)
 
 
-def device_in_use(path: str) -> bool:
-    """Whether anybody has the file or block node open; False if it is gone."""
+def device_in_use(path: str, *, looking: bool = False) -> bool:
+    """Whether anybody has the file or block node open; False if it is gone. `looking`: it is not opened itself."""
     try:
-        return not exclusivity.is_free(path)
+        return not (exclusivity.seems_free(path) if looking else exclusivity.is_free(path))
     except FileNotFoundError:
         return False
 

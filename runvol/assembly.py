@@ -26,6 +26,7 @@ from guestmount import (
 )
 from guestmount.containerd_places import Places
 from guestmount.cri import Sandboxes
+from guestmount.events import Events
 from guestmount.known_pods import KnownPods
 from guestmount.startup_taint import StartupTaint
 from guestmount.written import Trust
@@ -39,8 +40,9 @@ if TYPE_CHECKING:
     from guestmount.kubelet_pods import KubeletPods
 
 
-def build(config: Config, *, check_patience: float = PATIENCE) -> Node:
-    """A node's verbs over its real directories. `check_patience`: seconds that a call waits for a check."""
+def build(config: Config, *, check_patience: float = PATIENCE, looking: bool = False) -> Node:
+    """A node's verbs over its real directories. `check_patience`: seconds that a call waits for a check. `looking`: who
+    asks changes nothing and makes nothing, not even what an older release left."""
     run_dir, state_dir = config.text("paths.run_dir"), config.text("paths.state_dir")
     check_mounted(config)
     pods = api(config)
@@ -48,6 +50,7 @@ def build(config: Config, *, check_patience: float = PATIENCE) -> Node:
         catalog=Catalog.open(
             Settings(
                 state_dir=state_dir,
+                reading=looking,
                 capacity_limit=config.number("loop.capacity_bytes"),
                 directory=config.text("directory.path"),
                 directory_limit=config.number("directory.capacity_bytes"),
@@ -59,7 +62,7 @@ def build(config: Config, *, check_patience: float = PATIENCE) -> Node:
             ),
             enabled=config.words("volumes.backends"),
         ),
-        claims=claims(config),
+        claims=Claims(run_dir, records(config)) if looking else claims(config),
         detector=detector(config, known_pods(config, pods)),
         dialects=(
             KataDialect(config.text("paths.direct_volumes"), nri_alive=partial(registration.is_alive, run_dir)),
@@ -73,10 +76,19 @@ def build(config: Config, *, check_patience: float = PATIENCE) -> Node:
         guest_filesystems=Trust(config.text("node.guest_filesystems")),
         check_patience=check_patience,
         copy_gives_way=config.number("loop.copy_gives_way_seconds"),
+        max_volumes=config.number("csi.max_volumes"),
         sandboxes=Sandboxes(endpoint=lambda: places(config).taken().endpoints, roots=config.words("node.roots")),
+        events=events(config, pods),
     )
-    node.claims.remake = partial(repair.remade, node)
+    if not looking:
+        node.claims.remake = partial(repair.remade, node)
     return node
+
+
+def events(config: Config, pods: KubernetesApi | None) -> Events | None:
+    """Who tells pods and claims what they have to know; None where nobody is to be told."""
+    again = config.number("csi.events_seconds")
+    return None if pods is None or not again else Events(pods, reporter=config.node_id, again=again)
 
 
 def reach(config: Config) -> Reach:

@@ -45,9 +45,9 @@ def publish(socket: str, root: str, samples: int) -> list[Figure]:
             capacity_range={"required_bytes": _SIZE},
             parameters={"runtime": "sandbox"},
         ).volume
-        os.makedirs(staging)
         common = {"volume_id": volume.volume_id}
         try:
+            os.makedirs(staging)
             call(
                 "Node",
                 "NodeStageVolume",

@@ -2,41 +2,41 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import click
 
-from runvol import config, logs, version
-
-as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+from runvol import config, logs, options, troubles, version
+from runvol.options import as_json_option
 
 _MODULES = {
     "runvol.volume_commands": (
-        "csi", "nri", "volumes", "handoffs", "where", "detect", "doctor", "gc", "bench", "show_config",
+        "csi", "nri", "volumes", "handoffs", "detect", "doctor", "gc", "bench", "show_config",
         "show_parameters",
     ),
+    "runvol.where_command": ("where",),
     "runvol.snapshot_commands": ("snapshotter", "snapshots", "pool"),
     "runvol.image_commands": ("images",),
     "runvol.flexvolume_commands": ("flexvolume",),
     "runvol.migrate_commands": ("migrate",),
+    "runvol.bundle_commands": ("support_bundle",),
 }  # fmt: skip
-_NAMES = {"show_config": "config", "show_parameters": "parameters"}
+_SERVICES = ("csi", "nri", "snapshotter")
+_NAMES = {"show_config": "config", "show_parameters": "parameters", "support_bundle": "support-bundle"}
 _COMMANDS = {_NAMES.get(name, name): (module, name) for module, names in _MODULES.items() for name in names}
-# The base classes of the rooms' errors; only rooms that are loaded can have raised one.
-_ERRORS = {
-    "blockdev.errors": "BlockdevError",
-    "volumes.errors": "VolumeError",
-    "guestmount.errors": "GuestmountError",
-    "snapshotter.errors": "SnapshotterError",
-    "runvol.config": "ConfigError",
-}
+
+
+def _failed(said: str, status: int) -> click.ClickException:
+    found = click.ClickException(said)
+    vars(found)["exit_code"] = status
+    return found
 
 
 class _Program(click.Group):
-    """Turns every error of the rooms into one sentence and a status, whatever the command."""
+    """Turns every error that is expected into one sentence and a status, whatever the command."""
 
     def list_commands(self, _context: click.Context) -> list[str]:
         return sorted(_COMMANDS)
@@ -46,37 +46,37 @@ class _Program(click.Group):
             return None
         module, attribute = _COMMANDS[name]
         found: click.Command = getattr(importlib.import_module(module), attribute)
+        options.everywhere(found)
         return found
 
     def invoke(self, context: click.Context) -> Any:
         try:
             return super().invoke(context)
-        except PermissionError as error:
-            raise click.ClickException(f"{error.filename}: permission denied; run runvol as root") from error
         except Exception as error:
-            if isinstance(error, _expected()):
-                raise click.ClickException(str(error)) from error
-            raise
+            # Who read the output has gone, which click knows how to take.
+            if isinstance(error, OSError) and error.errno == errno.EPIPE:
+                raise
+            said = troubles.sentence(error)
+            if said is None:
+                raise
+            raise _failed(said, troubles.status(error)) from error
 
 
-def _expected() -> tuple[type[Exception], ...]:
-    return tuple(getattr(sys.modules[module], name) for module, name in _ERRORS.items() if module in sys.modules)
-
-
-@click.group(cls=_Program, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=_Program,
+    params=options.own(hidden=False),
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Options may stand before or behind the command. Status: 0 fine, 1 something is wrong or failed, 2 wrong "
+    "usage, 3 it could not be looked at.",
+)
+@click.option("--json", "as_json", is_flag=True, expose_value=False, callback=options.pass_json,
+              help="Print JSON, for whatever tells something.")  # fmt: skip
 @click.option("--version", is_flag=True, expose_value=False, is_eager=True, help="Show the version and exit.",
               callback=lambda context, _, wanted: _version(context) if wanted else None)  # fmt: skip
-@click.option("--config", "file", metavar="FILE", help=f"Settings (default {config.DEFAULT_FILE}, if it exists).")
-@click.option("--state-dir", metavar="DIR", help="Volumes and their store.")
-@click.option("--run-dir", metavar="DIR", help="Claims and locks.")
-@click.option("--log-level", metavar="LEVEL", help="debug, info, warning or error.")
 @click.pass_context
-def main(
-    context: click.Context, file: str | None, state_dir: str | None, run_dir: str | None, log_level: str | None
-) -> None:
+def main(context: click.Context) -> None:
     """Storage for pods in lightweight VMs: the guest gets the block device, not a share."""
-    flags = {"paths.state_dir": state_dir, "paths.run_dir": run_dir, "log.level": log_level}
-    context.obj = lambda **more: _load(file, flags | more)
+    context.obj = lambda **more: _load(options.given(context), more)
 
 
 def _version(context: click.Context) -> None:
@@ -84,10 +84,15 @@ def _version(context: click.Context) -> None:
     context.exit()
 
 
-def _load(file: str | None, flags: dict[str, Any]) -> config.Config:
-    loaded = config.load(file=file, flags=flags)
-    logs.start(loaded.text("log.level"), loaded.text("log.format"))
+def _load(given: dict[str, str], more: dict[str, Any]) -> config.Config:
+    flags = {key: value for key, value in given.items() if key != "file"}
+    loaded = config.load(file=given.get("file"), flags=flags | more)
+    # What a person reads beside a listing is trouble; a service tells what it does.
+    quiet = loaded.sources["log.level"] == config.DEFAULT and click.get_current_context().info_name not in _SERVICES
+    logs.start("warning" if quiet else loaded.text("log.level"), loaded.text("log.format"))
     return loaded
 
 
 Loader = Callable[..., config.Config]
+
+__all__ = ["Loader", "as_json_option", "main"]

@@ -1,7 +1,8 @@
 """Settings: a file, then the environment, then flags; later wins, and each value remembers where it came from.
 
 Every setting is a key of /etc/runvol/runvol.toml, a variable RUNVOL_<SECTION>_<KEY> and, where people type it, a
-flag. Without any of them everything has a working default.
+flag. Without any of them everything has a working default, and what belongs into one of the two directories follows it.
+A key, and a variable of this form, that is not known is refused.
 """
 
 from __future__ import annotations
@@ -14,7 +15,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from runvol import sizes
+
 DEFAULT_FILE = "/etc/runvol/runvol.toml"
+FILE_VARIABLE = "RUNVOL_CONFIG"
+# What the FlexVolume driver is told besides settings, by the file that `runvol flexvolume install` writes.
+OTHER_VARIABLES = (
+    FILE_VARIABLE, "RUNVOL_FLEXVOLUME_LOG", "RUNVOL_FLEXVOLUME_CALL_SECONDS", "RUNVOL_FLEXVOLUME_NAME",
+)  # fmt: skip
+# Kubernetes gives every container the addresses of its namespace's Services, also of one that is named runvol-csi.
+_OF_SERVICES = re.compile(
+    r"_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT(_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)\Z"
+)
+# How alike a variable must be to one of ours, of 1, to be a misspelt one.
+_ALIKE = 0.9
+# What people type for a setting, on the command that has it.
+_FLAGS = {
+    "paths.state_dir": "--state-dir", "paths.run_dir": "--run-dir", "log.level": "--log-level",
+    "csi.endpoint": "--endpoint", "csi.nfs_endpoint": "--nfs-endpoint", "csi.services": "--services",
+    "node.id": "--node-id", "nri.socket": "--socket", "snapshotter.endpoint": "--endpoint",
+    "paths.host_root": "--root", "paths.containerd_config": "--config",
+}  # fmt: skip
+DEFAULT, FLAG = "default", "flag"
 
 
 class ConfigError(Exception):
@@ -53,11 +75,15 @@ TABLE: Mapping[str, Setting] = {
         meaning="what the host does before it mounts a block filesystem that a guest may have written: checked (whole, "
         "by a program under limits), trusted or never",
     ),
-    "paths.state_dir": Setting(default="/var/lib/runvol", meaning="volumes and their store; survives reboots"),
+    "paths.state_dir": Setting(
+        default="/var/lib/runvol", meaning="the state directory: volumes and stores; survives reboots"
+    ),
     "paths.state_dir_mounted": Setting(
         default="false", meaning="something must be mounted at the state directory, else nothing starts: true or false"
     ),
-    "paths.run_dir": Setting(default="/run/runvol", meaning="sockets and locks; must not survive reboots"),
+    "paths.run_dir": Setting(
+        default="/run/runvol", meaning="the run directory: sockets and locks; must not survive reboots"
+    ),
     "paths.direct_volumes": Setting(
         default="/run/kata-containers/shared/direct-volumes", meaning="where Kata's shims look for direct volumes"
     ),
@@ -69,15 +95,20 @@ TABLE: Mapping[str, Setting] = {
         default="/", meaning="the node's root, as runvol sees it: where containerd's and Kata's configuration is read"
     ),
     "paths.kata_root": Setting(default="/", meaning="where the search for Kata's configuration starts"),
+    "paths.pod_logs": Setting(
+        default="/var/log/pods", meaning="where kubelet keeps what containers write out (its podLogsDir)"
+    ),
     "detect.sandbox_handlers": Setting(
-        default=("kata*", "runv*", "rund*"), meaning="names of runtime handlers that are sandboxes"
+        default=("kata*", "runv*", "rund*"), meaning="names of handlers that are sandboxes"
     ),
     "detect.host_handlers": Setting(
-        default=(), meaning="names of runtime handlers that run pods on the node's own kernel, whatever their type"
+        default=(), meaning="names of handlers that run pods on the node's own kernel, whatever their type"
     ),
-    "detect.sandbox_handler": Setting(default="kata", meaning="the handler that `runtime: sandbox` means"),
+    "detect.sandbox_handler": Setting(
+        default="kata", meaning="the handler that the parameter `runtime: sandbox` means"
+    ),
     "detect.rund": Setting(
-        default="rund2", meaning="the hand-off that handlers named rund speak: rund2 or rund3 (RunD's version)"
+        default="rund2", meaning="the dialect of handlers named rund: rund2 or rund3 (RunD's version)"
     ),
     "detect.default_runtime": Setting(
         default="", meaning="runtime of pods that nobody knows: runc, sandbox, a handler; empty refuses them"
@@ -111,14 +142,20 @@ TABLE: Mapping[str, Setting] = {
         default="", meaning="where the volumes of the backend directory lie; empty for <paths.state_dir>/directories"
     ),
     "directory.capacity_bytes": Setting(
-        default=0, meaning="bytes that all volumes of the backend directory may promise; 0 for what the disk has"
+        default=0,
+        meaning="bytes, or a size such as 500Gi, that all volumes of the backend directory may promise; 0 for what "
+        "the disk has",
     ),
     "loop.copy_gives_way_seconds": Setting(
         default=120,
         meaning="seconds for which a pod waits for a volume that is being copied (a snapshot or clone without "
         "reflinks); the copy then gives way, and begins again when it is asked for",
     ),
-    "loop.capacity_bytes": Setting(default=0, meaning="bytes that all volumes may promise; 0 for what the disk has"),
+    "loop.capacity_bytes": Setting(
+        default=0,
+        meaning="bytes, or a size such as 500Gi, that all volumes of the backend loop may promise; 0 for what the disk "
+        "has",
+    ),
     "nfs.exports": Setting(
         default=(),
         meaning="exports whose volumes are found and listed although this controller has never worked there: "
@@ -137,6 +174,14 @@ TABLE: Mapping[str, Setting] = {
         "volumes that a sandbox has grow with its next pod only",
     ),
     "nri.socket": Setting(default="/var/run/nri/nri.sock", meaning="the container runtime's NRI socket"),
+    "nri.metrics": Setting(default="", meaning="HOST:PORT where the NRI plugin serves its metrics; empty for none"),
+    "metrics.interval_seconds": Setting(
+        default=30, meaning="how often the volumes of a node are looked at for its metrics, where they are served"
+    ),
+    "metrics.doctor_seconds": Setting(
+        default=900, meaning="how often `runvol doctor` is asked for its findings' metrics; 0 for never"
+    ),
+    "metrics.volumes": Setting(default=500, meaning="most volumes of a node that have metrics of their own"),
     "csi.endpoint": Setting(
         default="unix:///run/runvol/csi.sock",
         meaning="the CSI socket of the driver csi.runvol.io, which serves all volumes; empty for none",
@@ -152,19 +197,31 @@ TABLE: Mapping[str, Setting] = {
     ),
     "csi.startup_taint": Setting(
         default="",
-        meaning="the key of a taint that new nodes come with, such as csi.runvol.io/not-ready, and that the plugin "
-        "takes off its node once kubelet has registered it; empty for none",
+        meaning="the key of a taint that new nodes come with, such as csi.runvol.io/not-ready, and that the node "
+        "plugin takes off its node once kubelet has registered it; empty for none",
     ),
-    "csi.metrics": Setting(default="", meaning="HOST:PORT of the plugin's metrics (loopback); empty for none"),
+    "csi.max_volumes": Setting(
+        default=0,
+        meaning="volumes of csi.runvol.io that this node may have at a time, those on NFS not counted; 0 for "
+        "any number",
+    ),
+    "csi.metrics": Setting(default="", meaning="HOST:PORT where the drivers serve their metrics; empty for none"),
+    "csi.events_seconds": Setting(
+        default=600,
+        meaning="seconds after which an event on a pod or claim is said again, if it is still so; 0 for no events. "
+        "Without an API (detect.kubeconfig) there are none",
+    ),
     "csi.services": Setting(default=("identity", "controller", "node"), meaning="the CSI services to serve"),
     "snapshotter.endpoint": Setting(default="unix:///run/runvol/snapshotter.sock", meaning="the socket for containerd"),
     "snapshotter.state_dir": Setting(
         default="/var/lib/runvol/snapshotter", meaning="the snapshotter's store and its pool's description"
     ),
     "snapshotter.fstype": Setting(default="ext4", meaning="filesystem of root filesystems: ext4 or xfs"),
-    "snapshotter.size_bytes": Setting(default=10 << 30, meaning="bytes that a root filesystem may hold"),
+    "snapshotter.size_bytes": Setting(
+        default=10 << 30, meaning="bytes, or a size such as 10Gi, that a root filesystem may hold"
+    ),
     "snapshotter.namespace_sizes": Setting(
-        default=(), meaning="the same for single containerd namespaces, as NAMESPACE=BYTES"
+        default=(), meaning="the same for single containerd namespaces, as NAMESPACE=SIZE, such as k8s.io=20Gi"
     ),
     "snapshotter.call_seconds": Setting(default=60, meaning="longest time that one call of containerd's may take"),
     "snapshotter.discard": Setting(default=1, meaning="1: give deleted blocks back to the disk below; 0: keep them"),
@@ -198,7 +255,7 @@ TABLE: Mapping[str, Setting] = {
         meaning="where a filesystem is mounted that is as full as the pool, for kubelet and what watches the node; "
         "`auto` is `gauge` in snapshotter.state_dir; empty for none",
     ),
-    "snapshotter.metrics": Setting(default="", meaning="HOST:PORT of the metrics (loopback); empty for none"),
+    "snapshotter.metrics": Setting(default="", meaning="HOST:PORT where it serves its metrics; empty for none"),
     "pool.data_reserve_percent": Setting(
         default=3, meaning="free data that new snapshots leave to those that run, in percent"
     ),
@@ -207,6 +264,16 @@ TABLE: Mapping[str, Setting] = {
     "log.level": Setting(default="info", meaning="debug, info, warning or error"),
     "log.format": Setting(default="text", meaning="text or json"),
 }
+# Settings that lie below one of the two directories, unless somebody says otherwise.
+FOLLOWS = {
+    "csi.endpoint": ("paths.run_dir", "unix://{}/csi.sock"),
+    "snapshotter.endpoint": ("paths.run_dir", "unix://{}/snapshotter.sock"),
+    "snapshotter.state_dir": ("paths.state_dir", "{}/snapshotter"),
+}
+# As `snapshotter.backing` has it: what tells that a directory is a snapshotter's.
+POOL_FILE = "pool.json"
+# As `csi.server` has them.
+SERVICES = ("identity", "controller", "node")
 # Settings that take one of a few words.
 _WORDS = {
     "log.level": ("debug", "info", "warning", "error"),
@@ -231,10 +298,11 @@ _LONGEST_NAMESPACE = 76
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Values by key, and the source of each."""
+    """Values by key, and the source of each. `file`: one that was named; empty for that which may be there."""
 
     values: Mapping[str, Any]
     sources: Mapping[str, str]
+    file: str = ""
 
     def text(self, key: str) -> str:
         return str(self.values[key])
@@ -245,6 +313,11 @@ class Config:
     def words(self, key: str) -> tuple[str, ...]:
         return tuple(self.values[key])
 
+    def said(self, key: str, value: object = None) -> str:
+        """A setting as an error names it: its value, or one of them, and who said it."""
+        shown = self.values[key] if value is None else value
+        return f"{key} = {list(shown) if isinstance(shown, tuple) else shown!r} (from {self.sources[key]})"
+
     @property
     def node_id(self) -> str:
         return self.text("node.id") or socket.gethostname()
@@ -253,21 +326,61 @@ class Config:
 def load(
     *, file: str | None = None, flags: Mapping[str, Any] | None = None, environment: Mapping[str, str] = os.environ
 ) -> Config:
-    """The settings in force. ConfigError for an unknown key, a wrong type, or a named file that is not there."""
+    """The settings in force. ConfigError for an unknown key or variable, a wrong type, or a named file that is not
+    there."""
+    file = file or environment.get(FILE_VARIABLE) or None
     values: dict[str, Any] = {key: setting.default for key, setting in TABLE.items()}
-    sources = dict.fromkeys(TABLE, "default")
+    sources = dict.fromkeys(TABLE, DEFAULT)
     for key, value in _from_file(file).items():
         values[key], sources[key] = _typed(key, value, file or DEFAULT_FILE), file or DEFAULT_FILE
+    _check_variables(environment)
     for key in TABLE:
         variable = variable_of(key)
         if variable in environment:
             values[key], sources[key] = _typed(key, _from_text(key, environment[variable]), variable), variable
     for key, value in (flags or {}).items():
         if value is not None:
-            values[key], sources[key] = _typed(key, _from_text(key, value), "flag"), "flag"
-    config = Config(values=values, sources=sources)
+            flag = _FLAGS.get(key, FLAG)
+            values[key], sources[key] = _typed(key, _from_text(key, value), flag), flag
+    for key, (directory, form) in FOLLOWS.items():
+        if sources[key] == DEFAULT and sources[directory] != DEFAULT:
+            _follow(values, sources, key, directory, form.format(values[directory].rstrip("/")))
+    config = Config(values=values, sources=sources, file=file or "")
     _check(config)
     return config
+
+
+def _follow(values: dict[str, Any], sources: dict[str, str], key: str, directory: str, derived: str) -> None:
+    """A pool that an earlier release has described elsewhere stays where it is."""
+    kept = key == "snapshotter.state_dir" and os.path.exists(os.path.join(values[key], POOL_FILE))
+    if not kept or os.path.exists(os.path.join(derived, POOL_FILE)):
+        values[key], sources[key] = derived, directory
+
+
+def source_kind(source: str) -> str:
+    """What a source is: default, derived (of another setting), variable, flag or file."""
+    if source in (DEFAULT, FLAG):
+        return source
+    if source in TABLE:
+        return "derived"
+    if source.startswith("RUNVOL_"):
+        return "variable"
+    return FLAG if source in _FLAGS.values() else "file"
+
+
+def _check_variables(environment: Mapping[str, str]) -> None:
+    """ConfigError for one that is meant for runvol and that runvol does not know."""
+    known = {*OTHER_VARIABLES, *map(variable_of, TABLE)}
+    sections = tuple({f"RUNVOL_{key.partition('.')[0].upper()}_" for key in TABLE})
+    for name in sorted(environment):
+        if not name.startswith("RUNVOL_") or name in known or _OF_SERVICES.search(name):
+            continue
+        import difflib
+
+        alike = difflib.get_close_matches(name, known, n=1, cutoff=_ALIKE)
+        if alike or name.startswith(sections):
+            hint = f"is {alike[0]} meant?" if alike else "a setting's is RUNVOL_<SECTION>_<KEY> (`runvol config`)"
+            raise ConfigError(f"the variable {name} is not known; {hint}")
 
 
 def variable_of(key: str) -> str:
@@ -310,7 +423,7 @@ def _from_text(key: str, value: Any) -> Any:
     default = TABLE[key].default
     if isinstance(default, tuple):
         return [word.strip() for word in value.split(",") if word.strip()]
-    if isinstance(default, int):
+    if isinstance(default, int) and not key.endswith("_bytes"):
         try:
             return int(value)
         except ValueError:
@@ -322,6 +435,10 @@ def _typed(key: str, value: Any, source: str) -> Any:
     default = TABLE[key].default
     if isinstance(value, bool) and _WORDS.get(key) == ("true", "false"):
         return str(value).lower()
+    if key.endswith("_bytes") and isinstance(value, str):
+        if not _is_size(value):
+            raise ConfigError(f"{key} = {value!r} (from {source}): is no size: {sizes.FORM}")
+        return sizes.parse(value)
     if isinstance(default, tuple):
         if isinstance(value, list | tuple) and all(isinstance(word, str) for word in value):
             return tuple(value)
@@ -334,54 +451,57 @@ def _typed(key: str, value: Any, source: str) -> Any:
 def _check(config: Config) -> None:
     for key in ("paths.state_dir", "paths.run_dir", "paths.direct_volumes", "paths.host_root", "paths.kata_root"):
         if not config.text(key).startswith("/"):
-            raise ConfigError(f"{key} = {config.text(key)!r} (from {config.sources[key]}): must be an absolute path")
+            raise ConfigError(f"{config.said(key)}: must be an absolute path")
     _check_node(config)
     for key, words in _WORDS.items():
         if config.text(key) not in words:
-            raise ConfigError(f"{key} = {config.text(key)!r}: takes {', '.join(words)}")
-    for key in ("loop.capacity_bytes", "directory.capacity_bytes"):
+            raise ConfigError(f"{config.said(key)}: takes {', '.join(words)}")
+    for key in ("loop.capacity_bytes", "directory.capacity_bytes", "csi.max_volumes"):
         if config.number(key) < 0:
-            raise ConfigError(f"{key} = {config.number(key)}: must not be negative")
+            raise ConfigError(f"{config.said(key)}: must not be negative")
     if config.text("directory.path") and not config.text("directory.path").startswith("/"):
-        raise ConfigError(f"directory.path = {config.text('directory.path')!r}: must be an absolute path")
+        raise ConfigError(f"{config.said('directory.path')}: must be an absolute path")
     if config.text("csi.endpoint") == config.text("csi.nfs_endpoint"):
         both = repr(config.text("csi.endpoint")) if config.text("csi.endpoint") else "empty"
         why = "each driver has a socket of its own, and one of them has to be served"
         raise ConfigError(f"csi.endpoint and csi.nfs_endpoint are both {both}: {why}")
-    if not config.words("volumes.backends") or set(config.words("volumes.backends")) - {*BACKENDS}:
-        raise ConfigError(
-            f"volumes.backends = {list(config.words('volumes.backends'))}: takes any of {', '.join(BACKENDS)}"
-        )
-    for one in config.words("nfs.exports"):
-        if not _EXPORT.match(one):
-            raise ConfigError(
-                f"nfs.exports = {one!r} (from {config.sources['nfs.exports']}): takes `server:/path`, with mount "
-                "options behind semicolons"
-            )
+    _check_lists(config)
     _check_kubelet(config)
+    _check_ranges(config)
     _check_snapshotter(config)
     if not _NODE_ID.match(config.node_id):
         raise ConfigError(
-            f"node.id = {config.node_id!r} (from {config.sources['node.id']}): must be a label value of at most 63 "
+            f"{config.said('node.id', config.node_id)}: must be a label value of at most 63 "
             "characters, since it is the node's topology"
         )
+
+
+def _check_lists(config: Config) -> None:
+    for key, known in (("volumes.backends", BACKENDS), ("csi.services", SERVICES)):
+        if not config.words(key) or set(config.words(key)) - {*known}:
+            raise ConfigError(f"{config.said(key)}: takes any of {', '.join(known)}")
+    for one in config.words("nfs.exports"):
+        if not _EXPORT.match(one):
+            raise ConfigError(
+                f"{config.said('nfs.exports', one)}: takes `server:/path`, with mount options behind semicolons"
+            )
 
 
 def _check_node(config: Config) -> None:
     for root in config.words("node.roots"):
         if not root.startswith("/") or os.path.normpath(root) != root or root == "/":
-            raise ConfigError(
-                f"node.roots = {root!r} (from {config.sources['node.roots']}): must be plain absolute paths"
-            )
+            raise ConfigError(f"{config.said('node.roots', root)}: must be plain absolute paths")
     if not config.words("node.roots"):
-        raise ConfigError("node.roots is empty; name kubelet's directory")
+        raise ConfigError(f"{config.said('node.roots')}: is empty; name kubelet's directory")
     if not config.text("node.kubelet_process"):
-        raise ConfigError("node.kubelet_process is empty; name a process id, or a program such as kubelet")
+        raise ConfigError(
+            f"{config.said('node.kubelet_process')}: is empty; name a process id, or a program such as kubelet"
+        )
 
 
 def _check_kubelet(config: Config) -> None:
     address = config.text("detect.kubelet")
-    said = f"detect.kubelet = {address!r} (from {config.sources['detect.kubelet']})"
+    said = config.said("detect.kubelet")
     if not address:
         return
     if not config.text("detect.kubeconfig") and not config.text("detect.api_server"):
@@ -392,6 +512,10 @@ def _check_kubelet(config: Config) -> None:
 
 _RANGES = {
     "loop.copy_gives_way_seconds": (1, 86400),
+    "csi.events_seconds": (0, 86400),
+    "metrics.interval_seconds": (1, 3600),
+    "metrics.doctor_seconds": (0, 86400),
+    "metrics.volumes": (0, 5000),
     "snapshotter.size_bytes": (8 << 20, 1 << 50),
     "snapshotter.call_seconds": (1, 3600),
     "snapshotter.discard": (0, 1),
@@ -405,43 +529,42 @@ _RANGES = {
 }
 
 
-def _check_snapshotter(config: Config) -> None:
+def _check_ranges(config: Config) -> None:
     for key, (least, most) in _RANGES.items():
         if not least <= config.number(key) <= most:
-            raise ConfigError(
-                f"{key} = {config.number(key)} (from {config.sources[key]}): must lie between {least} and {most}"
-            )
+            raise ConfigError(f"{config.said(key)}: must lie between {least} and {most}")
+
+
+def _check_snapshotter(config: Config) -> None:
     fstype = config.text("snapshotter.fstype")
     if fstype not in SMALLEST:
-        raise ConfigError(f"snapshotter.fstype = {fstype!r}: takes {', '.join(SMALLEST)}")
-    _check_size("snapshotter.size_bytes", config.number("snapshotter.size_bytes"), fstype)
-    sizes: set[str] = set()
+        raise ConfigError(f"{config.said('snapshotter.fstype')}: takes {', '.join(SMALLEST)}")
+    _check_size(config.said("snapshotter.size_bytes"), config.number("snapshotter.size_bytes"), fstype)
+    named: set[str] = set()
     for one in config.words("snapshotter.namespace_sizes"):
         name, _, size = one.partition("=")
-        if not size.isdecimal() or not size.isascii():
-            raise ConfigError(f"snapshotter.namespace_sizes = {one!r}: takes NAMESPACE=BYTES")
+        said = config.said("snapshotter.namespace_sizes", one)
+        if not _is_size(size):
+            raise ConfigError(f"{said}: takes NAMESPACE=SIZE; a size is {sizes.FORM}")
         if not _NAMESPACE.match(name) or len(name) > _LONGEST_NAMESPACE:
-            raise ConfigError(
-                f"snapshotter.namespace_sizes = {one!r}: containerd has no namespace of the name {name!r}"
-            )
-        if name in sizes:
-            raise ConfigError(f"snapshotter.namespace_sizes = {one!r}: {name} has a size already")
-        sizes.add(name)
-        _check_size(f"snapshotter.namespace_sizes: {name}", int(size), fstype)
+            raise ConfigError(f"{said}: containerd has no namespace of the name {name!r}")
+        if name in named:
+            raise ConfigError(f"{said}: {name} has a size already")
+        named.add(name)
+        _check_size(said, sizes.parse(size), fstype)
     for key in ("snapshotter.images", "snapshotter.image_roots"):
         if config.text(key) and not config.text(key).startswith("/"):
-            raise ConfigError(f"{key} = {config.text(key)!r} (from {config.sources[key]}): must be an absolute path")
+            raise ConfigError(f"{config.said(key)}: must be an absolute path")
     _check_gauge(config)
     for path in config.words("snapshotter.image_keys"):
         if not path.startswith("/"):
-            source = config.sources["snapshotter.image_keys"]
-            raise ConfigError(f"snapshotter.image_keys = {path!r} (from {source}): must be absolute paths")
+            raise ConfigError(f"{config.said('snapshotter.image_keys', path)}: must be absolute paths")
     idle, call = config.number("snapshotter.unmap_idle_seconds"), config.number("snapshotter.call_seconds")
     # The default follows a longer call.
     if idle and idle < call and config.sources["snapshotter.unmap_idle_seconds"] != "default":
         raise ConfigError(
-            f"snapshotter.unmap_idle_seconds = {idle} (from {config.sources['snapshotter.unmap_idle_seconds']}): must "
-            f"not be below snapshotter.call_seconds = {call}, else a device goes under a call; 0 is for never"
+            f"{config.said('snapshotter.unmap_idle_seconds')}: must not be below snapshotter.call_seconds = {call}, "
+            "else a device goes under a call; 0 is for never"
         )
 
 
@@ -449,12 +572,18 @@ def _check_gauge(config: Config) -> None:
     gauge = config.text("snapshotter.gauge")
     if gauge not in ("", "auto") and (not gauge.startswith("/") or os.path.normpath(gauge) != gauge or gauge == "/"):
         raise ConfigError(
-            f"snapshotter.gauge = {gauge!r} (from {config.sources['snapshotter.gauge']}): must be a plain absolute "
-            "path, `auto`, or empty for none"
+            f"{config.said('snapshotter.gauge')}: must be a plain absolute path, `auto`, or empty for none"
         )
 
 
-def _check_size(what: str, size: int, fstype: str) -> None:
+def _is_size(text: str) -> bool:
+    try:
+        return sizes.parse(text) >= 0
+    except ValueError:
+        return False
+
+
+def _check_size(said: str, size: int, fstype: str) -> None:
     least, most = SMALLEST[fstype], _RANGES["snapshotter.size_bytes"][1]
     if not least <= size <= most:
-        raise ConfigError(f"{what} = {size}: an {fstype} filesystem has {least} to {most} bytes")
+        raise ConfigError(f"{said}: an {fstype} filesystem has {least} to {most} bytes")

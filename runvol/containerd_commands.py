@@ -103,9 +103,11 @@ def _wish(config: Config, runtimes: Sequence[str], everything: bool, platform: s
     )
 
 
-@click.command("containerd-config")
-@click.option("--containerd-version", "said", metavar="VERSION", help="1.6, 1.7, 2.0, 2.4.2, …")
-@click.option("--detect", is_flag=True, help="Ask the running containerd for its version (so it is without the other).")
+@click.command("containerd-config", short_help="Put the snapshotter into containerd's file.")
+@click.option(
+    "--containerd-version", "said", metavar="VERSION", help="The version that the file is for: 1.6, 1.7, 2.0, 2.4.2, …"
+)
+@click.option("--detect", is_flag=True, help="Ask the running containerd for its version, as is done without either.")
 @click.option("--config", "path", metavar="PATH", help="containerd's file (default: that of kubelet's containerd).")
 @click.option("--write", is_flag=True, help=f"Change the file; what it was is kept beside it (PATH{_COPY}).")
 @click.option("--runtime", "runtimes", multiple=True, metavar="HANDLER[=TYPE]",
@@ -116,7 +118,7 @@ def _wish(config: Config, runtimes: Sequence[str], everything: bool, platform: s
     help="The default of all, runc's containers too, which kubelet "
     "sees as its imagefs; containerd 1.6 takes it no other way.",
 )
-@click.option("--platform", metavar="OS/ARCH", help="Of the node (default: this machine's).")
+@click.option("--platform", metavar="OS/ARCH", help="The node's platform (default: this machine's).")
 @click.option("--root", metavar="DIR", help="Where the node's root is seen (default: the setting paths.host_root).")
 @click.pass_obj
 def containerd_config(

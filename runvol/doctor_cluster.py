@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import quote
@@ -12,8 +13,9 @@ from guestmount.pods import NotThere, PodUnknown
 from guestmount.running_containerd import Answer
 from runvol import assembly
 from runvol.config import Config
-from runvol.diagnosis import BROKEN, OK, WARNING, Diagnosis
+from runvol.diagnosis import BROKEN, WARNING, Diagnosis, broken, good, unknown, warning
 
+_SUBJECT = "Kubernetes API"
 # Seconds for each question.
 _ASKING = 3.0
 _CLASSES = "/apis/storage.k8s.io/v1/storageclasses"
@@ -38,13 +40,9 @@ def examine(config: Config, api: KubernetesApi | None, containerd: Answer | None
     """One line where no API is configured. `containerd`: kubelet's, as far as it is known; None where this is no node,
     and nobody asks which runtime a pod has."""
     if api is None:
-        if containerd is None:
-            finding = "none is configured (detect.kubeconfig): exports are known by the setting nfs.exports alone"
-            yield Diagnosis(state=WARNING, subject="Kubernetes API", finding=finding)
-            return
-        finding = ("none is configured (detect.kubeconfig): which runtime a pod has is said by its StorageClass, or by "
-                   "detect.default_runtime")  # fmt: skip
-        yield Diagnosis(state=WARNING, subject="Kubernetes API", finding=finding)
+        how = ("exports are known by the setting nfs.exports alone" if containerd is None else
+               "which runtime a pod has is said by its StorageClass, or by detect.default_runtime")  # fmt: skip
+        yield warning("kubernetes.not-configured", _SUBJECT, f"none is configured (detect.kubeconfig): {how}")
         return
     if containerd is not None:
         yield from _kubelet(config, api)
@@ -58,7 +56,7 @@ def examine(config: Config, api: KubernetesApi | None, containerd: Answer | None
     ]
     yield from (one for one in unreadable if one is not None)
     if not any(unreadable):
-        yield Diagnosis(state=OK, subject="Kubernetes API", finding="answers, and lets be read what is needed")
+        yield good("kubernetes.api", _SUBJECT, "answers, and lets be read what is needed")
     elif all(unreadable):
         return
     yield from _drivers(config, api)
@@ -72,42 +70,56 @@ def _readable(api: KubernetesApi, what: str, path: str, why: str, state: str) ->
         api.one(what, path, Deadline.after(_ASKING))
     except (PodUnknown, WaitExpired) as error:
         cost = f"so nobody knows {why}" if state == BROKEN else "which only volumes on NFS need"
-        return Diagnosis(state=state, subject=what, finding=f"cannot be read, {cost}: {error}")
+        known, fix = _refused(str(error), what)
+        return Diagnosis(state=state, id=known, subject=what, finding=f"cannot be read, {cost}: {error}", fix=fix)
     return None
 
 
+def _refused(said: str, what: str) -> tuple[str, str]:
+    """Id and fix, by the status in what `KubernetesApi` says."""
+    if re.search(r"\b401\b|certificate", said):
+        return "kubernetes.unauthorized", ""
+    if re.search(r"\b403\b", said):
+        return "kubernetes.forbidden", (f"allow the plugin's account `get`, `list` and `watch` of {what}, as the rules "
+                                        "in deploy/manifests/runvol.yaml do")  # fmt: skip
+    return "kubernetes.unreachable", ""
+
+
 def _kubelet(config: Config, api: KubernetesApi) -> Iterator[Diagnosis]:
-    kubelet = assembly.kubelet_pods(config, api)
+    kubelet, subject = assembly.kubelet_pods(config, api), "kubelet's pods"
     if kubelet is None:
         return
     try:
         count = len(kubelet.pods(Deadline.after(_ASKING)))
     except PodUnknown as error:
         finding = f"cannot be asked, so it tells of no pod while the API is away: {error}"
-        yield Diagnosis(state=WARNING, subject="kubelet's pods", finding=finding)
+        yield warning("kubelet.pods-unreadable", subject, finding)
         return
-    yield Diagnosis(state=OK, subject="kubelet's pods", finding=f"{count} are told by {config.text('detect.kubelet')}")
+    yield good("kubelet.pods", subject, f"{count} are told by {config.text('detect.kubelet')}")
 
 
 def _drivers(config: Config, api: KubernetesApi) -> Iterator[Diagnosis]:
     for name, key in ((drivers.NODES, "csi.endpoint"), (drivers.NFS, "csi.nfs_endpoint")):
         if not config.text(key):
             continue
+        subject = f"CSIDriver {name}"
         try:
-            found = api.one(f"CSIDriver {name}", f"/apis/storage.k8s.io/v1/csidrivers/{name}", Deadline.after(_ASKING))
+            found = api.one(subject, f"/apis/storage.k8s.io/v1/csidrivers/{name}", Deadline.after(_ASKING))
+        except NotThere:
+            yield broken("kubernetes.csidriver-missing", subject, "is not there: pods hang without any event")
+            continue
         except (PodUnknown, WaitExpired) as error:
-            missing = isinstance(error, NotThere)
-            finding = "is not there: pods hang without any event; `helm upgrade` brings it back, "
-            finding += "and where there is no chart: kubectl apply -f deploy/kubernetes/csidrivers.yaml"
-            yield Diagnosis(state=BROKEN if missing else WARNING, subject=f"CSIDriver {name}",
-                            finding=finding if missing else f"cannot be read: {error}")  # fmt: skip
+            yield unknown("kubernetes.csidriver-unreadable", subject, f"cannot be read: {error}")
             continue
         spec = found.get("spec")
         spec = spec if isinstance(spec, dict) else {}
         wrong = [f"{field} is {spec.get(field)!r} instead of {wanted!r}: {cost}"
                  for field, (wanted, cost) in _FIELDS.items() if spec.get(field) != wanted]  # fmt: skip
-        yield Diagnosis(state=BROKEN if wrong else OK, subject=f"CSIDriver {name}",
-                        finding="; ".join(wrong) or "says what the driver needs")  # fmt: skip
+        if wrong:
+            yield broken("kubernetes.csidriver-wrong", subject, "; ".join(wrong), f"`kubectl delete csidriver {name}`, "
+                         "then `kubectl apply -f deploy/kubernetes/csidrivers.yaml`")  # fmt: skip
+        else:
+            yield good("kubernetes.csidriver", subject, "says what the driver needs")
 
 
 def _classes(config: Config, api: KubernetesApi) -> Iterator[Diagnosis]:
@@ -124,22 +136,20 @@ def _classes(config: Config, api: KubernetesApi) -> Iterator[Diagnosis]:
     for one in found:
         metadata = one.get("metadata")
         name = metadata.get("name") if isinstance(metadata, dict) else None
-        finding = (
-            "volumeBindingMode is 'Immediate' instead of 'WaitForFirstConsumer': a claim's volume is made on any node, "
-        )
-        finding += "and its pods can run on that one only; make the class anew, its volumes stay"
-        yield Diagnosis(state=WARNING, subject=f"StorageClass {name}", finding=finding)
+        yield warning("kubernetes.class-binds-at-once", f"StorageClass {name}", "volumeBindingMode is 'Immediate' "
+                      "instead of 'WaitForFirstConsumer': a claim's volume is made on any node, and its pods can run "
+                      "on that one only")  # fmt: skip
 
 
 def _handlers(config: Config, api: KubernetesApi, asked: Answer) -> Iterator[Diagnosis]:
     """Whether the runtime that kubelet has is the containerd that is looked at here, and was started with its file."""
-    containerd = asked.believed
+    containerd, subject = asked.believed, "runtime handlers"
     if containerd is None:
         return
     try:
         node = api.one("this node", f"/api/v1/nodes/{config.node_id}", Deadline.after(_ASKING))
     except (PodUnknown, WaitExpired) as error:
-        yield Diagnosis(state=WARNING, subject="runtime handlers", finding=f"the node cannot be read: {error}")
+        yield unknown("kubernetes.node-unreadable", subject, f"the node cannot be read: {error}")
         return
     status = node.get("status")
     said = status.get("runtimeHandlers") if isinstance(status, dict) else None
@@ -150,11 +160,16 @@ def _handlers(config: Config, api: KubernetesApi, asked: Answer) -> Iterator[Dia
     if not containerd.running:
         more = [name for name in more if name != "runc"]  # which containerd has without a word
     wrong, source = [], containerd.source
-    another = "is that kubelet's (cri.endpoint)?" if containerd.running else "restart it"
     if missing:
-        wrong.append(f"{', '.join(missing)}: in {source}, not in kubelet's container runtime; {another}")
+        wrong.append(f"{', '.join(missing)}: in {source}, not in kubelet's container runtime")
     if more:
-        another = another if containerd.running else "is that the file that it reads?"
-        wrong.append(f"{', '.join(more)}: in kubelet's container runtime, not in {source}; {another}")
-    well = f"{', '.join(sorted(running))}: as {source} has them"
-    yield Diagnosis(state=WARNING if wrong else OK, subject="runtime handlers", finding="; ".join(wrong) or well)
+        wrong.append(f"{', '.join(more)}: in kubelet's container runtime, not in {source}")
+    if wrong:
+        another = (
+            "set `cri.endpoint` to the socket of kubelet's containerd"
+            if containerd.running
+            else ("restart containerd; if it reads another file, set `paths.containerd_config` to that")
+        )
+        yield warning("kubernetes.handlers-differ", subject, "; ".join(wrong), another)
+    else:
+        yield good("kubernetes.handlers", subject, f"{', '.join(sorted(running))}: as {source} has them")

@@ -9,7 +9,7 @@ from guestmount.running_containerd import Answer, KubeletsContainerd
 from guestmount.runtimes import ContainerdConfig, Handler
 from runvol import assembly
 from runvol.config import Config
-from runvol.diagnosis import OK, WARNING, Diagnosis
+from runvol.diagnosis import Diagnosis, good, warning
 
 # Seconds.
 _ASKING = 3.0
@@ -28,30 +28,35 @@ def examine(answer: Answer) -> Iterator[Diagnosis]:
     where = f"{taken.config}, {taken.endpoint or 'never asked'} ({taken.why})"
     if answer.others:
         others = ", ".join(one.config for one in taken.others)
-        where += f"; {others} may be kubelet's too: set paths.containerd_config to the one that is"
-    doubtful = answer.others or (answer.believed is None and not taken.proved)
-    yield Diagnosis(state=WARNING if doubtful else OK, subject="containerd", finding=where)
+        yield warning("containerd.several", "containerd", f"{where}; {others} may be kubelet's too")
+    elif answer.believed is None and not taken.proved:
+        yield warning("containerd.not-found", "containerd", where)
+    else:
+        yield good("containerd.place", "containerd", where)
+    yield _running(answer)
+
+
+def _running(answer: Answer) -> Diagnosis:
+    taken, subject = answer.taken, "running containerd"
     if answer.believed is None:
-        finding = f"{answer.unread}, and {answer.doubt}: runtimes are known by name only"
-        yield Diagnosis(state=WARNING, subject=taken.config, finding=finding)
-    elif answer.running is None:
-        meant = not taken.endpoint and not answer.differently
+        finding = f"{taken.config} {answer.unread}, and {answer.doubt}: runtimes are known by name only"
+        return warning("containerd.not-found", subject, finding)
+    if answer.running is None:
         finding = f"was not asked for its runtimes, so its file counts: {answer.doubt}"
         if answer.differently:
-            finding += (
-                f"; containerd 1 and 2 read {taken.config} with its imports differently: a pod that this matters "
-            )
-            finding += "to is refused; put all of a handler into one file"
-        yield Diagnosis(state=OK if meant else WARNING, subject="running containerd", finding=finding)
-    elif answer.on_file is None:
-        finding = f"tells its runtimes; {taken.config} {answer.unread}"
-        yield Diagnosis(state=OK, subject="running containerd", finding=finding)
-    else:
-        wrong = list(_differences(answer.running, answer.on_file))
-        finding = f"has its runtimes as {taken.config} has them"
-        if wrong:
-            finding = f"is believed, and is not what {taken.config} says: {'; '.join(wrong)}; restart containerd"
-        yield Diagnosis(state=WARNING if wrong else OK, subject="running containerd", finding=finding)
+            finding += (f"; containerd 1 and 2 read {taken.config} with its imports differently: a pod that this "
+                        "matters to is refused")  # fmt: skip
+            return warning("containerd.read-differently", subject, finding)
+        if not taken.endpoint:
+            return good("containerd.running", subject, finding)
+        return warning("containerd.silent", subject, finding)
+    if answer.on_file is None:
+        return good("containerd.running", subject, f"tells its runtimes; {taken.config} {answer.unread}")
+    wrong = list(_differences(answer.running, answer.on_file))
+    if wrong:
+        finding = f"is believed, and is not what {taken.config} says: {'; '.join(wrong)}"
+        return warning("containerd.not-restarted", subject, finding)
+    return good("containerd.running", subject, f"has its runtimes as {taken.config} has them")
 
 
 def _differences(running: ContainerdConfig, on_file: ContainerdConfig) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""`runvol doctor` for the way from kubelet to the plugin: does it serve, and does kubelet know it?"""
+"""`runvol doctor` for kubelet: its directory, whether it sees what is mounted, whether it knows the plugin."""
 
 from __future__ import annotations
 
@@ -7,9 +7,43 @@ import os
 from collections.abc import Iterator
 
 from blockdev import durable
-from guestmount import drivers
+from guestmount import Node, drivers
+from guestmount.handoff.kata import LONGEST_TARGET
 from runvol.config import Config
-from runvol.diagnosis import BROKEN, OK, WARNING, Diagnosis
+from runvol.diagnosis import Diagnosis, broken, good, unknown, warning
+
+_DIRECTORY = "kubelet's directory"
+# The longest that kubelet makes of a volume below its directory: the pod's UID, and a PersistentVolume as provisioners
+# name it.
+_TARGET = "pods/00000000-0000-0000-0000-000000000000/volumes/kubernetes.io~csi/pvc-00000000-0000-0000-0000-000000000000"
+_MOUNT = "/mount"
+
+
+def directories(config: Config) -> Iterator[Diagnosis]:
+    for root in config.words("node.roots"):
+        if not os.path.isdir(root):
+            yield warning("kubelet.root-missing", _DIRECTORY, f"{root} does not exist: no kubelet has run here, or its "
+                          "--root-dir is another one", "set `node.roots` to kubelet's --root-dir")  # fmt: skip
+            continue
+        length = len(os.fsencode(os.path.join(root, _TARGET) + _MOUNT))
+        if length > LONGEST_TARGET:
+            yield warning("kubelet.root-too-long", _DIRECTORY, f"below {root} a volume of a pod has a path of {length} "
+                          f"bytes; Kata finds one by a path of at most {LONGEST_TARGET} bytes",
+                          f"give kubelet a --root-dir that is {length - LONGEST_TARGET} bytes shorter, and set "
+                          "`node.roots` to it")  # fmt: skip
+        else:
+            yield good("kubelet.root", _DIRECTORY, root)
+
+
+def reach(node: Node) -> Iterator[Diagnosis]:
+    """Of this command's own mount namespace; the plugin says the same of its own in its health and its log."""
+    doubt = node.reach.doubt() if node.reach is not None else None
+    if doubt is None:
+        yield good("kubelet.mounts", "mounts", "what is mounted here is seen by kubelet")
+    elif doubt.certain:
+        yield broken("kubelet.mounts-not-propagated", "mounts", doubt.why)
+    else:
+        yield unknown("kubelet.mounts-unproved", "mounts", doubt.why)
 
 
 def examine(config: Config) -> Iterator[Diagnosis]:
@@ -27,13 +61,10 @@ def examine(config: Config) -> Iterator[Diagnosis]:
             continue
         path = server.socket_path(endpoint)
         serves = server.answers(path, name)
-        yield Diagnosis(
-            state=OK if serves else WARNING,
-            subject=f"driver {name}",
-            finding=f"answers at {path}"
-            if serves
-            else f"nobody answers at {path}: is `runvol csi` running here, and with these settings?",
-        )
+        if serves:
+            yield good("kubelet.driver", f"driver {name}", f"answers at {path}")
+        else:
+            yield warning("kubelet.driver-silent", f"driver {name}", f"nobody answers at {path}")
         if nodes and registry:
             yield _registration(name, path, registry, kubelet.told_at(config.text("paths.run_dir"), name), serves)
 
@@ -41,25 +72,21 @@ def examine(config: Config) -> Iterator[Diagnosis]:
 def _registration(name: str, path: str, registry: str, told: str, serves: bool) -> Diagnosis:
     from csi import kubelet
 
-    subject, others = f"registration {name}", kubelet.sockets_of(name, registry)
+    subject = f"registration {name}"
     if not os.path.isdir(registry):
-        finding = (
-            f"{registry} is not there: no kubelet has run here, or node.roots names another directory than its own"
-        )
-        return Diagnosis(state=WARNING, subject=subject, finding=finding)
+        return warning("kubelet.registry-missing", subject, f"{registry} is not there: no kubelet has run here, or "
+                       "node.roots names another directory than its own")  # fmt: skip
+    others = kubelet.sockets_of(name, registry)
     wrong = [socket for socket, endpoint in others if endpoint != path]
     if wrong or len(others) > 1:
-        finding = (
-            f"{', '.join(socket for socket, _ in others)} register this name, the first for {others[0][1]}: kubelet "
-        )
-        finding += "forgets it with whichever ends first; leave one"
-        return Diagnosis(state=BROKEN, subject=subject, finding=finding)
+        finding = (f"{', '.join(socket for socket, _ in others)} register this name, the first for {others[0][1]}: "
+                   "kubelet forgets it with whichever ends first")  # fmt: skip
+        return broken("kubelet.registration-twice", subject, finding)
     state = _told(told) if serves else ""
     if state == "registered" and others:
-        return Diagnosis(state=OK, subject=subject, finding=f"kubelet knows it, by {others[0][0]}")
-    return Diagnosis(
-        state=WARNING, subject=subject, finding=state or "kubelet does not know it: the plugin is not running"
-    )
+        return good("kubelet.registration", subject, f"kubelet knows it, by {others[0][0]}")
+    finding = state or "kubelet does not know it: the plugin is not running"
+    return warning("kubelet.registration-missing", subject, finding)
 
 
 def _told(path: str) -> str:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 
+from guestmount import drivers
 from runvol.config import Config
-from runvol.diagnosis import BROKEN, OK, WARNING, Diagnosis
+from runvol.diagnosis import BROKEN, WARNING, Diagnosis, good
 
-_ONE_NODE = (
-    "serves one node: of several, the one that wins the election asks its own for all; run it beside a controller"
-)
+_ONE_NODE = "serves one node: of several, the one that wins the election asks its own for all"
 _SIDECARS = ("csi-provisioner", "csi-snapshotter", "csi-resizer")
 
 
@@ -21,25 +20,30 @@ def examine(config: Config, proc: str = "/proc") -> Iterator[Diagnosis]:
         key = ours.get(flags.get("csi-address", "").removeprefix("unix://"))
         if not key or "node" not in config.words("csi.services"):
             continue
-        wrong = _wrong(name, flags, of_nodes=key == "csi.endpoint")
-        yield Diagnosis(
-            state=OK if not wrong else WARNING if name == "csi-resizer" else BROKEN,
-            subject=f"{name} of {config.text(key)}",
-            finding=wrong or "has the arguments that the driver needs",
-        )
+        of_nodes = key == "csi.endpoint"
+        subject = f"{name} of {drivers.NODES if of_nodes else drivers.NFS}"
+        wrong = _wrong(name, flags, of_nodes=of_nodes)
+        if wrong is None:
+            yield good("sidecars.arguments", subject, "has the arguments that the driver needs")
+        else:
+            yield Diagnosis(state=WARNING if name == "csi-resizer" else BROKEN, id=wrong[0], subject=subject,
+                            finding=wrong[1])  # fmt: skip
 
 
-def _wrong(name: str, flags: Mapping[str, str], *, of_nodes: bool) -> str:
+def _wrong(name: str, flags: Mapping[str, str], *, of_nodes: bool) -> tuple[str, str] | None:
+    """Id and finding."""
     on_nodes = flags.get("node-deployment", "false") != "false"
     if name == "csi-resizer":
-        return _ONE_NODE if of_nodes else ""
+        return ("sidecars.resizer-on-node", _ONE_NODE) if of_nodes else None
     if of_nodes and not on_nodes:
-        return "runs without --node-deployment: it takes every node's claims, and finds no other node's volumes"
+        finding = "runs without --node-deployment: it takes every node's claims, and finds no other node's volumes"
+        return "sidecars.not-per-node", finding
     if not of_nodes and on_nodes:
-        return "runs with --node-deployment: volumes on NFS belong to no node; let one central provisioner make them"
+        return "sidecars.per-node-for-nfs", "runs with --node-deployment: volumes on NFS belong to no node"
     if name == "csi-provisioner" and of_nodes and flags.get("strict-topology", "false") == "false":
-        return "runs without --strict-topology: a claim may be made on another node than its pod's"
-    return ""
+        return ("sidecars.topology-not-strict",
+                "runs without --strict-topology: a claim may be made on another node than its pod's")  # fmt: skip
+    return None
 
 
 def _running(proc: str) -> Iterator[tuple[str, Mapping[str, str]]]:

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterator, Mapping
 
 from blockdev import BlockdevError, Deadline, devicemapper
 from blockdev.devicemapper import Mapper
-from blockdev.dm_targets import MAX_THIN_ID
+from blockdev.dm_targets import MAX_THIN_ID, PoolStatus
 from runvol import assembly, doctor_gauge, doctor_proxy_plugin, pool_absence
 from runvol.config import Config
-from runvol.diagnosis import BROKEN, OK, WARNING, Diagnosis
+from runvol.diagnosis import BROKEN, OK, WARNING, Diagnosis, broken, good, warning
 from runvol.gauge_place import gauge_path
-from snapshotter import backing, images
+from runvol.sizes import words as size
+from snapshotter import backing, store_seen
 from snapshotter.errors import SnapshotterError
 from snapshotter.gauge import fill
 from snapshotter.images import Share
 from snapshotter.node import STORE
 from snapshotter.pool import Pool
-from snapshotter.store import Store, disk_trouble
 from snapshotter.trust import Trust
+from snapshotter.watermarks import Health
 
 # Percent of the device ids that were given, from which on an operator is told.
 _MANY_IDS = 75
+_SHARE = "shared images"
 # Images of one kind that are named one by one.
 _NAMED = 5
 
@@ -34,15 +35,16 @@ def examine(config: Config) -> Iterator[Diagnosis]:
     try:
         description = backing.load(state)
     except SnapshotterError as error:
-        yield Diagnosis(state=BROKEN, subject="pool", finding=str(error))
+        yield broken("pool.description-damaged", "pool", str(error))
         return
     if description is None:
         yield from _newcomer(config, state)
         return
     yield from _programs(config)
-    if trouble := _kernel_trouble():
-        yield Diagnosis(state=BROKEN, subject="device-mapper", finding=trouble)
-    else:
+    yield from _promised(description)
+    trouble = _kernel()
+    yield trouble
+    if trouble.state == OK:
         yield from _pool(config, description)
     yield from _store(state)
     yield from doctor_proxy_plugin.examine(config)
@@ -52,23 +54,21 @@ def examine(config: Config) -> Iterator[Diagnosis]:
 def _newcomer(config: Config, state: str) -> Iterator[Diagnosis]:
     """A node need not have it: only one whose containerd has an entry of it lacks something."""
     known = doctor_proxy_plugin.entry(config) is not None
-    yield Diagnosis(
-        state=BROKEN if known else OK, subject="snapshotter",
-        finding=f"no pool is described in {state}; `runvol pool init` makes one"
-        + (": containerd has an entry of the snapshotter, and can start nothing on it" if known else
-           " (only for root filesystems on device-mapper)"),
-    )  # fmt: skip
-    lacking = [one for one in _programs(config) if one.state != OK]
-    if trouble := _kernel_trouble():
-        lacking.append(Diagnosis(state=BROKEN, subject="device-mapper", finding=trouble))
-    for one in lacking:
-        yield Diagnosis(state=one.state if known else OK, subject=f"snapshotter: {one.subject}", finding=one.finding)
     if known:
+        yield broken("pool.missing", "pool", f"none is described in {state}, and containerd has an entry of the "
+                     "snapshotter: it can start nothing on it")  # fmt: skip
+        yield from _programs(config)
+        yield _kernel()
         yield from doctor_proxy_plugin.examine(config)
-    else:
-        path = assembly.places(config).taken().config
-        yield Diagnosis(state=OK, subject="snapshotter: containerd", finding=f"{path} has no [proxy_plugins.runvol]; "
-                        f"{doctor_proxy_plugin.COMMAND} prints or writes the file that has")  # fmt: skip
+        return
+    lacking = [one for one in (*_programs(config), _kernel()) if one.state != OK]
+    path = assembly.places(config).taken().config
+    yield good("pool.not-set-up", "pool", f"none is described in {state}; `runvol pool init` makes one (only for root "
+               "filesystems on device-mapper)")  # fmt: skip
+    for one in lacking:
+        yield good("pool.not-set-up", f"pool: {one.subject}", f"{one.finding}; first {one.fix}")
+    yield good("containerd.not-there", "snapshotter in containerd", f"{path} has no [proxy_plugins.runvol]; "
+               f"{doctor_proxy_plugin.COMMAND} prints or writes the file that has")  # fmt: skip
 
 
 def _programs(config: Config) -> Iterator[Diagnosis]:
@@ -76,75 +76,133 @@ def _programs(config: Config) -> Iterator[Diagnosis]:
     ext4 = config.text("snapshotter.fstype") == "ext4"
     package = "e2fsprogs" if ext4 else "xfsprogs"
     for program in ("mkfs.ext4", "debugfs") if ext4 else ("mkfs.xfs",):
-        found = pool_absence.installed(program)
-        yield Diagnosis(state=OK if found else BROKEN, subject=program,
-                        finding=found or f"is not installed; install {package}")  # fmt: skip
+        yield _program(program, package, BROKEN, "root filesystems cannot be made")
     if not ext4 and gauge_path(config) and not pool_absence.installed("mkfs.ext4"):
-        yield Diagnosis(state=WARNING, subject="mkfs.ext4", finding="is not installed; install e2fsprogs, for the "
-                        "filesystem that shows the pool's fill, or set snapshotter.gauge to an empty text")  # fmt: skip
-    for program, needed, what in (
-        ("thin_check", True, ""),
-        ("thin_ls", True, ""),
-        ("thin_delta", True, ""),
-        ("thin_repair", False, ", for `runvol pool check --repair`"),
-    ):
-        found = pool_absence.installed(program)
-        state = OK if found else (BROKEN if needed else WARNING)
-        yield Diagnosis(state=state, subject=program, finding=found or pool_absence.INSTALL + what)
+        yield warning("programs.e2fsprogs-missing", "mkfs.ext4", "is not installed: it makes the filesystem that shows "
+                      "the pool's fill", "install the package e2fsprogs, or `snapshotter.gauge = \"\"`")  # fmt: skip
+    tools = "thin-provisioning-tools"
+    for program in ("thin_check", "thin_ls", "thin_delta"):
+        yield _program(program, tools, BROKEN, "no pool can be served")
+    yield _program("thin_repair", tools, WARNING, "`runvol pool check --repair` takes it")
 
 
-def _kernel_trouble() -> str:
+def _program(program: str, package: str, state: str, cost: str) -> Diagnosis:
+    found = pool_absence.installed(program)
+    if found:
+        return good("programs.present", program, found)
+    return Diagnosis(state=state, id=f"programs.{package}-missing", subject=program,
+                     finding=f"is not installed: {cost}", fix=f"install the package {package}")  # fmt: skip
+
+
+def _kernel() -> Diagnosis:
+    subject = "device-mapper"
     if not devicemapper.available():
-        return "/dev/mapper/control does not open: modprobe dm_mod dm_thin_pool, and run as root"
+        return broken("devicemapper.missing", subject, "/dev/mapper/control does not open")
     with Mapper() as mapper:
-        return pool_absence.kernel_trouble(mapper)
+        trouble = pool_absence.kernel_trouble(mapper)
+    if not trouble:
+        return good("devicemapper.kernel", subject, "the kernel has thin pools")
+    if trouble.startswith("device-mapper does not answer"):
+        return broken("devicemapper.missing", subject, trouble)
+    return broken("devicemapper.thin-pool-missing", subject, trouble.partition(": ")[0])
+
+
+# By `pool.Health.mode`.
+_HEALTH = {
+    "failed": "pool.failed",
+    "needs_check": "pool.needs-check",
+    "out_of_data_space": "pool.data-full",
+    "out_of_metadata": "pool.metadata-full",
+    "read_only": "pool.read-only",
+}
 
 
 def _pool(config: Config, description: backing.Description) -> Iterator[Diagnosis]:
     from runvol.serve_snapshots import limits
 
-    subject = f"pool {description.name}"
+    subject, state = "pool", config.text("snapshotter.state_dir")
     try:
         with Mapper() as mapper:
             if not pool_absence.is_assembled(mapper, description):
-                reason = pool_absence.why(mapper, config.text("snapshotter.state_dir"), description)
-                yield Diagnosis(state=BROKEN, subject=subject, finding=f"is not assembled: {reason}")
+                yield _absent(mapper, state, description)
                 return
             pool = Pool(mapper, description.name, description.identity, "", limits(config))
-            for finding in pool.health():
-                yield Diagnosis(state=finding.state, subject=subject, finding=finding.message)
-            wanted = fill(pool.status(), description.block, pool.limits.data_reserve)
-        yield from doctor_gauge.examine(gauge_path(config), config.text("snapshotter.state_dir"), wanted)
+            status = pool.status()
+            for finding in pool.health(status):
+                yield _health(finding, _remedy(finding, status, description))
+            wanted = fill(status, description.block, pool.limits.data_reserve)
+        yield from doctor_gauge.examine(gauge_path(config), state, wanted)
     except (SnapshotterError, BlockdevError, ValueError) as error:
-        yield Diagnosis(state=BROKEN, subject=subject, finding=str(error))
+        yield broken("pool.unreadable", subject, str(error))
+
+
+def _absent(mapper: Mapper, state: str, description: backing.Description) -> Diagnosis:
+    foreign = mapper.find(description.name) is not None
+    reason = pool_absence.why(mapper, state, description)
+    why, _, advice = reason.partition("; ")
+    known = "pool.foreign" if foreign and "not this pool" in reason else "pool.not-assembled"
+    return broken(known, "pool", f"{description.name} is not assembled: {why}", advice)
+
+
+def _promised(description: backing.Description) -> Iterator[Diagnosis]:
+    """A pool in files may be larger than their disk has room for."""
+    if description.kind != "loop":
+        return
+    owed, path = 0, description.data
+    try:
+        for one in (description.data, description.metadata):
+            facts = os.stat(one)
+            owed += max(0, facts.st_size - facts.st_blocks * 512)
+        disk = os.statvfs(os.path.dirname(path))
+    except OSError:
+        return  # that a file is not there is told where the pool is looked at
+    free = disk.f_bavail * disk.f_frsize
+    if owed > free:
+        yield warning("pool.over-promised", "pool", f"{path} was promised {size(owed)} that it does not have yet, and "
+                      f"its disk has {size(free)} free")  # fmt: skip
+
+
+def _remedy(finding: Health, status: PoolStatus, description: backing.Description) -> str:
+    """What makes this pool larger, in the part that lacks room; empty where that does not help."""
+    remedies, known = backing.remedies(description), _HEALTH.get(finding.mode, "pool.filling")
+    data, metadata = (used / max(1, total) for used, total in (
+        (status.data_used, status.data_total), (status.metadata_used, status.metadata_total)))  # fmt: skip
+    if known == "pool.metadata-full" or (known == "pool.filling" and metadata > data):
+        return remedies.metadata
+    return f"{remedies.data}, or remove images" if known in ("pool.data-full", "pool.filling") else ""
+
+
+def _health(finding: Health, remedy: str) -> Diagnosis:
+    if finding.state == OK:
+        return good("pool.health", "pool", finding.message)
+    known = _HEALTH.get(finding.mode, "pool.filling")
+    return Diagnosis(state=finding.state, id=known, subject="pool",
+                     finding=finding.message.partition(": ")[0], fix=remedy)  # fmt: skip
 
 
 def _store(state: str) -> Iterator[Diagnosis]:
-    path = os.path.join(state, STORE)
-    if trouble := disk_trouble(path, flush=True):
-        yield Diagnosis(state=BROKEN, subject="store", finding=f"the filesystem of {state} takes no writes: {trouble}. "
-                        "Put its disk right, stop the service, mount the filesystem anew, start it")  # fmt: skip
+    path, subject = os.path.join(state, STORE), "snapshotter's store"
+    if trouble := store_seen.disk_trouble(state):
+        yield broken("snapshotter.disk-refuses", subject, f"the filesystem of {state} takes no writes: {trouble}")
         return
     if not os.path.exists(path):
-        yield Diagnosis(state=WARNING, subject="store", finding=f"{path} does not exist: the snapshotter never ran")
+        yield warning("snapshotter.store-missing", subject, f"{path} does not exist: the snapshotter never ran")
         return
     try:
-        store = Store(path)
-        quarantined, doomed = store.quarantined(), store.doomed()
-        past, used = store.read_fact("past"), store.following() * 100 // MAX_THIN_ID
-        yield Diagnosis(state=OK, subject="store", finding=f"{store.count()} snapshots, {len(doomed)} to be deleted")
-        store.close()
+        seen = store_seen.seen(path)
     except SnapshotterError as error:
-        yield Diagnosis(state=BROKEN, subject="store", finding=str(error))
+        yield broken("snapshotter.store-damaged", subject, str(error))
         return
-    if past:
-        yield Diagnosis(state=BROKEN, subject="store", finding=past)
+    yield good("snapshotter.store", subject, f"{seen.snapshots} snapshots, {seen.doomed} to be deleted")
+    used = seen.following * 100 // MAX_THIN_ID
+    if seen.past:
+        yield broken("snapshotter.other-past", subject, seen.past)
     if used >= _MANY_IDS:
-        yield Diagnosis(state=WARNING, subject="store", finding=f"{used}% of the pool's {MAX_THIN_ID} device ids were "
-                        "given; then a new epoch begins by itself, with those that nothing has any more")  # fmt: skip
-    if quarantined:
-        yield Diagnosis(state=WARNING, subject="store", finding=f"{len(quarantined)} devices of the pool belong to no "
-                        "snapshot; `runvol pool quarantine` lists and frees them")  # fmt: skip
+        yield warning("snapshotter.ids-running-out", "device ids", f"{used}% of the pool's {MAX_THIN_ID} device ids "
+                      "were given")  # fmt: skip
+    if seen.quarantined:
+        yield warning("snapshotter.quarantine", "quarantine", f"{seen.quarantined} devices of the pool belong to no "
+                      "snapshot")  # fmt: skip
 
 
 def _images(config: Config) -> Iterator[Diagnosis]:
@@ -159,35 +217,32 @@ def _images(config: Config) -> Iterator[Diagnosis]:
     share, pins = Share(directory), _pins(config)
     try:
         chains = share.ask("listing the images", share.chains, Deadline.after(5))
-        yield Diagnosis(state=OK, subject=directory, finding=f"{len(chains)} shared images")
+        yield good("images.share", _SHARE, f"{len(chains)} in {directory}")
         yield from _passed_over(share, trust, chains, pins)
     except SnapshotterError as error:
-        yield Diagnosis(state=BROKEN, subject=directory, finding=str(error))
+        yield broken("images.unreadable", _SHARE, str(error))
 
 
 def _trusts(config: Config, trust: Trust) -> Iterator[Diagnosis]:
     """Whose images this node uses."""
     for trouble in trust.troubles():
-        yield Diagnosis(state=BROKEN, subject="shared images", finding=trouble)
+        yield broken("images.trust-damaged", _SHARE, trouble)
     if config.number("snapshotter.images_unsigned"):
-        yield Diagnosis(state=WARNING, subject="shared images", finding="snapshotter.images_unsigned = 1: whoever can "
-                        "write to the share decides what containers here run; `runvol images sign --all --key FILE`, "
-                        "name the public key in snapshotter.image_keys, and set it to 0")  # fmt: skip
+        yield warning("images.unsigned-used", _SHARE, "snapshotter.images_unsigned = 1: whoever can write to the share "
+                      "decides what containers here run")  # fmt: skip
     elif trust.names():
-        yield Diagnosis(state=OK, subject="shared images", finding=f"signed by {', '.join(trust.names())} are used")
+        yield good("images.trusted", _SHARE, f"signed by {', '.join(trust.names())} are used")
     elif not config.text("snapshotter.image_roots"):
-        yield Diagnosis(state=WARNING, subject="shared images", finding="only those are used that this node has used "
-                        "before: name the public key that signs them in snapshotter.image_keys (`runvol images keygen "
-                        "FILE` makes one), or list them in snapshotter.image_roots")  # fmt: skip
+        yield warning("images.nobody-trusted", _SHARE, "only those are used that this node has used before: no public "
+                      "key is named, and no list")  # fmt: skip
 
 
-def _pins(config: Config) -> dict[str, str]:
+def _pins(config: Config) -> Mapping[str, str]:
     path = os.path.join(config.text("snapshotter.state_dir"), STORE)
     if not os.path.exists(path):
         return {}
     try:
-        with contextlib.closing(Store(path)) as store:
-            return images.pins(store)
+        return store_seen.seen(path).pins
     except SnapshotterError:
         return {}  # `_store` tells
 
@@ -201,16 +256,17 @@ def _passed_over(share: Share, trust: Trust, chains: list[str], pins: Mapping[st
             continue
         verdict, fresh = trust.judge(said, pins.get(chain)), trust.judge(said)
         if verdict.manifest is None:
-            finding = f"is passed over, and its layers are pulled: {verdict.why}; {verdict.advice}"
-            kind = ("passed over", verdict.reason)
+            one = warning("images.passed-over", f"image {chain}", f"is passed over, and its layers are pulled: "
+                          f"{verdict.why}", verdict.advice)  # fmt: skip
+            kind = (one.id, verdict.reason)
         elif fresh.manifest is None:
-            finding = f"is used only since this node has used it before: {fresh.why}; {fresh.advice}"
-            kind = ("used", fresh.reason)
+            one = warning("images.used-since-before", f"image {chain}", "is used only since this node has used it "
+                          f"before: {fresh.why}", fresh.advice)  # fmt: skip
+            kind = (one.id, fresh.reason)
         else:
             continue
-        kinds.setdefault(kind, []).append(Diagnosis(state=WARNING, subject=f"image {chain}", finding=finding))
-    for (what, reason), found in sorted(kinds.items()):
+        kinds.setdefault(kind, []).append(one)
+    for (known, reason), found in sorted(kinds.items()):
         yield from found[:_NAMED]
         if len(found) > _NAMED:
-            yield Diagnosis(state=WARNING, subject="shared images", finding=f"{len(found) - _NAMED} more are {what} "
-                            f"({reason}); `runvol images` lists them")  # fmt: skip
+            yield warning(known, _SHARE, f"{len(found) - _NAMED} more ({reason})", "`runvol images` lists them")

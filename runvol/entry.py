@@ -26,7 +26,7 @@ def plain(words: Sequence[str]) -> dict[str, str] | None:
     while rest:
         word = rest.pop(0)
         if word == "snapshotter" and not named:
-            known, named = _SNAPSHOTTER, True
+            known, named = _WHOLE | _SNAPSHOTTER, True
             continue
         name, equals, value = word.partition("=")
         if name not in known or not (equals or rest):
@@ -45,16 +45,16 @@ def main() -> None:
         return
     # What an import makes is kept; looking through it for garbage again and again only makes a start slower.
     gc.disable()
-    from blockdev.errors import BlockdevError
-    from runvol import config, logs, serve_snapshots
-    from snapshotter.errors import SnapshotterError
+    from runvol import config, logs, serve_snapshots, troubles
 
     file, pool = flags.pop("file", None), flags.pop("pool", None)
     try:
         loaded = config.load(file=file, flags=flags)
         logs.start(loaded.text("log.level"), loaded.text("log.format"))
         serve_snapshots.serve(loaded, pool)
-    except PermissionError as error:
-        sys.exit(f"Error: {error.filename}: permission denied; run runvol as root")
-    except (config.ConfigError, BlockdevError, SnapshotterError) as error:
-        sys.exit(f"Error: {error}")
+    except Exception as error:
+        said = troubles.sentence(error)
+        if said is None:
+            raise
+        sys.stderr.write(f"Error: {said}\n")
+        sys.exit(troubles.status(error))

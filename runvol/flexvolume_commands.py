@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import shlex
@@ -12,8 +13,9 @@ from collections.abc import Mapping
 import click
 
 from blockdev import daemon, durable
-from runvol import config
-from runvol.config import ConfigError
+from runvol import schemas, tables
+from runvol.cli import Loader, as_json_option
+from runvol.config import FILE_VARIABLE, Config, ConfigError, variable_of
 from runvol.flexvolume_driver import INIT
 
 PLUGINS = "/usr/libexec/kubernetes/kubelet-plugins/volume/exec"
@@ -61,38 +63,45 @@ exit $status
 """
 
 
-@click.group()
+@click.group(short_help="Install or remove the FlexVolume driver.")
 def flexvolume() -> None:
     """Install or remove the FlexVolume driver."""
 
 
-_directory = click.option("--plugin-dir", default=PLUGINS, show_default=True, metavar="DIR", help="Of kubelet.")
+_directory = click.option("--plugin-dir", default=PLUGINS, show_default=True, metavar="DIR",
+                          help="Where kubelet looks for drivers.")  # fmt: skip
 _as = click.option("--as", "name", default="runvol/runvol", show_default=True, metavar="VENDOR/DRIVER",
-                   help="alicloud/disk reads that driver's options.")  # fmt: skip
+                   help="The driver's name; alicloud/disk and alicloud/nas read those drivers' options.")  # fmt: skip
 
 
-@flexvolume.command("install")
+@flexvolume.command("install", short_help="Put the driver where kubelet looks.")
 @_directory
 @_as
-@click.option("--log", default="/var/log/runvol/flexvolume.log", show_default=True, metavar="FILE")
-@click.option("--call-seconds", default=100, show_default=True, help="When a call that has not ended is answered.")
+@click.option("--log", default="/var/log/runvol/flexvolume.log", show_default=True, metavar="FILE",
+              help="Where the driver writes what it did.")  # fmt: skip
+@click.option("--call-seconds", default=100, show_default=True, metavar="SECONDS",
+              help="After which a call that has not ended is answered.")  # fmt: skip
 @click.option(
     "--through-plugin",
     is_flag=True,
-    help="For a plugin in a container: what kubelet executes on the node enters it. Run it in there.",
+    help="For a node plugin in a container: what kubelet executes on the node enters it. Run it in there.",
 )
-@click.pass_context
+@as_json_option
+@click.pass_obj
 def install(
-    context: click.Context, plugin_dir: str, name: str, log: str, call_seconds: int, through_plugin: bool
+    load: Loader, plugin_dir: str, name: str, log: str, call_seconds: int, through_plugin: bool, as_json: bool
 ) -> None:
-    """Install the driver, or upgrade it under a running kubelet: its file is replaced in one step."""
+    """Install the driver, or upgrade it under a running kubelet: its file is replaced in one step.
+
+    The settings that are given by --config, --state-dir and --run-dir, or by RUNVOL_CONFIG, are the driver's too.
+    """
+    config = load()
     place, driver = _place(plugin_dir, name)
     os.makedirs(place, mode=0o755, exist_ok=True)
-    file = context.find_root().params.get("file")
     settings = {"RUNVOL_FLEXVOLUME_LOG": os.path.abspath(log), "RUNVOL_FLEXVOLUME_CALL_SECONDS": str(call_seconds),
-                **({"RUNVOL_CONFIG": os.path.abspath(file)} if file else {})}  # fmt: skip
+                **_given(config)}  # fmt: skip
     if through_plugin:
-        text = _through_plugin(config.load(file=file).text("paths.run_dir"), driver, settings)
+        text = _through_plugin(config.text("paths.run_dir"), driver, settings)
     else:
         text = _PROGRAM.format(
             python=sys.executable,
@@ -102,7 +111,19 @@ def install(
     beside = os.path.join(place, f".{driver}.")
     durable.sweep(beside)
     durable.replace(os.path.join(place, driver), os.fsencode(text), beside=beside, mode=0o755)
-    click.echo(f"installed {name} in {place}")
+    _tell("installed", name, f"installed {name} in {place}", as_json)
+
+
+def _given(config: Config) -> dict[str, str]:
+    """What this command line says of the settings."""
+    directories = {variable_of(key): os.path.abspath(config.text(key)) for key in ("paths.state_dir", "paths.run_dir")
+                   if config.sources[key].startswith("--")}  # fmt: skip
+    return directories | ({FILE_VARIABLE: os.path.abspath(config.file)} if config.file else {})
+
+
+def _tell(action: str, name: str, message: str, as_json: bool) -> None:
+    one = schemas.Outcome(action=action, what="driver", name=name, done=True, message=message)
+    tables.tell([one], as_json=as_json)
 
 
 def _through_plugin(run_dir: str, driver: str, settings: Mapping[str, str]) -> str:
@@ -118,11 +139,12 @@ def _through_plugin(run_dir: str, driver: str, settings: Mapping[str, str]) -> s
     )  # fmt: skip
 
 
-@flexvolume.command("uninstall")
+@flexvolume.command("uninstall", short_help="Take the driver away.")
 @_directory
 @_as
-def uninstall(plugin_dir: str, name: str) -> None:
-    """Remove the driver. Volumes that are mounted stay, and kubelet can unmount them only after another install."""
+@as_json_option
+def uninstall(plugin_dir: str, name: str, as_json: bool) -> None:
+    """Take the driver away. Volumes that are mounted stay, and kubelet can unmount them only after another install."""
     place, driver = _place(plugin_dir, name)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(os.path.join(place, driver))
@@ -130,11 +152,13 @@ def uninstall(plugin_dir: str, name: str) -> None:
     try:
         os.rmdir(place)
     except FileNotFoundError:
-        click.echo(f"{name} was not installed in {plugin_dir}")
+        _tell("removed", name, f"{name} was not installed in {plugin_dir}", as_json)
         return
     except OSError as error:
-        raise ConfigError(f"{place}: {error.strerror}; it holds files that are not the driver's") from None
-    click.echo(f"removed {name} from {plugin_dir}")
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise click.ClickException(f"{place} holds files that are not the driver's, and stays") from None
+    _tell("removed", name, f"removed {name} from {plugin_dir}", as_json)
 
 
 def _place(plugin_dir: str, name: str) -> tuple[str, str]:

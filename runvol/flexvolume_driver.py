@@ -110,7 +110,7 @@ def _work(words: Sequence[str], parent: int) -> str:
     try:
         from runvol import config
 
-        loaded = config.load(file=os.environ.get("RUNVOL_CONFIG"))
+        loaded = config.load()
         name = os.environ.get("RUNVOL_FLEXVOLUME_NAME") or os.path.basename(sys.argv[0])
         run_dir = loaded.text("paths.run_dir")
         if os.getppid() != parent:
@@ -129,6 +129,10 @@ def _work(words: Sequence[str], parent: int) -> str:
     except Exception as error:
         import traceback
 
+        from runvol import troubles
+
+        if (said := troubles.sentence(error)) is not None:
+            return _failure(said[:4096])
         # Only where it happened: the values in it may hold a secret.
         where = traceback.extract_tb(error.__traceback__)[-1]
         what = str(error)[:4096]

@@ -11,12 +11,14 @@ from typing import Any
 
 import click
 import grpc
+import msgspec
 
 from blockdev import Deadline, daemon
-from runvol import tables
+from runvol import endpoints, schemas, tables, troubles
 from runvol.cli import Loader, as_json_option
 from runvol.config import Config
 from runvol.serve_snapshots import state_dir
+from runvol.sizes import words
 from runvol_proto import containerd_snapshots_pb2 as pb
 from snapshotter import images as shared
 from snapshotter import signatures
@@ -24,7 +26,6 @@ from snapshotter.errors import BadRequest, NotFound, SnapshotterError, Unavailab
 from snapshotter.images import Share
 from snapshotter.model import LABEL_REF, Kind, Snapshot, chain_of
 from snapshotter.node import STORE
-from snapshotter.server import socket_path
 from snapshotter.service import LENDING
 from snapshotter.signatures import PrivateKey
 from snapshotter.store import Store
@@ -63,70 +64,109 @@ def _own_store(config: Config) -> Store:
     return found
 
 
-@click.group(invoke_without_command=True)
+@click.group(invoke_without_command=True, short_help="List shared images; make, sign and check them.")
 @as_json_option
 @click.pass_context
 def images(context: click.Context, as_json: bool) -> None:
     """List images on shared storage; make, sign, check and remove them."""
     if context.invoked_subcommand is not None:
         return
-    config = context.obj()
-    share, trust, store = _share(config), _trust(config), _store(config)
-    pins = shared.pins(store) if store else {}
-    there = share.ask("listing the images", share.chains, Deadline.after(_CALL))
-    rows = [_row(share, trust, store, chain, pins.get(chain)) for chain in there]
-    rows += [{"chain": chain, "trust": "used here before, not there now", "pinned": True}
-             for chain in sorted(pins.keys() - set(there))]  # fmt: skip
+    with troubles.looking():
+        config = context.obj()
+        share, trust, store = _share(config), _trust(config), _store(config)
+        pins = shared.pins(store) if store else {}
+        there = _all(share)
+        items = [_item(share, trust, store, chain, pins.get(chain)) for chain in there]
+    items += [_absent(chain) for chain in sorted(pins.keys() - set(there))]
     for trouble in trust.troubles():
         click.echo(f"Warning: {trouble}", err=True)
-    columns = ("chain", "size", "used", "fstype", "trust", "containers_here", "made")
-    tables.show(rows, columns, as_json=as_json, empty="no images")
+    columns: tables.Columns[schemas.Image] = [
+        "chain", ("size", lambda it: it.size_bytes and words(it.size_bytes)),
+        ("used", lambda it: it.used_bytes and words(it.used_bytes)), "fstype", ("trust", _trust_of), "containers_here",
+        "made",
+    ]  # fmt: skip
+    tables.show(schemas.Image, items, columns, as_json=as_json, empty="no images")
 
 
-def _row(share: Share, trust: Trust, store: Store | None, chain: str, pin: str | None) -> dict[str, object]:
+def _trust_of(it: schemas.Image) -> str:
+    if not it.present:
+        return "used here before, not there now"
+    return it.trusted_by or f"{it.reason}: not used"
+
+
+def _absent(chain: str) -> schemas.Image:
+    return schemas.Image(
+        chain=chain, present=False, size_bytes=None, used_bytes=None, fstype=None, made=None, root=None, trusted=False,
+        trusted_by=None, reason=None, why=None, advice=None, pinned=True, containers_here=0,
+    )  # fmt: skip
+
+
+def _item(share: Share, trust: Trust, store: Store | None, chain: str, pin: str | None) -> schemas.Image:
     said = share.said(chain, Deadline.after(_CALL))
     verdict = trust.judge(said, pin) if said is not None else Verdict(reason="gone")
     # For what is used here already it is told as well whether it would be used if it were not.
     fresh = trust.judge(said) if said is not None and verdict.manifest is not None else verdict
     by = fresh.by if fresh.manifest == verdict.manifest else verdict.by
-    row: dict[str, object] = {"chain": chain, "trust": by or f"{verdict.reason}: not used", "why": verdict.why,
-                              "advice": verdict.advice, "pinned": pin is not None}  # fmt: skip
+    found = msgspec.structs.replace(
+        _absent(chain), present=said is not None, trusted=verdict.manifest is not None, trusted_by=by or None,
+        reason=None if by else verdict.reason or None, why=verdict.why or None, advice=verdict.advice or None,
+        pinned=pin is not None,
+    )  # fmt: skip
     if said is None or not said.manifests:
-        return row
-    manifest = verdict.manifest or said.manifests[0]
+        return found
+    manifest, used = verdict.manifest or said.manifests[0], None
     with contextlib.suppress(SnapshotterError):
-        row["used"] = tables.size(share.ask("looking at an image", partial(share.used, chain), Deadline.after(_CALL)))
+        used = share.ask("looking at an image", partial(share.used, chain), Deadline.after(_CALL))
     here = [one for one in store.with_image(chain) if one.device] if store else []
-    return row | {"size": tables.size(manifest.size), "fstype": manifest.fstype, "made": manifest.made,
-                  "containers_here": len(here), "size_bytes": manifest.size, "root": manifest.root}  # fmt: skip
+    return msgspec.structs.replace(
+        found, size_bytes=manifest.size, used_bytes=used, fstype=manifest.fstype, made=manifest.made,
+        root=manifest.root, containers_here=len(here),
+    )  # fmt: skip
 
 
-@images.command("keygen")
+def _done(action: str, name: str, message: str, *, done: bool = True) -> schemas.Outcome:
+    return schemas.Outcome(action=action, what="image", name=name, done=done, message=message)
+
+
+@images.command("keygen", short_help="Make a key to sign images with.")
 @click.argument("file")
-def images_keygen(file: str) -> None:
+@as_json_option
+def images_keygen(file: str, as_json: bool) -> None:
     """Make a key to sign images with: FILE, which only its owner can read, and FILE.pub for every node."""
     key, public = signatures.make_key(file)
-    click.echo(f"made the key {key.public.name}: {file} signs and stays where images are made; copy {public} to every "
-               "node and name it in snapshotter.image_keys")  # fmt: skip
+    said = (f"made the key {key.public.name}: {file} signs and stays where images are made; copy {public} to every "
+            "node and name it in snapshotter.image_keys")  # fmt: skip
+    one = schemas.Outcome(action="made", what="key", name=key.public.name, done=True, message=said)
+    tables.tell([one], as_json=as_json)
 
 
-@images.command("make")
+@images.command("make", short_help="Put an unpacked image on the shared storage.")
 @click.argument("chain", metavar="CHAIN|KEY")
 @_key_option
+@as_json_option
 @click.pass_obj
-def images_make(load: Loader, chain: str, key_file: str | None) -> None:
-    """Put an unpacked chain, and every chain below it, onto the shared storage. The snapshotter must run."""
+def images_make(load: Loader, chain: str, key_file: str | None, as_json: bool) -> None:
+    """Put an unpacked chain, and every chain below it, onto the shared storage. The snapshotter must run.
+
+    CHAIN is the chain id of an image's topmost layer, KEY what `runvol snapshots` shows for it.
+    """
     config = load()
     share, store = _share(config), _own_store(config)
     key = signatures.private_key(key_file) if key_file else None
+    made = []
     for row in reversed(_ancestry(store, chain)):
         reference = chain_of(row)
         if row.image == reference and not row.device:
-            click.echo(f"{reference}: it comes from there")
+            said = "it comes from there"
         elif (found := share.present(reference, key)) is not None:
-            click.echo(f"{reference}: it is there, root {found.root}")
+            said = f"it is there, root {found.root}"
         else:
-            _make(config, share, row, reference, key)
+            said = _make(config, share, row, reference, key)
+        made.append(_done("made", reference, f"{reference}: {said}"))
+        if not as_json:
+            click.echo(made[-1].message)
+    if as_json:
+        tables.tell(made, as_json=True)
     if key is None and not config.number("snapshotter.images_unsigned"):
         click.echo("not signed: nodes use these only if snapshotter.image_roots lists their roots, or once `runvol "
                    "images sign` has signed them", err=True)  # fmt: skip
@@ -164,17 +204,17 @@ def _progress(reference: str, size: int | None = None) -> Callable[[str, int], N
     def tell(what: str, done: int) -> None:
         if time.monotonic() - last[0] > 1:
             last[0] = time.monotonic()
-            of = f" of {tables.size(size)}" if size else ""
-            click.echo(f"{reference[:19]}: {what}, {tables.size(done)}{of}", err=True)
+            of = f" of {words(size)}" if size else ""
+            click.echo(f"{reference[:19]}: {what}, {words(done)}{of}", err=True)
 
     return tell
 
 
-def _make(config: Config, share: Share, row: Snapshot, reference: str, key: PrivateKey | None) -> None:
-    with _borrowed(socket_path(config.text("snapshotter.endpoint")), row.key) as device:
+def _make(config: Config, share: Share, row: Snapshot, reference: str, key: PrivateKey | None) -> str:
+    with _borrowed(endpoints.path(config, "snapshotter.endpoint"), row.key) as device:
         manifest = share.make(reference, device, row.fstype, progress=_progress(reference, row.size), key=key)
     signed = f", signed by {key.public.name}" if key else ""
-    click.echo(f"{reference}: made, {tables.size(manifest.size)} of {manifest.fstype}{signed}, root {manifest.root}")
+    return f"made, {words(manifest.size)} of {manifest.fstype}{signed}, root {manifest.root}"
 
 
 @contextlib.contextmanager
@@ -216,17 +256,19 @@ def _ask(channel: grpc.Channel, path: str, method: str, request: Any, response: 
         raise SnapshotterError(f"the snapshotter on {path}: {error.code().name}: {error.details()}") from None
 
 
-@images.command("sign")
+@images.command("sign", short_help="Sign an image that is what its hashes say.")
 @click.argument("chain", required=False)
 @click.option("--all", "all_of_them", is_flag=True, help="Every image on the share.")
 @click.option("--key", "key_file", metavar="FILE", required=True, help="The private key to sign with.")
+@as_json_option
 @click.pass_obj
-def images_sign(load: Loader, chain: str | None, all_of_them: bool, key_file: str) -> None:
-    """Read an image whole and sign what was read, if it is what its manifest says. Sign only what you trust."""
+def images_sign(load: Loader, chain: str | None, all_of_them: bool, key_file: str, as_json: bool) -> None:
+    """Read the image of a CHAIN whole and sign what was read, if it is what its manifest says. Sign only what you
+    trust."""
     config = load()
     share, store, key = _share(config), _store(config), signatures.private_key(key_file)
     if bool(chain) == all_of_them:
-        raise BadRequest("CHAIN, --all", chain or "", "takes exactly one of them")
+        raise click.UsageError("name a CHAIN or --all, one of the two")
     pins = shared.pins(store) if store else {}
     chosen = _all(share) if chain is None else [chain]
 
@@ -240,7 +282,7 @@ def images_sign(load: Loader, chain: str | None, all_of_them: bool, key_file: st
         signed = share.sign(one, key, _progress(one))
         return f"signed by {key.public.name}, root {signed.root}"
 
-    _each(chosen, sign)
+    _each("signed", chosen, sign, as_json=as_json)
     _tell_unknown(config, key)
 
 
@@ -248,26 +290,35 @@ def _all(share: Share) -> list[str]:
     return share.ask("listing the images", share.chains, Deadline.after(_CALL))
 
 
-def _each(chains: list[str], work: Callable[[str], str]) -> None:
+def _each(action: str, chains: list[str], work: Callable[[str], str], *, as_json: bool) -> None:
     """Every one of them, whatever becomes of another; status 1 if one went wrong."""
-    wrong = 0
+    told: list[schemas.Outcome] = []
     for chain in chains:
         try:
-            click.echo(f"{chain}: {work(chain)}")
+            told.append(_done(action, chain, f"{chain}: {work(chain)}"))
         except SnapshotterError as error:
-            wrong += 1
-            click.echo(f"{chain}: {error}", err=len(chains) == 1)
-    if wrong:
-        raise SystemExit(1)
+            told.append(_done(action, chain, f"{chain}: {error}", done=False))
+        if not as_json:
+            click.echo(told[-1].message, err=len(chains) == 1 and not told[-1].done)
+    if as_json:
+        tables.tell(told, as_json=True)
+    elif not chains:
+        click.echo("no images")
+    if not all(one.done for one in told):
+        raise SystemExit(troubles.FOUND)
 
 
-@images.command("check")
-@click.argument("chains", nargs=-1)
+@images.command("check", short_help="Read images whole and compare the hashes.")
+@click.argument("chains", metavar="[CHAIN]...", nargs=-1)
+@as_json_option
 @click.pass_obj
-def images_check(load: Loader, chains: tuple[str, ...]) -> None:
-    """Read images whole and compare them with their hashes; all of them without arguments. Status 1 for a wrong one."""
+def images_check(load: Loader, chains: tuple[str, ...], as_json: bool) -> None:
+    """Read images whole and compare them with their hashes; all of them where no CHAIN is named. Status 1 for one that
+    is not sound."""
     config = load()
-    share, trust = _share(config), _trust(config)
+    with troubles.looking():
+        share, trust = _share(config), _trust(config)
+        chosen = list(chains) or _all(share)
 
     def check(chain: str) -> str:
         problem = share.check(chain, _progress(chain))
@@ -277,31 +328,33 @@ def images_check(load: Loader, chains: tuple[str, ...]) -> None:
         verdict = trust.judge(said) if said is not None else Verdict(why="it is gone")
         return f"sound, {verdict.by or verdict.why}"
 
-    _each(list(chains) or _all(share), check)
+    _each("checked", chosen, check, as_json=as_json)
 
 
-@images.command("remove")
+@images.command("remove", short_help="Remove an image for all nodes.")
 @click.argument("chain")
 @click.option("--yes", is_flag=True, help="Do not ask.")
+@as_json_option
 @click.pass_obj
-def images_remove(load: Loader, chain: str, yes: bool) -> None:
-    """Remove an image. Nodes on which containers run from it keep it until they end, or until a reboot."""
+def images_remove(load: Loader, chain: str, yes: bool, as_json: bool) -> None:
+    """Remove the image of a CHAIN. Nodes on which containers run from it keep it until they end, or until a reboot."""
     share = _share(load())
     if not yes:
-        click.confirm(f"Remove the image of {chain} for all nodes?", abort=True)
+        click.confirm(f"Remove the image of {chain} for all nodes?", abort=True, err=as_json)
     share.remove(chain)
-    click.echo(f"removed {chain}")
+    tables.tell([_done("removed", chain, f"removed {chain}")], as_json=as_json)
 
 
-@images.command("forget")
-@click.argument("chains", nargs=-1, required=True)
+@images.command("forget", short_help="Let this node use an image made anew.")
+@click.argument("chains", metavar="CHAIN...", nargs=-1, required=True)
+@as_json_option
 @click.pass_obj
-def images_forget(load: Loader, chains: tuple[str, ...]) -> None:
-    """Let this node use another image of a chain than it did: one that was made anew. Nothing may stand on it."""
+def images_forget(load: Loader, chains: tuple[str, ...], as_json: bool) -> None:
+    """Let this node use another image of a CHAIN than it did: one that was made anew. Nothing may stand on it."""
     store = _own_store(load())
 
     def forget(chain: str) -> str:
         shared.forget(store, chain)
         return "forgotten on this node"
 
-    _each(list(chains), forget)
+    _each("forgotten", list(chains), forget, as_json=as_json)

@@ -1,4 +1,4 @@
-"""Logging to stderr: one line an event, with stable keys, as text or JSON."""
+"""Logging to stderr: one line an event, with stable keys, as text or JSON. What belongs to a call says to which."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import logging
 import sys
 import time
+
+from blockdev import log_context
 
 _OWN = set(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
 
@@ -17,7 +19,8 @@ class _Lines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
-        facts = {key: value for key, value in record.__dict__.items() if key not in _OWN}
+        own = {key: value for key, value in record.__dict__.items() if key not in _OWN}
+        facts = {**log_context.facts(), **own}
         if record.exc_info:
             facts["traceback"] = self.formatException(record.exc_info)
         if self._as_json:

@@ -11,56 +11,61 @@ import yaml
 from blockdev import durable
 from flexvolume.migrate import Outcome
 from flexvolume.migrate import migrate as mapped
-from runvol import assembly, tables
-from runvol.cli import Loader
+from runvol import assembly, schemas, tables, troubles
+from runvol.cli import Loader, as_json_option
 from runvol.config import ConfigError
 
 
-@click.group()
+@click.group(short_help="Move volumes from another way of use to CSI.")
 def migrate() -> None:
     """Move volumes from another way of using them to CSI."""
 
 
-@migrate.command("flexvolume")
-@click.argument("files", nargs=-1, type=click.Path(exists=True, dir_okay=False, allow_dash=True))
-@click.option("--kubeconfig", metavar="FILE", help="Read the PersistentVolumes from this cluster instead of FILES.")
+@migrate.command("flexvolume", short_help="Map FlexVolume PersistentVolumes to CSI's.")
+@click.argument("files", metavar="[FILE]...", nargs=-1, type=click.Path(exists=True, dir_okay=False, allow_dash=True))
+@click.option("--kubeconfig", metavar="FILE", help="Read the PersistentVolumes from this cluster instead of a FILE.")
 @click.option(
     "--write", "directory", metavar="DIR", help="Write the manifests there; without it only the plan is shown."
 )
 @click.option("--anywhere", is_flag=True, help="Do not ask whether the volumes are on this node.")
+@as_json_option
 @click.pass_obj
 def from_flexvolume(
-    load: Loader, files: tuple[str, ...], kubeconfig: str | None, directory: str | None, anywhere: bool
+    load: Loader, files: tuple[str, ...], kubeconfig: str | None, directory: str | None, anywhere: bool, as_json: bool
 ) -> None:
-    """Map FlexVolume PersistentVolumes in FILES (`kubectl get pv -o yaml`; `-` for standard input) to CSI ones.
+    """Map FlexVolume PersistentVolumes in each FILE (`kubectl get pv -o yaml`; `-` for standard input) to CSI ones.
 
     Nothing is changed in the cluster. Status 1 if one cannot be mapped.
     """
     if bool(files) == bool(kubeconfig):
-        raise ConfigError("name FILES or --kubeconfig, one of the two")
+        raise click.UsageError("name a FILE or --kubeconfig, one of the two")
     documents = _from_cluster(kubeconfig) if kubeconfig else [one for file in files for one in _from_file(file)]
     known = None
     if not anywhere:
         known = frozenset(volume.volume_id for _place, volume in assembly.build(load()).catalog.list())
     found = mapped(documents, known)
-    rows = [{"volume": one.name, "becomes": _becomes(one), "why_not": one.refused} for one in found]
-    tables.show(rows, ("volume", "becomes", "why_not"), as_json=False, empty="no FlexVolume PersistentVolumes")
+    items = [_item(one, directory) for one in found]
     if directory is not None:
         Path(directory).mkdir(parents=True, exist_ok=True)
-        for one in found:
-            if one.manifests:
-                path = Path(directory) / f"{one.name}.yaml"
+        for one, item in zip(found, items, strict=True):
+            if item.file:
                 text = yaml.safe_dump_all(one.manifests, sort_keys=False)
-                durable.replace(str(path), text.encode(), mode=0o644)
-                click.echo(f"wrote {path}")
+                durable.replace(item.file, text.encode(), mode=0o644)
+    columns: tables.Columns[schemas.Migration] = ["persistent_volume", "becomes", "volume", "file", "why_not"]
+    tables.show(schemas.Migration, items, columns, as_json=as_json, empty="no FlexVolume PersistentVolumes")
     if any(one.refused for one in found):
-        raise SystemExit(1)
+        raise SystemExit(troubles.FOUND)
 
 
-def _becomes(outcome: Outcome) -> str:
-    if not outcome.manifests:
-        return ""
-    return f"{outcome.manifests[0]['spec']['csi']['volumeHandle']} as {outcome.manifests[0]['metadata']['name']}"
+def _item(outcome: Outcome, directory: str | None) -> schemas.Migration:
+    made = outcome.manifests[0] if outcome.manifests else None
+    return schemas.Migration(
+        persistent_volume=outcome.name,
+        becomes=made["metadata"]["name"] if made else None,
+        volume=made["spec"]["csi"]["volumeHandle"] if made else None,
+        why_not=outcome.refused or None,
+        file=str(Path(directory) / f"{outcome.name}.yaml") if made and directory is not None else None,
+    )
 
 
 def _from_file(file: str) -> list[Any]:
@@ -80,5 +85,5 @@ def _from_cluster(kubeconfig: str) -> list[Any]:
         listed = client.CoreV1Api(made).list_persistent_volume(_request_timeout=20)
         plain = made.sanitize_for_serialization(listed)
     except Exception as error:
-        raise ConfigError(f"asking the cluster of {kubeconfig}: {error}") from None
+        raise troubles.NotSeen(f"asking the cluster of {kubeconfig}: {error}") from None
     return [{**item, "kind": "PersistentVolume"} for item in plain.get("items", [])]

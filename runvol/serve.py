@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from blockdev import daemon
 from guestmount import BadRequest, Node, boot, repair
-from runvol import assembly, version
+from runvol import assembly, endpoints, observed, version
 from runvol.config import Config
 from volumes import work
 
@@ -111,15 +111,20 @@ def csi_plugin(config: Config) -> None:
     # mkfs and fsck are forked; gRPC's own fork handlers would stop every call for that.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     from csi import Server, drivers
+    from csi.call_book import CallBook
     from flexvolume.service import Service
 
     told = daemon.signals()
     assembly.check_mounted(config)
+    for key in ("csi.endpoint", "csi.nfs_endpoint"):
+        if config.text(key):
+            endpoints.path(config, key)
     held = [*_alone(config, "paths.run_dir", "paths.state_dir")]
     sign = daemon.sign_of(config.text("paths.run_dir"))
     with contextlib.suppress(FileNotFoundError):
         os.unlink(sign)  # of the last process
     node = assembly.build(config)
+    book = CallBook()
     servers = [
         Server(
             node,
@@ -129,6 +134,7 @@ def csi_plugin(config: Config) -> None:
             services=config.words("csi.services"),
             driver=driver(node, central="node" not in config.words("csi.services")),
             sources=assembly.claim_sources(config),
+            book=book,
         )
         for key, driver in (("csi.endpoint", drivers.of_nodes), ("csi.nfs_endpoint", drivers.of_nfs))
         if config.text(key)
@@ -139,10 +145,7 @@ def csi_plugin(config: Config) -> None:
         log.error("mounts may not reach kubelet", extra={"why": doubt.why, "certain": doubt.certain})
     assembly.warm(node)
     work.tell(config.text("paths.run_dir"))
-    if config.text("csi.metrics"):
-        from csi import metrics
-
-        metrics.serve(config.text("csi.metrics"))
+    watching = observed.csi_plugin(config, node, book, servers)
     node.catalog.prepare()
     held += _alone(config, *(() if len(held) > 1 else ("paths.state_dir",)))  # there by now
     _tell(repair.before_serving(node))
@@ -161,13 +164,17 @@ def csi_plugin(config: Config) -> None:
         known.enter_context(_introduced(config, servers))
     daemon.notify("READY=1")
     daemon.watched(lambda: all(server.answers() for server in servers), sign)
-    endpoints = [config.text(key) for key in ("csi.endpoint", "csi.nfs_endpoint") if config.text(key)]
-    log.info("serving", extra={"endpoint": ", ".join(endpoints), "node": config.node_id,
+    served = [config.text(key) for key in ("csi.endpoint", "csi.nfs_endpoint") if config.text(key)]
+    log.info("serving", extra={"endpoint": ", ".join(served), "node": config.node_id,
                                "services": list(config.words("csi.services")), "version": version()})  # fmt: skip
     threading.Thread(target=_repair, args=(node, config.text("paths.state_dir")), name="repair", daemon=True).start()
+    for one in watching:
+        one.start()
     told.recv(1)
     log.info("stopping")
     daemon.notify("STOPPING=1")
+    for one in watching:
+        one.stop()
     known.close()
     if flexvolume is not None:
         flexvolume.stop()

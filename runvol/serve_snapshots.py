@@ -10,6 +10,7 @@ import os
 import stat
 
 from blockdev import Deadline
+from runvol import endpoints, sizes, version
 from runvol.config import Config, ConfigError
 from runvol.gauge_place import gauge_path
 from snapshotter.errors import PoolRefused, Unavailable
@@ -41,7 +42,7 @@ def settings_of(config: Config) -> Settings:
         state_dir=state_dir(config),
         fstype=config.text("snapshotter.fstype"),
         size=config.number("snapshotter.size_bytes"),
-        by_namespace={name: int(size) for name, _, size in pairs},
+        by_namespace={name: sizes.parse(size) for name, _, size in pairs},
         limits=limits(config),
         images=config.text("snapshotter.images"),
         image_keys=config.words("snapshotter.image_keys"),
@@ -73,9 +74,7 @@ def _check_images(config: Config) -> None:
     with contextlib.suppress(Unavailable):
         found = Share(directory).ask(f"looking at {directory}", wrong, Deadline.after(_LOOKING))
         if found:
-            raise ConfigError(
-                f"snapshotter.images = {directory!r} (from {config.sources['snapshotter.images']}): {found}"
-            )
+            raise ConfigError(f"{config.said('snapshotter.images')}: {found}")
 
 
 def serve(config: Config, pool_name: str | None) -> None:
@@ -86,6 +85,7 @@ def serve(config: Config, pool_name: str | None) -> None:
 
     # SQLite maps a file of the store into memory: a filesystem that shuts down ends the process by SIGBUS. It is said.
     faulthandler.enable()
+    endpoints.path(config, "snapshotter.endpoint")
     _check_images(config)
     node = Node(settings_of(config))
     if pool_name is not None and node.pool.name != pool_name:
@@ -96,7 +96,7 @@ def serve(config: Config, pool_name: str | None) -> None:
     if config.text("snapshotter.metrics"):
         from snapshotter import metrics
 
-        observe = metrics.serve(node, config.text("snapshotter.metrics"))
+        observe = metrics.serve(node, config.text("snapshotter.metrics"), version=version())
     limit = config.number("snapshotter.call_seconds")
     # What a start has made stays; the collector need not look at it again.
     gc.freeze()

@@ -1,47 +1,35 @@
-"""Sizes as a person types them: bytes, or a quantity as Kubernetes writes one."""
+"""Sizes as a person types and reads them: bytes, or a quantity as Kubernetes writes one."""
 
 from __future__ import annotations
 
 import re
-from decimal import Decimal
-from typing import Any
 
-import click
-
-_QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]+)?)([KMGTPE]i|[kMGTPE])?\Z")
+_QUANTITY = re.compile(r"([0-9]+)(?:\.([0-9]+))?([KMGTPE]i|[kMGTPE])?\Z", re.ASCII)
 _BINARY, _DECIMAL = "KMGTPE", "kMGTPE"
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+FORM = "bytes, or a quantity like 10Gi"
 
 
 def parse(text: str) -> int:
     """Bytes of `10737418240`, `10Gi` or `1.5G`. ValueError for anything else, and for a part of a byte."""
     found = _QUANTITY.match(text)
-    if not found:
+    if not found or len(text) > 64:
         raise ValueError(text)
-    number, unit = Decimal(found[1]), found[2] or ""
-    if unit.endswith("i"):
-        number *= 1024 ** (_BINARY.index(unit[0]) + 1)
-    elif unit:
-        number *= 1000 ** (_DECIMAL.index(unit) + 1)
-    if number != int(number):
+    whole, part, unit = found[1], found[2] or "", found[3] or ""
+    power = 0 if not unit else (_BINARY if unit.endswith("i") else _DECIMAL).index(unit[0]) + 1
+    base = 1024 if unit.endswith("i") else 1000
+    number: int
+    number, rest = divmod(int(whole + part) * pow(base, power), 10 ** len(part))
+    if rest:
         raise ValueError(text)
-    return int(number)
+    return number
 
 
-class Size(click.ParamType[int]):
-    """An option's value in bytes."""
-
-    name = "SIZE"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The number, of text too."""
-        if isinstance(value, int):
-            return value
-        try:
-            return parse(value)
-        except ValueError:
-            self.fail(f"{value!r} is no size: bytes, or a quantity like 10Gi", param, ctx)
-
-
-SIZE = Size()
-
-__all__ = ["SIZE", "Size", "parse"]
+def words(count: int) -> str:
+    """1073741824 is 1.0 GiB."""
+    number = float(count)
+    for unit in _UNITS:
+        if number < 1024 or unit == _UNITS[-1]:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1024
+    raise AssertionError

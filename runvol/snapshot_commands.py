@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import click
+import msgspec
 
 from blockdev import Deadline, daemon
 from blockdev.deadlines import bounded
 from blockdev.devicemapper import Mapper
-from runvol import pool_absence, tables
+from runvol import endpoints, pool_absence, schemas, tables, troubles
 from runvol.cli import Loader, as_json_option
 from runvol.config import Config
 from runvol.containerd_commands import containerd_config
+from runvol.diagnosis import BROKEN, OK, WARNING
 from runvol.gauge_place import gauge_path
+from runvol.options import SIZE
 from runvol.serve_snapshots import limits, state_dir
-from runvol.sizes import SIZE
+from runvol.sizes import words
 from snapshotter import assembly, backing, names, quarantine
-from snapshotter.assembly import Extender, Wish
+from snapshotter.assembly import Wish
 from snapshotter.backing import Backing
-from snapshotter.errors import BadRequest, PoolRefused, Unavailable, WrongState
+from snapshotter.errors import PoolRefused, Unavailable, WrongState
+from snapshotter.extending import Extender
 from snapshotter.gauge import Gauge
-from snapshotter.model import Kind
+from snapshotter.model import Kind, Snapshot
 from snapshotter.pool import Pool
 from snapshotter.store import STORE, Store, existing
 
@@ -35,8 +38,8 @@ _CALL = 300.0
 _LOOKING = 3.0
 
 
-@click.group(invoke_without_command=True)
-@click.option("--endpoint", metavar="URL", help="unix:///…/snapshotter.sock")
+@click.group(invoke_without_command=True, short_help="Serve containerd's snapshots service.")
+@click.option("--endpoint", metavar="URL", help="The socket to serve, unix:///…/snapshotter.sock.")
 @click.option("--pool", "pool_name", metavar="NAME", help="Refuse to start on another pool than this.")
 @click.pass_context
 def snapshotter(context: click.Context, endpoint: str | None, pool_name: str | None) -> None:
@@ -57,39 +60,42 @@ def _store(config: Config) -> Store:
     return existing(state_dir(config))
 
 
-@click.command()
+@click.command(short_help="List container snapshots (containerd's).")
 @as_json_option
 @click.pass_obj
 def snapshots(load: Loader, as_json: bool) -> None:
-    """List the snapshots and their devices."""
-    store = _store(load())
-    rows = [
-        {
-            "key": row.key,
-            "kind": row.kind.name.lower(),
-            "state": row.state.name.lower(),
-            "size": tables.size(row.size),
-            "size_bytes": row.size,
-            "fstype": row.fstype,
-            "device": row.device or "",
-            "image": row.image,
-            "parent": row.parent,
-            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(row.created / 1e9)),
-            "labels": dict(row.labels),
-        }
-        for page in store.pages()
-        for row in page
-    ]
-    tables.show(rows, ("key", "kind", "size", "fstype", "device", "parent"), as_json=as_json, empty="no snapshots")
+    """List container snapshots, which containerd keeps images and root filesystems in, and their devices. Volume
+    snapshots are listed by `runvol volumes snapshots`."""
+    with troubles.looking():
+        items = [_snapshot(row) for page in _store(load()).pages() for row in page]
+    columns: tables.Columns[schemas.ContainerSnapshot] = [
+        "key", "kind", ("size", lambda it: words(it.size_bytes)), "fstype", "device", "parent",
+    ]  # fmt: skip
+    tables.show(schemas.ContainerSnapshot, items, columns, as_json=as_json, empty="no container snapshots")
 
 
-@click.group()
+def _snapshot(row: Snapshot) -> schemas.ContainerSnapshot:
+    return schemas.ContainerSnapshot(
+        key=row.key,
+        kind=row.kind.name.lower(),
+        state=row.state.name.lower(),
+        size_bytes=row.size,
+        fstype=row.fstype,
+        device=row.device or None,
+        image=row.image or None,
+        parent=row.parent or None,
+        created=schemas.time_of(row.created / 1e9),
+        labels=dict(row.labels),
+    )
+
+
+@click.group(short_help="Make, watch and mend the thin pool.")
 def pool() -> None:
-    """The thin pool that root filesystems lie in."""
+    """Make, watch and mend the thin pool that root filesystems lie in."""
 
 
-@pool.command("init")
-@click.option("--pool", "name", default="runvol", show_default=True, metavar="NAME")
+@pool.command("init", short_help="Make a pool, and describe it.")
+@click.option("--pool", "name", default="runvol", show_default=True, metavar="NAME", help="The pool's name.")
 @click.option("--device", default="", metavar="PATH", help="A whole block device; it must be blank.")
 @click.option(
     "--metadata-device",
@@ -97,11 +103,13 @@ def pool() -> None:
     metavar="PATH",
     help="A blank one for the metadata; without it --device is split, at a little cost of each request.",
 )
-@click.option("--vg", "group", default="", metavar="GROUP", help="An LVM volume group with --size bytes free.")
+@click.option("--vg", "group", default="", metavar="GROUP", help="An LVM volume group that has --size free.")
 @click.option("--loop", "directory", default="", metavar="DIR", help="Two files in this directory, for trials.")
-@click.option("--size", type=SIZE, default=0, metavar="SIZE", help="Of the data, for --vg and --loop: 10Gi, or bytes.")
-@click.option("--metadata-size", type=SIZE, default=0, metavar="SIZE", help="Chosen from --size without it.")
-@click.option("--block-size", "block", type=SIZE, default=64 << 10, show_default=True, metavar="SIZE")
+@click.option("--size", type=SIZE, default=0, metavar="SIZE", help="Of the data, for --vg and --loop: bytes, or 10Gi.")
+@click.option("--metadata-size", type=SIZE, default=0, metavar="SIZE",
+              help="Of the metadata; without it, chosen from --size.")  # fmt: skip
+@click.option("--block-size", "block", type=SIZE, default="64Ki", show_default=True, metavar="SIZE",
+              help="What the pool gives out at once.")  # fmt: skip
 @click.option(
     "--force-wipe",
     multiple=True,
@@ -109,8 +117,9 @@ def pool() -> None:
     help="Wipe this, whatever it holds: the name of --device or --metadata-device as it is given, GROUP/VOLUME, or the "
     "path of a file. Not while it is used.",
 )
+@as_json_option
 @click.pass_obj
-def pool_init(load: Loader, /, block: int, force_wipe: tuple[str, ...], **wish: str) -> None:
+def pool_init(load: Loader, /, block: int, force_wipe: tuple[str, ...], as_json: bool, **wish: str) -> None:
     """Make a pool and describe it; it is assembled from that at each start."""
     config = load()
     asked = Wish(name=wish["name"], device=wish["device"], metadata_device=wish["metadata_device"],
@@ -119,24 +128,35 @@ def pool_init(load: Loader, /, block: int, force_wipe: tuple[str, ...], **wish: 
                  force_wipe=force_wipe)  # fmt: skip
     with Mapper() as mapper:
         made = assembly.init(mapper, state_dir(config), asked, Deadline.after(_CALL))
-        status = made.status()
-    click.echo(f"made pool {made.name}: {tables.size(status.data_total * block)} of data, "
-               f"{tables.size(status.metadata_total * 4096)} of metadata")  # fmt: skip
+        item = _assembled(config, made, block)
+    if as_json:
+        tables.print_json(schemas.Pool, [item])
+        return
+    click.echo(f"made pool {item.pool}: {_size(item.data_total_bytes)} of data, "
+               f"{_size(item.metadata_total_bytes)} of metadata")  # fmt: skip
 
 
-@pool.command("adopt")
-@click.option("--pool", "name", default="", metavar="NAME", help="The pool's own, if it tells; else runvol.")
+def _size(count: int | None) -> str | None:
+    return None if count is None else words(count)
+
+
+@pool.command("adopt", short_help="Take over a thin pool that is there.")
+@click.option(
+    "--pool", "name", default="", metavar="NAME", help="Its name; without it, what the pool tells, or runvol."
+)
 @click.option("--device", default="", metavar="PATH", help="The device of the data, or of both.")
-@click.option("--metadata-device", default="", metavar="PATH", help="That of the metadata.")
+@click.option("--metadata-device", default="", metavar="PATH", help="The device of the metadata.")
 @click.option("--vg", "group", default="", metavar="GROUP", help="The volume group, with --data and --metadata.")
-@click.option("--data", "data_volume", default="", metavar="LV", help="A plain logical volume.")
-@click.option("--metadata", "metadata_volume", default="", metavar="LV", help="Another one.")
+@click.option("--data", "data_volume", default="", metavar="LV", help="The logical volume of the data, a plain one.")
+@click.option("--metadata", "metadata_volume", default="", metavar="LV", help="That of the metadata.")
 @click.option("--loop", "directory", default="", metavar="DIR", help="Where `pool init --loop` made a pool's files.")
-@click.option("--data-file", default="", metavar="FILE", help="A file, with --metadata-file.")
-@click.option("--metadata-file", default="", metavar="FILE", help="Another one.")
-@click.option("--metadata-size", type=SIZE, default=0, metavar="SIZE", help="Where --device is split.")
+@click.option("--data-file", default="", metavar="FILE", help="The file of the data, with --metadata-file.")
+@click.option("--metadata-file", default="", metavar="FILE", help="That of the metadata.")
+@click.option("--metadata-size", type=SIZE, default=0, metavar="SIZE",
+              help="Of the metadata, where --device is split.")  # fmt: skip
+@as_json_option
 @click.pass_obj
-def pool_adopt(load: Loader, /, metadata_size: int, **given: str) -> None:
+def pool_adopt(load: Loader, /, metadata_size: int, as_json: bool, **given: str) -> None:
     """Take over a thin pool that is there: runvol's own whose description is lost, or one that others made."""
     from snapshotter import adopting
 
@@ -152,11 +172,17 @@ def pool_adopt(load: Loader, /, metadata_size: int, **given: str) -> None:
     with Mapper() as mapper:
         done = adopting.adopt(mapper, state_dir(config), claim, Deadline.after(3600))
     if done.own:
-        click.echo(f"pool {done.name} is described again, under its own identity; if its store is lost too: "
-                   "`runvol pool repair-store`")  # fmt: skip
+        said = (f"pool {done.name} is described again, under its own identity; if its store is lost too: "
+                "`runvol pool repair-store`")  # fmt: skip
     else:
-        click.echo(f"adopted pool {done.name}; {done.quarantined} devices that others made are quarantined "
-                   "(`runvol pool quarantine`)")  # fmt: skip
+        said = (f"adopted pool {done.name}; {done.quarantined} devices that others made are quarantined "
+                "(`runvol pool quarantine`)")  # fmt: skip
+    _tell("adopted", "pool", done.name, said, as_json)
+
+
+def _tell(action: str, what: str, name: str, message: str, as_json: bool, *, done: bool = True) -> None:
+    one = schemas.Outcome(action=action, what=what, name=name, done=done, message=message)
+    tables.tell([one], as_json=as_json)
 
 
 def _description(config: Config) -> backing.Description:
@@ -166,95 +192,146 @@ def _description(config: Config) -> backing.Description:
     return found
 
 
-@pool.command("status")
+@pool.command("status", short_help="Tell how full the pool is, and if it is well.")
 @as_json_option
 @click.pass_obj
 def pool_status(load: Loader, as_json: bool) -> None:
-    """How full the pool is, and whether it is well; status 1 if it is not."""
-    config = load()
-    it = _description(config)
-    with Mapper() as mapper:
-        if not pool_absence.is_assembled(mapper, it):
-            raise Unavailable(f"pool {it.name} is not assembled: {pool_absence.why(mapper, state_dir(config), it)}")
-        one = Pool(mapper, it.name, it.identity, it.metadata, limits(config))
-        one.remedies = backing.remedies(it)
-        status = one.status()
-        findings = one.health(status)
-        mapped = len(one.active())
+    """Tell how full the pool is, and whether it is well. Status 1 if it is broken, or not assembled."""
+    with troubles.looking():
+        config = load()
+        it = _description(config)
+        with Mapper() as mapper:
+            if pool_absence.is_assembled(mapper, it):
+                one = Pool(mapper, it.name, it.identity, it.metadata, limits(config))
+                one.remedies = backing.remedies(it)
+                item = _assembled(config, one, it.block)
+            else:
+                why = pool_absence.why(mapper, state_dir(config), it)
+                item = _of_store(config, it.name, f"pool {it.name} is not assembled: {why}")
+    if as_json:
+        tables.print_json(schemas.Pool, [item])
+    else:
+        _print_pool(item)
+    if item.state == BROKEN:
+        raise SystemExit(troubles.FOUND)
+
+
+def _print_pool(item: schemas.Pool) -> None:
+    facts: list[tuple[str, object]] = [("pool", item.pool), ("state", item.state)]
+    if item.assembled:
+        facts += [
+            ("mode", item.mode),
+            ("data", f"{_size(item.data_used_bytes)} of {_size(item.data_total_bytes)}"),
+            ("metadata", f"{_size(item.metadata_used_bytes)} of {_size(item.metadata_total_bytes)}"),
+            ("mapped devices", item.mapped_devices),
+        ]
+    facts += [("quarantined devices", len(item.quarantined_devices)), ("doomed devices", item.doomed_devices)]
+    tables.definitions([(f"{key} = {tables.text(value)}", []) for key, value in facts])
+    for one in item.findings:
+        tables.say(f"{one.state}: {one.finding}")
+
+
+def _of_store(config: Config, name: str, finding: str) -> schemas.Pool:
+    """A pool that the kernel does not have: what its store knows."""
     there = os.path.exists(os.path.join(state_dir(config), STORE))
-    quarantined = _store(config).quarantined() if there else []
-    doomed = len(_store(config).doomed()) if there else 0
-    rows = [
-        {
-            "pool": it.name,
-            "state": finding.state,
-            "mode": finding.mode,
-            "data": f"{tables.size(status.data_used * it.block)} of {tables.size(status.data_total * it.block)}",
-            "metadata": f"{tables.size(status.metadata_used * 4096)} of {tables.size(status.metadata_total * 4096)}",
-            "mapped": mapped,
-            "quarantined": len(quarantined),
-            "doomed": doomed,
-            "finding": finding.message,
-            "data_used_bytes": status.data_used * it.block,
-            "data_total_bytes": status.data_total * it.block,
-            "metadata_used_bytes": status.metadata_used * 4096,
-            "metadata_total_bytes": status.metadata_total * 4096,
-            "generation": status.transaction,
-            "quarantined_devices": quarantined,
-        }
-        for finding in findings
-    ]
-    columns = ("pool", "state", "data", "metadata", "mapped", "quarantined", "finding")
-    tables.show(rows, columns, as_json=as_json, empty="")
-    if any(finding.state == "broken" for finding in findings):
-        raise SystemExit(1)
+    store = _store(config) if there else None
+    return schemas.Pool(
+        pool=name, state=BROKEN, assembled=False, mode=None, data_used_bytes=None, data_total_bytes=None,
+        metadata_used_bytes=None, metadata_total_bytes=None, generation=None, mapped_devices=None,
+        quarantined_devices=list(store.quarantined()) if store else [],
+        doomed_devices=len(store.doomed()) if store else 0,
+        findings=[schemas.PoolFinding(state=BROKEN, finding=finding)],
+    )  # fmt: skip
 
 
-@pool.command("extend")
+def _assembled(config: Config, one: Pool, block: int) -> schemas.Pool:
+    status = one.status()
+    findings = [schemas.PoolFinding(state=it.state, finding=it.message) for it in one.health(status)]
+    states = [it.state for it in findings]
+    return msgspec.structs.replace(
+        _of_store(config, one.name, ""),
+        state=next((state for state in (BROKEN, WARNING) if state in states), OK),
+        assembled=True,
+        mode=status.mode,
+        data_used_bytes=status.data_used * block,
+        data_total_bytes=status.data_total * block,
+        metadata_used_bytes=status.metadata_used * 4096,
+        metadata_total_bytes=status.metadata_total * 4096,
+        generation=str(status.transaction),
+        mapped_devices=len(one.active()),
+        findings=findings,
+    )
+
+
+@pool.command("extend", short_help="Make the pool larger while it is in use.")
 @click.option(
     "--by",
     "more",
     type=SIZE,
     metavar="SIZE",
-    help="10Gi, or bytes. Without it: what its device has grown by; else pool.autoextend_percent more.",
+    help="Bytes, or 10Gi. Without it: what its device has grown by; else pool.autoextend_percent more.",
 )
 @click.option("--metadata", is_flag=True, help="The metadata instead of the data.")
+@as_json_option
 @click.pass_obj
-def pool_extend(load: Loader, more: int | None, metadata: bool) -> None:
+def pool_extend(load: Loader, more: int | None, metadata: bool, as_json: bool) -> None:
     """Make the pool larger while it is in use. A device takes all that it has grown by."""
     config = load()
     if more is not None and more <= 0:
-        raise BadRequest("--by", more, "a pool only grows")
+        raise click.BadParameter(f"{more}: a pool only grows", param_hint="--by")
     with Mapper() as mapper:
         one, below = assembly.assemble(mapper, state_dir(config), Deadline.after(_CALL), limits(config))
         extender = Extender(mapper, one, below)
         part, deadline = "metadata" if metadata else "data", Deadline.after(_CALL)
-        status = extender.extend_somehow(part, deadline) if more is None else extender.extend(part, more, deadline)
-    total = status.metadata_total * 4096 if metadata else status.data_total * below.description.block
-    click.echo(f"pool {one.name}: {tables.size(total)} of {'metadata' if metadata else 'data'} now, {status.mode}")
-
-
-@pool.command("check")
-@click.option("--repair", is_flag=True, help="Clear the mark, or rebuild the metadata; nothing may use the pool.")
-@click.pass_obj
-def pool_check(load: Loader, repair: bool) -> None:
-    """Check the pool's metadata; with --repair, put it right."""
-    config = load()
-    with Mapper() as mapper:
-        if repair:
-            click.echo(assembly.repair(mapper, state_dir(config), Deadline.after(3600)))
-            return
-        it = _description(config)
-        if mapper.find(it.name) is None:
-            metadata, _ = Backing(mapper, state_dir(config), it).attach(Deadline.after(_CALL))
-            assembly.check_metadata(it.name, metadata, Deadline.after(_CALL))
+        if more is None:
+            extender.extend_somehow(part, deadline)
         else:
-            one, _ = assembly.assemble(mapper, state_dir(config), Deadline.after(_CALL))
-            one.check_live(Deadline.after(_CALL))
-    click.echo(f"pool {it.name}: the metadata is sound")
+            extender.extend(part, more, deadline)
+        item = _assembled(config, one, below.description.block)
+    if as_json:
+        tables.print_json(schemas.Pool, [item])
+        return
+    total = _size(item.metadata_total_bytes if metadata else item.data_total_bytes)
+    click.echo(f"pool {item.pool}: {total} of {part} now, {item.mode}")
 
 
-@pool.command("repair-store")
+@pool.command("check", short_help="Check the pool's metadata, or repair it.")
+@click.option("--repair", is_flag=True, help="Clear the mark, or rebuild the metadata; nothing may use the pool.")
+@as_json_option
+@click.pass_obj
+def pool_check(load: Loader, repair: bool, as_json: bool) -> None:
+    """Check the pool's metadata; with --repair, put them right. Status 1 if they are damaged."""
+    config = load()
+    with troubles.looking():
+        it = _description(config)
+    if repair:
+        with Mapper() as mapper:
+            said = assembly.repair(mapper, state_dir(config), Deadline.after(3600))
+        _tell("repaired", "pool", it.name, said, as_json)
+        return
+    wrong = _wrong_with(config, it)
+    if wrong and not as_json:
+        raise click.ClickException(wrong)
+    _tell("checked", "pool", it.name, wrong or f"pool {it.name}: the metadata is sound", as_json, done=not wrong)
+    raise SystemExit(troubles.FOUND if wrong else troubles.FINE)
+
+
+def _wrong_with(config: Config, it: backing.Description) -> str:
+    """What its metadata is like, if not sound; NotSeen where it cannot be looked at."""
+    with troubles.looking(), Mapper() as mapper:
+        try:
+            if mapper.find(it.name) is None:
+                metadata, _ = Backing(mapper, state_dir(config), it).attach(Deadline.after(_CALL))
+                assembly.check_metadata(it.name, metadata, Deadline.after(_CALL))
+            else:
+                one, _ = assembly.assemble(mapper, state_dir(config), Deadline.after(_CALL))
+                one.check_live(Deadline.after(_CALL))
+        except Unavailable as error:
+            return str(error)
+    return ""
+
+
+@pool.command("repair-store", short_help="Make a lost or old store again.")
 @click.option("--keep", is_flag=True, help="The store is right as it stands; nothing is taken from the copy.")
 @as_json_option
 @click.pass_obj
@@ -266,9 +343,12 @@ def pool_repair_store(load: Loader, keep: bool, as_json: bool) -> None:
     with Mapper() as mapper:
         done = repairing.repair_store(mapper, state_dir(config), Deadline.after(_CALL), keep=keep)
     if as_json:
-        rows = [{"key": key, "state": state} for state, keys in (("restored", done.restored), ("lost", done.lost))
-                for key in keys]  # fmt: skip
-        tables.show(rows, ("key", "state"), as_json=True, empty="")
+        items = [
+            schemas.RepairedSnapshot(key=key, state=state)
+            for state, keys in (("restored", done.restored), ("lost", done.lost))
+            for key in keys
+        ]
+        tables.print_json(schemas.RepairedSnapshot, items)
         return
     for line in _repaired(done, keep=keep):
         click.echo(line)
@@ -276,7 +356,7 @@ def pool_repair_store(load: Loader, keep: bool, as_json: bool) -> None:
 
 def _repaired(done: Report, *, keep: bool) -> Iterator[str]:
     """What an operator reads, with the commands to be typed."""
-    made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(done.made / 1e9)) if done.made else ""
+    made = schemas.time_of(done.made / 1e9) if done.made else ""
     yield (f"{len(done.restored)} snapshots came back" + (f" from the copy of {made}" if made else "")
            + (f", {done.kept} are kept as they were" if keep else "")
            + f"; {len(done.quarantined)} devices stay quarantined (`runvol pool quarantine`)")  # fmt: skip
@@ -290,32 +370,35 @@ def _repaired(done: Report, *, keep: bool) -> Iterator[str]:
                "unpacked any more: remove their containers, then them, and pull them again")  # fmt: skip
 
 
-@pool.command("gauge")
+@pool.command("gauge", short_help="Show what kubelet sees of the pool's fill.")
 @click.option("--remove", is_flag=True, help="Take it away, file and all; the snapshotter must be stopped.")
 @as_json_option
 @click.pass_obj
 def pool_gauge(load: Loader, remove: bool, as_json: bool) -> None:
-    """What the filesystem shows that is as full as the pool, for kubelet and what watches the node."""
+    """Show what the filesystem says that is as full as the pool, for kubelet and what watches the node."""
     config = load()
     path, state = gauge_path(config), state_dir(config)
     gauge = Gauge(path, state)
     if remove:
-        if daemon.is_taken(config.text("snapshotter.endpoint").removeprefix("unix://")):
+        if daemon.is_taken(endpoints.path(config, "snapshotter.endpoint")):
             raise WrongState("the snapshotter runs, and would make the gauge again: stop it first, or set "
                              "snapshotter.gauge to an empty text and restart it")  # fmt: skip
         gauge.be_absent()
-        if not as_json:
-            click.echo("no gauge is there")
+        _tell("removed", "gauge", path, "no gauge is there", as_json)
         return
-    rows = []
+    items = []
     if path:
-        shown = bounded(f"looking at {path}", Deadline.after(_LOOKING), gauge.shown)
-        rows = [{"path": path, "size": tables.size(shown.total), "available": tables.size(shown.available),
-                 "size_bytes": shown.total, "available_bytes": shown.available}]  # fmt: skip
-    tables.show(rows, ("path", "size", "available"), as_json=as_json, empty="snapshotter.gauge is empty: there is none")
+        with troubles.looking():
+            shown = bounded(f"looking at {path}", Deadline.after(_LOOKING), gauge.shown)
+        items = [schemas.Gauge(path=path, size_bytes=shown.total, available_bytes=shown.available)]
+    columns: tables.Columns[schemas.Gauge] = [
+        "path", ("size", lambda it: words(it.size_bytes)), ("available", lambda it: words(it.available_bytes)),
+    ]  # fmt: skip
+    empty = "snapshotter.gauge is empty: there is none"
+    tables.show(schemas.Gauge, items, columns, as_json=as_json, empty=empty)
 
 
-@pool.command("quarantine")
+@pool.command("quarantine", short_help="List, free or adopt devices of nobody.")
 @click.option("--free", multiple=True, type=int, metavar="ID", help="Delete this device and its data.")
 @click.option("--free-all", is_flag=True, help="Delete all of them.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
@@ -328,42 +411,54 @@ def pool_gauge(load: Loader, remove: bool, as_json: bool) -> None:
 def pool_quarantine(
     load: Loader, /, free: tuple[int, ...], free_all: bool, yes: bool, adopt: int | None, as_json: bool, **given: str
 ) -> None:
-    """List devices of the pool that no snapshot belongs to (the store was lost, or they are foreign), free or adopt
-    them."""
+    """List devices of the pool that no container snapshot belongs to (the store was lost, or they are foreign), free
+    or adopt them."""
     config = load()
     if adopt is not None:
         if free or free_all:
-            raise BadRequest("--adopt", adopt, "goes without --free")
-        _adopt_device(config, adopt, given["key"], given["parent"], committed=bool(given["committed"]))
+            raise click.UsageError("--adopt goes without --free")
+        _adopt_device(config, adopt, given["key"], given["parent"], committed=bool(given["committed"]), as_json=as_json)
         return
     if given["key"] or given["parent"] or given["committed"]:
-        raise BadRequest("--key, --parent, --committed", "", "go with --adopt only")
-    store = _store(config)
-    there = store.quarantined()
+        raise click.UsageError("--key, --parent and --committed go with --adopt only")
+    with troubles.looking():
+        store = _store(config)
+        there = store.quarantined()
     chosen = there if free_all else list(free)
     quarantine.check(store, chosen)
     if chosen:
         if not yes:
-            click.confirm(f"Delete {len(chosen)} devices and their data?", abort=True)
+            click.confirm(f"Delete {len(chosen)} devices and their data?", abort=True, err=as_json)
         quarantine.free(state_dir(config), chosen, Deadline.after(_CALL))
-        click.echo(f"{len(chosen)} devices are deleted by the running snapshotter, or by its next start")
+        said = f"{len(chosen)} devices are deleted by the running snapshotter, or by its next start"
+        if as_json:
+            tables.tell([schemas.Outcome(action="doomed", what="device", name=str(one), done=True, message=said)
+                         for one in chosen], as_json=True)  # fmt: skip
+        else:
+            click.echo(said)
         return
-    rows = []
-    if there:
-        with Mapper() as mapper:
-            one, _ = assembly.assemble(mapper, state_dir(config), Deadline.after(_CALL))
-            used = one.mapped_bytes(Deadline.after(_CALL))
-        rows = [{"device": one_id, "exclusive": tables.size(used.get(one_id, (0, 0))[0]),
-                 "shared": tables.size(used.get(one_id, (0, 0))[1])} for one_id in there]  # fmt: skip
-    tables.show(rows, ("device", "exclusive", "shared"), as_json=as_json, empty="nothing is quarantined")
+    with troubles.looking():
+        items = _quarantined(config, there) if there else []
+    columns: tables.Columns[schemas.PoolDevice] = [
+        "device", ("exclusive", lambda it: _size(it.exclusive_bytes)), ("shared", lambda it: _size(it.shared_bytes)),
+    ]  # fmt: skip
+    tables.show(schemas.PoolDevice, items, columns, as_json=as_json, empty="nothing is quarantined")
 
 
-def _adopt_device(config: Config, device: int, key: str, parent: str, *, committed: bool) -> None:
+def _quarantined(config: Config, devices: Sequence[int]) -> list[schemas.PoolDevice]:
+    with Mapper() as mapper:
+        one, _ = assembly.assemble(mapper, state_dir(config), Deadline.after(_CALL))
+        used = one.mapped_bytes(Deadline.after(_CALL))
+    found = [(it, *used.get(it, (None, None))) for it in devices]
+    return [schemas.PoolDevice(device=it, exclusive_bytes=own, shared_bytes=shared) for it, own, shared in found]
+
+
+def _adopt_device(config: Config, device: int, key: str, parent: str, *, committed: bool, as_json: bool) -> None:
     wanted = quarantine.Wanted(device=device, key=key, parent=parent, committed=committed)
     with Mapper() as mapper:
         row = quarantine.adopt(mapper, state_dir(config), wanted, Deadline.after(_CALL))
-    click.echo(f"device {device} is the {row.kind.name.lower()} snapshot {row.key!r}: {row.fstype}, "
-               f"{tables.size(row.size)}")  # fmt: skip
+    said = f"device {device} is the {row.kind.name.lower()} snapshot {row.key!r}: {row.fstype}, {words(row.size)}"
+    _tell("adopted", "device", str(device), said, as_json)
 
 
 __all__ = ["Kind", "pool", "snapshots", "snapshotter"]

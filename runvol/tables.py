@@ -1,42 +1,118 @@
-"""What there is, as a table for a person or as JSON for a program."""
+"""What there is, for a person or, with `--json`, for a program.
+
+A terminal gets a table where its rows, or all but a sentence at their end, fit, else `key = value` lines; a pipe gets a
+line for each row, however long. No cell is cut, and no line ends in blanks.
+"""
 
 from __future__ import annotations
 
-import json
+import shutil
 import sys
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import click
 
-_PIPE = 10_000
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+from runvol import schemas
+
+T = TypeVar("T", bound=schemas.Item)
+# A key of the item, or a title with what stands below it.
+Columns = Sequence[str | tuple[str, Callable[[T], object]]]
+_GAP = "  "
+_WIDTH = 80
+# What a column of sentences needs, to be read.
+_NARROW = 30
 
 
-def show(rows: Sequence[Mapping[str, object]], columns: Sequence[str], *, as_json: bool, empty: str) -> None:
-    """Print `rows`; a table shows `columns` only, JSON everything."""
+def show(kind: type[T], items: Sequence[T], columns: Columns[T], *, as_json: bool, empty: str) -> None:
+    """Print all of the items: their columns for a person, everything for a program."""
     if as_json:
-        click.echo(json.dumps(rows, indent=2, default=str))
-        return
-    if not rows:
+        print_json(kind, items)
+    elif not items:
         click.echo(empty)
+    else:
+        titles = [(one if isinstance(one, str) else one[0]).replace("_", " ") for one in columns]
+        rows = [[text(_cell(one, column)) for column in columns] for one in items]
+        click.echo("\n".join(_table(titles, rows)))
+
+
+def _cell(item: T, column: str | tuple[str, Callable[[T], object]]) -> object:
+    return getattr(item, column) if isinstance(column, str) else column[1](item)
+
+
+def print_json(kind: type[schemas.Item], items: Sequence[schemas.Item]) -> None:
+    """The envelope alone."""
+    click.echo(schemas.written(kind, items).decode())
+
+
+def tell(done: Sequence[schemas.Outcome], *, as_json: bool) -> None:
+    """What was done: the sentences, or all of it."""
+    if as_json:
+        print_json(schemas.Outcome, done)
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column.upper().replace("_", " "), overflow="fold")
-    for row in rows:
-        table.add_row(*(str(row.get(column, "")) for column in columns))
-    # A pipe has no width: programs cut lines by columns, and an id over two lines is none.
-    Console(soft_wrap=False, width=None if sys.stdout.isatty() else _PIPE).print(table)
+    for one in done:
+        click.echo(one.message)
 
 
-def size(count: int) -> str:
-    """1073741824 is 1.0 GiB."""
-    number = float(count)
-    for unit in _UNITS:
-        if number < 1024 or unit == _UNITS[-1]:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1024
-    raise AssertionError
+def text(value: object) -> str:
+    """A cell: `-` for what is not there, and no line of its own for anything in it."""
+    if value is None or value == "":
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value)) or "-"
+    return str(value).replace("\n", " ")
+
+
+def definitions(entries: Sequence[tuple[str, Sequence[str]]]) -> None:
+    """`key = value`, and below it, indented, sentences about it, within 80 columns."""
+    lines = []
+    for head, sentences in entries:
+        lines.append(head)
+        for one in sentences:
+            lines += textwrap.wrap(one, _WIDTH, initial_indent="    ", subsequent_indent="    ",
+                                   break_long_words=False, break_on_hyphens=False)  # fmt: skip
+    click.echo("\n".join(lines))
+
+
+def say(sentence: str) -> None:
+    """A sentence among a listing, which goes on below, indented, where a terminal ends."""
+    lines = [sentence]
+    if sys.stdout.isatty():
+        lines = textwrap.wrap(sentence, shutil.get_terminal_size().columns, subsequent_indent="    ",
+                              break_long_words=False, break_on_hyphens=False)  # fmt: skip
+    click.echo("\n".join(lines))
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    heads = [title.upper() for title in titles]
+    widths = [max(len(one) for one in column) for column in zip(heads, *rows, strict=True)]
+    before = sum(widths[:-1]) + len(_GAP) * (len(widths) - 1)
+    columns = shutil.get_terminal_size().columns
+    if not sys.stdout.isatty() or before + widths[-1] <= columns:
+        return [_line(row, widths) for row in [heads, *rows]]
+    # A sentence at the end goes on below itself.
+    if columns - before >= _NARROW and all(len(word) <= columns - before for row in rows for word in row[-1].split()):
+        return [line for row in [heads, *rows] for line in _folded(row, widths, columns - before)]
+    return "\n\n".join("\n".join(_block(titles, row, columns)) for row in rows).split("\n")
+
+
+def _line(row: Sequence[str], widths: Sequence[int]) -> str:
+    return _GAP.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def _folded(row: Sequence[str], widths: Sequence[int], width: int) -> list[str]:
+    first, *more = textwrap.wrap(row[-1], width, break_long_words=False, break_on_hyphens=False)
+    return [_line([*row[:-1], first], widths), *(_line([*[""] * (len(row) - 1), one], widths) for one in more)]
+
+
+def _block(titles: Sequence[str], row: Sequence[str], columns: int) -> list[str]:
+    """One row as lines; a sentence goes on below, indented."""
+    lines = []
+    for title, cell in zip(titles, row, strict=True):
+        if cell != "-":
+            lines += textwrap.wrap(f"{title} = {cell}", columns, subsequent_indent="    ", break_long_words=False,
+                                   break_on_hyphens=False)  # fmt: skip
+    return lines

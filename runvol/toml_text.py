@@ -1,6 +1,8 @@
 """TOML as text: a few values put into a file that a person keeps, whose comments and order stay, and a whole document.
 
-What was put in is read again and compared, so a file of a form that this does not foresee is never half changed.
+What was put in is read again and compared, so a file of a form that this does not foresee is never half changed. Not by
+tomlkit: it puts new tables between those that are there, and with line ends of its own, while k3s's template takes only
+what follows its part, and lines of a person's file are to stay as they are.
 """
 
 from __future__ import annotations

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 
 import click
-import msgspec
 
 from blockdev import Deadline
 from guestmount import Node, PodRef, repair
-from guestmount.claims import Claim
-from runvol import assembly, config, tables
+from guestmount.claims import Claim, Target
+from runvol import assembly, config, endpoints, schemas, tables, troubles
 from runvol.cli import Loader, as_json_option
+from runvol.options import SIZE
+from runvol.sizes import words
 from volumes import AccessMode, Capability, SizeRange, Volume, parameters, work
 
 _json = as_json_option
@@ -19,11 +22,15 @@ _CALL = 60.0
 
 
 def _node(load: Loader) -> Node:
-    return assembly.build(load())
+    """The node's verbs. A state directory that is not made yet holds nothing; one that cannot be read is an OSError."""
+    loaded = load()
+    with contextlib.suppress(FileNotFoundError), os.scandir(loaded.text("paths.state_dir")):
+        pass
+    return assembly.build(loaded)
 
 
-@click.command()
-@click.option("--endpoint", metavar="URL", help="unix:///…/csi.sock")
+@click.command(short_help="Serve the drivers: the node plugin.")
+@click.option("--endpoint", metavar="URL", help="The socket to serve, unix:///…/csi.sock.")
 @click.option("--nfs-endpoint", metavar="URL", help="The same for the driver nfs.csi.runvol.io.")
 @click.option("--node-id", metavar="NAME", help="The node's name in Kubernetes.")
 @click.option("--services", metavar="LIST", help="Any of identity,controller,node.")
@@ -31,14 +38,14 @@ def _node(load: Loader) -> Node:
 def csi(
     load: Loader, endpoint: str | None, nfs_endpoint: str | None, node_id: str | None, services: str | None
 ) -> None:
-    """Serve the CSI plugin."""
+    """Serve the drivers csi.runvol.io and nfs.csi.runvol.io: the node plugin, or a central controller."""
     from runvol import serve
 
     given = {"csi.endpoint": endpoint, "csi.nfs_endpoint": nfs_endpoint, "node.id": node_id, "csi.services": services}
     serve.csi_plugin(load(**given))
 
 
-@click.command()
+@click.command(short_help="Have guests mount NFS volumes themselves.")
 @click.option("--socket", metavar="PATH", help="The container runtime's NRI socket.")
 @click.pass_obj
 def nri(load: Loader, socket: str | None) -> None:
@@ -48,121 +55,210 @@ def nri(load: Loader, socket: str | None) -> None:
     serve_nri.serve(load(**{"nri.socket": socket}))
 
 
-@click.group(invoke_without_command=True)
+@click.group(invoke_without_command=True, short_help="List volumes; make, adopt and delete them.")
 @_json
 @click.pass_context
 def volumes(context: click.Context, as_json: bool) -> None:
-    """List volumes; make, adopt and delete static ones."""
+    """List volumes; make, adopt and delete static ones, and list volume snapshots."""
     if context.invoked_subcommand is not None:
         return
-    node = _node(context.obj)
-    claims = {claim.volume: claim for claim in _claims(node)}
-    rows = [_volume_row(volume, claims.get(volume.volume_id)) for _seq, volume in node.catalog.list(trouble=_warn)]
-    tables.show(rows, ("volume", "name", "size", "used", "owner", "targets"), as_json=as_json, empty="no volumes")
-    if not as_json and (going_on := _work_rows(context.obj)):
+    with troubles.looking():
+        node = _node(context.obj)
+        claims = {claim.volume: claim for claim in _claims(node)}
+        items = [_volume(volume, claims.get(volume.volume_id)) for _seq, volume in node.catalog.list(trouble=_warn)]
+        going_on = [] if as_json else _work(context.obj)
+    columns: tables.Columns[schemas.Volume] = [
+        "volume",
+        "name",
+        ("size", lambda it: words(it.capacity_bytes)),
+        ("used", lambda it: words(it.allocated_bytes)),
+        "state",
+        ("owner", lambda it: _owner(it.owner)),
+        ("targets", lambda it: len(it.targets)),
+    ]
+    tables.show(schemas.Volume, items, columns, as_json=as_json, empty="no volumes")
+    if going_on:
         click.echo()
-        tables.show(going_on, _WORK, as_json=False, empty="")
+        tables.show(schemas.Work, going_on, _WORK, as_json=False, empty="")
 
 
-_WORK = ("work", "done", "of", "percent", "seconds")
+_WORK: tables.Columns[schemas.Work] = [
+    "work",
+    ("done", lambda it: words(it.done_bytes) if it.done_bytes else None),
+    ("of", lambda it: words(it.total_bytes) if it.total_bytes else None),
+    "percent",
+    "seconds",
+]
 
 
-@volumes.command("work")
+@volumes.command("work", short_help="Show what goes on behind calls.")
 @_json
 @click.pass_obj
 def volumes_work(load: Loader, as_json: bool) -> None:
     """Show what goes on behind calls: copies, deletions, groups of files."""
-    tables.show(_work_rows(load), _WORK, as_json=as_json, empty="nothing is under way")
+    with troubles.looking():
+        items = _work(load)
+    tables.show(schemas.Work, items, _WORK, as_json=as_json, empty="nothing is under way")
 
 
-def _work_rows(load: Loader) -> list[dict[str, object]]:
+def _work(load: Loader) -> list[schemas.Work]:
     return [
-        {"work": one.what, "done": tables.size(one.done) if one.done else "-", "done_bytes": one.done,
-         "of": tables.size(one.total) if one.total else "-", "total_bytes": one.total,
-         "percent": "-" if one.percent is None else one.percent, "seconds": one.seconds}
+        schemas.Work(work=one.what, done_bytes=one.done, total_bytes=one.total or None, percent=one.percent,
+                     seconds=one.seconds)
         for one in work.seen(load().text("paths.run_dir"))
     ]  # fmt: skip
+
+
+@volumes.command("snapshots", short_help="List volume snapshots (not containerd's).")
+@click.option("--volume", "source", default="", metavar="ID", help="Only those of this volume.")
+@_json
+@click.pass_obj
+def volumes_snapshots(load: Loader, source: str, as_json: bool) -> None:
+    """List volume snapshots: the VolumeSnapshots of the cluster that lie on this node. What containerd calls snapshots,
+    `runvol snapshots` lists."""
+    with troubles.looking():
+        items = [
+            schemas.VolumeSnapshot(
+                snapshot=one.snapshot_id, volume=one.source, size_bytes=one.size_bytes,
+                created=schemas.time_of(one.created), group=one.group or None, ready=one.ready,
+            )
+            for _seq, one in _node(load).catalog.snapshots(source=source, trouble=_warn)
+        ]  # fmt: skip
+    columns: tables.Columns[schemas.VolumeSnapshot] = [
+        "snapshot",
+        "volume",
+        ("size", lambda it: words(it.size_bytes)),
+        "created",
+        "group",
+        "ready",
+    ]
+    tables.show(schemas.VolumeSnapshot, items, columns, as_json=as_json, empty="no volume snapshots")
 
 
 def _warn(sentence: str) -> None:
     click.echo(f"warning: {sentence}", err=True)
 
 
-def _volume_row(volume: Volume, claim: Claim | None) -> dict[str, object]:
-    return {
-        "volume": volume.volume_id,
-        "name": volume.name,
-        "backend": volume.backend,
-        "size": tables.size(volume.capacity_bytes),
-        "capacity_bytes": volume.capacity_bytes,
-        "used": tables.size(volume.allocated_bytes),
-        "allocated_bytes": volume.allocated_bytes,
-        "parameters": dict(volume.parameters),
-        "staged_at": claim.staging_path if claim else "",
-        "owner": str(claim.owner) if claim and claim.owner else ("staged" if claim else "-"),
-        "targets": len(claim.targets) if claim else 0,
-    }
+def _volume(volume: Volume, claim: Claim | None) -> schemas.Volume:
+    owner = claim.owner if claim else None
+    state = "idle" if claim is None else "lingering" if claim.lingers else "owned" if owner else "staged"
+    return schemas.Volume(
+        volume=volume.volume_id,
+        name=volume.name,
+        backend=volume.backend,
+        capacity_bytes=volume.capacity_bytes,
+        allocated_bytes=volume.allocated_bytes,
+        parameters=dict(volume.parameters),
+        state=state,
+        formatting=volume.formatting,
+        source=volume.source or None,
+        staging_path=(claim.staging_path or None) if claim else None,
+        owner=schemas.Owner(
+            kernel=owner.kind, pod_namespace=owner.pod_namespace or None, pod_name=owner.pod_name or None,
+            pod_uid=owner.pod_uid or None, handler=owner.handler or None,
+        ) if owner else None,
+        targets=[schemas.Target(path=path, read_only=target.read_only, **_pod(target))
+                 for path, target in claim.targets.items()] if claim else [],
+    )  # fmt: skip
 
 
-@volumes.command("create")
+def _pod(target: Target | None) -> dict[str, str | None]:
+    if target is None:
+        return {"pod_namespace": None, "pod_name": None, "pod_uid": None}
+    return {"pod_namespace": target.pod_namespace or None, "pod_name": target.pod_name or None,
+            "pod_uid": target.pod_uid or None}  # fmt: skip
+
+
+def _name_of_pod(it: schemas.HandOff | schemas.Owner) -> str | None:
+    return f"{it.pod_namespace}/{it.pod_name}" if it.pod_name else it.pod_uid
+
+
+def _owner(owner: schemas.Owner | None) -> str | None:
+    if owner is None:
+        return None
+    if owner.kernel == "host":
+        return "the host (runc pods)"
+    pod = _name_of_pod(owner) or "a pod that is not known"
+    return f"{pod} ({owner.handler or 'runtime not known'})"
+
+
+@volumes.command("create", short_help="Make a volume that no provisioner makes.")
 @click.argument("name")
-@click.option("--size", "size_bytes", type=int, required=True, metavar="BYTES")
+@click.option("--size", "size_bytes", type=SIZE, required=True, help="Bytes, or a quantity such as 10Gi.")
 @click.option("--parameter", "-p", multiple=True, metavar="KEY=VALUE", help="A StorageClass parameter.")
 @_json
 @click.pass_obj
 def volumes_create(load: Loader, name: str, size_bytes: int, parameter: tuple[str, ...], as_json: bool) -> None:
-    """Make a volume that no provisioner makes (FlexVolume, static PersistentVolumes)."""
-    given = {key: value for key, _, value in (one.partition("=") for one in parameter)}
+    """Make a volume that no provisioner makes, for FlexVolume or a static PersistentVolume. NAME is one that no other
+    volume of this node has; the id that it gets is printed."""
+    if size_bytes == 0:
+        raise click.BadParameter("0: a volume has a size", param_hint="--size")
+    given = dict(_key_and_value(one) for one in parameter)
     node = _node(load)
     chosen = parameters.check(given, default=node.catalog.default)
     use = Capability(mode=AccessMode.SINGLE_NODE_WRITER, fstype=chosen.get(parameters.FSTYPE, ""))
     made = node.catalog.for_parameters(chosen).create(name, SizeRange(required=size_bytes), chosen, [use])
-    tables.show([_volume_row(made, None)], ("volume", "name", "size"), as_json=as_json, empty="")
+    _show_made(made, as_json)
 
 
-@volumes.command("adopt")
+def _key_and_value(word: str) -> tuple[str, str]:
+    key, equals, value = word.partition("=")
+    if not equals or not key:
+        raise click.BadParameter(f"{word!r}: takes KEY=VALUE", param_hint="--parameter")
+    return key, value
+
+
+def _show_made(made: Volume, as_json: bool) -> None:
+    columns: tables.Columns[schemas.Volume] = ["volume", "name", ("size", lambda it: words(it.capacity_bytes))]
+    tables.show(schemas.Volume, [_volume(made, None)], columns, as_json=as_json, empty="")
+
+
+@volumes.command("adopt", short_help="Take over an image file, with its data.")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, resolve_path=True))
-@click.option("--name", required=True)
+@click.option("--name", required=True, help="One that no other volume of this node has.")
 @_json
 @click.pass_obj
 def volumes_adopt(load: Loader, file: str, name: str, as_json: bool) -> None:
-    """Take over an existing image file, with its data; it is moved into the state directory."""
-    node = _node(load)
-    made = node.catalog.adopt(file, name)
-    tables.show([_volume_row(made, None)], ("volume", "name", "size"), as_json=as_json, empty="")
+    """Take over an existing image, with its data. FILE must lie on the filesystem of the state directory, as it is
+    moved there."""
+    _show_made(_node(load).catalog.adopt(file, name), as_json)
 
 
-@volumes.command("forget")
+@volumes.command("forget", short_help="End what a lost store has made.")
 @click.argument("one_id", metavar="ID")
 @click.option("--yes", is_flag=True, help="Do not ask.")
+@_json
 @click.pass_obj
-def volumes_forget(load: Loader, one_id: str, yes: bool) -> None:
-    """End a PersistentVolume, or a snapshot, whose store is lost for good.
+def volumes_forget(load: Loader, one_id: str, yes: bool, as_json: bool) -> None:
+    """End a PersistentVolume, or a volume snapshot, whose store is lost for good. ID is its volumeHandle or
+    snapshotHandle.
 
     Its deletion succeeds from now on, on this node; nothing is removed anywhere.
     """
     node = _node(load)
     if not yes:
-        click.confirm(f"Is the store that made {one_id} lost, with its data?", abort=True)
+        click.confirm(f"Is the store that made {one_id} lost, with its data?", abort=True, err=as_json)
     name = node.catalog.forget(one_id)
-    click.echo(f"{one_id} counts as deleted (backend {name})")
+    tables.tell([schemas.Outcome(action="forgotten", what="volume", name=one_id, done=True,
+                                 message=f"{one_id} counts as deleted (backend {name})")], as_json=as_json)  # fmt: skip
 
 
-@volumes.command("delete")
-@click.argument("volume_id")
+@volumes.command("delete", short_help="Delete a volume and its data.")
+@click.argument("volume_id", metavar="ID")
 @click.option("--yes", is_flag=True, help="Do not ask.")
+@_json
 @click.pass_obj
-def volumes_delete(load: Loader, volume_id: str, yes: bool) -> None:
-    """Delete a volume and its data."""
+def volumes_delete(load: Loader, volume_id: str, yes: bool, as_json: bool) -> None:
+    """Delete a volume and its data. ID is as `runvol volumes` lists it."""
     node = _node(load)
     volume = node.catalog.get(volume_id)
     if not yes:
-        click.confirm(
-            f"Delete volume {volume_id} ({volume.name}, {tables.size(volume.capacity_bytes)}) and its data?", abort=True
-        )
+        click.confirm(f"Delete volume {volume_id} ({volume.name}, {words(volume.capacity_bytes)}) and its data?",
+                      abort=True, err=as_json)  # fmt: skip
     with node.unused(volume_id, Deadline.after(_CALL)):
         node.catalog.of(volume_id).delete(volume_id)
-    click.echo(f"deleted {volume_id}")
+    tables.tell([schemas.Outcome(action="deleted", what="volume", name=volume_id, done=True,
+                                 message=f"deleted {volume_id}")], as_json=as_json)  # fmt: skip
 
 
 def _claims(node: Node) -> list[Claim]:
@@ -173,150 +269,181 @@ def _claims(node: Node) -> list[Claim]:
     return found
 
 
-@click.command()
+@click.command(short_help="List hand-offs: what sandboxes were given.")
 @_json
 @click.pass_obj
 def handoffs(load: Loader, as_json: bool) -> None:
-    """List what was handed to sandboxes, this driver's and others'."""
-    node = _node(load)
-    claims = {path: claim for claim in _claims(node) for path in claim.targets}
-    rows = []
-    for dialect in node.dialects:
-        for one in dialect.delivered():
-            claim = claims.get(one.target)
-            rows.append(
-                {
-                    "volume": claim.volume if claim else "(no claim)",
-                    "pod": claim.targets[one.target].pod if claim else "",
-                    "dialect": one.dialect,
-                    "device": one.device,
-                    "fstype": one.fstype,
-                    "options": ",".join(one.options),
-                    "target": one.target,
-                    "place": one.place,
-                    "problem": one.problem,
-                }
+    """List hand-offs: what was given to sandboxes, this driver's and others'."""
+    with troubles.looking():
+        node = _node(load)
+        claims = {path: claim for claim in _claims(node) for path in claim.targets}
+        items = [
+            schemas.HandOff(
+                volume=claims[one.target].volume if one.target in claims else None,
+                **_pod(claims[one.target].targets[one.target] if one.target in claims else None),
+                dialect=one.dialect,
+                device=one.device or None,
+                fstype=one.fstype or None,
+                options=list(one.options),
+                target=one.target,
+                place=one.place,
+                closed=one.closed,
+                problem=one.problem or None,
             )
-    columns = ("volume", "pod", "dialect", "fstype", "options", "target", "problem")
-    tables.show(rows, columns, as_json=as_json, empty="no hand-offs")
+            for dialect in node.dialects
+            for one in dialect.delivered()
+        ]
+    columns: tables.Columns[schemas.HandOff] = [
+        "volume",
+        ("pod", _name_of_pod),
+        "dialect",
+        "fstype",
+        "options",
+        "target",
+        "problem",
+    ]
+    tables.show(schemas.HandOff, items, columns, as_json=as_json, empty="no hand-offs")
 
 
-@click.command()
-@click.argument("pod", metavar="NAMESPACE/NAME|UID")
+@click.command(short_help="Tell which runtime will run a pod.")
+@click.argument("namespace_name", metavar="NAMESPACE/NAME")
+@click.option("--runtime", "--attribute", "said", default="", metavar="RUNTIME",
+              help="What the volume's parameter `runtime` says.")  # fmt: skip
 @_json
 @click.pass_obj
-def where(load: Loader, pod: str, as_json: bool) -> None:
-    """Where a pod's volumes are: on the host, or in which guest."""
-    node = _node(load)
-    rows = [
-        {
-            "volume": claim.volume,
-            "kernel": claim.owner.kind if claim.owner else "-",
-            "handler": claim.owner.handler if claim.owner else "",
-            "device": claim.device or claim.source,
-            "read_only": target.read_only,
-            "target": path,
-        }
-        for claim in _claims(node)
-        for path, target in claim.targets.items()
-        if pod in (target.pod_uid, target.pod, target.pod_name)
-    ]
-    if not rows:
-        raise click.ClickException(f"no volume of this node is published to pod {pod}")
-    tables.show(rows, ("volume", "kernel", "handler", "device", "read_only", "target"), as_json=as_json, empty="")
-
-
-@click.command()
-@click.argument("namespace_name", metavar="NAMESPACE/NAME")
-@click.option("--attribute", default="", help="The volume's attribute `runtime`.")
-@click.pass_obj
-def detect(load: Loader, namespace_name: str, attribute: str) -> None:
+def detect(load: Loader, namespace_name: str, said: str, as_json: bool) -> None:
     """Tell which runtime will run a pod, and how that is known."""
     namespace, _, name = namespace_name.partition("/")
-    if not namespace or not name:
+    if not namespace or not name or "/" in name:
         raise click.BadParameter(f"{namespace_name!r}: takes NAMESPACE/NAME", param_hint="NAMESPACE/NAME")
-    answer = _node(load).detector.detect(PodRef(namespace=namespace, name=name), attribute, Deadline.after(5))
+    with troubles.looking():
+        answer = _node(load).detector.detect(PodRef(namespace=namespace, name=name), said, Deadline.after(5))
+    if as_json:
+        found = schemas.Detection(pod_namespace=namespace, pod_name=name, kernel=answer.kind,
+                                  handler=answer.handler or None, source=answer.source)  # fmt: skip
+        tables.print_json(schemas.Detection, [found])
+        return
     click.echo(f"{answer.kind} (handler {answer.handler}), from {answer.source}")
 
 
-@click.command()
+@click.command(short_help="Say what is wrong here, and what to change.")
 @_json
 @click.pass_obj
 def doctor(load: Loader, as_json: bool) -> None:
-    """Say what this node can do and what to change; status 1 if something is broken."""
+    """Say what this node can do and what to change. Status 1 if something is broken, 3 if not all could be seen."""
     from runvol import doctor as examination
+    from runvol import doctor_shown
+    from runvol.diagnosis import status
 
-    loaded = load()
-    found = list(examination.examine(loaded, assembly.build(loaded)))
-    rows = [{"state": one.state, "subject": one.subject, "finding": one.finding} for one in found]
-    tables.show(rows, ("state", "subject", "finding"), as_json=as_json, empty="")
-    sys.exit(1 if any(one.state == "broken" for one in found) else 0)
+    with troubles.looking():
+        loaded = load()
+        found = list(examination.examine(loaded, assembly.build(loaded, looking=True)))
+    doctor_shown.show(found, as_json=as_json)
+    sys.exit(status(found))
 
 
-@click.command()
-@click.option("--dry-run", is_flag=True, help="Only say what would be taken back.")
+@click.command(short_help="Take back what belongs to nobody.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be taken back; status 1 if there is something.")
 @_json
 @click.pass_obj
 def gc(load: Loader, dry_run: bool, as_json: bool) -> None:
-    """Take back what belongs to no volume and to no pod."""
-    node = _node(load)
-    done = (
-        []
-        if dry_run
-        else [
-            repair.Finding(kind="volume", place="store", why=said, done=True)
-            for said in [*repair.before_serving(node), *repair.behind(node)]
-        ]
-    )
-    done += [repair.Finding(kind="volume", place=one.name, why=one.why) for one in node.catalog.unfinished()]
-    found = done + repair.collect(node, Deadline.after(_CALL), dry_run=dry_run)
-    rows = [{"kind": one.kind, "place": one.place, "why": one.why, "done": one.done} for one in found]
-    tables.show(rows, ("kind", "place", "why", "done"), as_json=as_json, empty="nothing is left over")
+    """Take back what belongs to no volume and to no pod. Status 1 if something of it is left over.
+
+    A file among the volumes that no volume has is only named: `runvol volumes adopt` takes it, `rm` removes it.
+    """
+    with troubles.looking():
+        node = _node(load)
+        found = repair.taken_back(node, Deadline.after(_CALL), dry_run=dry_run)
+    items = [schemas.LeftOver(what=one.kind, place=one.place or None, why=one.why, done=one.done, by_hand=one.by_hand)
+             for one in found]  # fmt: skip
+    columns: tables.Columns[schemas.LeftOver] = ["what", "place", "done", "why"]
+    tables.show(schemas.LeftOver, items, columns, as_json=as_json, empty="nothing is left over")
+    left = {one.what for one in items if not one.done}
+    sys.exit(troubles.FOUND if left - {"trouble"} else troubles.NOT_SEEN if left else troubles.FINE)
 
 
-@click.command()
-@click.argument("name", type=click.Choice(["publish"]))
+@click.command(short_help="Measure the running driver on this node.")
+@click.argument("name", type=click.Choice(["publish"]), metavar="publish")
 @click.option("--endpoint", metavar="URL", help="The running driver's socket.")
-@click.option("--samples", type=click.IntRange(1, 100_000), default=200, show_default=True)
+@click.option("--samples", type=click.IntRange(1, 100_000), default=200, show_default=True, metavar="NUMBER",
+              help="How many publishes.")  # fmt: skip
 @_json
 @click.pass_obj
 def bench(load: Loader, name: str, endpoint: str | None, samples: int, as_json: bool) -> None:
-    """Measure the running driver on this node with a small volume of its own."""
+    """Measure the running driver on this node, with a small volume of its own that goes again. `publish` is a publish
+    to a sandbox, so it takes a node with one."""
     import grpc
 
-    from csi.server import socket_path
     from runvol import bench as benchmarks
 
     loaded = load(**{"csi.endpoint": endpoint})
     root = loaded.words("node.roots")[0]
     try:
-        figures = benchmarks.publish(socket_path(loaded.text("csi.endpoint")), root, samples)
+        figures = benchmarks.publish(endpoints.path(loaded, "csi.endpoint"), root, samples)
     except grpc.RpcError as error:
-        raise click.ClickException(f"{name}: {error.code().name}: {error.details()}") from error
-    rows = [{"call": one.call, "p50_ms": one.p50, "p99_ms": one.p99, "samples": one.samples} for one in figures]
-    tables.show(rows, ("call", "p50_ms", "p99_ms", "samples"), as_json=as_json, empty="")
+        raise troubles.NotSeen(f"{name}: {error.code().name}: {error.details()}") from error
+    items = [schemas.Figure(call=one.call, p50_ms=one.p50, p99_ms=one.p99, samples=one.samples) for one in figures]
+    columns: tables.Columns[schemas.Figure] = ["call", "p50_ms", "p99_ms", "samples"]
+    tables.show(schemas.Figure, items, columns, as_json=as_json, empty="")
 
 
-@click.command("config")
+@click.command("config", short_help="Print the settings in force.")
 @_json
 @click.pass_obj
 def show_config(load: Loader, as_json: bool) -> None:
-    """Print the settings in force and where each came from."""
+    """Print the settings in force, and who set each of those that are changed."""
     loaded = load()
-    rows = [
-        {"key": key, "value": msgspec.json.encode(loaded.values[key]).decode(), "source": loaded.sources[key],
-         "variable": config.variable_of(key), "meaning": setting.meaning}
+    items = [
+        schemas.Setting(
+            key=key, value=_plain(loaded.values[key]), default=_plain(setting.default),
+            source=config.source_kind(loaded.sources[key]),
+            said_by=None if loaded.sources[key] == config.DEFAULT else loaded.sources[key],
+            variable=config.variable_of(key), meaning=setting.meaning,
+        )
         for key, setting in config.TABLE.items()
     ]  # fmt: skip
-    tables.show(rows, ("key", "value", "source", "meaning"), as_json=as_json, empty="")
+    if as_json:
+        tables.print_json(schemas.Setting, items)
+        return
+    tables.definitions([(f"{one.key} = {_toml(one.value)}", [*_changed(one), one.meaning]) for one in items])
 
 
-@click.command("parameters")
+def _plain(value: str | int | tuple[str, ...]) -> str | int | list[str]:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _toml(value: str | int | list[str]) -> str:
+    from runvol import toml_text
+
+    return toml_text.written_value(value)
+
+
+def _changed(one: schemas.Setting) -> list[str]:
+    if one.source == "default":
+        return []
+    by = "follows" if one.source == "derived" else "from"
+    return [f"{by} {one.said_by}; the default is {_toml(one.default)}"]
+
+
+@click.command("parameters", short_help="Print the StorageClass parameters.")
 @_json
-def show_parameters(as_json: bool) -> None:
-    """Print the StorageClass parameters."""
-    rows = [
-        {"key": one.key, "values": one.values, "default": one.default, "meaning": one.meaning}
-        for one in parameters.TABLE
-    ]
-    tables.show(rows, ("key", "values", "default", "meaning"), as_json=as_json, empty="")
+@click.pass_obj
+def show_parameters(load: Loader, as_json: bool) -> None:
+    """Print the StorageClass parameters, what they take and what they mean."""
+    first = load().words("volumes.backends")[0]
+    items = [_parameter(one, first if one.key == parameters.BACKEND else one.default) for one in parameters.TABLE]
+    if as_json:
+        tables.print_json(schemas.Parameter, items)
+        return
+    tables.definitions([
+        (one.key if one.default is None else f"{one.key} = {one.default}",
+         [f"takes {one.values}" + (f"; without it: {one.without_it}" if one.without_it else ""), one.meaning])
+        for one in items
+    ])  # fmt: skip
+
+
+def _parameter(one: parameters.Parameter, default: str) -> schemas.Parameter:
+    """What stands in brackets is no value: it says what holds without one."""
+    told = default.strip("()") if default.startswith("(") else ""
+    return schemas.Parameter(key=one.key, values=one.values, default=None if told else default,
+                             without_it=told if told not in ("", "none") else None, meaning=one.meaning)  # fmt: skip

@@ -23,11 +23,12 @@ from snapshotter import assembly, backing, existing, making, stamps, strangers, 
 from snapshotter.alone import Alone
 from snapshotter.backing import Backing, Description
 from snapshotter.errors import BadRequest, PoolRefused
-from snapshotter.existing import Look, Superblock
+from snapshotter.existing import Look
 from snapshotter.keeper import Keeper
 from snapshotter.pool import KEEPER, Pool
 from snapshotter.stamps import Stamp
 from snapshotter.store import STORE, Store
+from snapshotter.superblock import Superblock
 
 _GRAIN = 4 << 20
 
@@ -329,7 +330,7 @@ class _Found:
         keeper.open()
         self._mark_by_keeper(below, pool)
         store.guard(time.time_ns())
-        store.name_lineage()
+        store.lineage.found()
         strangers.compare(store, pool, self._deadline)
         Alone(store=store, pool=pool, keeper=keeper, stamp=Stamp(store, pool)).agree()
         assembly.end_adoption(below)

@@ -30,7 +30,7 @@ class Alone:
     def agree(self) -> None:
         """Store and pool have a new stamp, and the pool a copy of the store as it is now."""
         self.stamp.take(self.pool.status())
-        self.keeper.write(self.store.image(), self.stamp.number, self.store.lineage)
+        self.keeper.write(self.store.image(), self.stamp.number, self.store.lineage.name)
 
 
 @contextlib.contextmanager

@@ -24,7 +24,8 @@ from blockdev.commands import run
 from blockdev.devicemapper import Device, Mapper, MapperError, make_node, node
 from blockdev.dm_targets import BLOCK_STEP, LARGEST_BLOCK, SECTOR, SMALLEST_BLOCK, Linear, PoolStatus, ThinPool
 from snapshotter.errors import BadRequest, PoolRefused, Unavailable
-from snapshotter.pool import LARGEST_METADATA_BLOCKS, Remedies
+from snapshotter.metadata import LARGEST_METADATA_BLOCKS
+from snapshotter.watermarks import Remedies
 
 FILE = "pool.json"
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,50}\Z")

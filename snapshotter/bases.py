@@ -18,7 +18,8 @@ from blockdev.commands import run
 from snapshotter import strangers
 from snapshotter.errors import BadRequest, SnapshotterError
 from snapshotter.pool import Pool
-from snapshotter.store import Base, Store
+from snapshotter.store import Store
+from snapshotter.tables import Base
 
 GRAIN = 1 << 20
 LARGEST = 1 << 50

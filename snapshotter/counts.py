@@ -23,7 +23,8 @@ from snapshotter.locks import Locks
 from snapshotter.model import Kind, Snapshot
 from snapshotter.pace import Pace
 from snapshotter.pool import DeviceMissing, Pool
-from snapshotter.store import Base, Counted, Store
+from snapshotter.store import Store
+from snapshotter.tables import Base, Counted
 
 log = logging.getLogger("runvol.snapshotter")
 # Seconds between looks into the pool's metadata, from the first that asks for one until it is made, and that it waits

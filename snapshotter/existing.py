@@ -1,15 +1,13 @@
 """What a thin pool that is there already tells of itself, looked at without a write to anything.
 
-The superblock is that of the kernel's drivers/md/dm-thin-metadata.c (struct thin_disk_superblock, little-endian). What
-else is asked, the pool's own keeper, is read through a pool that is mapped read-only, over a read-only mapping of its
-metadata: the kernel itself then writes nothing.
+Its sizes are those of its superblock. What else is asked, the pool's own keeper, is read through a pool that is mapped
+read-only, over a read-only mapping of its metadata: the kernel itself then writes nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,53 +17,25 @@ from blockdev.devicemapper import Mapper, MapperError, node
 from blockdev.dm_targets import SECTOR, Linear, Thin, ThinPool
 from blockdev.errors import CommandFailed
 from snapshotter import backing
+from snapshotter import superblock as superblocks
 from snapshotter.errors import PoolRefused
 from snapshotter.keeper import HEAD, stamps_in
-from snapshotter.pool import KEEPER, first_block, numbers
+from snapshotter.metadata import KEEPER, first_block, numbers
+from snapshotter.superblock import Superblock
 
-_MAGIC, _BLOCK_SECTORS = 27022010, backing.METADATA_BLOCK // SECTOR
-_FIELDS = {"magic": ("<Q", 32), "version": ("<I", 40), "transaction": ("<Q", 48), "data_blocks": ("<Q", 64),
-           "metadata_blocks": ("<Q", 192), "block": ("<I", 336), "metadata_block": ("<I", 340)}  # fmt: skip
 _VERSIONS = (1, 2)
 _UUID = "RUNVOL-LOOK"
 _NAMES = ("runvol-look-keeper", "runvol-look-pool", "runvol-look-data", "runvol-look-metadata")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Superblock:
-    """Sizes of a thin pool: `block` in bytes; `data_blocks` of them, and `metadata_blocks` of 4096 bytes."""
-
-    transaction: int
-    block: int
-    data_blocks: int
-    metadata_blocks: int
-
-    @property
-    def data_bytes(self) -> int:
-        return self.data_blocks * self.block
-
-    @property
-    def metadata_bytes(self) -> int:
-        return self.metadata_blocks * backing.METADATA_BLOCK
-
-
 def superblock(path: str) -> Superblock:
     """PoolRefused where no thin pool's metadata begin, or such as runvol cannot use."""
-    with ioctls.opened(path) as fd:
-        # What another process has written past the page cache is what counts.
-        os.posix_fadvise(fd, 0, backing.METADATA_BLOCK, os.POSIX_FADV_DONTNEED)
-        raw = os.pread(fd, backing.METADATA_BLOCK, 0)
-        size = ioctls.bytes_of(fd)
-    if len(raw) < backing.METADATA_BLOCK:
-        raise PoolRefused(f"{path} has {len(raw)} bytes: it holds no metadata of a thin pool")
-    found = {name: int(struct.unpack_from(form, raw, at)[0]) for name, (form, at) in _FIELDS.items()}
-    if found["magic"] != _MAGIC:
+    one, size = superblocks.superblock(path), ioctls.size_bytes(path)
+    if one is None:
         raise PoolRefused(f"{path} does not begin with the metadata of a thin pool; `runvol pool init` makes a pool")
-    if found["version"] not in _VERSIONS or found["metadata_block"] != _BLOCK_SECTORS:
-        raise PoolRefused(f"{path}: metadata of version {found['version']} with blocks of {found['metadata_block']} "
+    if one.version not in _VERSIONS or one.metadata_block != backing.METADATA_BLOCK:
+        raise PoolRefused(f"{path}: metadata of version {one.version} with blocks of {one.metadata_block // SECTOR} "
                           "sectors are none that runvol knows")  # fmt: skip
-    one = Superblock(transaction=found["transaction"], block=found["block"] * SECTOR,
-                     data_blocks=found["data_blocks"], metadata_blocks=found["metadata_blocks"])  # fmt: skip
     if not one.data_blocks or not 0 < one.metadata_bytes <= size:
         raise PoolRefused(f"{path}: its metadata tell of {one.metadata_bytes} bytes of themselves and "
                           f"{one.data_blocks} data blocks, and {path} has {size} bytes")  # fmt: skip
@@ -150,4 +120,4 @@ def held_by(mapper: Mapper, numbers: set[str], prefix: str) -> Iterator[tuple[st
             yield entry.name, found.uuid.removeprefix(prefix)
 
 
-__all__ = ["Look", "Superblock", "clear", "held_by", "look", "superblock"]
+__all__ = ["Look", "clear", "held_by", "look", "superblock"]

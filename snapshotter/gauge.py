@@ -23,7 +23,8 @@ from blockdev.dm_targets import PoolStatus
 from blockdev.errors import BlockdevError
 from snapshotter.background import Background
 from snapshotter.errors import SnapshotterError, Unavailable
-from snapshotter.pool import Pool, metadata_reserve
+from snapshotter.pool import Pool
+from snapshotter.watermarks import metadata_reserve
 
 log = logging.getLogger("runvol.snapshotter")
 

@@ -60,7 +60,9 @@ class Keeper:
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self._fd = -1
-        self._written: dict[int, list[bytes]] = {}
+        # Of what this process has written to each place, chunk by chunk: Python's own hash, of 64 bits and with a key
+        # of this process. The SHA-256 in the header is of all, and is made once.
+        self._written: dict[int, list[int]] = {}
 
     @property
     def held(self) -> bool:
@@ -165,16 +167,16 @@ class Keeper:
         place = _place(copies, lineage, before)
         chunks = [content[at : at + _CHUNK] for at in range(0, len(content), _CHUNK)]
         last = self._written.pop(place, [])
-        digests = [hashlib.sha256(chunk).digest() for chunk in chunks]
+        marks = [hash(chunk) for chunk in chunks]
         for number, chunk in enumerate(chunks):
-            if last[number : number + 1] != [digests[number]]:
+            if last[number : number + 1] != [marks[number]]:
                 _write(self._fd, chunk, _STEP * (place + 1) + number * _CHUNK)
         os.fsync(self._fd)
         raw = _HEADER.pack(_MAGIC, _VERSION, copies[0].sequence + 1 if copies else 1, stamp, time.time_ns(),
                            len(content), hashlib.sha256(content).digest(), lineage.encode())  # fmt: skip
         _write(self._fd, (raw + struct.pack("<I", zlib.crc32(raw))).ljust(_PAGE, b"\0"), _PAGE * (place + 1))
         os.fsync(self._fd)
-        self._written[place] = digests
+        self._written[place] = marks
 
     def _room(self, length: int) -> None:
         """A write to a pool without room would wait for a minute, and fail."""

@@ -7,12 +7,10 @@ whoever is killed, and the layer may be removed meanwhile.
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 
 from blockdev import Deadline
-from snapshotter import strangers
 from snapshotter.errors import BadRequest, NotFound, SnapshotterError
 from snapshotter.model import Kind, Mount, Snapshot
 from snapshotter.pool import DeviceMissing, Pool
@@ -38,22 +36,18 @@ class Lender:
         """
         layer = self._layer(key, deadline)
         self._pool.admit()
-        taken: list[int] = []
+        taking = self._snapshots.rowless.taking()
         try:
-            first = self._snapshots.with_ids(lambda: self._first(key, taken))
-            device = strangers.make(
-                self._store, self._pool, first, lambda one: self._snapshots.copy(one, layer.device, deadline),
-                lambda _taken: self._take(taken), deadline,
-            )  # fmt: skip
+            device = taking.make(
+                lambda one: self._snapshots.copy(one, layer.device, deadline), deadline, proof=lambda: self._still(key)
+            )
             self._snapshots.map_read_only(device, layer, deadline)
-        except BaseException as error:
-            self._let_go(taken)
-            if isinstance(error, DeviceMissing):
-                raise self._lost(key, error) from None
-            raise
-        self._let_go([one for one in taken if one != device])
-        with self._lock:
-            self._until[device] = time.monotonic() + _UNOPENED
+            with self._lock:
+                self._until[device] = time.monotonic() + _UNOPENED
+        except DeviceMissing as error:
+            raise self._lost(key, error) from None
+        finally:
+            taking.let_go()
         return Mount(fstype=layer.fstype, source=self._pool.path(device), options=("ro",))
 
     def _layer(self, key: str, deadline: Deadline) -> Snapshot:
@@ -63,20 +57,9 @@ class Lender:
         self._snapshots.refuse_shared(layer)
         return layer
 
-    def _first(self, key: str, taken: list[int]) -> int:
-        with self._store.transaction():
-            if self._store.find(key) is None:
-                raise NotFound(key)
-            return self._take(taken)
-
-    def _take(self, taken: list[int]) -> int:
-        """An id, in a transaction: doomed, and kept from the reaper before that can see it."""
-        device = self._store.new_device()
-        taken.append(device)
-        with self._lock:
-            self._until[device] = math.inf
-        self._store.doom(device, time.time_ns())
-        return device
+    def _still(self, key: str) -> None:
+        if self._store.find(key) is None:
+            raise NotFound(key)
 
     def _lost(self, key: str, error: DeviceMissing) -> SnapshotterError:
         if self._store.get(key) is None:
@@ -87,11 +70,6 @@ class Lender:
         """The device at this node is not needed any more. Nothing happens for another one, or a second time."""
         with self._lock:
             self._until = {one: until for one, until in self._until.items() if self._pool.path(one) != path}
-
-    def _let_go(self, devices: list[int]) -> None:
-        with self._lock:
-            for device in devices:
-                self._until.pop(device, None)
 
     def keeps(self, device: int) -> bool:
         """Whether the device was just lent, and may not have been opened yet."""

@@ -12,7 +12,6 @@ import contextlib
 import logging
 import os
 import stat
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -22,12 +21,11 @@ from blockdev.errors import DeviceBusy, NotBlank
 from snapshotter import backing, turns
 from snapshotter.backing import Backing, Description
 from snapshotter.errors import BadRequest, PoolRefused
+from snapshotter.superblock import superblock
 
 log = logging.getLogger("runvol.snapshotter")
 
 _SMALLEST_DATA = 64 << 20
-# Of the kernel's drivers/md/dm-thin-metadata.c: struct thin_disk_superblock, little-endian.
-_MAGIC, _MAGIC_AT, _TRANSACTION_AT = 27022010, 32, 48
 _TAG = "runvol-pool-"
 _OPTIONS = {"device": "--device", "lvm": "--vg", "loop": "--loop"}
 
@@ -258,17 +256,6 @@ def prove_unused(path: str, deadline: Deadline, *, end: int | None = None) -> No
     blankness.prove_unused(path, deadline, end=end)
 
 
-def superblock(path: str) -> int | None:
-    """The transaction id of the thin pool whose metadata begins here; None where no such superblock is."""
-    with ioctls.opened(path) as fd:
-        # What another process has written past the page cache is what counts.
-        os.posix_fadvise(fd, 0, 4096, os.POSIX_FADV_DONTNEED)
-        block = os.pread(fd, 4096, 0)
-    if len(block) < 64 or struct.unpack_from("<Q", block, _MAGIC_AT)[0] != _MAGIC:
-        return None
-    return int(struct.unpack_from("<Q", block, _TRANSACTION_AT)[0])
-
-
 def _tags(it: Description) -> tuple[str, str]:
     """Of a logical volume that an init has made: not yet zeroed, and zeroed."""
     return f"runvol-making-{it.identity}", f"{_TAG}{it.identity}"
@@ -279,7 +266,8 @@ def transaction(below: Backing, deadline: Deadline) -> int:
     it = below.description
     if it.kind == "lvm" and any(_tags(it)[0] in one.tags for one in _volumes(it, deadline).values()):
         return 0
-    return superblock(below.first_of_metadata(deadline)) or 0
+    found = superblock(below.first_of_metadata(deadline))
+    return found.transaction if found is not None else 0
 
 
 def difference(it: Description, wish: Wish, state_dir: str) -> str:

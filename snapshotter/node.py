@@ -15,18 +15,19 @@ from blockdev import Deadline
 from blockdev.devicemapper import Events, Mapper
 from blockdev.errors import BlockdevError
 from snapshotter import assembly, backing, past, recovery, strangers
-from snapshotter.assembly import Extender
 from snapshotter.background import Background
 from snapshotter.bases import Bases, rounded
 from snapshotter.errors import PoolFull, PoolRefused, SnapshotterError, StoreFailed, Unavailable
+from snapshotter.extending import Extender
 from snapshotter.gauge import Follower, Gauge
 from snapshotter.idle import Idle
 from snapshotter.keeper import Keeper
 from snapshotter.lending import Lender
+from snapshotter.origins import Sizes
 from snapshotter.pace import Pace
 from snapshotter.pool import Limits, Pool
 from snapshotter.reaper import Reaper
-from snapshotter.snapshots import Sizes, Snapshotter
+from snapshotter.snapshots import Snapshotter
 from snapshotter.stamps import Stamp
 from snapshotter.store import STORE, Store
 from snapshotter.strangers import Compared
@@ -126,8 +127,9 @@ class Node:
             Sizes(fstype=settings.fstype, size=settings.size, by_namespace=settings.by_namespace),
             self._done_with, self.images, self.seals, self.idle,
             self.sealer.tell if self.sealer else lambda _name: None, self.activity.quiet_for, self.background,
-            settings.share_layers, self.stamp.follow, self.renew_ids,
+            settings.share_layers, self.stamp.follow,
         )  # fmt: skip
+        self.store.ids.renew = self.renew_ids
         self.lender = Lender(self.store, self.pool, self.snapshots)
         # Set once the pool was opened, or could not be.
         self._tried = threading.Event()
@@ -175,7 +177,7 @@ class Node:
         return bool(self.stamp.lost) or self.snapshots.copies.holds(device) or self.lender.keeps(device)
 
     def _part_layers(self) -> None:
-        self.snapshots.part_layers()
+        self.snapshots.commits.part_open()
 
     def _write_counts(self) -> None:
         self.snapshots.counts.write()
@@ -278,7 +280,7 @@ class Node:
             self._hold()
         if not self.stamp.number:
             self.stamp.take(self.pool.status())
-        self.store.name_lineage()
+        self.store.lineage.found()
         self.store.barred = ""
 
     def renew_ids(self) -> None:
@@ -299,7 +301,9 @@ class Node:
         if changes != self._copied and began >= self._copy_at:
             try:
                 self.store.write_made()
-                self.keeper.write(self.store.image(), self.stamp.number, self.store.lineage, self.store.before)
+                self.keeper.write(
+                    self.store.image(), self.stamp.number, self.store.lineage.name, self.store.lineage.before
+                )
                 self._copied, self.copied_at = changes, time.time()
             finally:
                 ended = time.monotonic()

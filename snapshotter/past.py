@@ -22,7 +22,8 @@ from snapshotter import stamps
 from snapshotter.errors import SnapshotterError
 from snapshotter.keeper import Copy, Keeper
 from snapshotter.pool import Pool
-from snapshotter.store import Contents, Store, contents
+from snapshotter.store import Store
+from snapshotter.tables import Contents, contents
 
 log = logging.getLogger("runvol.snapshotter")
 # The number of the last copy that was there when an operator decided: none of them says what is true now.
@@ -87,7 +88,7 @@ def enter(store: Store, keeper: Keeper, status: PoolStatus, why: str) -> None:
         bases -= {(base.fstype, base.size, base.device) for base in known.bases if base.ready}
         doomed -= known.doomed.keys()
     unproven = {device for _, device in rows} | {device for _, _, device in bases} | doomed
-    store.enter_past(why, unproven, time.time_ns(), before=before or "")
+    store.lineage.enter_past(why, unproven, time.time_ns(), before=before or "")
     log.error("the store is not the pool's own", extra={"why": why, "unproven": len(unproven)})
 
 

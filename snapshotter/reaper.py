@@ -184,7 +184,7 @@ class Reaper:
         return True
 
     def _is_wanted(self, device: int) -> bool:
-        """Whether it is doomed only until a row has it, or has one by now; asked in this order (see `copies`)."""
+        """Whether it is doomed only until a row has it, or has one by now; asked in this order (see `rowless`)."""
         return self._held(device) or bool(self._store.owners(device))
 
     def _unmap_idle(self) -> bool:

@@ -69,7 +69,7 @@ def _unmap(store: Store, pool: Pool, snapshots: Snapshotter, reaper: Reaper) -> 
             needed.add(row.device)
         elif row.device in mapped:
             layers.append(row.key)
-    snapshots.shut_layers(layers, Deadline.after(_SHUT))
+    snapshots.commits.shut_mapped(layers, Deadline.after(_SHUT))
     reaper.found_mapped(mapped & needed)
     needed |= {base.device for base in store.bases() if not base.ready}
     for device in mapped - needed:

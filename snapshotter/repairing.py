@@ -19,7 +19,8 @@ from snapshotter import images, past, seals
 from snapshotter.alone import Alone, alone
 from snapshotter.errors import NotFound, PoolRefused
 from snapshotter.model import Snapshot
-from snapshotter.store import Contents, Store
+from snapshotter.store import Store
+from snapshotter.tables import Contents
 
 log = logging.getLogger("runvol.snapshotter")
 
@@ -68,14 +69,14 @@ def _repair(it: Alone, deadline: Deadline, *, keep: bool) -> Report:
     if keep:
         _keep(store, ids, report)
     else:
-        for copy, content in past.copies(keeper, status, besides=store.lineage):
+        for copy, content in past.copies(keeper, status, besides=store.lineage.name):
             report.made = report.made or copy.made
             _take(store, content, ids, report)
         if not report.made:
             raise NotFound(pool.name, "a copy of the store in pool")
     _drop_lost(store, ids, report)
     with store.transaction():
-        store.leave_past()
+        store.lineage.leave_past()
         store.set_fact(past.SUPERSEDED, str(max((copy.sequence for copy in keeper.copies()), default=0)))
     it.agree()
     report.quarantined = store.quarantined()

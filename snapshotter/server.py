@@ -26,7 +26,7 @@ def socket_path(endpoint: str) -> str:
     try:
         return daemon.socket_path(endpoint)
     except ValueError as error:
-        raise BadRequest("--endpoint", endpoint, str(error)) from None
+        raise BadRequest("endpoint", endpoint, str(error)) from None
 
 
 def serve(node: Node, *, endpoint: str, limit: float, observe: Observer | None = None) -> bool:
@@ -71,7 +71,7 @@ def alone(endpoint: str, state_dir: str, identity: str = "") -> list[int]:
     BadRequest if there is one, or if a command changes the pool as a whole.
     """
     if daemon.is_taken(socket_path(endpoint)):
-        raise BadRequest("--endpoint", endpoint, "another process serves this socket; stop it first")
+        raise BadRequest("endpoint", endpoint, "another process serves this socket; stop it first")
     held = [_locked(turns.state_lock(state_dir), state_dir, "another process uses it; stop that first")]
     try:
         if identity:

@@ -20,8 +20,9 @@ from dataclasses import dataclass, replace
 from blockdev.devicemapper import MapperError
 from blockdev.dm_targets import PoolStatus
 from snapshotter.errors import PoolRefused, SnapshotterError, Unavailable
+from snapshotter.ids import RUN
 from snapshotter.pool import Pool
-from snapshotter.store import RUN, Store
+from snapshotter.store import Store
 
 log = logging.getLogger("runvol.snapshotter")
 _MARK = 1 << 62
@@ -124,7 +125,7 @@ class Stamp:
 
     def follow(self) -> None:
         """Ids were drawn: the stamp moves before too many are. What the pool does not take now, it takes later."""
-        behind = self._store.drawn - self._drawn
+        behind = self._store.ids.drawn - self._drawn
         if behind >= (_LAG * RUN if self.followed else RUN):
             try:
                 self.move()
@@ -164,7 +165,7 @@ class Stamp:
 
         No id below `first` is given any more; with `again` they begin anew.
         """
-        drawn = self._store.drawn
+        drawn = self._store.ids.drawn
         with self._store.transaction():
             self._store.set_fact("generation_next", str(new))
             self._store.give_from(first)

@@ -69,6 +69,12 @@ class ApiDouble:
             def do_PUT(self) -> None:
                 double.replace(self)
 
+            def do_POST(self) -> None:
+                double.create(self)
+
+            def do_PATCH(self) -> None:
+                double.merge(self)
+
             def log_message(self, *_: object) -> None:
                 pass
 
@@ -149,6 +155,33 @@ class ApiDouble:
             _send(request, 409, {"kind": "Status", "code": 409})
         else:
             self.put(kind, name, what)
+            _send(request, 200, self.objects[kind][name])
+
+    def create(self, request: BaseHTTPRequestHandler) -> None:
+        """201; an event's kind is known without being listed."""
+        *_, kind = request.path.split("/")
+        self.requests.append((f"POST {request.path}", request.headers["User-Agent"]))
+        what = json.loads(request.rfile.read(int(request.headers["Content-Length"])))
+        while self.frozen and not self.stopped:
+            time.sleep(0.02)
+        if self.forbids:
+            _send(request, 403, {"kind": "Status", "code": 403})
+            return
+        self.objects.setdefault(kind, {})
+        self.put(kind, what["metadata"]["name"], what)
+        _send(request, 201, what)
+
+    def merge(self, request: BaseHTTPRequestHandler) -> None:
+        *_, kind, name = request.path.split("/")
+        self.requests.append((f"PATCH {request.path}", request.headers["User-Agent"]))
+        changed = json.loads(request.rfile.read(int(request.headers["Content-Length"])))
+        found = self.objects.get(kind, {}).get(name)
+        if request.headers["Content-Type"] != "application/merge-patch+json":
+            _send(request, 415, {"kind": "Status", "code": 415})
+        elif found is None:
+            _send(request, 404, {"kind": "Status", "code": 404})
+        else:
+            self.put(kind, name, found | changed)
             _send(request, 200, self.objects[kind][name])
 
     def _selected(self, kind: str, query: dict[str, str]) -> list[dict[str, Any]]:

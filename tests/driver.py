@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 import contextlib
+import json
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from blockdev import loops, mountinfo
+from runvol import schemas
 from runvol_proto import csi_pb2
 
 MODE = csi_pb2.VolumeCapability.AccessMode.Mode
@@ -191,10 +193,13 @@ class Driver:
 
     def cli(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """`runvol …` with this driver's directories, as an operator on the node would type it."""
-        return subprocess.run(
+        done = subprocess.run(
             [*self.prefix, sys.executable, "-m", "runvol", *arguments], env={**os.environ, **self.environment}, check=check,
             capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1],
         )  # fmt: skip
+        if "--json" in arguments and done.stdout:
+            schemas.read(json.loads(done.stdout))  # whatever it is for, it is as docs/json.md says
+        return done
 
     # -- what is left on the node
 

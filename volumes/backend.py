@@ -139,6 +139,21 @@ class Backend(Protocol):
 
 
 @runtime_checkable
+class QuotaBackend(Backend, Protocol):
+    """One whose sizes are quotas of a filesystem, by numbers (projects)."""
+
+    @property
+    def directory(self) -> str:
+        """Where its volumes lie."""
+
+    def left_quotas(self) -> Sequence[int]:
+        """Numbers that have a limit although no volume has them."""
+
+    def lift(self, project: int) -> None:
+        """The limit of such a one goes."""
+
+
+@runtime_checkable
 class StoredBackend(Backend, Protocol):
     """One that has a store on this node, and a directory for what is in it."""
 

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, TypeVar
 
-from volumes.backend import Backend, GroupBackend, ImageBackend, Keeper, SnapshotBackend, StoredBackend
+from volumes.backend import (
+    Backend,
+    GroupBackend,
+    ImageBackend,
+    Keeper,
+    QuotaBackend,
+    SnapshotBackend,
+    StoredBackend,
+)
 from volumes.errors import InvalidParameter, OfANode, OfAnotherDriver, VolumeConflict, VolumeError, VolumeNotFound
 from volumes.model import VOLUME_ID, Snapshot, Volume
 from volumes.registry import DESCRIBING, NAMES, REGISTRY, Settings
@@ -240,6 +248,15 @@ class Catalog:
     def unfinished(self) -> Sequence[Unfinished]:
         """What `recover` would do now, and what it could not do."""
         return [one for backend in self._backends for one in backend.unfinished()]
+
+    def left_quotas(self) -> Sequence[tuple[QuotaBackend, int]]:
+        """Limits that no volume has any more."""
+        return [
+            (backend, project)
+            for backend in self._backends
+            if isinstance(backend, QuotaBackend)
+            for project in backend.left_quotas()
+        ]
 
     def unknown_files(self) -> Sequence[str]:
         """What lies among the volumes although no store knows it."""

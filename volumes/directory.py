@@ -51,6 +51,8 @@ _REMOVAL, _REMOVAL_AT_START = 86400.0, 10.0
 _BIND = frozenset({"ro", "rw", "defaults"})
 # Projects are numbers that a whole filesystem shares; others count from 1 (projid files, container runtimes).
 FIRST_PROJECT = 1 << 30
+# Looked at for limits that were left.
+_MOST_PROJECTS = 100_000
 # So many of them that somebody else has taken are passed over by one call; and so many while others wait for it.
 _MOST_FOREIGN, _FEW_FOREIGN = 10_000, 100
 
@@ -75,11 +77,11 @@ class DirectoryBackend(Stored):
     kind = VolumeKind.FILES
     multi_node = False
 
-    def __init__(self, state_dir: str, *, directory: str = "", capacity_limit: int = 0) -> None:
+    def __init__(self, state_dir: str, *, directory: str = "", capacity_limit: int = 0, reading: bool = False) -> None:
         """`directory` defaults to `<state_dir>/directories`; `capacity_limit` (bytes, 0: none) bounds the promises."""
         self._directory = os.path.realpath(directory or os.path.join(state_dir, "directories"))
         self._limit = capacity_limit
-        self._store = Store(os.path.join(state_dir, "directories.db"))
+        self._store = Store(os.path.join(state_dir, "directories.db"), reading=reading)
         self._place = Place(self._directory, self._store, 0o711)
         self._busy = Busy(os.path.join(state_dir, "directories.lock"))
         self._jobs = Jobs()
@@ -101,8 +103,9 @@ class DirectoryBackend(Stored):
         try:
             quotas.read(nearest(self._directory), FIRST_PROJECT)
         except QuotaUnavailable as error:
-            return [Need(met=False, finding=f"{error}; until then classes need `quota: none`")]
-        return [Need(met=True, finding=f"project quotas are kept on {self._directory}")]
+            return [Need(met=False, what="no-quotas", finding=str(error), fix=f"mount {self._directory} with "
+                         "prjquota; until then classes need `quota: none`")]  # fmt: skip
+        return [Need(met=True, what="no-quotas", finding=f"project quotas are kept on {self._directory}")]
 
     def create(
         self,
@@ -344,6 +347,29 @@ class DirectoryBackend(Stored):
         names = sorted(set(os.listdir(self._directory)) - rows) if os.path.isdir(self._directory) else []
         return [os.path.join(self._directory, name) for name in names
                 if name.removeprefix(_NEW).removeprefix(_OLD) not in rows and name != "lost+found"]  # fmt: skip
+
+    def left_quotas(self) -> Sequence[int]:
+        """Projects of ours that have a limit although no row and no directory has them, and nothing counts for them."""
+        if not os.path.isdir(self._directory):
+            return []
+        # Before the rows: what is begun meanwhile has a higher number.
+        highest = min(self._store.next_number(), _MOST_PROJECTS)
+        known = {_project(row) for row in self._store.rows()}
+        known |= {_project_of(path) for path in self.unknown_files() if _is_directory(path)}
+        found = []
+        try:
+            for project in range(FIRST_PROJECT + 1, FIRST_PROJECT + highest):
+                if project not in known:
+                    quota = quotas.read(self._directory, project)
+                    if quota.limit and not quota.used and not quota.files:
+                        found.append(project)
+        except QuotaUnavailable:
+            return []
+        return found
+
+    def lift(self, project: int) -> None:
+        """The limit of such a project goes."""
+        quotas.limit(self._directory, project, 0)
 
     prefixes = (PREFIX,)
 

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from blockdev import log_context
 from blockdev.deadlines import started
 from volumes.errors import VolumeUnfinished
 from volumes.work import running
@@ -195,7 +196,7 @@ class _Job:
         self._ended = 0.0
         self._work, self._let_next = work, let_next
         # A daemon: the next process begins the work again.
-        self.thread = threading.Thread(target=self._run, name=progress.what, daemon=True)
+        self.thread = threading.Thread(target=log_context.inherited(self._run), name=progress.what, daemon=True)
 
     def _run(self) -> None:
         started = time.monotonic()

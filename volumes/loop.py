@@ -76,11 +76,12 @@ class LoopBackend(Stored):
     kind = VolumeKind.BLOCK
     multi_node = False
 
-    def __init__(self, state_dir: str, *, capacity_limit: int = 0) -> None:
-        """`capacity_limit` (bytes, 0 for none) bounds what all volumes together may promise."""
+    def __init__(self, state_dir: str, *, capacity_limit: int = 0, reading: bool = False) -> None:
+        """`capacity_limit` (bytes, 0 for none) bounds what all volumes together may promise; `reading`: the store is
+        only looked at."""
         self._directory = os.path.join(os.path.realpath(state_dir), "volumes")
-        self._limit = capacity_limit
-        self._store = Store(os.path.join(state_dir, "volumes.db"))
+        self._limit, self._reading = capacity_limit, reading
+        self._store = Store(os.path.join(state_dir, "volumes.db"), reading=reading)
         self._place = Place(self._directory, self._store, 0o700)
         self._busy = Busy(os.path.join(state_dir, "volumes.lock"))
         self.keeper: Keeper = Unkept()
@@ -304,7 +305,7 @@ class LoopBackend(Stored):
             raise VolumeNotFound(f"{volume_id} (its file {path} is gone)") from None
         if not stat.S_ISREG(facts.st_mode):
             raise NoFile(path)
-        if facts.st_size < volume.capacity_bytes:  # an expansion was killed in the middle
+        if facts.st_size < volume.capacity_bytes and not self._reading:  # an expansion was killed in the middle
             try:
                 with self._busy(of_volume(volume.name), seconds=0):  # or one is at work in this moment
                     self._resize_file(self._known(volume_id))
@@ -381,14 +382,16 @@ class LoopBackend(Stored):
             return []
         found, left = list[Need](), self._left()
         if left < 0:
-            more = f"volumes of {self._directory} were promised {-left} bytes more than there are: all keep what they "
-            advice = "have, and none is made or grown; delete volumes or snapshots, or give it a larger disk"
-            found.append(Need(met=False, finding=more + advice))
+            more = (f"volumes of {self._directory} were promised {-left} bytes more than there are: all keep what they "
+                    "have, and none is made or grown")  # fmt: skip
+            advice = ("`runvol volumes` lists them, `runvol volumes delete ID` deletes one; or give it a larger disk, "
+                      "or raise `loop.capacity_bytes` where that is what bounds them")  # fmt: skip
+            found.append(Need(met=False, what="over-promised", finding=more, fix=advice))
         if marks.are_kept(self._directory):
             return found
         finding = (f"the filesystem of {self._directory} takes no extended attributes (trusted.*): a store that is "
                    "restored from a backup knows less of its volumes")  # fmt: skip
-        return [*found, Need(met=False, finding=finding)]
+        return [*found, Need(met=False, what="no-attributes", finding=finding)]
 
     def adopt(self, path: str, name: str) -> Volume:
         """Take over an existing image file, by rename into the directory, with its data and its filesystem."""

@@ -168,10 +168,14 @@ class Past:
 
 @dataclass(frozen=True, kw_only=True)
 class Need:
-    """What a backend needs of its node, and whether the node has it: a sentence for people."""
+    """What a backend needs of its node, and whether the node has it: a word for programs (one of `runvol doctor`'s
+    `volumes.…`) and a sentence for people."""
 
     met: bool
+    what: str
     finding: str
+    # What to do; empty for what is usual.
+    fix: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

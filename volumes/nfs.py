@@ -68,8 +68,8 @@ class NfsBackend:
 
     def needs(self) -> Sequence[Need]:
         there = nfs.client_in_kernel()
-        return [Need(met=there, finding="the kernel has an NFS client" if there
-                     else "this kernel has no NFS client loaded: modprobe nfs")]  # fmt: skip
+        return [Need(met=there, what="no-nfs-client", finding="the kernel has an NFS client" if there
+                     else "this kernel has no NFS client loaded")]  # fmt: skip
 
     # -- the controller's verbs
 

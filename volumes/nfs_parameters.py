@@ -43,6 +43,18 @@ def are_options(value: str) -> bool:
     return value.isprintable() and all(words) and nfs.check_options(words) is None
 
 
+def why_not_options(value: str) -> str:
+    """Which of the options cannot be, for a text that `are_options` refuses."""
+    words = value.split(",")
+    wrong = nfs.check_options(words)
+    if not value.isprintable() or not all(words) or wrong is None:
+        return "takes options with commas between them, such as nconnect=4,noatime"
+    key = wrong.partition("=")[0]
+    if key in nfs.OWN_OPTIONS:
+        return f"the option {key} is set by runvol itself, from `server` and `vers`; leave it out"
+    return f"the option {wrong} names no version that runvol mounts: {', '.join(nfs.VERSIONS)}"
+
+
 def split(server: str) -> tuple[str, str] | None:
     """Server and path of `name:/path`; None for a server alone."""
     if ":/" not in server or server.startswith("["):
@@ -120,6 +132,7 @@ PARAMETERS: tuple[Parameter, ...] = (
         default="(none)",
         meaning="Backend `nfs`: mount options besides those of the StorageClass's `mountOptions`.",
         accepts=are_options,
+        refuses=why_not_options,
         in_context=True,
     ),
     Parameter(

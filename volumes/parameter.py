@@ -17,8 +17,8 @@ BACKEND = "backend"
 class Parameter:
     """One key: what it means, which values it takes, and whether the node needs it in the volume context.
 
-    `aliases`: what other drivers' users call it. `of_controller`: it says how a volume is made or deleted, and nothing
-    to a node.
+    `refuses`: why a value is not accepted, where `values` does not say it. `aliases`: what other drivers' users call
+    it. `of_controller`: it says how a volume is made or deleted, and nothing to a node.
     """
 
     key: str
@@ -26,6 +26,7 @@ class Parameter:
     default: str
     meaning: str
     accepts: Callable[[str], bool]
+    refuses: Callable[[str], str] | None = None
     aliases: tuple[str, ...] = ()
     in_context: bool = False
     of_controller: bool = False

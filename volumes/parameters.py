@@ -9,8 +9,8 @@ from volumes import nfs_parameters, registry
 from volumes.errors import InvalidParameter
 from volumes.parameter import BACKEND, FILESYSTEM, FSTYPE, RESERVED, RUNTIME, Parameter, one_of
 
-__all__ = ["FSTYPE", "RESERVED", "SUPPORTED_FSTYPES", "TABLE", "Parameter", "check", "check_context", "check_delivered",
-           "context_of"]  # fmt: skip
+__all__ = ["BACKEND", "FSTYPE", "RESERVED", "SUPPORTED_FSTYPES", "TABLE", "Parameter", "check", "check_context",
+           "check_delivered", "context_of"]  # fmt: skip
 
 # Written into the context by external-provisioner and by kubelet.
 _FROM_KUBERNETES = ("csi.storage.k8s.io/", "storage.kubernetes.io/")
@@ -49,7 +49,7 @@ def check(parameters: Mapping[str, str], *, default: str = "loop") -> dict[str, 
                 continue
             raise InvalidParameter(key, value, f"is not known; known are {', '.join(sorted(_BY_KEY))}")
         if not known.accepts(value):
-            raise InvalidParameter(key, value, f"takes {known.values}")
+            raise InvalidParameter(key, value, known.refuses(value) if known.refuses else f"takes {known.values}")
         if mine.get(known.key, value) != value:
             raise InvalidParameter(key, value, f"contradicts {known.key} = {mine[known.key]!r}")
         mine[known.key] = value

@@ -21,6 +21,8 @@ class Settings:
     """
 
     state_dir: str
+    # Their stores are only looked at.
+    reading: bool = False
     capacity_limit: int = 0
     directory: str = ""
     directory_limit: int = 0
@@ -51,14 +53,14 @@ class Entry:
 REGISTRY: tuple[Entry, ...] = (
     Entry(
         backend=loop.LoopBackend,
-        open=lambda it: loop.LoopBackend(it.state_dir, capacity_limit=it.capacity_limit),
+        open=lambda it: loop.LoopBackend(it.state_dir, capacity_limit=it.capacity_limit, reading=it.reading),
         meaning="one file a volume in a directory of the node, a block device.",
         parameters=loop.PARAMETERS,
     ),
     Entry(
         backend=directory.DirectoryBackend,
         open=lambda it: directory.DirectoryBackend(
-            it.state_dir, directory=it.directory, capacity_limit=it.directory_limit
+            it.state_dir, directory=it.directory, capacity_limit=it.directory_limit, reading=it.reading
         ),
         meaning="one directory a volume, shared into sandboxes by virtio-fs.",
         parameters=directory.PARAMETERS,

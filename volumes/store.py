@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from blockdev import reserve
+from blockdev import databases, reserve
 from volumes.errors import StoreAway, StoreFailed
 
 R = TypeVar("R")
@@ -117,8 +117,9 @@ class Store:
     makes nothing.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, path: str, *, reading: bool = False) -> None:
+        """`reading`: nothing is ever written, nor made beside it; a change raises StoreFailed."""
+        self.path, self._reading = path, reading
         self._lock = threading.RLock()
         self._reserve = reserve.Reserve(f"{path}.reserve", _RESERVE)
         self._db: sqlite3.Connection | None = None
@@ -140,6 +141,9 @@ class Store:
     def _open(self) -> sqlite3.Connection:
         """Raises StoreFailed."""
         with _explained(self.path):
+            if self._reading:
+                self._db, self._frozen = self._opened_for_reading(), False
+                return self._db
             with contextlib.suppress(OSError):  # SQLite says what is wrong
                 os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
             try:
@@ -243,9 +247,15 @@ class Store:
 
     def _opened_for_reading(self) -> sqlite3.Connection:
         """Without its log the file is whole, and nobody can change it; with one, SQLite reads both."""
+        if self._reading:
+            return self._known_for_reading(databases.for_reading(self.path))
         log_left = os.path.exists(f"{self.path}-wal") and os.path.getsize(f"{self.path}-wal") > 0
         address = f"file:{urllib.parse.quote(self.path)}?mode=ro{'' if log_left else '&immutable=1'}"
-        db = sqlite3.connect(address, uri=True, timeout=10, isolation_level=None, check_same_thread=False)
+        return self._known_for_reading(
+            sqlite3.connect(address, uri=True, timeout=10, isolation_level=None, check_same_thread=False)
+        )
+
+    def _known_for_reading(self, db: sqlite3.Connection) -> sqlite3.Connection:
         with _closed_on_failure(db):
             self._check_version(db)
             with contextlib.suppress(sqlite3.OperationalError):  # of a release without
@@ -261,6 +271,8 @@ class Store:
 
     def _database(self, *, writing: bool = False) -> sqlite3.Connection:
         """To be called with the lock held. Raises StoreFailed."""
+        if writing and self._reading:
+            raise StoreFailed(f"the store {self.path} is only looked at here")
         if self._db is None and not writing and not os.path.exists(self.path):
             if self._nothing is None:
                 self._nothing = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
@@ -359,7 +371,7 @@ class Store:
         """The `seq` that the next row gets."""
         with self._lock, _explained(self.path):
             asked = "SELECT seq FROM sqlite_sequence WHERE name = 'volumes'"
-            found = self._database(writing=True).execute(asked).fetchone()
+            found = self._database(writing=not self._reading).execute(asked).fetchone()
         return (int(found[0]) if found else 0) + 1
 
     def number_above(self, seq: int) -> None:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from blockdev import Deadline
 from blockdev.deadlines import bounded
-from guestmount.claims import Cell, Claim, Target
+from guestmount.claims import Cell, Claim, Claims, Target
 from guestmount.cri import Sandboxes
 from guestmount.detect import Runtime
 from guestmount.giving import Giving
@@ -25,6 +25,7 @@ class Means:
     """What a way needs of the node. `rust_shared_block`: containers of one pod may share a block volume under Kata's
     Rust shim."""
 
+    claims: Claims
     dialects: Dialects
     written: Written
     giving: Giving = field(default_factory=Giving)

@@ -10,14 +10,14 @@ from contextlib import AbstractContextManager
 
 import msgspec
 
-from blockdev import Deadline, filesystems, ioctls, mounts, superblocks
+from blockdev import Deadline, filesystems, ioctls, mounts, selinux, superblocks
 from blockdev.detached import private_mount
 from blockdev.errors import FilesystemDamaged, WrongFilesystem
 from guestmount import placeholder, preflight
 from guestmount.claims import Cell, Claim, Target
 from guestmount.errors import Refused
 from guestmount.handoff import Delivered, Delivery
-from guestmount.ways import closing, exclusion
+from guestmount.ways import closing, disk_slots, exclusion
 from guestmount.ways.attached import be_attached, check_nothing_at
 from guestmount.ways.base import Arrival, Means, Problem, Usage
 from guestmount.ways.mounted import grow_device, grow_unmounted
@@ -44,6 +44,7 @@ class GuestDevice(exclusion.OneKernel):
             read_only=arrival.target.read_only,
             rust_shared_block=means.rust_shared_block,
         )
+        disk_slots.check(means, claim, arrival)
         kata = arrival.runtime.kata
         target = msgspec.structs.replace(
             arrival.target,
@@ -76,7 +77,7 @@ class GuestDevice(exclusion.OneKernel):
             cell.write(claim)
         if not mounts.is_mount_point(path):
             os.makedirs(path, mode=0o750, exist_ok=True)
-        placeholder.be_placed(path, deadline)
+        placeholder.be_placed(path, deadline, label=selinux.context_of(claim.use.mount_flags))
         dialect = means.dialects.of(owner.dialect, owner.handler)
         if dialect.needs_node or target.on_node:
             claim = be_attached(cell, claim, deadline)
@@ -201,8 +202,9 @@ def _delivery(claim: Claim, path: str, target: Target) -> Delivery:
 
 
 def _options(claim: Claim) -> tuple[str, ...]:
-    """Those that the volume was staged with. A clone has its source's UUID, which XFS mounts once a kernel."""
-    options = claim.use.mount_flags
+    """Those that the volume was staged with, but for labels of the host's policy. A clone has its source's UUID, which
+    XFS mounts once a kernel."""
+    options = selinux.without(claim.use.mount_flags)
     return (*options, "nouuid") if claim.use.fstype == "xfs" and "nouuid" not in options else options
 
 

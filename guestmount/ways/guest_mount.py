@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from blockdev import Deadline, mounts, nfs
+from blockdev import Deadline, mounts, nfs, selinux
 from blockdev.errors import FilesystemUnknown
 from guestmount import placeholder, preflight
 from guestmount.claims import Cell, Claim, Target
@@ -31,6 +31,7 @@ class GuestMount(AnyKernel):
     def check(self, means: Means, claim: Claim, arrival: Arrival, deadline: Deadline) -> tuple[Claim, Target]:
         check_nothing_at(claim, arrival.path, placeholder=True)
         runtime = arrival.runtime
+        preflight.check_users(runtime)  # first: nothing that the others ask for would help
         means.dialects.of(runtime.dialect, runtime.handler).check_nfs(_delivery(claim, arrival.path, arrival.target))
         preflight.check_mounts(runtime, pv_name=claim.volume)
         mount = claim.nfs
@@ -50,7 +51,7 @@ class GuestMount(AnyKernel):
         if (group := claim.group_of(target)) and not mounts.in_table(path):
             _give(means, claim, group, deadline)
         os.makedirs(path, mode=0o750, exist_ok=True)
-        placeholder.be_placed(path, deadline)
+        placeholder.be_placed(path, deadline, label=selinux.context_of(claim.use.mount_flags))
         means.dialects.of(target.dialect, target.handler).deliver_nfs(_delivery(claim, path, target))
 
     def take_back(self, claim: Claim, path: str) -> None:
@@ -73,7 +74,7 @@ def _give(means: Means, claim: Claim, group: str, deadline: Deadline) -> None:
     for that long, where nobody sees it. VolumeUnfinished while it goes on; Refused where the host cannot."""
     if claim.nfs is None:
         return
-    export = dataclasses.replace(claim.nfs.export, options=(*claim.nfs.options, *claim.use.mount_flags))
+    export = dataclasses.replace(claim.nfs.export, options=_options(claim))
     try:
         with nfs.opened(export, deadline) as root:
             means.giving.files(claim.volume, root, group, deadline)
@@ -89,6 +90,13 @@ def is_of_kata(claim: Claim, target: Target) -> bool:
     return claim.nfs is not None and target.dialect == KataDialect.name
 
 
+def _options(claim: Claim) -> tuple[str, ...]:
+    """Those of the export and of the stage. No label of the host's: nobody sees its own mount, and a guest has a policy
+    of its own."""
+    nfs_options = claim.nfs.options if claim.nfs is not None else ()
+    return selinux.without((*nfs_options, *claim.use.mount_flags))
+
+
 def _delivery(claim: Claim, path: str, target: Target) -> NfsDelivery:
     if claim.nfs is None:
         raise Refused(f"volume {claim.volume} is no NFS export")
@@ -98,6 +106,6 @@ def _delivery(claim: Claim, path: str, target: Target) -> NfsDelivery:
         server=claim.nfs.server,
         path=claim.nfs.path,
         version=claim.nfs.version,
-        options=(*claim.nfs.options, *(flag for flag in claim.use.mount_flags if flag not in ("ro", "rw", "defaults"))),
+        options=tuple(option for option in _options(claim) if option not in ("ro", "rw", "defaults")),
         read_only=target.read_only,
     )

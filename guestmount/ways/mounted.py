@@ -6,8 +6,9 @@ import errno
 import os
 from collections.abc import Mapping
 
-from blockdev import Deadline, exclusivity, filesystems, ioctls, loops, mountinfo, mounts, superblocks
+from blockdev import Deadline, exclusivity, filesystems, ioctls, loops, mountinfo, mounts, selinux, superblocks
 from blockdev.errors import CapabilityMissing, MountFailed
+from guestmount import agreement
 from guestmount.claims import Cell, Claim, Target
 from guestmount.errors import Refused
 from guestmount.handoff import Delivered
@@ -25,6 +26,7 @@ class Mounted(exclusion.OneKernel):
 
     def check(self, _means: Means, claim: Claim, arrival: Arrival, _deadline: Deadline) -> tuple[Claim, Target]:
         check_nothing_at(claim, arrival.path)
+        agreement.check_same_label(claim, arrival.request)
         return claim, arrival.target
 
     def deliver(self, means: Means, cell: Cell, claim: Claim, path: str, target: Target, deadline: Deadline) -> None:
@@ -75,7 +77,7 @@ def _be_staged(means: Means, cell: Cell, claim: Claim, deadline: Deadline) -> Cl
             if not claim.device:
                 filesystems.grow(claim.source, deadline)  # unmounted, it needs no capability
         claim = be_attached(cell, claim, deadline)
-        options = [*use.mount_flags, *mounts.safety(use.fstype)]
+        options = [*selinux.of_host(use.mount_flags), *mounts.safety(use.fstype)]
         os.makedirs(staging, mode=0o750, exist_ok=True)
         mounts.mount(claim.device, staging, use.fstype, options, deadline)
     else:

@@ -11,8 +11,8 @@ import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 
-from blockdev import Deadline, beneath, mountinfo, mounts, nfs, syscalls
-from guestmount import preflight
+from blockdev import Deadline, beneath, idmapped, mountinfo, mounts, nfs, selinux, syscalls
+from guestmount import agreement, preflight
 from guestmount.claims import SANDBOX, Cell, Claim, Target
 from guestmount.errors import Refused
 from guestmount.handoff import Delivered
@@ -30,9 +30,12 @@ class Shared(AnyKernel):
 
     name = "shared"
 
-    def check(self, _means: Means, claim: Claim, arrival: Arrival, _deadline: Deadline) -> tuple[Claim, Target]:
+    def check(self, _means: Means, claim: Claim, arrival: Arrival, deadline: Deadline) -> tuple[Claim, Target]:
         if arrival.runtime.kind == SANDBOX:
             preflight.check_share(arrival.runtime, pv_name=claim.volume)
+        else:
+            agreement.check_same_label(claim, arrival.request)
+        _check_users(claim, arrival, deadline)
         return claim, with_handler(arrival)
 
     def deliver(self, means: Means, _cell: Cell, claim: Claim, path: str, target: Target, deadline: Deadline) -> None:
@@ -51,6 +54,22 @@ class Shared(AnyKernel):
 
     def problems(self, claim: Claim, path: str, _handed: Mapping[str, Delivered]) -> list[Problem]:
         return nothing_mounted(path) or servers.problems(claim, path)
+
+
+def _check_users(claim: Claim, arrival: Arrival, deadline: Deadline) -> None:
+    """Refused for a pod with a user namespace where nothing can map the volume's owners for it."""
+    preflight.check_users(arrival.runtime)
+    pod = arrival.runtime.pod
+    if pod is None or pod.host_users:
+        return
+    if claim.nfs is not None:
+        raise Refused(preflight.unmapped(claim.volume, "an NFS export, and the kernel's NFS client"))
+    with _opened(claim) as source:
+        if idmapped.is_possible(source, deadline):
+            return
+    found = mountinfo.covering(claim.source, mountinfo.table())
+    kind = found.fstype if found is not None else "a filesystem of this node"
+    raise Refused(preflight.unmapped(claim.volume, f"the directory {claim.source} on {kind}, which"))
 
 
 def _bind(means: Means, claim: Claim, path: str, target: Target, deadline: Deadline) -> None:
@@ -132,7 +151,8 @@ def _be_mounted(claim: Claim, path: str, deadline: Deadline) -> None:
         mounts.be_let_go(claim.staging_path)
     if not mounts.in_table(claim.staging_path):
         os.makedirs(claim.staging_path, mode=0o750, exist_ok=True)
-        export = dataclasses.replace(claim.nfs.export, options=(*claim.nfs.options, *claim.use.mount_flags))
+        options = selinux.of_host((*claim.nfs.options, *claim.use.mount_flags))
+        export = dataclasses.replace(claim.nfs.export, options=options)
         nfs.mount(export, claim.staging_path, deadline)
 
 

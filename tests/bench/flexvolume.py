@@ -66,7 +66,7 @@ def measure(flex: Flex) -> dict[str, object]:
             callers.map(lambda pair: flex.mount(pair[1], pod=10 + pair[0], runtime="kata"), enumerate(volumes))
         )
     at_once = time.monotonic() - started
-    handed = json.loads(flex.driver.cli("handoffs", "--json").stdout)
+    handed = json.loads(flex.driver.cli("handoffs", "--json").stdout)["items"]
     wrong = PARALLEL - len({one["target"] for one in handed} & set(targets))
     for target in targets:
         flex.ok("unmount", target)

@@ -153,5 +153,5 @@ def doctor(cluster: Cluster, node: str = "node1") -> list[dict[str, str]]:
                              f"--field-selector=spec.nodeName={node}")  # fmt: skip
     words = ("exec", plugin["metadata"]["name"], f"--namespace={NAMESPACE}", "-c", "runvol", "--", "sh", "-c",
              "runvol doctor --json || true")  # fmt: skip
-    found: list[dict[str, str]] = json.loads(cluster.kubectl(*words))
+    found: list[dict[str, str]] = json.loads(cluster.kubectl(*words))["items"]
     return found

@@ -53,6 +53,7 @@ NEEDS = (
     Need("plugin", _STORAGE, "storageclasses", "list", "runvol", "doctor"),
     Need("plugin", _STORAGE, "csidrivers", "get", "runvol", "doctor"),
     Need("plugin", "", "nodes", "get", "runvol", "doctor"),
+    Need("plugin", "", "events", "create patch", "runvol", "fill"),
     Need("kubelet", "", "nodes/pods", "get", "", "kubelet"),  # which kubelet asks for, whom the log leaves out
     Need("taint", "", "nodes", "update", "runvol", "taint"),
     Need("provisioner", "", "persistentvolumes", "list watch", "csi-provisioner", "restart"),
@@ -313,6 +314,24 @@ def _fail(cluster: Cluster, name: str) -> Iterator[None]:
         cluster.delete("pv", f"{name}-nothing{suffix}")
 
 
+def _fill(cluster: Cluster, name: str) -> Iterator[None]:
+    """A pod fills its volume: that is said on it, and on its claim, again and again. What was not said is said anew."""
+
+    def said() -> list[dict[str, Any]]:
+        return [one for one in cluster.list("events", "--namespace=default", "--field-selector=reason=VolumeAlmostFull")
+                if one["involvedObject"]["name"] == name and one["count"] > 1]  # fmt: skip
+
+    wanted = _user(name, name)
+    wanted["spec"]["containers"][0]["command"] = ["sh", "-c", "yes > /data/file; sync; sleep 100000"]
+    yield
+    cluster.apply(_ours(name), wanted)
+    yield
+    cluster.wait(f"{name} is told that its volume is almost full", said, _DONE)
+    yield
+    cluster.delete("pod", name)
+    cluster.delete("pvc", name)
+
+
 def _of_nothing(name: str) -> list[dict[str, Any]]:
     """A claim, bound to a volume that no driver has."""
     about = {"accessModes": ["ReadWriteOnce"], "storageClassName": "runvol"}
@@ -449,7 +468,7 @@ def _taint(cluster: Cluster, _name: str) -> Iterator[None]:
 
 WORKS: dict[str, Callable[[Cluster, str], Iterator[None]]] = {
     "clone": _clone, "delete": _delete, "doctor": _doctor, "elect": _elect, "elsewhere": _elsewhere, "expand": _expand,
-    "fail": _fail, "forget": _forget, "held": _held, "kubelet": _kubelet, "provision": _provision, "publish": _publish,
+    "fail": _fail, "fill": _fill, "forget": _forget, "held": _held, "kubelet": _kubelet, "provision": _provision, "publish": _publish,
     "restart": _restart, "restore": _restore, "snapshot": _take, "stuck": _stuck, "taint": _taint, "tell": _tell, "untell": _untell,
 }  # fmt: skip
 

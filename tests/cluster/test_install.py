@@ -71,7 +71,7 @@ def test_doctor_judges_the_arguments_of_the_sidecars(runvol: Cluster) -> None:
                 found.setdefault(row["subject"], set()).add(f"{row['state']}: {row['finding']}")
         return found
 
-    provisioner, snapshotter = (f"csi-{name} of unix:///run/runvol/csi.sock" for name in ("provisioner", "snapshotter"))
+    provisioner, snapshotter = (f"csi-{name} of csi.runvol.io" for name in ("provisioner", "snapshotter"))
     good = {"ok: has the arguments that the driver needs"}
     assert said() == {provisioner: good, snapshotter: good}
     node = runvol.nodes[0]
@@ -153,7 +153,9 @@ def in_plugin(cluster: Cluster, *words: str) -> str:
 
 
 def test_a_pod_with_a_flexvolume(runvol: Cluster) -> None:
-    volume = json.loads(in_plugin(runvol, "volumes", "create", "flexed", "--size", "67108864", "--json"))[0]["volume"]
+    volume = json.loads(in_plugin(runvol, "volumes", "create", "flexed", "--size", "67108864", "--json"))["items"][0][
+        "volume"
+    ]
     source = {"driver": "runvol/runvol", "fsType": "ext4", "options": {"volume": volume}}
     mounts = {"volumeMounts": [{"name": "data", "mountPath": "/data"}]}
     for name, script in (

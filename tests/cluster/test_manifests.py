@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from typing import Any
 
 import pytest
@@ -44,6 +45,28 @@ def test_every_rule_of_the_roles_has_its_work_and_every_work_its_rule(built: Non
     assert {(one["metadata"]["name"], right) for one in roles for right in rights.of(one)} == removals.table()
     assert {right for one in removals.rounds() for right in one.rights} == {right for _role, right in removals.table()}
     assert {work for one in removals.NEEDS for work in one.work.split()} == {*removals.WORKS}
+
+
+def test_the_chart_makes_what_a_prometheus_operator_takes(built: None) -> None:
+    """Off by default; and a loopback is refused in words, since no Prometheus of the cluster reaches it."""
+    assert "monitoring.coreos.com" not in manifests.templated()
+    asked = [
+        word
+        for one in ("podMonitor=true", "prometheusRule=true", "labels.release=p")
+        for word in ("--set", f"monitoring.{one}")
+    ]
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        manifests.templated(*asked)
+    assert "set node.metricsAddress: pod" in refused.value.stderr
+    made = manifests.templated(*asked, "--set", "node.metricsAddress=pod", "--set", "nri.enabled=true")
+    objects = {one["kind"]: one for one in yaml.safe_load_all(made) if one}
+    assert objects["PrometheusRule"]["spec"] == yaml.safe_load((ROOT / "deploy/monitoring/alerts.yaml").read_text())
+    assert objects["PrometheusRule"]["metadata"]["labels"]["release"] == "p"
+    ports = {one["port"] for one in objects["PodMonitor"]["spec"]["podMetricsEndpoints"]}
+    containers = objects["DaemonSet"]["spec"]["template"]["spec"]["containers"]
+    assert ports == {port["name"] for one in containers for port in one.get("ports", ())}
+    (plugin,) = [one for one in containers if one["name"] == "runvol"]
+    assert {"name": "RUNVOL_CSI_METRICS", "value": "[$(POD_IP)]:9810"} in plugin["env"]
 
 
 def test_a_server_takes_everything_that_is_deployed(cluster: Cluster) -> None:

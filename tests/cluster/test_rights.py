@@ -26,7 +26,15 @@ def governed(built: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
             installed.import_images(cluster, node)
         first = cluster.nodes[0]
         kubelet = {"address": f"https://{first.address}:10250", "ca": f"/host{first.directory}/pki/kubelet.crt"}
-        values = installed.values(first, kubelet=kubelet, config={"detect": {"sandbox_handlers": ["sandbox"]}})
+        values = installed.values(
+            first,
+            kubelet=kubelet,
+            config={
+                "detect": {"sandbox_handlers": ["sandbox"]},
+                "csi": {"events_seconds": 5},
+                "metrics": {"interval_seconds": 2},
+            },
+        )
         values["node"] = {"startupTaint": removals.TAINT}
         installed.install(cluster, values)
         removals.prepare(cluster)

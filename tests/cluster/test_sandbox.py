@@ -199,7 +199,7 @@ def test_a_second_sandbox_is_refused_by_the_holders_name(cluster: Cluster, pods:
 def test_a_flexvolume_goes_from_one_runtime_to_the_other(cluster: Cluster, node: Node) -> None:
     units.command(node, "flexvolume", "install", "--plugin-dir", str(cluster.flexvolume))
     made = units.command(node, "volumes", "create", "flexed", "--size", "67108864", "--json")
-    volume = json.loads(made)[0]["volume"]
+    volume = json.loads(made)["items"][0]["volume"]
     source = {"driver": "runvol/runvol", "fsType": "ext4", "options": {"volume": volume}}
     before = 0
     for name, runtime in (("flex-runc", RUNC), ("flex-kata", KATA), ("flex-again", RUNC)):

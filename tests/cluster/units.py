@@ -25,11 +25,14 @@ def storage_class(name: str, **parameters: str) -> dict[str, Any]:
             "provisioner": "csi.runvol.io", "parameters": parameters, "volumeBindingMode": "WaitForFirstConsumer"}  # fmt: skip
 
 
-def started(cluster: Cluster, settings: Settings, api_server: str, *, nri: bool = False) -> Node:
-    """node1, on, with the proxy, runvol and its provisioner; with `nri` also runvol's NRI plugin, and its driver of NFS."""
+def started(
+    cluster: Cluster, settings: Settings, api_server: str, *, nri: bool = False, more: Sequence[str] = ()
+) -> Node:
+    """node1, on, with the proxy, runvol and its provisioner; with `nri` also runvol's NRI plugin, and its driver of NFS.
+    `more` settings of runvol's, as `VARIABLE=VALUE`."""
     node = Node(cluster, 1, settings)
     cluster.nodes.append(node)
-    launched(node, api_server, nri=nri)
+    launched(node, api_server, nri=nri, more=more)
     node.on(units=["proxy", "runvol", *(["nri"] if nri else [])])
     cluster.apply((ROOT / "deploy/kubernetes/csidrivers.yaml").read_text())
     know_provisioner(node)
@@ -48,13 +51,13 @@ def by_proxy(directory: Path) -> dict[str, Any]:
     return {"kubelet": {"contentType": "application/json"}, "kubelet_flags": [f"--kubeconfig={kubeconfig}"]}
 
 
-def launched(node: Node, api_server: str, *, nri: bool = False) -> None:
+def launched(node: Node, api_server: str, *, nri: bool = False, more: Sequence[str] = ()) -> None:
     """The proxy, which has the node's own certificate, and runvol, as units of the node."""
     own = node.cluster.certificates.kubeconfig("node1", "/O=system:nodes/CN=system:node:node1", node.cluster.server)
     proxy = [sys.executable, "-m", "tests.cluster.edge_proxy", str(PORT), str(own), "/var/lib/edge-cache"]
     runvol = ["env", f"RUNVOL_NODE_ID={node.name}", f"RUNVOL_DETECT_API_SERVER={api_server}",
               f"RUNVOL_DETECT_KUBECONFIG={'' if api_server else node.cluster.kubeconfig}",
-              f"RUNVOL_CSI_NFS_ENDPOINT={'unix:///run/runvol/nfs.sock' if nri else ''}", sys.executable, "-m", "runvol"]  # fmt: skip
+              f"RUNVOL_CSI_NFS_ENDPOINT={'unix:///run/runvol/nfs.sock' if nri else ''}", *more, sys.executable, "-m", "runvol"]  # fmt: skip
     units = {"proxy": proxy, "runvol": [*runvol, "csi"], **({"nri": [*runvol, "nri"]} if nri else {})}
     for name, words in units.items():
         node.launched(name, in_tree(words), keep=True)

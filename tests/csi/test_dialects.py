@@ -56,19 +56,19 @@ def test_an_export_is_handed_over_and_taken_back_whatever_is_configured_then(dri
     target = driver.publish(Static, POD.format(1), runtime=runtime, capability=RWX)
     assert os.listdir(target) == ["RUNVOL-PLACEHOLDER"]
     assert "nas.example.com" in (folder / file).read_text()
-    (one,) = json.loads(driver.cli("handoffs", "--json").stdout)
+    (one,) = json.loads(driver.cli("handoffs", "--json").stdout)["items"]
     assert one["volume"] == "nas-1"
     # A restart under another configuration: kubelet publishes again, and then the pod goes.
     driver.kill()
     driver.environment["RUNVOL_DETECT_RUND"] = "rund3" if rund == "rund2" else "rund2"
     driver.start()
     driver.publish(Static, POD.format(1), runtime=runtime, capability=RWX)
-    assert len(json.loads(driver.cli("handoffs", "--json").stdout)) == 1
+    assert len(json.loads(driver.cli("handoffs", "--json").stdout)["items"]) == 1
     driver.unpublish(Static, POD.format(1))
     driver.unstage(Static)
     assert json.loads((folder / "vol_data.json").read_text()) == {"specVolID": "pv"}
     assert sorted(os.listdir(folder)) == ["vol_data.json"]
-    assert json.loads(driver.cli("handoffs", "--json").stdout) == []
+    assert json.loads(driver.cli("handoffs", "--json").stdout)["items"] == []
 
 
 def test_a_block_volume_for_runv_is_a_loop_device_that_goes_with_it(driver):
@@ -96,7 +96,7 @@ def test_what_a_dialect_cannot_carry_is_refused_by_name(driver, runtime, words):
     with pytest.raises(grpc.RpcError, match=words):
         driver.publish(volume, POD.format(1), runtime=runtime, capability=capability)
     driver.unstage(volume)
-    assert json.loads(driver.cli("handoffs", "--json").stdout) == []
+    assert json.loads(driver.cli("handoffs", "--json").stdout)["items"] == []
     if runtime == "rund":
         driver.delete(volume)
 

@@ -136,4 +136,4 @@ def test_a_restart_of_the_driver_is_not_noticed(driver, volume):
     driver.publish(volume, POD.format(1), runtime="runc")
     assert (Path(target) / "f").read_text() == "x"
     assert "directory" in driver.cli("volumes", "--json").stdout
-    assert driver.cli("gc", "--dry-run").stdout.count(volume.volume_id) == 0
+    assert driver.cli("gc", "--dry-run", check=False).stdout.count(volume.volume_id) == 0

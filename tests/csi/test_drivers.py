@@ -129,7 +129,7 @@ def test_two_equal_endpoints_are_refused(tmp_path: Path, endpoint: str):
         env={"PATH": "/usr/bin:/bin", "RUNVOL_PATHS_STATE_DIR": str(tmp_path), "RUNVOL_PATHS_RUN_DIR": str(tmp_path)},
         cwd=Path(__file__).resolve().parents[2],
     )  # fmt: skip
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert (f"are both {endpoint!r}" if endpoint else "are both empty") in done.stderr
 
 

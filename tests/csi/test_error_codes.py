@@ -12,10 +12,11 @@ from concurrent import futures
 
 import grpc
 import pytest
-from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client.metrics_core import Metric
 
 from blockdev import Deadline, scraped
 from blockdev.deadlines import bounded
+from blockdev.families import GAUGE, Family
 from csi.errors import code_of, sentence_of
 from volumes.jobs import Jobs
 
@@ -44,13 +45,13 @@ def test_a_mistake_of_ours_is_one():
 @pytest.mark.parametrize("address", ["x", ":1", "127.0.0.1:0", "127.0.0.1:99999", "a..b:9100", "192.0.2.1:9100"])
 def test_an_address_for_metrics_is_refused_in_words(address):
     with pytest.raises(ValueError, match=r"takes HOST:PORT|cannot be listened on"):
-        scraped.listen(address, CollectorRegistry())
+        scraped.listen(address, [], part="csi", version="1")
 
 
 def test_nobody_holds_the_metrics(monkeypatch):
     monkeypatch.setattr(scraped, "_SECONDS", 2.0)
     port = _free()
-    scraped.listen(f"127.0.0.1:{port}", _one())
+    scraped.listen(f"127.0.0.1:{port}", [_One()], part="csi", version="1")
     assert "one 7.0" in _scrape(port)
     idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(scraped._MOST)]
     idle[0].sendall(b"GET / HT")
@@ -67,7 +68,7 @@ def test_nobody_holds_the_metrics(monkeypatch):
 @pytest.mark.parametrize("kind", [threading.Timer, threading.Thread])
 def test_a_thread_that_cannot_be_started_takes_no_place_of_the_metrics(monkeypatch, kind):
     port = _free()
-    scraped.listen(f"127.0.0.1:{port}", _one())
+    scraped.listen(f"127.0.0.1:{port}", [_One()], part="csi", version="1")
 
     def refused(_thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
@@ -89,7 +90,7 @@ def test_metrics_wait_for_descriptors_without_a_busy_loop(monkeypatch):
             raise OSError(errno.EMFILE, "Too many open files")
         return accept(listener)
 
-    scraped.listen(f"127.0.0.1:{port}", _one())
+    scraped.listen(f"127.0.0.1:{port}", [_One()], part="csi", version="1")
     monkeypatch.setattr(socket.socket, "accept", scarce)
     began = time.monotonic()
     assert "one 7.0" in _scrape(port)
@@ -102,10 +103,11 @@ def _free() -> int:
         return int(free.getsockname()[1])
 
 
-def _one() -> CollectorRegistry:
-    registry = CollectorRegistry()
-    Gauge("one", "A metric.", registry=registry).set(7)
-    return registry
+class _One:
+    part = "one"
+
+    def collect(self) -> list[Metric]:
+        return [Family(name="one", kind=GAUGE, help="A metric.").of(7)]
 
 
 def _scrape(port: int) -> str:

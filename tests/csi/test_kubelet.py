@@ -346,7 +346,7 @@ def test_doctor_says_who_is_registered(registry):
                 "RUNVOL_CSI_NFS_ENDPOINT": f"unix://{driver.nfs_socket}",
             }
             driver.environment |= flags
-            found = json.loads(driver.cli("doctor", "--json", check=False).stdout)
+            found = json.loads(driver.cli("doctor", "--json", check=False).stdout)["items"]
             return {row["subject"]: (row["state"], row["finding"]) for row in found if NAME in row["subject"]}
 
         assert lines()[f"driver {NAME}"][0] == "ok"
@@ -362,4 +362,4 @@ def test_doctor_says_who_is_registered(registry):
         one.stop()
         driver.stop()
         assert {state for state, _ in lines().values()} == {"warning"}
-        assert "is `runvol csi` running" in lines()["driver nfs.csi.runvol.io"][1]
+        assert "nobody answers at" in lines()["driver nfs.csi.runvol.io"][1]

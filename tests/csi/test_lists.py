@@ -86,14 +86,14 @@ def test_a_volume_that_cannot_be_recovered_stops_no_start(driver):
     try:
         driver.start()
         assert listed(driver) == {grown.volume_id, other.volume_id}
-        planned = json.loads(driver.cli("gc", "--dry-run", "--json").stdout)
-        done = json.loads(driver.cli("gc", "--json").stdout)
+        planned = json.loads(driver.cli("gc", "--dry-run", "--json", check=False).stdout)["items"]
+        done = json.loads(driver.cli("gc", "--json", check=False).stdout)["items"]
         assert [one["place"] for one in planned] == [kept.volume_id]
         assert sorted(one["place"] for one in done) == sorted([grown.volume_id, kept.volume_id])
         assert not any(one["done"] for one in done)
     finally:
         subprocess.run(["chattr", "-R", "-i", driver.state / "directories"], check=True)
-    assert [one["done"] for one in json.loads(driver.cli("gc", "--json").stdout)] == [True, False]
+    assert [one["done"] for one in json.loads(driver.cli("gc", "--json", check=False).stdout)["items"]] == [True, False]
     driver.delete(grown)
     driver.delete(other)
 
@@ -124,8 +124,8 @@ def test_a_pod_is_unpublished_although_the_state_directory_takes_no_writes(tmp_p
 def test_gc_says_the_same_of_a_file_that_nobody_knows_before_and_after(driver):
     stranger = driver.state / "volumes/mine.new"
     stranger.write_text("hello")
-    (planned,) = json.loads(driver.cli("gc", "--dry-run", "--json").stdout)
-    (done,) = json.loads(driver.cli("gc", "--json").stdout)
+    (planned,) = json.loads(driver.cli("gc", "--dry-run", "--json", check=False).stdout)["items"]
+    (done,) = json.loads(driver.cli("gc", "--json", check=False).stdout)["items"]
     assert planned == done
     assert planned["place"] == str(stranger)
     driver.stop()

@@ -176,10 +176,10 @@ def test_a_damaged_claim_is_told_and_stops_nothing_else(driver):
     for command in (("gc", "--dry-run", "--json"), ("volumes", "--json"), ("doctor", "--json")):
         done = driver.cli(*command, check=False)
         assert str(path) in done.stdout + done.stderr, command
-        assert done.returncode in (0, 1) and "Traceback" not in done.stderr
+        assert done.returncode in (0, 1, 3) and "Traceback" not in done.stderr
     driver.cli("gc")
     assert has_placeholder(target) and driver.left_over()["hand-off files"]
-    assert {row["volume"] for row in json.loads(driver.cli("volumes", "--json").stdout)} == {
+    assert {row["volume"] for row in json.loads(driver.cli("volumes", "--json").stdout)["items"]} == {
         volume.volume_id,
         other.volume_id,
     }
@@ -226,7 +226,7 @@ def test_gc_keeps_the_claim_of_a_volume_whose_store_is_away(driver):
     for suffix in ("-wal", "-shm"):
         (driver.state / f"volumes.db{suffix}").unlink(missing_ok=True)
     driver.start()
-    driver.cli("gc")
+    driver.cli("gc", check=False)
     assert (driver.records / "claims" / f"{volume.volume_id}.json").exists() and os.path.ismount(target)
     driver.stop()
     for name in ("volumes.db", "volumes.db-wal", "volumes.db-shm"):

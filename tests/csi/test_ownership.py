@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -48,8 +49,8 @@ def test_a_sandbox_has_a_read_only_placeholder_and_a_hand_off(driver, volume):
     assert driver.mounts() == [target] and driver.loop_devices() == []
     with pytest.raises(OSError, match="Read-only"):
         open(f"{target}/file", "w").close()
-    handed = driver.cli("handoffs", "--json").stdout
-    assert str(image(driver, volume)) in handed and '"options": "rw"' in handed
+    (handed,) = json.loads(driver.cli("handoffs", "--json").stdout)["items"]
+    assert (handed["device"], handed["options"]) == (str(image(driver, volume)), ["rw"])
 
 
 def test_the_same_publish_again_changes_nothing(driver, volume):

@@ -167,7 +167,7 @@ def test_a_state_directory_that_has_to_be_a_mount(tmp_path):
             driver.start()
         assert os.listdir(state) == []
         done = driver.cli("volumes", "create", "x", "--size", "67108864", check=False)
-        assert done.returncode == 1 and "nothing is mounted there" in done.stderr and os.listdir(state) == []
+        assert done.returncode == 2 and "nothing is mounted there" in done.stderr and os.listdir(state) == []
         subprocess.run(["mount", "-t", "tmpfs", "none", state], check=True)
         driver.start()
         driver.stop()

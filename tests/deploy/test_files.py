@@ -31,7 +31,7 @@ def _schema() -> dict[str, Any]:
 # Settings that the chart has values for, or arguments, by which a node's pod fits its node.
 _CHARTS = {"node.id", "node.roots", "paths.state_dir", "paths.run_dir", "paths.host_root", "detect.kubeconfig",
            "detect.kubelet", "detect.kubelet_ca", "csi.endpoint", "csi.nfs_endpoint", "csi.startup_taint", "csi.metrics",
-           "csi.services", "nri.socket"}  # fmt: skip
+           "csi.services", "nri.socket", "nri.metrics"}  # fmt: skip
 
 
 def test_the_chart_takes_the_settings_that_there_are() -> None:

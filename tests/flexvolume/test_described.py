@@ -85,7 +85,7 @@ def test_a_sandbox_gets_a_directory_as_a_share(flex):
     flex.ok("mount", target, described(directory=str(place), runtime="kata"))
     (Path(target) / "f").write_text("x")
     assert (place / "f").exists()
-    assert json.loads(flex.driver.cli("handoffs", "--json").stdout) == []
+    assert json.loads(flex.driver.cli("handoffs", "--json").stdout)["items"] == []
     flex.ok("unmount", target)
 
 
@@ -98,7 +98,7 @@ def test_a_device_with_a_filesystem_goes_to_either_kernel(flex):
     assert "mounted by the host's kernel" in busy
     flex.ok("unmount", target)
     flex.ok("mount", target, described(device=str(disk), runtime="kata"))
-    (one,) = json.loads(flex.driver.cli("handoffs", "--json").stdout)
+    (one,) = json.loads(flex.driver.cli("handoffs", "--json").stdout)["items"]
     assert (os.path.samefile(one["device"], disk), one["fstype"]) == (True, "ext4")
     flex.ok("unmount", target)
     flex.ok("mount", target, described(device=str(disk)))

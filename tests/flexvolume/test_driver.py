@@ -78,7 +78,7 @@ class Flex:
     def create(self, name: str, *parameters: str, size: int = 64 << 20) -> str:
         words = [word for one in parameters for word in ("-p", one)]
         done = self.driver.cli("volumes", "create", name, "--size", str(size), "--json", *words)
-        return str(json.loads(done.stdout)[0]["volume"])
+        return str(json.loads(done.stdout)["items"][0]["volume"])
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_a_runc_pod_writes_to_the_volume_and_finds_it_again(flex, volume):
 def test_a_sandbox_gets_the_device_and_the_target_a_placeholder(flex, volume):
     target = flex.mount(volume, runtime="kata")
     assert os.listdir(target) == ["RUNVOL-PLACEHOLDER"]
-    (one,) = json.loads(flex.driver.cli("handoffs", "--json").stdout)
+    (one,) = json.loads(flex.driver.cli("handoffs", "--json").stdout)["items"]
     assert one["volume"] == volume
     assert one["target"] == target
     assert "belongs to the guest of pod default/p" in flex.fails(
@@ -140,15 +140,15 @@ def test_a_sandbox_gets_the_device_and_the_target_a_placeholder(flex, volume):
     # As kubelet does after its restart.
     flex.mount(volume, runtime="kata")
     flex.ok("unmount", target)
-    assert json.loads(flex.driver.cli("handoffs", "--json").stdout) == []
+    assert json.loads(flex.driver.cli("handoffs", "--json").stdout)["items"] == []
 
 
 def test_several_volumes_of_a_pod_do_not_meet(flex, volume):
     other = flex.create("two")
     targets = [flex.mount(one, runtime="kata") for one in (volume, other)]
-    assert len(json.loads(flex.driver.cli("handoffs", "--json").stdout)) == 2
+    assert len(json.loads(flex.driver.cli("handoffs", "--json").stdout)["items"]) == 2
     flex.ok("unmount", targets[1])
-    assert [one["volume"] for one in json.loads(flex.driver.cli("handoffs", "--json").stdout)] == [volume]
+    assert [one["volume"] for one in json.loads(flex.driver.cli("handoffs", "--json").stdout)["items"]] == [volume]
     flex.driver.cli("volumes", "delete", "--yes", other)
 
 
@@ -261,7 +261,7 @@ def test_an_unmount_without_its_record_finds_the_claim(flex, volume):
     for record in (flex.driver.records / "flexvolume/targets").iterdir():
         record.unlink()
     flex.ok("unmount", target)
-    assert json.loads(flex.driver.cli("handoffs", "--json").stdout) == []
+    assert json.loads(flex.driver.cli("handoffs", "--json").stdout)["items"] == []
 
 
 def test_calls_beside_each_other(flex):
@@ -271,7 +271,7 @@ def test_calls_beside_each_other(flex):
         targets = list(
             callers.map(lambda pair: flex.mount(pair[0], pod=pair[1], runtime="kata"), zip(volumes, pods, strict=True))
         )
-        assert len(json.loads(flex.driver.cli("handoffs", "--json").stdout)) == 10
+        assert len(json.loads(flex.driver.cli("handoffs", "--json").stdout)["items"]) == 10
         list(callers.map(lambda target: flex.ok("unmount", target), targets))
     for volume in volumes:
         flex.driver.cli("volumes", "delete", "--yes", volume)
@@ -366,7 +366,7 @@ def test_it_is_installed_upgraded_and_removed_under_a_running_kubelet(flex, volu
     flex.ok("unmount", target)
     flex.driver.cli("flexvolume", "uninstall", "--plugin-dir", str(plugins))
     assert not place.exists()
-    assert flex.driver.cli("flexvolume", "install", "--as", "../x", check=False).returncode == 1
+    assert flex.driver.cli("flexvolume", "install", "--as", "../x", check=False).returncode == 2
 
 
 def test_kubelet_never_sees_a_half_written_driver(flex):

@@ -82,7 +82,9 @@ def test_other_things_are_passed_over():
 
 def test_as_an_operator_types_it(tmp_path: Path):
     with Driver() as driver:
-        made = json.loads(driver.cli("volumes", "create", "x", "--size", "16777216", "--json").stdout)[0]["volume"]
+        made = json.loads(driver.cli("volumes", "create", "x", "--size", "16777216", "--json").stdout)["items"][0][
+            "volume"
+        ]
         file = tmp_path / "pvs.yaml"
         items = [volume(flex={"options": {"volume": made}}), volume("pv2", flex={"options": {"volume": "loop-gone"}})]
         file.write_text(yaml.safe_dump({"kind": "List", "items": items}))

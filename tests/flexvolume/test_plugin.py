@@ -345,7 +345,7 @@ def test_twenty_at_once_are_all_right(flex):
         targets = list(
             callers.map(lambda pair: flex.mount(pair[1], pod=10 + pair[0], runtime="kata"), enumerate(volumes))
         )
-    handed = json.loads(flex.driver.cli("handoffs", "--json").stdout)
+    handed = json.loads(flex.driver.cli("handoffs", "--json").stdout)["items"]
     assert {one["target"] for one in handed} == set(targets)
     assert all(POD.format(10 + number) in target for number, target in enumerate(targets))
     with futures.ThreadPoolExecutor(20) as callers:

@@ -164,7 +164,7 @@ def test_an_image_that_is_swapped_after_the_look_at_it_is_still_the_one_that_was
     reply = here.answer("mount", target, described(device=str(disk), runtime=runtime))
     assert reply.status == "Success", reply
     if runtime == "kata":
-        (handed,) = json.loads(here.driver.cli("handoffs", "--json").stdout)
+        (handed,) = json.loads(here.driver.cli("handoffs", "--json").stdout)["items"]
         assert os.path.samefile(handed["device"], disk.with_name("away.img"))
     else:
         (Path(target) / "mine").write_text("x")
@@ -177,7 +177,7 @@ def test_an_image_that_is_swapped_after_the_look_at_it_is_still_the_one_that_was
 def test_an_image_in_use_keeps_its_file_whatever_its_name_stands_for(here):
     disk, target = image(here), here.target("v")
     assert here.answer("mount", target, described(device=str(disk), runtime="kata")).status == "Success"
-    (handed,) = json.loads(here.driver.cli("handoffs", "--json").stdout)
+    (handed,) = json.loads(here.driver.cli("handoffs", "--json").stdout)["items"]
     first = os.stat(handed["device"]).st_ino
     disk.rename(disk.with_name("away.img"))
     image(here)

@@ -58,6 +58,9 @@ class Pods:
             raise PodUnknown("the API server does not answer")
         return facts_from(self.facts)
 
+    def followed(self, uid):
+        return None
+
     def handler(self, runtime_class, deadline):
         if runtime_class not in self.handlers:
             raise PodUnknown(f"no RuntimeClass {runtime_class}")

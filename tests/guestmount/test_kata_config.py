@@ -488,3 +488,36 @@ def test_a_generic_ephemeral_volume_is_a_claim(soon):
 def test_where_the_pod_is_not_known_the_hazard_is_told(node, caplog):
     preflight.check(rust(node, None), pv_name="v")
     assert "several containers" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("path", "hypervisor", "settings", "slots"),
+    [
+        (GO_PATH, "qemu", "block_device_driver = 'virtio-blk'", 30),
+        (GO_PATH, "qemu", "block_device_driver = 'virtio-blk'\ndefault_bridges = 3", 90),
+        (GO_PATH, "qemu", "block_device_driver = 'virtio-blk'\ndefault_bridges = 0", 30),
+        (GO_PATH, "qemu", "block_device_driver = 'virtio-blk'\ndefault_bridges = 99", 150),
+        (GO_PATH, "qemu", "block_device_driver = 'virtio-scsi'", 0),
+        (GO_PATH, "qemu", "", 0),
+        (GO_PATH, "firecracker", "", 8),
+        (GO_PATH, "clh", "block_device_driver = 'virtio-blk'", 0),
+        (RUST_PATH, "qemu", "block_device_driver = 'virtio-blk-pci'", 30),
+        (RUST_PATH, "qemu", "block_device_driver = 'virtio-blk-pci'\npcie_root_port = 2", 0),
+        (RUST_PATH, "qemu", "block_device_driver = 'virtio-scsi'", 0),
+        (RUST_PATH, "firecracker", "", 6),
+    ],
+)
+def test_how_many_disks_a_guest_has_places_for(node, path, hypervisor, settings, slots):
+    where = "runtime-rs/" if path == RUST_PATH else ""
+    node(f"/etc/kata-containers/{where}configuration.toml", f"[hypervisor.{hypervisor}]\n{settings}\n")
+    assert node.read(runtime_path=path).disk_slots({}) == slots
+
+
+def test_a_pods_annotation_decides_about_its_own_places(node):
+    node("/etc/kata-containers/configuration.toml",
+         "[hypervisor.qemu]\nblock_device_driver = 'virtio-blk'\nenable_annotations = ['default_bridges', 'block_device_driver']\n")  # fmt: skip
+    found = node.read(runtime_path=GO_PATH)
+    name = "io.katacontainers.config.hypervisor."
+    assert found.disk_slots({f"{name}default_bridges": "2"}) == 60
+    assert found.disk_slots({f"{name}default_bridges": "two"}) == 30
+    assert found.disk_slots({f"{name}block_device_driver": "virtio-scsi"}) == 0

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from blockdev import Deadline
@@ -118,6 +119,23 @@ def test_security_and_transport_options_reach_the_guest_as_they_stand(claims):
     write(claims, one.but(nfs=NfsMount(server="nas", path="/e", version="4.2", options=options, address="10.0.0.5")))
     (mount,) = nri.Plugin(claims).CreateContainer(asked(bind())).adjust.mounts
     assert set(options) <= set(mount.options)
+
+
+def test_a_guest_is_told_no_label_of_the_nodes_policy(claims):
+    label = 'context="system_u:object_r:container_file_t:s0:c10,c20"'
+    one = claim()
+    use = msgspec.structs.replace(one.use, mount_flags=("noatime", label))
+    nfs = NfsMount(server="nas", path="/e", version="4.2", options=(label, "nconnect=2"), address="10.0.0.5")
+    write(claims, one.but(use=use, nfs=nfs))
+    (mount,) = nri.Plugin(claims).CreateContainer(asked(bind())).adjust.mounts
+    assert not [option for option in mount.options if "context" in option]
+    assert {"noatime", "nconnect=2"} <= set(mount.options)
+
+
+def test_recursive_read_only_is_read_only_in_a_guest(claims):
+    write(claims, claim())
+    (mount,) = nri.Plugin(claims).CreateContainer(asked(bind(TARGET, "rro"))).adjust.mounts
+    assert mount.options[-1] == "ro" and "rro" not in mount.options
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,9 @@ class Pods:
         spec = {"containers": [], **({"runtimeClassName": self._class} if self._class else {})}
         return facts_from({"metadata": {"uid": "uid-1"}, "spec": spec})
 
+    def followed(self, _uid: str) -> None:
+        return None
+
     def handler(self, runtime_class: str, _deadline: Deadline) -> str:
         return runtime_class
 
@@ -446,7 +449,10 @@ def diagnosed(tmp_path: Path, runtime: Runtime, file: str | None, **flags: str) 
         path.write_text(file)
     flags = {"paths.containerd_config": str(path), "cri.endpoint": runtime.endpoint, **flags}
     loaded = settings.load(file=None, flags=flags, environment={})
-    return {one.subject: (one.state, one.finding) for one in doctor_containerd.examine(doctor_containerd.asked(loaded))}
+    return {
+        one.subject: (one.state, f"{one.finding}; {one.fix}")
+        for one in doctor_containerd.examine(doctor_containerd.asked(loaded))
+    }
 
 
 def test_doctor_names_what_the_file_and_what_runs_differ_in(tmp_path, runtime):
@@ -471,7 +477,7 @@ def test_doctor_says_which_containerd_was_taken_and_why_it_does_not_tell(tmp_pat
     assert "tells its runtimes" in diagnosed(tmp_path, runtime, None)["running containerd"][1]
     runtime.config = None
     assert "UNIMPLEMENTED" in diagnosed(tmp_path, runtime, NEWER)["running containerd"][1]
-    assert diagnosed(tmp_path, runtime, None)[str(tmp_path / "config.toml")][0] == "warning"
+    assert diagnosed(tmp_path, runtime, None)["running containerd"][0] == "warning"
     assert diagnosed(tmp_path, runtime, NEWER, **{"cri.endpoint": ""})["running containerd"][0] == "ok"
     node(0), node(1)
     flags = {"paths.containerd_config": AUTO, "cri.endpoint": AUTO, "paths.host_root": str(tmp_path)}

@@ -1,13 +1,15 @@
 #!/bin/sh
 # Installs the Debian packages that are missing, and says which. Usage: debian.sh SET...
 # Sets: run (what runvol itself needs), test (what the tests and the demo need), kernel (what the tests need that run in
-# a kernel with device-mapper), image (what makes the image, and the cluster of the tests).
+# a kernel with device-mapper), image (what makes the image, and the cluster of the tests), watch (a Prometheus that
+# scrapes, and promtool).
 set -eu
 
 run="e2fsprogs xfsprogs util-linux python3-venv thin-provisioning-tools"
-test="qemu-system-x86 fio busybox-static cpio kmod python3-minimal libpython3-stdlib make git ca-certificates"
-kernel="user-mode-linux dmsetup lvm2 runc qemu-utils strace iproute2 fdisk"
+test="qemu-system-x86 fio busybox-static cpio kmod python3-minimal libpython3-stdlib make git ca-certificates gcc libc6-dev"
+kernel="user-mode-linux dmsetup lvm2 runc qemu-utils strace iproute2 fdisk checkpolicy"
 image="mmdebstrap openssl"
+watch="prometheus"
 grep -q '^VERSION_ID="12"' /etc/os-release || test="$test virtiofsd"
 
 wanted=""
@@ -17,7 +19,8 @@ for set in "$@"; do
         test) wanted="$wanted $test" ;;
         kernel) wanted="$wanted $kernel" ;;
         image) wanted="$wanted $image" ;;
-        *) echo "debian.sh: no set called '$set'; there are run, test, kernel and image" >&2; exit 2 ;;
+        watch) wanted="$wanted $watch" ;;
+        *) echo "debian.sh: no set called '$set'; there are run, test, kernel, image and watch" >&2; exit 2 ;;
     esac
 done
 

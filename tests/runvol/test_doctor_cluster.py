@@ -43,7 +43,7 @@ def lines(
     loaded = config.load(file=None, flags=flags, environment={})
     asked = doctor_containerd.asked(loaded)
     found = doctor_cluster.examine(loaded, KubernetesApi(server=url or api.url, account=str(tmp_path)), asked)
-    return {one.subject: (one.state, one.finding) for one in found}
+    return {one.subject: (one.state, f"{one.finding}; {one.fix}") for one in found}
 
 
 def test_a_cluster_as_it_should_be(api, tmp_path):
@@ -104,7 +104,7 @@ def test_a_csidriver_that_is_wrong_or_missing(api, tmp_path, spec, words):
 
 
 @pytest.mark.parametrize(
-    ("running", "words"), [(["runc"], "restart it"), (["runc", "kata", "more"], "is that the file")]
+    ("running", "words"), [(["runc"], "restart containerd"), (["runc", "kata", "more"], "if it reads another file")]
 )
 def test_another_containerd_than_its_file_says(api, tmp_path, running, words):
     api.objects["nodes"]["n"] = {"status": {"runtimeHandlers": [{"name": name} for name in running]}}

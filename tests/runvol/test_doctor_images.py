@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from runvol import config, doctor_snapshots
+from runvol.doctor_table import TABLE
 from snapshotter import signatures
 from snapshotter.node import STORE
 from snapshotter.shares import Share
@@ -16,6 +17,8 @@ from snapshotter.store import Store
 from snapshotter.trust import pin_of
 
 CHAINS = ["sha256:" + hashlib.sha256(str(number).encode()).hexdigest() for number in range(8)]
+
+FIX = TABLE["images.trust-damaged"].fix
 
 
 @pytest.fixture
@@ -30,7 +33,10 @@ def said(tmp_path: Path, **settings: object) -> list[tuple[str, str, str]]:
     flags = {f"snapshotter.{name}": value for name, value in settings.items()}
     flags |= {"snapshotter.images": str(tmp_path / "share"), "snapshotter.state_dir": str(tmp_path / "state")}
     loaded = config.load(file=None, flags=flags, environment={})
-    return [(one.state, one.subject, one.finding) for one in doctor_snapshots._images(loaded)]
+    return [
+        (one.state, one.subject, f"{one.finding}; {one.fix}" if one.fix else one.finding)
+        for one in doctor_snapshots._images(loaded)
+    ]
 
 
 def test_it_names_what_is_passed_over_and_what_to_do(share: Share, tmp_path: Path) -> None:
@@ -41,10 +47,10 @@ def test_it_names_what_is_passed_over_and_what_to_do(share: Share, tmp_path: Pat
     assert named[0] == "warning"
     assert "snapshotter.image_keys" in named[2]
     assert "runvol images keygen" in named[2]
-    assert there == ("ok", share.directory, "8 shared images")
+    assert there == ("ok", "shared images", f"8 in {share.directory}")
     assert [one[1] for one in passed] == [f"image {chain}" for chain in sorted(CHAINS)[:5]]
     assert f"`runvol images sign {sorted(CHAINS)[0]} --key FILE`" in passed[0][2]
-    assert "3 more are passed over (unsigned)" in rest[2]
+    assert "3 more (unsigned)" in rest[2]
     for chain in CHAINS:
         share.sign(chain, key)
     keys, there = said(tmp_path, image_keys=public)
@@ -77,12 +83,12 @@ def test_it_says_what_is_wrong_with_the_settings(share: Share, tmp_path: Path) -
     assert found[0] == (
         "broken",
         "shared images",
-        f"snapshotter.image_keys: {missing} cannot be read: No such file or directory",
+        f"snapshotter.image_keys: {missing} cannot be read: No such file or directory; {FIX}",
     )
     assert found[1] == (
         "broken",
         "shared images",
-        f"snapshotter.image_roots: {listed}, line 1: takes a chain id and a root hash",
+        f"snapshotter.image_roots: {listed}, line 1: takes a chain id and a root hash; {FIX}",
     )
     assert "whoever can write to the share" in said(tmp_path, images_unsigned=1)[0][2]
     os.rename(share.directory, tmp_path / "elsewhere")

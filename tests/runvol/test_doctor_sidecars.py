@@ -36,4 +36,4 @@ def test_what_suits_a_driver(tmp_path, words, said):
         assert not found
         return
     (line,) = found
-    assert (line.state == "ok") == (not said) and said in line.finding
+    assert (line.state == "ok") == (not said) and said in f"{line.finding}; {line.fix}"

@@ -18,6 +18,7 @@ from runvol.entry import plain
         (["snapshotter", "--endpoint", "unix:///run/x.sock"], {"snapshotter.endpoint": "unix:///run/x.sock"}),
         (["--config=/etc/x", "--log-level", "debug", "snapshotter", "--pool=p"],
          {"file": "/etc/x", "log.level": "debug", "pool": "p"}),
+        (["snapshotter", "--state-dir", "/x", "--pool", "p"], {"paths.state_dir": "/x", "pool": "p"}),
     ],
 )  # fmt: skip
 def test_a_plain_command_line_is_understood(words: list[str], meaning: dict[str, str]) -> None:
@@ -27,7 +28,7 @@ def test_a_plain_command_line_is_understood(words: list[str], meaning: dict[str,
 @pytest.mark.parametrize(
     "words",
     [[], ["csi"], ["snapshots"], ["snapshotter", "--help"], ["snapshotter", "--pool"], ["snapshotter", "x"],
-     ["snapshotter", "snapshotter"], ["--version"], ["--endpoint", "x", "snapshotter"], ["--config", "snapshotter"]],
+     ["snapshotter", "snapshotter"], ["--version"], ["--endpoint", "x", "snapshotter"], ["snapshotter", "--json"], ["--config", "snapshotter"]],
 )  # fmt: skip
 def test_everything_else_is_the_command_lines(words: list[str]) -> None:
     assert plain(words) is None
@@ -40,7 +41,7 @@ def run(*words: str, code: str = "") -> subprocess.CompletedProcess[str]:
 
 def test_a_mistake_is_told_in_one_line(tmp_path: Path) -> None:
     done = run("--state-dir", str(tmp_path), "--config", f"{tmp_path}/none.toml", "snapshotter")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr == f"Error: the configuration file {tmp_path}/none.toml does not exist\n"
     assert "runvol pool init" in run("snapshotter").stderr
     assert "No such option" in run("snapshotter", "--nonsense").stderr

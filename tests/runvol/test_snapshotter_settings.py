@@ -14,14 +14,14 @@ from runvol.config import ConfigError
 from runvol.serve_snapshots import settings_of
 
 WRONG = [
-    ({"namespace_sizes": "k8s.io=1"}, "namespace_sizes: k8s.io = 1: an ext4 filesystem has 8388608 to"),
-    ({"namespace_sizes": "k8s.io=8388608", "fstype": "xfs"}, "k8s.io = 8388608: an xfs filesystem has 314572800 to"),
-    ({"namespace_sizes": f"k8s.io={(1 << 50) + 1}"}, f"k8s.io = {(1 << 50) + 1}: an ext4 filesystem has"),
-    ({"namespace_sizes": "k8s.io=²"}, "takes NAMESPACE=BYTES"),
+    ({"namespace_sizes": "k8s.io=1"}, "namespace_sizes = 'k8s.io=1' (from flag): an ext4 filesystem has 8388608 to"),
+    ({"namespace_sizes": "k8s.io=8388608", "fstype": "xfs"}, "'k8s.io=8388608' (from flag): an xfs filesystem has 314572800 to"),
+    ({"namespace_sizes": f"k8s.io={(1 << 50) + 1}"}, f"'k8s.io={(1 << 50) + 1}' (from flag): an ext4 filesystem has"),
+    ({"namespace_sizes": "k8s.io=²"}, "takes NAMESPACE=SIZE; a size is bytes, or a quantity like 10Gi"),
     ({"namespace_sizes": "k8s/io=8388608"}, "no namespace of the name 'k8s/io'"),
     ({"namespace_sizes": "=8388608"}, "no namespace of the name ''"),
     ({"namespace_sizes": "a=8388608,a=9000000"}, "a has a size already"),
-    ({"size_bytes": "8388608", "fstype": "xfs"}, "snapshotter.size_bytes = 8388608: an xfs filesystem has 314572800"),
+    ({"size_bytes": "8388608", "fstype": "xfs"}, "snapshotter.size_bytes = 8388608 (from flag): an xfs filesystem has 314572800"),
     ({"unmap_idle_seconds": "59"}, "unmap_idle_seconds = 59 (from flag): must not be below snapshotter.call_seconds = 60"),
     ({"fstype": "btrfs"}, "takes ext4, xfs"),
     ({"images": "share"}, "must be an absolute path"),
@@ -79,7 +79,7 @@ def test_a_directory_of_images_that_is_none_keeps_the_service_from_starting(kind
                  "RUNVOL_SNAPSHOTTER_STATE_DIR": str(tmp_path / "state")},
             capture_output=True, text=True, timeout=60, check=False,
         )  # fmt: skip
-        assert done.returncode == 1
+        assert done.returncode == 2
         said.append(done.stderr)
     assert said[0] == said[1]
     word = "does not exist" if kind == "nothing" else "is no directory"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -327,3 +328,22 @@ def test_of_a_counter_that_is_none_nobody_knows_which_ids_were_given(path: str, 
     with store.transaction():
         store.begin_again()
     assert _draw(store) == 1
+
+
+def test_where_no_id_is_left_one_call_begins_a_new_epoch_for_all(path: str) -> None:
+    store, begun = Store(path), []
+    with store.transaction():
+        store.set_fact("next_device", str(MAX_THIN_ID + 1))
+
+    def renew() -> None:
+        with store.transaction():
+            store.begin_again()
+        begun.append(1)
+
+    with pytest.raises(PoolFull):
+        store.ids.renewing(lambda: _draw(store))
+    store.ids.renew = renew
+    with ThreadPoolExecutor(8) as threads:
+        given = list(threads.map(lambda _: store.ids.renewing(lambda: _draw(store)), range(40)))
+    assert sorted(given) == list(range(1, 41))
+    assert begun == [1]

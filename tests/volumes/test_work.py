@@ -132,13 +132,13 @@ def test_the_command_and_the_metrics_show_it(tmp_path):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with Driver(tmp_path / "d", {"RUNVOL_CSI_METRICS": f"127.0.0.1:{port}"}) as driver:
-        assert json.loads(driver.cli("volumes", "work", "--json").stdout) == []
+        assert json.loads(driver.cli("volumes", "work", "--json").stdout)["items"] == []
         assert "nothing is under way" in driver.cli("volumes", "work").stdout
         text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode()
-        assert "runvol_work 0.0" in text
+        assert "runvol_jobs 0.0" in text
         place = driver.run / "work"
         place.mkdir(mode=0o700, exist_ok=True)
         with held(place, "other", [{"what": "snapshot s of v", "done": 1 << 20, "total": 4 << 20, "seconds": 2.5}]):
-            (row,) = json.loads(driver.cli("volumes", "work", "--json").stdout)
-            assert (row["work"], row["done_bytes"], row["percent"]) == ("snapshot s of v", 1 << 20, 25)
+            (row,) = json.loads(driver.cli("volumes", "work", "--json").stdout)["items"]
+            assert (row["work"], row["doneBytes"], row["percent"]) == ("snapshot s of v", 1 << 20, 25)
             assert "snapshot s of v" in driver.cli("volumes").stdout

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from blockdev import commands, devicemapper, filesystems
-from snapshotter import assembly, backing, bases, pool
+from snapshotter import assembly, backing, bases, metadata
 from snapshotter.store import Store
 
 # Looking changes nothing, so that a kill before it is a kill before the next change.
@@ -50,7 +50,7 @@ class Steps:
 
         devicemapper.control = control
         Store._commit = committing  # type: ignore[method-assign]
-        for module in (commands, filesystems, assembly, backing, bases, pool):
+        for module in (commands, filesystems, assembly, backing, bases, metadata):
             module.run = running  # type: ignore[attr-defined]
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from blockdev import Deadline
 from blockdev.devicemapper import Mapper
+from runvol import schemas
 from snapshotter import assembly
 
 MIB = 1 << 20
@@ -63,6 +64,8 @@ class Server:
         done = subprocess.run([sys.executable, "-m", "runvol", *arguments], env=self.environment, capture_output=True,
                               text=True, check=False, timeout=120)  # fmt: skip
         assert done.returncode in ok, done.stderr
+        if "--json" in arguments and done.stdout:
+            schemas.read(json.loads(done.stdout))
         return done.stdout
 
     def start(self) -> float:
@@ -113,12 +116,12 @@ class Server:
         return self.directory / "pool" / f"{self.pool_name}.data"
 
     def snapshots(self) -> list[dict[str, object]]:
-        found = json.loads(self.runvol("snapshots", "--json"))
+        found = json.loads(self.runvol("snapshots", "--json"))["items"]
         assert isinstance(found, list)
         return found
 
     def pool(self) -> dict[str, object]:
-        (one,) = json.loads(self.runvol("pool", "status", "--json"))
+        (one,) = json.loads(self.runvol("pool", "status", "--json"))["items"]
         assert isinstance(one, dict)
         return one
 
@@ -129,7 +132,7 @@ class Server:
             rows = self.snapshots()
             active = [row for row in rows if row["kind"] != "committed"]
             pool = self.pool()
-            if len(rows) == snapshots and pool["mapped"] == len(active) and pool["doomed"] == 0:
+            if len(rows) == snapshots and pool["mappedDevices"] == len(active) and pool["doomedDevices"] == 0:
                 return
             assert time.monotonic() < until, (rows, pool)
             time.sleep(0.5)

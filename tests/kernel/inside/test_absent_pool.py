@@ -17,7 +17,7 @@ def status(server: Server) -> str:
     done = subprocess.run([sys.executable, "-m", "runvol", "pool", "status"], env=server.environment, capture_output=True,
                           text=True, timeout=60, check=False)  # fmt: skip
     assert done.returncode == 1
-    return done.stderr
+    return done.stdout
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
@@ -32,9 +32,9 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         data = tmp_path / "pool" / f"{server.pool_name}.data"
         data.rename(data.with_suffix(".away"))
         assert f"{data} does not exist; bring it back, {server.state}/pool.json names it" in status(server)
-        found = {one["subject"]: one for one in json.loads(server.runvol("doctor", "--json", ok=(0, 1)))}
-        assert found[f"pool {server.pool_name}"]["state"] == "broken"
-        assert f"{data} does not exist" in found[f"pool {server.pool_name}"]["finding"]
+        found = {one["subject"]: one for one in json.loads(server.runvol("doctor", "--json", ok=(0, 1, 3)))["items"]}
+        assert found["pool"]["state"] == "broken"
+        assert f"{data} does not exist" in found["pool"]["finding"]
         data.with_suffix(".away").rename(data)
         with Mapper() as mapper:
             mapper.create(server.pool_name, "OTHER")

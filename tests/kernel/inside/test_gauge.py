@@ -229,8 +229,8 @@ def test_after_a_reboot_it_is_there_before_the_pool(gauge: Gauge) -> None:
 
 
 def _diagnosis(server: Server, place: Path) -> tuple[str, str]:
-    found = {one["subject"]: one for one in json.loads(server.runvol("doctor", "--json", ok=(0, 1)))}
-    return found[f"gauge {place}"]["state"], found[f"gauge {place}"]["finding"]
+    found = {one["subject"]: one for one in json.loads(server.runvol("doctor", "--json", ok=(0, 1, 3)))["items"]}
+    return found["gauge"]["state"], found["gauge"]["finding"]
 
 
 def _follows(server: Server, gauge: Path, seconds: float = 12) -> Fill:
@@ -238,9 +238,9 @@ def _follows(server: Server, gauge: Path, seconds: float = 12) -> Fill:
     until = time.monotonic() + seconds
     while True:
         pool = server.pool()
-        total, used = int(str(pool["data_total_bytes"])), int(str(pool["data_used_bytes"]))
-        kept = int(str(pool["metadata_total_bytes"]))
-        free = kept - int(str(pool["metadata_used_bytes"])) - (reserve := min(256 * 4096, kept // 8))
+        total, used = int(str(pool["dataTotalBytes"])), int(str(pool["dataUsedBytes"]))
+        kept = int(str(pool["metadataTotalBytes"]))
+        free = kept - int(str(pool["metadataUsedBytes"])) - (reserve := min(256 * 4096, kept // 8))
         share = min(0.97 - used / total, free / (kept - reserve))
         wanted = Fill(total=total, available=max(0, int(total * share)))
         if os.path.ismount(gauge) and _near(seen := _seen(gauge), wanted):
@@ -274,8 +274,8 @@ def test_the_service_shows_its_pool_through_use_growth_restart_and_kill(tmp_path
         assert refusal == ""
         server.stop()
         assert os.path.ismount(place)
-        shown = json.loads(server.runvol("pool", "gauge", "--json"))[0]
-        assert shown["available_bytes"] == _seen(place).available
+        shown = json.loads(server.runvol("pool", "gauge", "--json"))["items"][0]
+        assert shown["availableBytes"] == _seen(place).available
         for _ in range(2):
             server.runvol("pool", "gauge", "--remove")
             assert not place.exists()

@@ -127,7 +127,7 @@ class Cri:
 
 
 def _shows_the_pool(path: str, server: Server) -> bool:
-    facts, total = os.statvfs(path), int(str(server.pool()["data_total_bytes"]))
+    facts, total = os.statvfs(path), int(str(server.pool()["dataTotalBytes"]))
     # Another filesystem is not of this size.
     return abs(facts.f_blocks * facts.f_frsize - total) < total // 50 and facts.f_bavail * facts.f_frsize < total
 

@@ -327,7 +327,7 @@ def test_an_image_that_nobody_has_signed_is_pulled_instead(
     assert not lab.names()
     assert lab.node.images is not None
     assert lab.node.images.passed_over() == {"unsigned": 3}
-    (counted,) = [one for one in metrics._Pool(lab.node).collect() if one.name == "runvol_images_passed_over"]
+    (counted,) = [one for one in metrics._Store(lab.node).collect() if one.name == "runvol_images_passed_over"]
     assert [(one.name, one.labels, one.value) for one in counted.samples] == [
         ("runvol_images_passed_over_total", {"reason": "unsigned"}, 3)
     ]

@@ -190,7 +190,7 @@ def _end(node: Node, images: tuple[str, ...]) -> None:
         node.well("t", "images", "rm", "--sync", node.name(image))
     node.well("k", "images", "rm", "--sync", node.name("a"))
     node.server.settled(0)
-    left = json.loads(node.server.runvol("pool", "quarantine", "--json"))
+    left = json.loads(node.server.runvol("pool", "quarantine", "--json"))["items"]
     if left:
         node.server.runvol("pool", "quarantine", "--free-all", "--yes")
         node.server.settled(0)
@@ -280,4 +280,4 @@ def test_a_power_cut_of_the_state_alone_loses_nothing_that_was_answered(node: No
     node.settle()
     assert _unpacked(node) == {node.name(image) for image in ("a", "b", "d", "e")}
     _end(node, ("a", "b", "d", "e"))
-    assert json.loads(node.server.runvol("pool", "quarantine", "--json")) == []
+    assert json.loads(node.server.runvol("pool", "quarantine", "--json"))["items"] == []

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import grpc
 import pytest
 
+from blockdev import Deadline, idmapped, selinux
 from volumes import export_ids
 from tests.driver import POD, Driver, mount_capability
 from tests.kernel.inside.nfs import ROOT, VERSIONS, KernelNfs
@@ -99,6 +100,32 @@ def test_mount_options_are_carried(driver):
     (line,) = [one for one in Path("/proc/self/mounts").read_text().splitlines() if f" {target} " in one]
     for word in ("noatime", "rsize=65536", "nconnect=2", "soft"):
         assert word in line
+    gone(driver, volume, POD.format(1))
+
+
+def test_a_label_is_left_out_by_a_kernel_without_selinux(driver):
+    """As mount(8) does it: the NFS client would know no such option."""
+    assert not selinux.is_on()
+    label = 'context="system_u:object_r:container_file_t:s0:c10,c20"'
+    capability = mount_capability("MULTI_NODE_MULTI_WRITER", flags=("noatime", label))
+    volume = create(driver, "labelled", capability=capability)
+    driver.stage(volume, capability)
+    target = driver.publish(volume, POD.format(1), runtime="runc", capability=capability)
+    (line,) = [one for one in Path("/proc/self/mounts").read_text().splitlines() if f" {target} " in one]
+    assert "noatime" in line and "context" not in line
+    gone(driver, volume, POD.format(1))
+
+
+@pytest.mark.parametrize("version", ["3", "4.2"])
+def test_nothing_maps_the_owners_of_its_files_for_a_pod_with_users_of_its_own(driver, version):
+    """Which is why such a pod is refused before anything is mounted."""
+    volume = create(driver, f"users-{version}", vers=version)
+    driver.stage(volume, RWX)
+    directory = os.open(driver.publish(volume, POD.format(1), runtime="runc", capability=RWX), os.O_PATH)
+    try:
+        assert not idmapped.is_possible(directory, Deadline.after(30))
+    finally:
+        os.close(directory)
     gone(driver, volume, POD.format(1))
 
 

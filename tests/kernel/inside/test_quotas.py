@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -191,3 +192,30 @@ def test_a_project_that_has_files_elsewhere_is_never_given(disk: Path, tmp_path:
     backend.delete(first.volume_id)
     backend.delete(second.volume_id)
     backend.close()
+
+
+def test_a_limit_that_no_volume_has_is_found_and_taken_back(driver: Driver, disk: Path) -> None:
+    """As a row that was lost with its directory leaves it; what files count for stays, whoever has them."""
+    driver.create("kept", size=16 * MIB)
+    driver.create("lost", size=16 * MIB)
+    gone, other = FIRST_PROJECT + 3, FIRST_PROJECT + 4
+    for name in ("third", "fourth"):
+        driver.delete(driver.create(name, size=16 * MIB))
+    quotas.limit(str(disk / "volumes"), gone, 32 * MIB)
+    quotas.limit(str(disk / "volumes"), other, 32 * MIB)
+    stray = disk / "volumes" / "stray"
+    stray.mkdir()
+    quotas.assign(str(stray), other)
+    (stray / "file").write_bytes(b"x" * 65536)
+
+    def left() -> list[str]:
+        rows = json.loads(driver.cli("doctor", "--json", check=False).stdout)
+        found = rows if isinstance(rows, list) else next(one for one in rows.values() if isinstance(one, list))
+        return [one["finding"] for one in found if one["id"] == "left.quota"]
+
+    assert left() == [f"project {gone} of {disk}/volumes: no volume has its limit"]
+    assert quotas.read(str(disk / "volumes"), gone).limit == 32 * MIB
+    driver.cli("gc", check=False)
+    assert left() == []
+    assert quotas.read(str(disk / "volumes"), gone).limit == 0
+    assert quotas.read(str(disk / "volumes"), other).limit == 32 * MIB

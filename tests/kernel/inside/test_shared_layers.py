@@ -152,10 +152,10 @@ def test_a_pull_in_another_namespace_fetches_and_stores_no_layer(tmp_path: Path)
 
         try:
             assert len(pull("first")) == 3
-            used = server.pool()["data_used_bytes"]
+            used = server.pool()["dataUsedBytes"]
             assert pull("second") == []
             # The store's copy in the pool may have grown by some blocks; the layers have two MiB.
-            assert server.pool()["data_used_bytes"] - used < MIB
+            assert server.pool()["dataUsedBytes"] - used < MIB
             assert (run("first"), run("second")) == ("new", "new")
             containerd.ctr("-n", "first", "images", "rm", "--sync", registry.name)
             assert run("second") == "new"

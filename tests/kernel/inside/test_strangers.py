@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from blockdev import Deadline
+from snapshotter import metadata
 from snapshotter import pool as pools
 from snapshotter.errors import StoreFailed, Unavailable, WrongState
 from snapshotter.node import STORE, Node
@@ -216,13 +217,13 @@ def test_a_device_that_an_older_release_gave_twice_is_refused_kept_and_named(lab
 @pytest.fixture
 def noisy(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thin_ls that warns of something, as both its streams are read as one."""
-    run = pools.run
+    run = metadata.run
 
     def with_a_warning(program: str, *arguments: str, **more: object) -> tuple[int, str]:
         code, output = run(program, *arguments, **more)  # type: ignore[arg-type]
         return code, f"Warning: something harmless\n{output}" if program.startswith("thin_") else output
 
-    monkeypatch.setattr(pools, "run", with_a_warning)
+    monkeypatch.setattr(metadata, "run", with_a_warning)
 
 
 @pytest.mark.usefixtures("noisy")

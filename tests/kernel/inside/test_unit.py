@@ -101,7 +101,7 @@ def test_what_the_unit_leaves_it_is_enough(group: str, tmp_path: Path) -> None:
         day(server)
         until = time.monotonic() + 30
         # It grows with the pool.
-        while (shown := json.loads(server.runvol("pool", "gauge", "--json"))[0])["size_bytes"] < 150 * MIB:
+        while (shown := json.loads(server.runvol("pool", "gauge", "--json"))["items"][0])["sizeBytes"] < 150 * MIB:
             assert time.monotonic() < until, (shown, server.said())
             time.sleep(0.2)
         server.stop()

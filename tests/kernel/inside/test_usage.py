@@ -55,7 +55,7 @@ def test_inodes_are_those_that_a_snapshot_has_and_its_parent_has_not(make_lab: C
 def test_of_what_is_mapped_nothing_is_executed(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     lab.layer("layer", files={"f": b"x" * MIB})
     lab.reap()
-    monkeypatch.setattr("snapshotter.pool.run", _never)
+    monkeypatch.setattr("snapshotter.metadata.run", _never)
     with mounted(lab.prepare("a", "layer")) as root:
         (root / "g").write_bytes(b"y" * (2 * MIB))
         os.sync()
@@ -108,12 +108,12 @@ def test_a_layer_is_counted_once(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> N
     first = lab.usage("layer")
     assert (first[1], 2 * MIB <= first[0] < 4 * MIB) == (1, True)
     lab.reap()
-    monkeypatch.setattr("snapshotter.pool.run", _never)
+    monkeypatch.setattr("snapshotter.metadata.run", _never)
     monkeypatch.setattr("snapshotter.pool.Pool.activate", _never)
     assert lab.usage("layer") == first
     monkeypatch.undo()
     lab.restart()
-    monkeypatch.setattr("snapshotter.pool.run", _never)
+    monkeypatch.setattr("snapshotter.metadata.run", _never)
     assert lab.usage("layer") == first
 
 

@@ -1,0 +1,45 @@
+"""How many volumes this node may have, by the setting csi.max_volumes, and what Kubernetes is told of it.
+
+Nothing of the node's own sets a limit: loop devices are made as they are needed (two to the twentieth of them), and a
+guest's places for disks are each pod's own (`guestmount.ways.disk_slots`).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from guestmount.claims import Claim, Claims
+from guestmount.errors import NoPlace
+
+if TYPE_CHECKING:
+    from guestmount.node import Node
+
+
+def check(claims: Claims, new: Claim, most: int) -> None:
+    """NoPlace where as many volumes are staged as may be. Several that come in one moment may pass it together."""
+    if not most or new.nfs is not None:
+        return
+    has = [one for one in _staged(claims) if one.volume != new.volume]
+    if len(has) >= most:
+        raise NoPlace(
+            f"volume {new.volume} has no place on this node, which may have {most} volumes at a time "
+            "(csi.max_volumes); delete a pod that has one, or let the pod run on another node"
+        )
+
+
+def left_for_csi(node: Node) -> int:
+    """What NodeGetInfo says: how many volumes the scheduler may count for this node; 0 for any number.
+
+    It counts those of CSI alone, so those of FlexVolume, which are staged in a place of the driver's own, are taken
+    off. Never less than 1: no limit would be told then.
+    """
+    if not node.max_volumes:
+        return 0
+    roots = [os.path.join(root, "") for root in node.roots]
+    others = [one for one in _staged(node.claims) if not one.staging_path.startswith(tuple(roots))]
+    return max(1, node.max_volumes - len(others))
+
+
+def _staged(claims: Claims) -> list[Claim]:
+    return [one for one in claims.readable()[0] if one.staging_path and one.nfs is None]

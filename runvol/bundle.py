@@ -1,0 +1,333 @@
+"""`runvol support-bundle`: what a maintainer needs of a node, in one file, without its secrets.
+
+Each part has its own end in time and size; what fails or hangs is named in the file and left out. Nothing is asked of
+Kubernetes but what doctor asks, so no Secret is ever read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import io
+import json
+import os
+import platform
+import re
+import stat
+import subprocess
+import sys
+import tarfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+from blockdev import Deadline, WaitExpired
+from blockdev.deadlines import bounded
+from guestmount import kata_config
+from guestmount.containerd_files import Version, load
+from guestmount.errors import Refused
+from guestmount.runtimes import in_root
+from runvol import assembly, config, doctor, doctor_containerd, doctor_shown, schemas, version
+from runvol.config import Config
+from runvol.diagnosis import Diagnosis
+from runvol.masking import Masked
+
+# Seconds of a part, and of all.
+_LONGEST, _IN_ALL = 20.0, 150.0
+# Bytes of a part and of all, before they are packed; files of one kind.
+_PART, _WHOLE = 2 << 20, 48 << 20
+_FILES = 200
+_LINES = 5000
+# Of the kernel's messages.
+_OF_STORAGE = re.compile(
+    r"(?i)device-mapper|\bdm-\d|\bdm_|thin|loop\d*:|\bloop\b|ext4|xfs|jbd2|nfs|sunrpc|i/o error|buffer i/o|blk_update|"
+    r"oom-kill|out of memory|hung_task|blocked for more|runvol|project quota"
+)
+_UNITS = ("runvol-csi", "runvol-snapshotter", "runvol-nri", "containerd", "kubelet")
+_LOGS = ("/var/log/runvol/*.log", "/var/log/pods/*_runvol-*/*/*.log", "/var/log/runvol-flexvolume.log")
+_KUBECONFIG_SECRETS = re.compile(
+    r"(?m)^\s*-?\s*(?:token|password|client-key-data|client-certificate-data):\s*(\S+)\s*$"
+)
+_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount/token"
+_SECRET_NAMES = re.compile(r"(?i)pass|secret|token|auth|cred|key")
+
+Make = Callable[[], str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """`make` gives its text; `toml`: it is masked as such. `end`: of what is too long the end counts, as of a log."""
+
+    name: str
+    make: Make
+    toml: bool = False
+    end: bool = False
+
+
+@dataclass(kw_only=True)
+class Said:
+    """Of a part, in MANIFEST.json. `left_out`: why it is not there; `absent`: this node has nothing of the kind."""
+
+    name: str
+    bytes: int = 0
+    shortened: bool = False
+    absent: bool = False
+    seconds: float = 0.0
+    left_out: str = ""
+
+
+@dataclass(kw_only=True)
+class Bundle:
+    said: list[Said] = field(default_factory=list)
+    content: dict[str, bytes] = field(default_factory=dict)
+
+    @property
+    def left_out(self) -> list[Said]:
+        return [one for one in self.said if one.left_out]
+
+
+def collect(
+    config: Config, *, longest: float = _LONGEST, in_all: float = _IN_ALL, more: tuple[Part, ...] = ()
+) -> Bundle:
+    """Everything, masked. `more`: parts besides."""
+    made, masked, until = Bundle(), Masked(known_secrets(config)), time.monotonic() + in_all
+    size = 0
+    for part in (*_parts(config), *more):
+        said = Said(name=part.name)
+        made.said.append(said)
+        begun = time.monotonic()
+        seconds = min(longest, until - begun)
+        if seconds <= 0 or size >= _WHOLE:
+            said.left_out = "the whole took too long" if seconds <= 0 else f"the whole has {_WHOLE} bytes already"
+            continue
+        try:
+            content, said.shortened = bounded(
+                f"support bundle: {part.name}", Deadline.after(seconds), partial(_made, part, masked)
+            )
+        except WaitExpired:
+            said.left_out = f"it gave no answer within {seconds:.0f} seconds"
+        except FileNotFoundError as error:
+            said.absent = True
+            made.content[masked.text(part.name)] = masked.text(
+                f"({error.filename or part.name} is not there)\n"
+            ).encode()
+        except Exception as error:  # of whatever kind: the other parts are still to come, and the reason is told
+            said.left_out = masked.text(f"{type(error).__name__}: {error}")
+        else:
+            made.content[masked.text(part.name)], said.bytes = content, len(content)
+            size += len(content)
+        said.name, said.seconds = masked.text(said.name), round(time.monotonic() - begun, 2)
+    made.content["MANIFEST.json"] = _json([asdict(one) for one in made.said]).encode()
+    return made
+
+
+def _made(part: Part, masked: Masked) -> tuple[bytes, bool]:
+    text = part.make()
+    kept = text[-_PART:] if part.end else text[:_PART]
+    return (masked.toml(kept) if part.toml else masked.text(kept)).encode(errors="replace"), kept != text
+
+
+def pack(made: Bundle, path: str, name: str) -> int:
+    """Written whole, readable by its owner alone; its size in bytes. FileExistsError, as nothing is written over."""
+    packed, now = io.BytesIO(), int(time.time())
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        for part, content in sorted(made.content.items()):
+            entry = tarfile.TarInfo(f"{name}/{part}")
+            entry.size, entry.mtime, entry.mode = len(content), now, 0o600
+            archive.addfile(entry, io.BytesIO(content))
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(packed.getbuffer())
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        raise
+    return packed.getbuffer().nbytes
+
+
+def known_secrets(config: Config) -> Iterator[str]:
+    """Values that this node is known to keep secret: of its kubeconfig, its account, its environment."""
+    for path in (config.text("detect.kubeconfig"), _ACCOUNT):
+        if not path.startswith("/"):
+            continue
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            text = _file(path)
+            yield from (found.strip("\"'") for found in _KUBECONFIG_SECRETS.findall(text))
+            if path == _ACCOUNT:
+                yield text
+            for name in re.findall(r"(?m)^\s*-?\s*(?:tokenFile|client-key):\s*(\S+)\s*$", text):
+                yield _file(os.path.join(os.path.dirname(path), name.strip("\"'")))
+    yield from (value for name, value in os.environ.items() if _SECRET_NAMES.search(name) and not value.startswith("/"))
+
+
+def _json(what: object) -> str:
+    return json.dumps(what, indent=2, default=str) + "\n"
+
+
+def _file(path: str, *, end: bool = False) -> str:
+    """A regular file; what is longer than a part may be is cut."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(fd, "rb") as file:
+        facts = os.fstat(fd)
+        if not stat.S_ISREG(facts.st_mode):
+            raise OSError(22, "is no regular file", path)
+        if end and facts.st_size > _PART:
+            file.seek(facts.st_size - _PART)
+        return file.read(_PART + 1).decode(errors="replace")
+
+
+def _named(path: str, *, end: bool = False) -> str:
+    return f"# {path}\n{_file(path, end=end)}"
+
+
+def _said_by(*words: str, seconds: float = _LONGEST, environment: Mapping[str, str] | None = None) -> str:
+    """What a program says, with how it ended where that is not well. It is ended with its time."""
+    done = subprocess.run(
+        list(words), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=seconds,
+        check=False, env={**os.environ, "LC_ALL": "C", **(environment or {})},
+    )  # fmt: skip
+    text = done.stdout[-_PART - 1 :].decode(errors="replace")
+    return text if done.returncode == 0 else f"{text}\n(status {done.returncode})\n"
+
+
+def _parts(config: Config) -> Iterator[Part]:
+    yield Part(name="runvol/version.json", make=_versions)
+    diagnoses: list[Diagnosis] = []
+    yield Part(name="runvol/doctor.json", make=partial(_doctor, config, diagnoses))
+    yield Part(name="runvol/doctor.txt", make=lambda: "\n".join(doctor_shown.lines(diagnoses, 100)) + "\n")
+    yield Part(name="runvol/config.json", make=lambda: _settings(config))
+    for name, words in (
+        ("volumes", ("volumes", "--json")), ("handoffs", ("handoffs", "--json")), ("gc", ("gc", "--dry-run", "--json")),
+        ("snapshots", ("snapshots", "--json")), ("images", ("images", "--json")),
+        ("pool", ("pool", "status", "--json")),
+    ):  # fmt: skip
+        yield Part(name=f"runvol/{name}.json", make=partial(_command, config, words))
+    yield from _records(config)
+    yield from _runtimes(config)
+    for key in ("csi.metrics", "snapshotter.metrics"):
+        if config.text(key):
+            yield Part(name=f"metrics/{key.partition('.')[0]}.txt", make=partial(_metrics, config.text(key)))
+    yield from _node(config)
+    yield from _logs()
+
+
+def _versions() -> str:
+    facts: dict[str, Any] = {"runvol": version(), "python": sys.version, "kernel": " ".join(os.uname())}
+    with contextlib.suppress(OSError):
+        facts["system"] = platform.freedesktop_os_release()
+    return _json(facts)
+
+
+def _doctor(config: Config, found: list[Diagnosis]) -> str:
+    """`found` has them afterwards."""
+    found += doctor.examine(config, assembly.build(config, looking=True))
+    return schemas.written(schemas.Diagnosis, doctor_shown.items(found)).decode()
+
+
+def _settings(config: Config) -> str:
+    return _json({key: {"value": value, "source": config.sources[key]} for key, value in config.values.items()})
+
+
+def _command(loaded: Config, words: tuple[str, ...]) -> str:
+    """Another process of this program with the same settings, which may be ended."""
+    said = {}
+    for key, value in loaded.values.items():
+        if loaded.sources[key] != "default":
+            said[config.variable_of(key)] = ",".join(value) if isinstance(value, tuple) else str(value)
+    empty = ("--config", "/dev/null")
+    return _said_by(sys.executable, "-m", "runvol", *empty, *words, environment=said)
+
+
+def _records(config: Config) -> Iterator[Part]:
+    state, run = config.text("paths.state_dir"), config.text("paths.run_dir")
+    records = assembly.records(config)
+    for place, pattern in (
+        ("claims", f"{glob.escape(records)}/claims/*.json"),
+        ("flexvolume", f"{glob.escape(records)}/flexvolume/targets/*"),
+        ("run", f"{glob.escape(run)}/*.json"),
+        ("handoffs", f"{glob.escape(config.text('paths.direct_volumes'))}/*/mountInfo.json"),
+        ("snapshotter", f"{glob.escape(config.text('snapshotter.state_dir'))}/pool.json"),
+    ):
+        yield Part(name=f"records/{place}.txt", make=partial(_several, pattern))
+    yield Part(name="records/state.txt", make=lambda: _said_by("ls", "-lanR", "--time-style=full-iso", state, run))
+
+
+def _several(pattern: str) -> str:
+    """Files of one kind, one after the other, each under its name."""
+    found, names = [], sorted(glob.glob(pattern))
+    for name in names[:_FILES]:
+        try:
+            found.append(f"==> {name}\n{_file(name)}\n")
+        except OSError as error:
+            found.append(f"==> {name}\n({error.strerror})\n")
+    if len(names) > _FILES:
+        found.append(f"({len(names) - _FILES} more)\n")
+    return "".join(found) or "(none)\n"
+
+
+def _runtimes(config: Config) -> Iterator[Part]:
+    taken, root = assembly.places(config).taken(), config.text("paths.host_root")
+    files = [taken.config]
+    with contextlib.suppress(Refused):
+        files = [one.path for one in load(taken.config, Version(major=2, minor=4), root)] or files
+    for number, path in enumerate(files[:_FILES]):
+        name = f"containerd/{number}-{os.path.basename(path)}"
+        yield Part(name=name, toml=True, make=partial(_named, in_root(path, root)))
+    handlers = {}
+    with contextlib.suppress(Exception):  # doctor tells of it
+        handlers = doctor_containerd.asked(config).handlers
+    for handler in list(handlers.values())[:_FILES]:
+        if handler.is_sandbox and (found := kata_config.found(handler, root=assembly.kata_root(config))):
+            name = re.sub(r"[^A-Za-z0-9._-]", "_", handler.name)
+            yield Part(name=f"kata/{name}.toml", toml=True, make=partial(_named, found))
+            drop_ins = f"{glob.escape(os.path.dirname(found))}/config.d/*"
+            yield Part(name=f"kata/{name}.d.toml", toml=True, make=partial(_several, drop_ins))
+
+
+def _metrics(address: str) -> str:
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
+        f"http://{address}/metrics", timeout=5
+    ) as reply:
+        return str(reply.read(_PART + 1).decode(errors="replace"))
+
+
+def _node(config: Config) -> Iterator[Part]:
+    for name in ("mounts", "mountinfo"):
+        yield Part(name=f"node/{name}.txt", make=partial(_proc, f"/proc/self/{name}"))
+    process = config.text("node.kubelet_process")
+    if process.isdecimal():
+        yield Part(name="node/mountinfo-kubelet.txt", make=lambda: _proc(f"/proc/{process}/mountinfo"))
+    for name in ("filesystems", "modules", "meminfo", "diskstats", "swaps"):
+        yield Part(name=f"node/{name}.txt", make=partial(_proc, f"/proc/{name}"))
+    for name, words in (
+        ("losetup", ("losetup", "-l")), ("dmsetup-status", ("dmsetup", "status")),
+        ("dmsetup-table", ("dmsetup", "table")),
+        ("df", ("df", "-k", "--local")), ("df-inodes", ("df", "-i", "--local")), ("lsblk", ("lsblk", "-a")),
+    ):  # fmt: skip
+        yield Part(name=f"node/{name}.txt", make=partial(_said_by, *words))
+    yield Part(name="node/kernel.txt", make=_kernel, end=True)
+
+
+def _proc(path: str) -> str:
+    with open(path, "rb") as file:
+        return file.read(_PART + 1).decode(errors="replace")
+
+
+def _kernel() -> str:
+    lines = [line for line in _said_by("dmesg").splitlines() if _OF_STORAGE.search(line)]
+    return "\n".join(lines[-_LINES:]) + "\n"
+
+
+def _logs() -> Iterator[Part]:
+    for unit in _UNITS:
+        words = ("journalctl", "--no-pager", "-o", "short-iso", "-n", str(_LINES), "--since", "-2d", "-u", unit)
+        yield Part(name=f"logs/{unit}.txt", end=True, make=partial(_said_by, *words))
+    places = [*_LOGS, *filter(None, [os.environ.get("RUNVOL_FLEXVOLUME_LOG")])]
+    names = [path for pattern in places for path in glob.glob(pattern)]
+    newest = sorted(names, key=lambda path: -os.stat(path).st_mtime)[:20]
+    for number, path in enumerate(newest):
+        yield Part(name=f"logs/{number}-{os.path.basename(path)}", end=True, make=partial(_named, path, end=True))

@@ -1,0 +1,40 @@
+"""`runvol support-bundle`."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import click
+
+from runvol.cli import Loader
+from runvol.sizes import words as size
+from runvol.troubles import FINE, NOT_SEEN
+
+
+@click.command("support-bundle", short_help="Pack what a maintainer needs into one file.")
+@click.argument("file", required=False, type=click.Path(dir_okay=False))
+@click.pass_obj
+def support_bundle(load: Loader, file: str | None) -> None:
+    """Pack what a maintainer needs into FILE (default: runvol-NODE-TIME.tar.gz here), secrets left out.
+
+    Doctor's findings, settings, lists, claims, hand-offs, containerd's and Kata's configuration, mounts, metrics, logs
+    of two days and the kernel's messages about storage. Look through it before you give it away. Status 3 if a part had
+    to be left out; MANIFEST.json in it says why.
+    """
+    from runvol import bundle
+
+    config = load()
+    name = f"runvol-{config.node_id}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+    path = file or f"{name}.tar.gz"
+    made = bundle.collect(config)
+    try:
+        count = bundle.pack(made, path, name)
+    except FileExistsError:
+        raise click.ClickException(f"{path} exists, and nothing is written over; name another file") from None
+    except OSError as error:
+        raise click.ClickException(f"{path}: {error.strerror}") from error
+    click.echo(f"{path}: {len(made.content)} parts, {size(count)}; look through it before you give it away")
+    for one in made.left_out:
+        click.echo(f"left out: {one.name}: {one.left_out}", err=True)
+    sys.exit(NOT_SEEN if made.left_out else FINE)

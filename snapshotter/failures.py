@@ -1,0 +1,64 @@
+"""Why the store failed, in words: those of SQLite or the kernel, and those of the filesystem below, which often knows
+better.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sqlite3
+from collections.abc import Iterator
+
+from snapshotter.errors import StoreFailed
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+# A filesystem without files that have no name, or one that is merely full: that is told otherwise.
+_NO_ANSWER = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, *_NO_ROOM)
+
+
+@contextlib.contextmanager
+def told(path: str) -> Iterator[None]:
+    """What the kernel says of the store at `path` is StoreFailed."""
+    try:
+        yield
+    except OSError as error:
+        raise _failed(path, str(error.strerror), full=error.errno in _NO_ROOM) from error
+
+
+@contextlib.contextmanager
+def explained(path: str) -> Iterator[None]:
+    """What SQLite says of the store at `path` is StoreFailed."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        full = getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL
+        raise _failed(path, str(error), full=full) from error
+
+
+def _failed(path: str, why: str, *, full: bool) -> StoreFailed:
+    failed = StoreFailed(f"the store {path}: {why}{_of_disk(path)}; see `runvol doctor`")
+    failed.full = full
+    return failed
+
+
+def _of_disk(path: str) -> str:
+    """What is wrong with the filesystem: the database takes much for its own trouble, damage even."""
+    why = disk_trouble(path)
+    return f" (its filesystem says: {why})" if why else ""
+
+
+def disk_trouble(path: str, *, flush: bool = False) -> str:
+    """Why the filesystem of the store takes nothing, in the kernel's words; empty where it does. Leaves no file. With
+    `flush` the disk is asked too, which may take its time."""
+    try:
+        fd = os.open(os.path.dirname(path), os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(fd, b"\0")
+            if flush:
+                os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        return "" if error.errno in _NO_ANSWER else str(error.strerror)
+    return ""

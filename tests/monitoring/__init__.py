@@ -1,0 +1,1 @@
+"""Metrics as a real Prometheus has them, alerts as promtool judges them."""
