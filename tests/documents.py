@@ -25,7 +25,7 @@ _INLINE = re.compile(r"(?<!`)`([^`\n]+(?:\n[^`\n]+)?)`(?!`)")
 # What an inline word has to begin with to be a command.
 PROGRAMS = {
     "runvol", "kubectl", "helm", "systemctl", "ctr", "crictl", "make", "modprobe", "python", ".venv/bin/python", "pip",
-    "systemd-analyze", "chattr", "dmsetup", "lvcreate", "cp", "rm", "e2fsck", "mount", "skopeo", "apt-get", "blkdiscard",
+    "systemd-analyze", "chattr", "dmsetup", "lvcreate", "cp", "journalctl", "truncate", "losetup", "findmnt", "rm", "e2fsck", "mount", "skopeo", "apt-get", "blkdiscard",
 }  # fmt: skip
 
 
@@ -115,12 +115,14 @@ def _is_command(text: str) -> bool:
 
 @functools.cache
 def said_by_the_code() -> tuple[str, ...]:
-    """Every text of the program's, with its variable parts as `…`."""
+    """Every text of the program's but docstrings, with its variable parts as `…`."""
     found: set[str] = set()
     for room in ROOMS:
         for file in sorted((ROOT / room).rglob("*.py")):
-            for node in ast.walk(ast.parse(file.read_text())):
-                if (text := _text(node)) is not None and " " in text:
+            tree = ast.parse(file.read_text())
+            about = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+            for node in ast.walk(tree):
+                if id(node) not in about and (text := _text(node)) is not None and len(text) > 8:
                     found.add(" ".join(text.split()))
     return tuple(sorted(found))
 

@@ -87,7 +87,7 @@ def test_words_that_are_a_command_without_its_program_can_be_typed() -> None:
     for page in PAGES:
         for text in inline(page):
             first, *rest = text.split()
-            if first in (*groups, "gc") and rest and not {"…", "rm"} & set(rest):
+            if first in (*groups, "gc") and rest and not {"…", "rm", "="} & set(rest):
                 parsed((first, *rest), whole=False)
 
 
@@ -106,6 +106,7 @@ RUN: dict[str, tuple[tuple[str, ...], set[int]]] = {
     "volumes create data --size 1Gi": ((), {0}),
     "volumes create files --size 1Gi -p backend=directory -p quota=none": ((), {0}),
     "volumes snapshots": ((), {0}),
+    "volumes work": ((), {0}),
     "volumes forget ID": (("--yes",), {0, 1}),
     "volumes adopt": (("{tmp}/state-disk.img", "--name", "adopted"), {0}),
     "volumes adopt FILE --name NAME": ((), {0}),
@@ -267,7 +268,7 @@ _VERBS = {
     "uncordon",
 }
 _KINDS = {
-    "pod", "pods", "pv", "pvc", "csidriver", "csinode", "csistoragecapacities", "deployment", "namespace", "crd", "node",
+    "pod", "pods", "pv", "pvc", "csidriver", "csinode", "csistoragecapacities", "deployment", "namespace", "crd", "node", "nodes",
     "volumesnapshotcontents", "status",
 }  # fmt: skip
 
@@ -356,7 +357,8 @@ FORM = {
     "pip install .", "ln -s /opt/runvol/bin/runvol /usr/local/bin/runvol", "install -d /etc/runvol", "cat",
     "apt-get install python3-venv e2fsprogs xfsprogs util-linux tar",
     "apt-get install thin-provisioning-tools lvm2", "modprobe -a dm_mod dm_thin_pool", "modprobe dm_thin_pool",
-    "modprobe loop", "modprobe nfs", "rm FILE", "rm -r", "chattr -i", "chattr +A", "blkdiscard -z DEVICE", "sh -c nc -w 3 SERVER 2049 < /dev/null && echo reached",
+    "modprobe loop", "modprobe nfs", "rm FILE", "rm -r", "chattr -i", "chattr +A", "blkdiscard -z DEVICE", "truncate -s 0 FILE",
+    "truncate -s BYTES FILE", "losetup -l", "journalctl -u runvol-csi", "sh -c nc -w 3 SERVER 2049 < /dev/null && echo reached",
     "skopeo copy oci-archive:runvol-image.tar docker://REGISTRY/runvol:0.1.0",
     "ctr -n k8s.io images import runvol-image.tar", "ctr -n NAMESPACE images check --snapshotter runvol",
     "ctr -n NAMESPACE tasks rm -f CONTAINER", "ctr -n NAMESPACE containers rm CONTAINER",
