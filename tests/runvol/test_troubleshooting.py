@@ -33,7 +33,7 @@ def _words(text: str) -> frozenset[str]:
 
 def _alike(fragment: str, template: str) -> int:
     """How many letters of `fragment` stand in `template`, whose `…` may be anything; 0 if it does not fit."""
-    best: dict[int, int] = {place: 0 for place in range(len(template) + 1)}
+    best: dict[int, int] = dict.fromkeys(range(len(template) + 1), 0)
     for letter in fragment:
         following: dict[int, int] = {}
         for place, count in best.items():
