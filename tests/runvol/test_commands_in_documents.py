@@ -91,6 +91,20 @@ def test_words_that_are_a_command_without_its_program_can_be_typed() -> None:
                 parsed((first, *rest), whole=False)
 
 
+def test_commands_stand_in_fenced_blocks() -> None:
+    """Those that are only indented would be looked at by nobody."""
+    for page in PAGES:
+        text = re.sub(r"^[ \t]*```.*?^[ \t]*```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+        assert not re.findall(r"^ {4,}(?:runvol|kubectl|helm|systemctl) .*", text, re.MULTILINE), page.name
+
+
+def test_an_image_that_is_named_is_this_version() -> None:
+    from runvol import version
+
+    for page in PAGES:
+        assert set(re.findall(r"/runvol:(\d[\w.]*)", page.read_text())) <= {version()}, page.name
+
+
 # -- run as typed
 
 # What a page's words stand for on the node of these tests, and what has to be said besides there.
@@ -115,6 +129,7 @@ RUN: dict[str, tuple[tuple[str, ...], set[int]]] = {
     "where NAMESPACE/POD": ((), {0}),
     "detect NAMESPACE/NAME": ((), {0, 3}),
     "doctor": ((), {0, 1, 3}),
+    "doctor --json": ((), {0, 1, 3}),
     "support-bundle [FILE]": ((), {0, 3}),
     "gc --dry-run": ((), {0}),
     "gc": ((), {0}),
