@@ -134,6 +134,26 @@ def find(path: str) -> list[str]:
     return found
 
 
+def whole(path: str, *, writable: bool = False) -> str | None:
+    """A loop device on the whole file `path` that goes on standing on it, of several one that others are mapped over;
+    None if there is none. One with an offset shows the file shifted, and one that is read-only takes no writes: those
+    are left to whoever has made them to look inside."""
+    there = sorted(find(path), key=lambda device: not _holders(device))
+    return next((one for one in there if not (writable and _is_read_only(one)) and be_kept(one, path)), None)
+
+
+def _holders(device: str) -> list[str]:
+    try:
+        return os.listdir(f"/sys/block/{os.path.basename(device)}/holders")
+    except FileNotFoundError:
+        return []
+
+
+def _is_read_only(device: str) -> bool:
+    under = backing(device)
+    return under is None or under.read_only
+
+
 def stands_on(device: str, path: str) -> bool:
     """Whether `device` stands on the file `path` now."""
     under = backing(device)

@@ -179,9 +179,9 @@ class _Found:
             raise BadRequest(option, path, "does not exist") from None
         if not regular:
             raise BadRequest(option, path, "is no regular file")
-        found = loops.find(path)
-        if found:
-            return found[0]
+        found = loops.whole(path, writable=True)
+        if found is not None:
+            return found
         try:
             exclusivity.prove_free(path, past_known=False)
         except DeviceBusy as error:

@@ -7,7 +7,7 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from blockdev import Deadline, durable, ioctls, loops
 from blockdev.commands import run
@@ -215,12 +215,12 @@ def _assemble(
         raise Unavailable(f"the repair of pool {it.name} did not end: repeat `runvol pool check --repair`")
     metadata, data = below.attach(deadline)
     if found is None:
-        _prove_free(it, metadata, data)
+        _prove_free(it, metadata, data, below.others(metadata, data))
         if check:
             check_metadata(it.name, metadata, deadline)
         map_pool(mapper, below, metadata, data)
     elif found.suspended:
-        mapper.resume(it.name)
+        _resume(mapper, it.name, metadata, data)
     pool = Pool(mapper, it.name, it.identity, metadata, limits)
     pool.remedies = backing.remedies(it)
     return pool
@@ -240,16 +240,31 @@ def map_pool(mapper: Mapper, below: Backing, metadata: str, data: str) -> None:
     except MapperError as error:
         mapper.remove(it.name)
         raise Unavailable(f"{error}, on {metadata} and {data}; the kernel's log has the reason") from None
-    mapper.resume(it.name)
+    _resume(mapper, it.name, metadata, data)
 
 
-def _prove_free(it: Description, metadata: str, data: str) -> None:
+def _resume(mapper: Mapper, name: str, metadata: str, data: str) -> None:
+    """Let the pool go on. One that cannot, as its devices are not what its metadata say, is unmapped: it would keep
+    them from whoever puts them right. Unavailable."""
+    try:
+        mapper.resume(name)
+    except MapperError as error:
+        with contextlib.suppress(MapperError):
+            mapper.remove(name)
+        raise Unavailable(
+            f"{error}, on {metadata} and {data}: one of them is smaller than the pool says, or cannot be read; the "
+            "kernel's log has the reason"
+        ) from None
+
+
+def _prove_free(it: Description, metadata: str, data: str, others: Sequence[str]) -> None:
     """Unavailable where anybody has one of the devices: what is mapped over it, mounted from it or swapped to.
 
     Let go of at once, as the kernel takes them for the table: who came first is decided by the pool's name then.
     """
-    for device in (metadata, data):
-        with _alone_on(device, f", on which pool {it.name} stands,"):
+    for device in (metadata, data, *others):
+        flags = os.O_RDONLY if device in others else os.O_RDWR
+        with _alone_on(device, f", on which pool {it.name} stands,", flags):
             pass
 
 
@@ -319,10 +334,10 @@ def _unmap(mapper: Mapper, pool: Pool) -> None:
 
 
 @contextlib.contextmanager
-def _alone_on(device: str, which: str = "") -> Iterator[None]:
+def _alone_on(device: str, which: str = "", flags: int = os.O_RDWR) -> Iterator[None]:
     """Nobody maps the device, mounts it or writes to it alone inside; Unavailable where somebody does."""
     try:
-        fd = os.open(device, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC)
+        fd = os.open(device, flags | os.O_EXCL | os.O_CLOEXEC)
     except OSError as error:
         if error.errno != errno.EBUSY:
             raise

@@ -314,6 +314,12 @@ class Backing:
         elif part == "data":
             self.mark()
 
+    def others(self, *ours: str) -> list[str]:
+        """Loop devices on the pool's files besides these, as somebody may have made them to look inside."""
+        it = self.description
+        found = [one for path in (it.metadata, it.data) for one in loops.find(path)] if it.kind == "loop" else []
+        return [one for one in found if one not in ours]
+
     def detach(self, deadline: Deadline) -> None:
         """Let go of what `attach` bound; logical volumes stay active."""
         it = self.description
@@ -330,8 +336,7 @@ class Backing:
 def _loop(path: str, deadline: Deadline) -> str:
     if not os.path.isfile(path):
         raise Unavailable(_ABSENT.format(path))
-    found = loops.find(path)
-    return found[0] if found else loops.attach(path, deadline=deadline)
+    return loops.whole(path, writable=True) or loops.attach(path, deadline=deadline)
 
 
 def _grow(path: str, more: int) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
@@ -16,7 +15,8 @@ from dataclasses import replace
 from blockdev import Deadline, filesystems, sparse
 from blockdev.commands import run
 from snapshotter import strangers
-from snapshotter.errors import BadRequest, SnapshotterError
+from snapshotter.errors import BadRequest, SnapshotterError, TookTooLong
+from snapshotter.locks import Held, Locks
 from snapshotter.pool import Pool
 from snapshotter.store import Store
 from snapshotter.tables import Base
@@ -32,6 +32,8 @@ _EXT4_PLACE, _XFS_PLACES, _PLACE_BYTES = 2 << 30, 4, 256 << 10
 EMPTY = "empty "
 # Seconds after which a base of another size than the configured ones is not needed any more; longer than a call.
 _UNUSED = 3600.0
+# Seconds that what is done behind the calls waits for one that is being made.
+_PATIENCE = 20.0
 
 
 def rounded(size: int) -> int:
@@ -45,12 +47,14 @@ def of_layer(fstype: str, layer: int) -> str:
 
 
 def _layer_in(kind: str) -> int:
-    return int(kind.partition(" of ")[2] or "0")
+    said = kind.partition(" of ")[2]
+    return int(said) if said.isascii() and said.isdecimal() else 0
 
 
 def _sizes_in(fact: str) -> tuple[str, int]:
-    fstype, size = fact.removeprefix(EMPTY).split()
-    return fstype, int(size)
+    """A type that is none, which nobody needs, for a fact that nobody has written."""
+    fstype, _, size = fact.removeprefix(EMPTY).partition(" ")
+    return (fstype, int(size)) if size.isascii() and size.isdecimal() else ("", 0)
 
 
 def check(fstype: str, size: int, *, field: str = "size") -> None:
@@ -83,7 +87,7 @@ class Bases:
         self, store: Store, pool: Pool, directory: str, kept: Collection[tuple[str, int]] = ()
     ) -> None:  # fmt: skip
         self._store, self._pool, self._directory, self._kept = store, pool, directory, frozenset(kept)
-        self._lock = threading.Lock()
+        self._turns = Locks()
         self._ready: dict[tuple[str, int], int] = {}
         self._asked: dict[tuple[str, int], float] = {}
         self.unused_after = _UNUSED
@@ -95,7 +99,7 @@ class Bases:
         known = self._ready.get((fstype, size))
         if known is not None:
             return known
-        with self._lock:
+        with self._turn(fstype, size, deadline):
             base = self._store.base(fstype, size)
             if base is None or not base.ready:
                 self._pool.admit(*cost(fstype, size, 0, size))
@@ -103,9 +107,13 @@ class Bases:
             self._ready[fstype, size] = base.device
             return base.device
 
-    def forget(self, fstype: str, size: int) -> None:
+    def _turn(self, fstype: str, size: int, deadline: Deadline) -> Held:
+        """One at a time for each base: making one takes as long as the disk does, and may hang. TookTooLong."""
+        return self._turns.held(f"the empty {fstype} of {size} bytes", deadline=deadline)
+
+    def forget(self, fstype: str, size: int, deadline: Deadline) -> None:
         """The pool turned out not to have this base: the next demand makes it anew."""
-        with self._lock:
+        with self._turn(fstype, size, deadline):
             self._ready.pop((fstype, size), None)
             base = self._store.base(fstype, size)
             if base is not None:
@@ -124,7 +132,10 @@ class Bases:
             if base.ready and self._is_unused(base, now):
                 if (base.fstype, base.size) in first:
                     leaving(base)
-                with self._lock:
+                with (
+                    contextlib.suppress(TookTooLong),
+                    self._turn(base.fstype, base.size, Deadline.after(_PATIENCE)),
+                ):
                     if self._is_unused(base, now):
                         self._drop(base)
         needed = first | {(base.fstype, base.size) for base in self._store.bases()}
@@ -147,14 +158,15 @@ class Bases:
         self._asked.pop((base.fstype, base.size), None)
 
     def drop_unfinished(self) -> None:
-        """Bases that a killed process was making."""
-        # Under the lock, as one that a call of this process is making right now is not left over.
-        with self._lock:
-            left = [base for base in self._store.bases() if not base.ready]
-            with self._store.transaction():
-                for base in left:
-                    self._store.abandon(base.device, time.time_ns())
-                    self._store.forget_base(base)
+        """Bases that a killed process was making; not one that a call of this process is making right now."""
+        for left in self._store.bases():
+            if not left.ready:
+                with contextlib.suppress(TookTooLong), self._turn(left.fstype, left.size, Deadline.after(0.1)):
+                    now = self._store.base(left.fstype, left.size)
+                    if now == left:
+                        with self._store.transaction():
+                            self._store.abandon(left.device, time.time_ns())
+                            self._store.forget_base(left)
 
     def grown(
         self, fstype: str, layer: int, size: int, create: Callable[[int], None], deadline: Deadline
@@ -169,7 +181,7 @@ class Bases:
         self._asked[kind, size] = time.monotonic()
         if (known := self._ready.get((kind, size))) is not None:
             return known
-        with self._lock:
+        with self._turn(kind, size, deadline):
             base = self._store.base(kind, size)
             if base is None or not base.ready:
                 if not again:

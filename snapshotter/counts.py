@@ -146,13 +146,13 @@ class Counts:
 
     def empty(self, fstype: str, size: int, deadline: Deadline) -> Counted:
         """The base of first layers. It does not change either; it may be gone, what was counted of it is not."""
-        said = self._store.read_fact(f"{EMPTY}{fstype} {size}")
-        if said is None:
+        said = (self._store.read_fact(f"{EMPTY}{fstype} {size}") or "").split()
+        if len(said) != 2 or not all(map(str.isdecimal, said)):
             base = self._store.base(fstype, size)
             if base is None or not base.ready:
                 return Counted(mapped=0, inodes=0)
             return self.count_base(base, deadline)
-        mapped, inodes = map(int, said.split())
+        mapped, inodes = map(int, said)
         return Counted(mapped=mapped, inodes=inodes)
 
     def count_base(self, base: Base, deadline: Deadline) -> Counted:

@@ -32,6 +32,16 @@ class WrongState(SnapshotterError):
     """FAILED_PRECONDITION."""
 
 
+class RowDamaged(WrongState):
+    """What the store says of one snapshot is nothing that it can have written; all others are as they were."""
+
+    def __init__(self, key: str, why: str) -> None:
+        super().__init__(
+            f"what the store says of snapshot {key!r} is damaged ({why}): remove the snapshot and make it anew; its "
+            "device is quarantined then"
+        )
+
+
 class PoolFull(SnapshotterError):
     """RESOURCE_EXHAUSTED."""
 

@@ -43,7 +43,8 @@ _OPTIONS = ("nodev", "nosuid", "noexec", "noatime", "noinit_itable")
 _GRAIN = 2048
 # Seconds between two looks at the pool, and for what the gauge's disk may take.
 PAUSE, _PATIENCE = 5.0, 60.0
-_DAMAGED = (errno.EROFS, errno.EIO, errno.EUCLEAN, errno.EBADMSG)
+# What says nothing of the gauge itself: a node that has too little of something.
+_SCARCE = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EINTR, errno.EAGAIN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +135,7 @@ class Gauge:
         try:
             self._weigh(wanted)
         except OSError as error:
-            if error.errno not in _DAMAGED:
+            if error.errno in _SCARCE:
                 raise
             log.warning("the gauge is made anew", extra={"path": self.path, "why": str(error)})
             self._make(size)

@@ -256,8 +256,7 @@ def _attached(place: str, size: int, parts: Parts, deadline: Deadline) -> tuple[
 
 
 def _loop(path: str, deadline: Deadline) -> str:
-    found = loops.find(path)
-    return found[0] if found else loops.attach(path, deadline=deadline, read_only=True)
+    return loops.whole(path) or loops.attach(path, deadline=deadline, read_only=True)
 
 
 def _detach(number: str) -> None:

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from snapshotter import backing
 from snapshotter.errors import PoolFull, PoolRefused, Unavailable
 from snapshotter.pool import KEEPER, DeviceMissing, DeviceThere, Pool
+from snapshotter.tables import LOG_FLAGS
 
 _PLACES, _STEP, _PAGE, _CHUNK = 4, 1 << 28, 4096, 64 << 10
 SIZE = _STEP * (_PLACES + 1)
@@ -35,8 +36,6 @@ HEAD = _PAGE * (_PLACES + 1)
 # Magic, version, number of the copy, stamp, nanoseconds since 1970, bytes, SHA-256 of them, lineage; then a checksum.
 _HEADER = struct.Struct("<8sIQQQQ32s16s")
 _MAGIC, _VERSION = b"runvolsc", 1
-# Of SQLite's file format: whether readers and writers expect a write-ahead log, which a copy has not.
-_LOG_FLAGS = slice(18, 20)
 # Of this process, by the pool's identity.
 _HELD: weakref.WeakValueDictionary[str, Keeper] = weakref.WeakValueDictionary()
 
@@ -149,7 +148,7 @@ class Keeper:
             content += part
         if hashlib.sha256(content).digest() != copy.digest:
             return None
-        content[_LOG_FLAGS] = b"\1\1"
+        content[LOG_FLAGS] = b"\1\1"
         found = sqlite3.connect(":memory:", isolation_level=None)
         found.deserialize(bytes(content))
         return found

@@ -71,9 +71,9 @@ class Origins:
             return above.fstype, self._wanted_size(key, labels, _origin_in(above))
         return labels.get(LABEL_FSTYPE, self._sizes.fstype), self._first_size(key, labels)
 
-    def forget(self, origin: Origin) -> None:
+    def forget(self, origin: Origin, deadline: Deadline) -> None:
         """The pool turned out not to have this base."""
-        self._bases.forget(origin.base, origin.size)
+        self._bases.forget(origin.base, origin.size, deadline)
 
     def _of(self, key: str, parent: str, labels: Mapping[str, str], deadline: Deadline) -> Origin:
         if parent:

@@ -149,15 +149,16 @@ class Pool(ReadPool):
     def flush(self, device: int) -> None:
         """What was written to the device is on the disk, mappings included; nothing if it is not mapped.
 
-        Hangs where the pool has no room (`writebacks` is for calls).
+        Hangs where the pool has no room (`writebacks` is for calls). OSError says that some of it is lost, Unavailable
+        that nobody knows.
         """
         try:
             fd = os.open(self.path(device), os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
+        except OSError as error:
             # Who has unmapped it has flushed it.
             if self.find(device) is None:
                 return
-            raise
+            raise Unavailable(f"{self.path(device)} cannot be opened to flush it: {error.strerror}") from None
         try:
             os.fsync(fd)
         finally:

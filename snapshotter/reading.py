@@ -1,19 +1,24 @@
 """What stands in the store, as last committed: for List's walks, for Stat and Usage, for what looks for work behind.
 
 Reading never waits for a writer, and holds nothing between two pages of a walk. Of an intent that was fulfilled, and is
-written down as that only later, the snapshot is seen at once.
+written down as that only later, the snapshot is seen at once. A row that is damaged is told and passed over: only who
+asks for that very snapshot is refused.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+from blockdev.dm_targets import MAX_THIN_ID
 from snapshotter.database import Database
+from snapshotter.errors import RowDamaged
 from snapshotter.model import Snapshot, State
-from snapshotter.tables import BASES, COLUMNS, Base, Counted, Row, base_of, snapshot_of
+from snapshotter.tables import BASES, COLUMNS, LARGEST, Base, Counted, Row, base_of, snapshot_of, without
 
+log = logging.getLogger("runvol.snapshotter")
 _PAGE = 256
 
 
@@ -26,20 +31,23 @@ class Reading(Database):
         self._made: dict[str, int] = {}
         # Whether the table of what snapshots use is there.
         self.counting = False
+        # Keys of rows that were found damaged; those that were removed since too.
+        self.damaged: set[str] = set()
+        self._walked = False
 
     # -- snapshots ------------------------------------------------------------------------------------------------
 
     def get(self, key: str) -> Snapshot | None:
-        """The row as last committed."""
-        found = self._many("key = ?", key)
-        return found[0] if found else None
+        """The row as last committed. RowDamaged."""
+        found = self._rows("key = ?", key)
+        return self._seen(found[0]) if found else None
 
     def pages(self) -> Iterator[list[Snapshot]]:
         """All rows in the order of their keys, some at a time; no lock and no transaction is held between the pages."""
         after = ""
-        while rows := self._many(f"key > ? ORDER BY key LIMIT {_PAGE}", after):
-            yield rows
-            after = rows[-1].key
+        while rows := self._rows(f"key > ? ORDER BY key LIMIT {_PAGE}", after):
+            yield self._sound(rows)
+            after = rows[-1][0]
 
     def intents(self) -> list[Snapshot]:
         """Rows whose device may not exist yet."""
@@ -57,7 +65,7 @@ class Reading(Database):
 
     def owners(self, device: int) -> list[str]:
         """Keys of the snapshots that have this device: one, or none."""
-        return [row.key for row in self.of_device(device)]
+        return self.owners_of([device]).get(device, [])
 
     def owners_of(self, devices: Iterable[int]) -> dict[int, list[str]]:
         """Keys of the snapshots that have one of these devices, by device."""
@@ -74,8 +82,31 @@ class Reading(Database):
         return self._numbers("SELECT count(*) FROM snapshots")[0]
 
     def _many(self, where: str, *values: object) -> list[Snapshot]:
-        rows = self.query(f"SELECT {COLUMNS} FROM snapshots WHERE {where}", *values)  # noqa: S608
-        return [self._seen(row) for row in rows]
+        return self._sound(self._rows(where, *values))
+
+    def _rows(self, where: str, *values: object) -> list[Row]:
+        return self.query(f"SELECT {COLUMNS} FROM snapshots WHERE {where}", *values)  # noqa: S608
+
+    def _sound(self, rows: Iterable[Row]) -> list[Snapshot]:
+        """Those that are not damaged."""
+        found = []
+        for row in rows:
+            try:
+                found.append(self._seen(row))
+            except RowDamaged as error:
+                if row[0] not in self.damaged:
+                    log.error("a row of the store is passed over", extra={"store": self.path, "why": str(error)})
+                self.damaged.add(row[0])
+        return found
+
+    def image(self) -> bytes:
+        """See `Database.image`; without rows that are damaged, for whose sake the copy would be no use."""
+        if not self._walked:
+            for _ in self.pages():
+                pass
+            self._walked = True
+        content = super().image()
+        return without(content, self.damaged) if self.damaged else content
 
     def _seen(self, row: Row) -> Snapshot:
         found = snapshot_of(row)
@@ -100,7 +131,13 @@ class Reading(Database):
 
     def doomed(self) -> dict[int, int]:
         """Devices to delete, oldest first, with their sizes."""
-        return dict(self.query("SELECT device, size FROM doomed ORDER BY since, device"))
+        return dict(
+            self.query(
+                "SELECT device, CASE WHEN size BETWEEN 0 AND ?2 THEN size ELSE 0 END FROM doomed "
+                "WHERE device BETWEEN 1 AND ?1 ORDER BY since, device",
+                MAX_THIN_ID, LARGEST,
+            )
+        )  # fmt: skip
 
     def quarantined(self) -> list[int]:
         return self._numbers("SELECT device FROM quarantined ORDER BY device")
@@ -130,7 +167,9 @@ class Reading(Database):
         return found[0] if found else None
 
     def bases(self) -> list[Base]:
-        return [base_of(row) for row in self.query(BASES)]
+        """One whose device or size is damaged is none: the next demand makes another."""
+        found = [base_of(row) for row in self.query(BASES)]
+        return [base for base in found if 0 < base.device <= MAX_THIN_ID and 0 < base.size <= LARGEST]
 
     def _numbers(self, query: str, *values: int) -> list[int]:
         return [int(row[0]) for row in self.query(query, *values)]

@@ -17,7 +17,7 @@ from blockdev import Deadline
 from blockdev.devicemapper import Mapper
 from snapshotter import images, past, seals
 from snapshotter.alone import Alone, alone
-from snapshotter.errors import NotFound, PoolRefused
+from snapshotter.errors import NotFound, PoolRefused, RowDamaged
 from snapshotter.model import Snapshot
 from snapshotter.store import Store
 from snapshotter.tables import Contents
@@ -121,7 +121,7 @@ def _take_rows(
     """The devices of those rows that came back. Inside a transaction."""
     back = set[int]()
     for row in rows:
-        here = store.find(row.key)
+        here = _found(store, row.key)
         kept = here is not None and (here.device in trusted or not here.device)
         if kept or row.device in decided | back:
             continue
@@ -132,6 +132,14 @@ def _take_rows(
         back |= {row.device} - {0}
         report.restored.append(row.key)
     return back
+
+
+def _found(store: Store, key: str) -> Snapshot | None:
+    """A row that is damaged is none: the copy's takes its place."""
+    try:
+        return store.find(key)
+    except RowDamaged:
+        return None
 
 
 def _is_kept(store: Store, name: str) -> bool:

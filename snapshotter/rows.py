@@ -15,7 +15,7 @@ class Rows(Reading):
     # -- snapshots ------------------------------------------------------------------------------------------------
 
     def find(self, key: str) -> Snapshot | None:
-        """The row, as this transaction sees it."""
+        """The row, as this transaction sees it. RowDamaged."""
         row = self.execute(f"SELECT {COLUMNS} FROM snapshots WHERE key = ?", key).fetchone()  # noqa: S608
         return None if row is None else self._seen(row)
 

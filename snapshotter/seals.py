@@ -114,10 +114,9 @@ class Seals:
         path, name = self._path(layer), self._name(view.device)
         if not os.path.exists(path):
             raise SnapshotterError(f"the seal {path} of the layer under {view.key!r} is gone; pull its image again")
-        hashes = loops.find(path)
         table = Verity(
             length=view.size // SECTOR, data=self._pool.path(view.device),
-            hashes=hashes[0] if hashes else loops.attach(path, deadline=deadline, read_only=True),
+            hashes=loops.whole(path) or loops.attach(path, deadline=deadline, read_only=True),
             data_blocks=view.size // verity.BLOCK, hash_start=0, root=seal[0], salt=seal[1],
         )  # fmt: skip
         uuid = f"RUNVOL-SEAL-{self._pool.identity}-{view.device}"
@@ -165,7 +164,8 @@ class Seals:
             if not name.isdecimal() or f"{FACT}{name}" not in known or int(name) not in devices:
                 os.unlink(os.path.join(self._directory, name))
                 gone.append(name)
-        stale = [fact for fact in known if int(fact.removeprefix(FACT)) not in devices]
+        numbers = {fact: fact.removeprefix(FACT) for fact in known}
+        stale = [fact for fact, one in numbers.items() if not one.isdecimal() or int(one) not in devices]
         if stale:
             with self._store.transaction():
                 self._store.forget_facts(stale)

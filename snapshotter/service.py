@@ -43,6 +43,8 @@ _GRACE = 1.0
 # How long a List may stand still, and how long it may take in all, in seconds; how many there may be at once, and for
 # how long one stands still at least before a new one takes its place then.
 _STILL, _LONGEST, _LISTS, _SURELY = 7.0, 300.0, 32, 1.0
+# Characters of what a refusal says: it may quote what a caller has sent.
+_LONGEST_MESSAGE = 4000
 _QUICK = ("Mounts", "Remove", "Stat", "Update", "Cleanup")
 Observer = Callable[[str, str, float], None]
 
@@ -222,15 +224,15 @@ class Service:
         code = wire.code_of(error)
         if self._observe is not None:
             self._observe(name, code.name, seconds)
-        facts = {"rpc": name, "key": key, "code": code.name, "ms": round(seconds * 1000, 2)}
-        message = str(error)
+        facts = {"rpc": name, "key": key[:_LONGEST_MESSAGE], "code": code.name, "ms": round(seconds * 1000, 2)}
+        message = str(error)[:_LONGEST_MESSAGE]
         if code is grpc.StatusCode.INTERNAL:
             log.error("call failed", extra={**facts, "call": number}, exc_info=error)
             if not isinstance(error, SnapshotterError):
                 message = f"{type(error).__name__}: {error}; see the snapshotter's log, call {number}"
         elif code is not grpc.StatusCode.NOT_FOUND:
             log.warning("call refused", extra={**facts, "reason": message})
-        context.abort(code, message.encode("utf-8", "replace").decode()[:4000])
+        context.abort(code, message.encode("utf-8", "replace").decode())
         raise AssertionError("abort returned")
 
     def Prepare(self, request: Any, deadline: Deadline) -> Message:

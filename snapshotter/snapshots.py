@@ -28,6 +28,7 @@ from snapshotter.errors import (
     BadRequest,
     NotFound,
     NotOffered,
+    RowDamaged,
     SnapshotterError,
     StoreFailed,
     Unavailable,
@@ -100,7 +101,7 @@ class Snapshotter:
                 row = self._devices.make(row, origin, deadline)
             except DeviceMissing as error:
                 self._intents.drop(row)
-                raise self._lost(parent, origin, error) from None
+                raise self._lost(parent, origin, error, deadline) from None
             except (SnapshotterError, BlockdevError, OSError):
                 # The caller may never come again, and would not find it: an intent is in no list.
                 if row.state is State.PREPARING:
@@ -121,10 +122,10 @@ class Snapshotter:
         self._pool.admit()
         return self._layers.claim(key, parent, labels, fstype, size, deadline)
 
-    def _lost(self, parent: str, origin: Origin, error: DeviceMissing) -> SnapshotterError:
+    def _lost(self, parent: str, origin: Origin, error: DeviceMissing, deadline: Deadline) -> SnapshotterError:
         """What to say where the pool has not what the snapshot was to start from."""
         if origin.base:
-            self._origins.forget(origin)
+            self._origins.forget(origin, deadline)
             return Unavailable(f"{error}; the empty base is made anew, try again")
         above = self._store.get(parent)
         if above is not None and above.device != origin.device:
@@ -220,15 +221,24 @@ class Snapshotter:
                 self._store.confirm()
 
     def _remove(self, key: str, deadline: Deadline) -> None:
-        self._intents.seen(key, deadline)
+        try:
+            self._intents.seen(key, deadline)
+        except RowDamaged:
+            with self._locks.held(key, deadline=deadline), aside(must=False), self._store.transaction():
+                self._refuse_children(key)
+                self._store.remove_damaged(key, time.time_ns())
+            return
         with self._locks.held(key, deadline=deadline), aside(must=False), self._store.transaction():
             row = self._store.find(key)
             if row is None:
                 raise NotFound(key)
-            if self._store.has_children(key):
-                raise WrongState(f"cannot remove snapshot {key!r}: it has children; remove them first")
+            self._refuse_children(key)
             self._store.remove(key, time.time_ns())
         self._after(row.device)
+
+    def _refuse_children(self, key: str) -> None:
+        if self._store.has_children(key):
+            raise WrongState(f"cannot remove snapshot {key!r}: it has children; remove them first")
 
     # -- Stat, Update, List and Usage -----------------------------------------------------------------------------
 

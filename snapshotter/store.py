@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 
+from blockdev.dm_targets import MAX_THIN_ID
 from snapshotter.errors import NotFound
 from snapshotter.foreign import Foreign
 from snapshotter.ids import RUN, Ids
@@ -47,6 +48,17 @@ class Store(Rows):
             "INSERT OR IGNORE INTO doomed SELECT device, ?, size FROM snapshots WHERE key = ? AND device <> 0 "
             "AND device NOT IN (SELECT device FROM quarantined)",
             now, key,
+        )  # fmt: skip
+        self.execute("DELETE FROM snapshots WHERE key = ?", key)
+
+    def remove_damaged(self, key: str, now: int) -> None:
+        """The snapshot, of which nobody knows what it was, is gone. What it had is quarantined, unless another has it
+        too."""
+        self.execute(
+            "INSERT OR IGNORE INTO quarantined SELECT device, ?2 FROM snapshots AS this WHERE key = ?1 "
+            "AND device BETWEEN 1 AND ?3 AND device NOT IN (SELECT device FROM snapshots WHERE key <> ?1) "
+            "AND device NOT IN (SELECT device FROM bases) AND device NOT IN (SELECT device FROM doomed)",
+            key, now, MAX_THIN_ID,
         )  # fmt: skip
         self.execute("DELETE FROM snapshots WHERE key = ?", key)
 

@@ -5,12 +5,14 @@ Whoever changes them keeps what older releases wrote, and what they read: those 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from blockdev.dm_targets import MAX_THIN_ID
+from snapshotter.errors import RowDamaged
 from snapshotter.model import Kind, Snapshot, State
 
 SCHEMA = 1
@@ -52,6 +54,11 @@ COUNTED = (
 )
 STALE = "DELETE FROM counted WHERE device NOT IN (SELECT device FROM snapshots)"
 BASES = "SELECT fstype, size, device, ready FROM bases"
+
+# Bytes of a device, at the most: more than any pool takes.
+LARGEST = 1 << 60
+# Of SQLite's file format: whether readers and writers expect a write-ahead log, which a copy has not.
+LOG_FLAGS = slice(18, 20)
 
 Row = tuple[str, str, int, int, int, int, str, int, int, str, str]
 
@@ -104,7 +111,7 @@ def contents(copy: sqlite3.Connection) -> Contents:
             doomed={int(row[0]): int(row[1]) for row in copy.execute("SELECT device, size FROM doomed")},
             facts={str(row[0]): str(row[1]) for row in copy.execute("SELECT name, value FROM facts")},
         )
-    except TypeError as error:
+    except (RowDamaged, TypeError) as error:
         raise ValueError(str(error)) from None
     devices = [row.device for row in found.rows] + [base.device for base in found.bases] + list(found.doomed)
     for device in devices:
@@ -113,21 +120,46 @@ def contents(copy: sqlite3.Connection) -> Contents:
     return found
 
 
+def without(content: bytes, keys: Iterable[str]) -> bytes:
+    """A copy of a store, as SQLite's file, and the same without these rows."""
+    raw = bytearray(content)
+    raw[LOG_FLAGS] = b"\1\1"
+    with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as copy:
+        copy.deserialize(bytes(raw))
+        copy.executemany("DELETE FROM snapshots WHERE key = ?", ((key,) for key in keys))
+        return copy.serialize()
+
+
 def snapshot_of(row: Row) -> Snapshot:
+    """RowDamaged for what nobody can have written."""
     key, parent, kind, state, device, size, fstype, created, updated, image, labels = row
-    return Snapshot(
-        key=key,
-        parent=parent,
-        kind=Kind(kind),
-        state=State(state),
-        device=device,
-        size=size,
-        fstype=fstype,
-        created=created,
-        updated=updated,
-        image=image,
-        labels=json.loads(labels) if labels else {},
-    )
+    if not 0 <= device <= MAX_THIN_ID:
+        raise RowDamaged(key, f"{device} is no device of a pool")
+    if not 0 <= size <= LARGEST:
+        raise RowDamaged(key, f"{size} is no size of a device")
+    try:
+        return Snapshot(
+            key=key,
+            parent=parent,
+            kind=Kind(kind),
+            state=State(state),
+            device=device,
+            size=size,
+            fstype=fstype,
+            created=created,
+            updated=updated,
+            image=image,
+            labels=_labels_in(labels),
+        )
+    except (ValueError, RecursionError) as error:
+        raise RowDamaged(key, str(error)) from None
+
+
+def _labels_in(text: str) -> dict[str, str]:
+    found = json.loads(text) if text else {}
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise ValueError("its labels are none")
+    return found
 
 
 def base_of(row: tuple[str, int, int, int]) -> Base:

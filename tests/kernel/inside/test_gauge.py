@@ -9,7 +9,7 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -121,7 +121,18 @@ def test_what_somebody_does_to_it_is_put_right(gauge: Gauge) -> None:
     def unlinked() -> None:
         os.unlink(gauge.file)
 
-    for harm in (unmounted, written, emptied, read_only, covered, unlinked):
+    def replaced(make: Callable[[str], object]) -> Callable[[], None]:
+        def harm() -> None:
+            emptied()
+            make(f"{gauge.path}/ballast.0")
+
+        return harm
+
+    def fixed() -> None:
+        subprocess.run(["chattr", "+i", f"{gauge.path}/ballast.0"], check=True)
+
+    others = (os.mkdir, os.mkfifo, lambda path: os.symlink("/etc/passwd", path))
+    for harm in (unmounted, written, emptied, read_only, covered, unlinked, fixed, *map(replaced, others)):
         gauge.show(wanted)
         harm()
         gauge.show(Fill(total=1 << 30, available=1 << 28))

@@ -264,6 +264,47 @@ def _lose_store(lab: Lab) -> None:
             os.unlink(os.path.join(lab.state, STORE + suffix))
 
 
+@pytest.mark.parametrize(("part", "how"), [("data", "-o1M"), ("metadata", "-o4K"), ("data", "-r"), ("metadata", "-r")])
+def test_a_loop_device_that_somebody_made_to_look_inside_is_not_the_pools(lab: Lab, part: str, how: str) -> None:
+    lab.layer("layer", files={"f": b"content" * 5000})
+    it = lab.description
+    lab.stop()
+    with Mapper() as mapper:
+        assembly.disassemble(mapper, *assembly.assemble(mapper, lab.state, soon()), soon())
+    file = it.data if part == "data" else it.metadata
+    # As an extension that was killed has left it: longer than the pool, so that it would do with an offset too.
+    os.truncate(file, os.path.getsize(file) + 4 * MIB)
+    done = subprocess.run(["losetup", "--show", how, "-f", file], capture_output=True, text=True, check=True)
+    theirs = done.stdout.strip()
+    try:
+        lab.start()
+        assert lab.read("layer", "f") == b"content" * 5000
+        lab.layer("another", files={"g": b"more" * 50000})
+        assert lab.read("another", "g") == b"more" * 50000
+        lab.extender().extend("data", 8 * MIB, soon())
+    finally:
+        subprocess.run(["losetup", "-d", theirs], check=False)
+
+
+def test_a_pool_whose_disk_has_become_too_small_is_served_once_it_is_as_it_was(lab: Lab) -> None:
+    lab.layer("layer", files={"f": b"content"})
+    it = lab.description
+    lab.stop()
+    with Mapper() as mapper:
+        assembly.disassemble(mapper, *assembly.assemble(mapper, lab.state, soon()), soon())
+    size = os.path.getsize(it.data)
+    os.truncate(it.data, size - MIB)
+    with pytest.raises(Unavailable, match="is smaller than the pool says"):
+        lab.start()
+    assert lab.node.mapper.find(it.name) is None
+    lab.stop()
+    os.truncate(it.data, size)
+    for device in loops.find(it.data):
+        loops.resize(device)
+    lab.start()
+    assert lab.read("layer", "f") == b"content"
+
+
 def test_a_lost_store_quarantines_what_the_pool_has_and_new_work_goes_on(lab: Lab) -> None:
     lab.layer("layer", files={"f": b"x"})
     lab.prepare("a", "layer")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import subprocess
@@ -12,6 +13,7 @@ from collections.abc import Callable
 import pytest
 
 from blockdev import Deadline, ioctls, superblocks
+from snapshotter import bases
 from snapshotter.errors import (
     AlreadyExists,
     BadRequest,
@@ -20,10 +22,12 @@ from snapshotter.errors import (
     PoolFull,
     SnapshotterError,
     TookTooLong,
+    Unavailable,
     WrongState,
 )
-from snapshotter.model import Kind
+from snapshotter.model import LABEL_SIZE, Kind
 from snapshotter.pool import Limits
+from snapshotter.tables import Base
 from tests.kernel.inside.lab import MIB, Lab, mounted, soon
 
 pytestmark = pytest.mark.short
@@ -287,8 +291,6 @@ def test_a_hundred_prepares_at_once(lab: Lab) -> None:
 
 
 def test_stat_answers_while_a_mkfs_takes_its_time(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    from snapshotter import bases
-
     run, begun, release = bases.run, threading.Event(), threading.Event()
 
     def slow(program: str, *arguments: str, **more: object) -> object:
@@ -428,6 +430,55 @@ def test_a_base_that_is_being_made_while_a_start_recovers_is_kept(lab: Lab, monk
     lab.reap()
     lab.prepare("b")
     assert not lab.leaks()
+
+
+def test_a_base_that_takes_long_keeps_nobody_else_and_its_own_callers_no_longer_than_their_limit(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab.prepare("warm up the base")
+    made, begun, release = bases.Bases._made, threading.Event(), threading.Event()
+
+    def slow(these: bases.Bases, fstype: str, size: int, deadline: Deadline) -> Base:
+        if size == 64 * MIB:
+            begun.set()
+            release.wait(60)
+        return made(these, fstype, size, deadline)
+
+    monkeypatch.setattr(bases.Bases, "_made", slow)
+    maker = threading.Thread(target=lambda: lab.prepare("slow", size=str(64 * MIB)))
+    maker.start()
+    try:
+        assert begun.wait(10)
+        started = time.monotonic()
+        lab.prepare("other", size=str(48 * MIB))
+        with pytest.raises(TookTooLong, match="another call uses it"):
+            lab.node.snapshots.prepare("same", "", {LABEL_SIZE: str(64 * MIB)}, Deadline.after(1))
+        lab.node.bases.drop_unfinished()
+        assert time.monotonic() - started < 20
+    finally:
+        release.set()
+        maker.join()
+    assert {"slow", "other"} <= set(lab.names())
+    lab.reap()
+    assert not lab.leaks()
+
+
+def test_a_flush_that_could_not_begin_is_no_loss(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    with mounted(lab.prepare("a")) as root:
+        (root / "f").write_bytes(b"mine")
+    opened, path = os.open, lab.node.pool.path(lab.stat("a").device)
+
+    def none_left(name: str, *arguments: int, **more: int) -> int:
+        if name == path:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return opened(name, *arguments, **more)
+
+    with monkeypatch.context() as scarce:
+        scarce.setattr("snapshotter.pool.os.open", none_left)
+        with pytest.raises(Unavailable, match="Too many open files"):
+            lab.commit("layer", "a")
+    lab.commit("layer", "a")
+    assert lab.read("layer", "f") == b"mine"
 
 
 def test_a_snapshot_that_was_answered_is_never_replaced_after_a_kill(lab: Lab) -> None:
