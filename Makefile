@@ -47,7 +47,7 @@ test-cluster: prepare
 	@tests/prepare/debian.sh image
 	@RUNVOL_CLUSTER_TIER=1 .venv/bin/python -m pytest tests/cluster $(SHORT_CLUSTER) $(ARGS)
 
-# Kubernetes' own tests against each driver file; ARGS are BACKENDs and more. In a user-mode kernel where there is no NFS client.
+# Kubernetes' own tests against each driver file; ARGS are BACKENDs and more.
 test-e2e: prepare
 	@tests/prepare/cluster.sh
 	@tests/prepare/debian.sh image

@@ -30,7 +30,7 @@ _OF_SERVICES = re.compile(
 # How alike a variable must be to one of ours, of 1, to be a misspelt one.
 _ALIKE = 0.9
 # What people type for a setting, on the command that has it.
-_FLAGS = {
+FLAGS = {
     "paths.state_dir": "--state-dir", "paths.run_dir": "--run-dir", "log.level": "--log-level",
     "csi.endpoint": "--endpoint", "csi.nfs_endpoint": "--nfs-endpoint", "csi.services": "--services",
     "node.id": "--node-id", "nri.socket": "--socket", "snapshotter.endpoint": "--endpoint",
@@ -275,7 +275,7 @@ POOL_FILE = "pool.json"
 # As `csi.server` has them.
 SERVICES = ("identity", "controller", "node")
 # Settings that take one of a few words.
-_WORDS = {
+WORDS = {
     "log.level": ("debug", "info", "warning", "error"),
     "log.format": ("text", "json"),
     "detect.rund": ("rund2", "rund3"),
@@ -340,7 +340,7 @@ def load(
             values[key], sources[key] = _typed(key, _from_text(key, environment[variable]), variable), variable
     for key, value in (flags or {}).items():
         if value is not None:
-            flag = _FLAGS.get(key, FLAG)
+            flag = FLAGS.get(key, FLAG)
             values[key], sources[key] = _typed(key, _from_text(key, value), flag), flag
     for key, (directory, form) in FOLLOWS.items():
         if sources[key] == DEFAULT and sources[directory] != DEFAULT:
@@ -365,7 +365,7 @@ def source_kind(source: str) -> str:
         return "derived"
     if source.startswith("RUNVOL_"):
         return "variable"
-    return FLAG if source in _FLAGS.values() else "file"
+    return FLAG if source in FLAGS.values() else "file"
 
 
 def _check_variables(environment: Mapping[str, str]) -> None:
@@ -433,7 +433,7 @@ def _from_text(key: str, value: Any) -> Any:
 
 def _typed(key: str, value: Any, source: str) -> Any:
     default = TABLE[key].default
-    if isinstance(value, bool) and _WORDS.get(key) == ("true", "false"):
+    if isinstance(value, bool) and WORDS.get(key) == ("true", "false"):
         return str(value).lower()
     if key.endswith("_bytes") and isinstance(value, str):
         if not _is_size(value):
@@ -453,7 +453,7 @@ def _check(config: Config) -> None:
         if not config.text(key).startswith("/"):
             raise ConfigError(f"{config.said(key)}: must be an absolute path")
     _check_node(config)
-    for key, words in _WORDS.items():
+    for key, words in WORDS.items():
         if config.text(key) not in words:
             raise ConfigError(f"{config.said(key)}: takes {', '.join(words)}")
     for key in ("loop.capacity_bytes", "directory.capacity_bytes", "csi.max_volumes"):
@@ -510,7 +510,7 @@ def _check_kubelet(config: Config) -> None:
         raise ConfigError(f"{said}: takes https://HOST:PORT, or http:// on the loopback (127.0.0.1, ::1)")
 
 
-_RANGES = {
+RANGES = {
     "loop.copy_gives_way_seconds": (1, 86400),
     "csi.events_seconds": (0, 86400),
     "metrics.interval_seconds": (1, 3600),
@@ -530,7 +530,7 @@ _RANGES = {
 
 
 def _check_ranges(config: Config) -> None:
-    for key, (least, most) in _RANGES.items():
+    for key, (least, most) in RANGES.items():
         if not least <= config.number(key) <= most:
             raise ConfigError(f"{config.said(key)}: must lie between {least} and {most}")
 
@@ -584,6 +584,6 @@ def _is_size(text: str) -> bool:
 
 
 def _check_size(said: str, size: int, fstype: str) -> None:
-    least, most = SMALLEST[fstype], _RANGES["snapshotter.size_bytes"][1]
+    least, most = SMALLEST[fstype], RANGES["snapshotter.size_bytes"][1]
     if not least <= size <= most:
         raise ConfigError(f"{said}: an {fstype} filesystem has {least} to {most} bytes")

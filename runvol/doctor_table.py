@@ -335,7 +335,8 @@ _LEFT = {
     "left.nothing": _well("nothing is left over"),
     "left.volume": _ill("a volume was begun or is being deleted, and nobody goes on with it", "`runvol gc`"),
     "left.file": _ill(
-        "a file lies among the volumes that no volume has", "`runvol volumes adopt FILE` takes it, `rm FILE` removes it"
+        "a file lies among the volumes that no volume has",
+        "`runvol volumes adopt FILE --name NAME` takes it, `rm FILE` removes it",
     ),
     "left.hand-off": _ill("a hand-off is of no pod any more, or was left closed", "`runvol gc`"),
     "left.placeholder": _ill("a placeholder stands where no pod has a volume", "`runvol gc`"),

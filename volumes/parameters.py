@@ -19,7 +19,13 @@ _BACKEND = Parameter(
     key=BACKEND,
     values=", ".join(registry.NAMES),
     default=registry.NAMES[0],
-    meaning=" ".join(["Where the volume's bytes live.", *(f"`{one.name}`: {one.meaning}" for one in _CLASSES)]),
+    meaning=" ".join(
+        [
+            "Where the volume's bytes live.",
+            *(f"`{one.name}`: {one.meaning}" for one in _CLASSES),
+            "A class that names none has the first of the setting `volumes.backends`.",
+        ]
+    ),
     accepts=one_of(*registry.NAMES),
     in_context=True,
 )

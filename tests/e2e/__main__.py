@@ -1,7 +1,6 @@
 """Kubernetes' own end-to-end tests of storage against runvol, on a cluster of the tests: `python -m tests.e2e [BACKEND...]`.
 
-Backends on NFS are run in a user-mode kernel where this machine's kernel has no NFS client. The status is 0 if exactly
-those tests passed that are recorded for the backend, none failed, and no volume is left.
+The status is 0 if exactly those tests passed that are recorded for the backend, none failed, and no volume is left.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.cluster import programs
-from tests.e2e import definitions, in_kernel, prepared, report, suite
+from tests.e2e import definitions, prepared, report, suite
 
 
 def main() -> int:
@@ -23,16 +22,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="runvol-e2e-") as directory:
         reports = (asked.reports or Path(directory) / "reports").resolve()
         reports.mkdir(parents=True, exist_ok=True)
-        elsewhere = [] if asked.here else [one for one in asked.backends if in_kernel.is_needed(one)]
-        left = 0
-        if here := [one for one in asked.backends if one not in elsewhere]:
-            left += _run(here, Path(directory) / "c", reports, asked)
-        if elsewhere:
-            left += in_kernel.run(elsewhere, reports, focus=asked.focus)
+        left = _run(asked.backends, Path(directory) / "c", reports, asked)
         outcomes = [suite.read(one, reports) for one in asked.backends]
     for one in outcomes:
         say(one)
-    if asked.focus or asked.here:
+    if asked.focus:
         return int(bool(left or any(one.failed for one in outcomes)))
     if asked.record:
         for one in outcomes:
@@ -45,7 +39,7 @@ def main() -> int:
 
 
 def _arguments() -> argparse.Namespace:
-    known = definitions.backends()
+    known = [one for one in definitions.backends() if one not in definitions.ELSEWHERE]
     parser = argparse.ArgumentParser(prog="python -m tests.e2e", description=__doc__)
     parser.add_argument("backends", nargs="*", metavar="BACKEND", default=known, help=f"of {', '.join(known)}")
     parser.add_argument(
@@ -55,16 +49,15 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--reports", type=Path, help="where ginkgo's reports and logs go, instead of nowhere")
     parser.add_argument("--record", action="store_true", help="what passes is what has to pass from now on")
     parser.add_argument("--keep", action="store_true", help="the counts go to docs/measured/e2e.json and its page")
-    parser.add_argument("--here", action="store_true", help="all in this kernel; nothing is compared")
     asked = parser.parse_args()
     if unknown := set(asked.backends) - set(known):
-        parser.error(f"no driver file for {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+        parser.error(f"{', '.join(sorted(unknown))} cannot be run here; there are {', '.join(known)}")
     return asked
 
 
 def _run(backends: Sequence[str], directory: Path, reports: Path, asked: argparse.Namespace) -> int:
     """How many volumes are left afterwards: 0, or the suite's own words say of which test."""
-    with prepared.cluster(directory, nfs=any(in_kernel.is_on_nfs(one) for one in backends)) as cluster:
+    with prepared.cluster(directory) as cluster:
         for backend in backends:
             suite.run(backend, cluster.kubeconfig, reports, focus=asked.focus, processes=asked.procs)
         left = cluster.list("pv")

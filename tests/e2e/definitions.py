@@ -14,6 +14,10 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 # Why a test is left out: the machine lacks something, or the driver is not meant to do it.
 KINDS = ("environment", "design")
+# What cannot be run on the tests' cluster, and why; its file is for clusters that can.
+ELSEWHERE = {"nfs": "the nodes share this machine's kernel, which need not have an NFS client"}
+# Of a driver file that differs from another one in its class alone only what depends on that is run.
+ONLY = {"loop-xfs": "volume-expand|should support expansion|larger size pvc"}
 
 
 @dataclass(frozen=True)

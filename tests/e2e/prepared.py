@@ -10,25 +10,19 @@ from pathlib import Path
 from tests.cluster import installed
 from tests.cluster.cluster import Cluster
 from tests.e2e import images
-from tests.kernel.inside.nfs import KernelNfs
 
 NODES = 2
-# Bytes, sparse: each node's disk for its volumes, and the server's.
-_DISK, _EXPORT = 64 << 30, 8 << 30
+# Bytes, sparse, of each node's disk for its volumes.
+_DISK = 64 << 30
 
 
 @contextmanager
-def cluster(directory: Path, *, nfs: bool = False) -> Iterator[Cluster]:
-    """Its nodes keep their volumes on XFS, which has reflinks: snapshots are taken of volumes in use. With `nfs` this
-    machine serves an export, which has no root_squash."""
+def cluster(directory: Path) -> Iterator[Cluster]:
+    """Its nodes keep their volumes on XFS, which has reflinks: snapshots are taken of volumes in use."""
     directory.mkdir(parents=True)
     with ExitStack() as stack:
         for number in range(1, NODES + 1):
             stack.enter_context(_disk(directory, f"node{number}"))
-        if nfs:
-            server = KernelNfs(directory / "export.disk", size=_EXPORT)
-            stack.callback(server.close)
-            server.start()
         running = stack.enter_context(Cluster(directory))
         for _ in range(1, NODES):
             running.add_node()
@@ -38,14 +32,8 @@ def cluster(directory: Path, *, nfs: bool = False) -> Iterator[Cluster]:
             installed.import_images(running, node)
             for archive in archives:
                 node.import_image(archive)
-        installed.install(running, installed.values(running.nodes[0], **_snapshots()))
+        installed.install(running, installed.values(running.nodes[0]))
         yield running
-
-
-def _snapshots() -> dict[str, object]:
-    classes = [{"name": name, "driver": driver, "deletionPolicy": "Delete"}
-               for name, driver in (("runvol", "csi.runvol.io"), ("runvol-nfs", "nfs.csi.runvol.io"))]  # fmt: skip
-    return {"snapshots": {"controller": True, "classes": classes}}
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -68,6 +69,18 @@ def test_a_built_wheel_has_the_stubs_and_their_types_and_works(clone, tmp_path):
     where = run(tmp_path / "venv/bin/python", "-c", "import csi; print(csi.__file__)", cwd="/")
     assert where.startswith(str(place))
     works_in(tmp_path / "venv")
+
+
+def test_a_source_distribution_has_what_an_installation_copies_and_the_pages(clone, tmp_path):
+    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path, clone)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+    tracked = run("git", "ls-files", cwd=ROOT).splitlines()
+    needed = {
+        name for name in tracked if name.startswith(("deploy/", "docs/")) or ("/" not in name and name.endswith(".md"))
+    }
+    assert len(needed) > 60 and needed - names == set()
 
 
 def test_no_generated_file_is_tracked():

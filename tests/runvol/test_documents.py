@@ -1,4 +1,4 @@
-"""docs/json.md and docs/cli.md say what the code does."""
+"""docs/json.md, docs/cli.md and docs/settings.md say what the code does."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import pytest
 
-from runvol import config, schemas
+from runvol import config, options, schemas
 from runvol.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,10 +71,100 @@ def test_a_help_is_whole_sentences_in_80_columns(words: tuple[str, ...]) -> None
             assert usage
 
 
+def _default(key: str) -> str:
+    value = config.TABLE[key].default
+    if key in config.FOLLOWS:
+        directory, form = config.FOLLOWS[key]
+        return f"`{form.format(f'<{directory}>')}`"
+    if isinstance(value, tuple):
+        return ", ".join(f"`{word}`" for word in value) or "(none)"
+    if value == "":
+        return "(empty)"
+    return f"`{value >> 30}Gi`" if key.endswith("_bytes") and value else f"`{value}`"
+
+
+def _takes(key: str) -> str:
+    if key in config.WORDS:
+        return ", ".join(f"`{word}`" for word in config.WORDS[key])
+    if key.endswith("_bytes"):
+        return "size"
+    kind = {str: "text", int: "number", tuple: "list"}[type(config.TABLE[key].default)]
+    return f"{kind}, {' to '.join(map(str, config.RANGES[key]))}" if key in config.RANGES else kind
+
+
+def _flags(key: str) -> str:
+    flag = config.FLAGS.get(key, "–")
+    if key in WITH_FLAG:
+        return ", ".join(f"`{' '.join(words)} {flag}`" for words in WITH_FLAG[key])
+    return f"`{flag}`" if flag in options.SETTINGS else flag
+
+
+# Which commands have the flag of a setting, where not all have it.
+WITH_FLAG = {
+    "csi.endpoint": (("csi",), ("bench",)), "csi.nfs_endpoint": (("csi",),), "csi.services": (("csi",),),
+    "node.id": (("csi",),), "nri.socket": (("nri",),), "snapshotter.endpoint": (("snapshotter",),),
+    "paths.host_root": (("snapshotter", "containerd-config"),),
+    "paths.containerd_config": (("snapshotter", "containerd-config"),),
+}  # fmt: skip
+
+
+def settings_tables() -> str:
+    lines, last = [], ""
+    for key, setting in sorted(config.TABLE.items(), key=lambda item: SECTIONS.index(item[0].partition(".")[0])):
+        section = key.partition(".")[0]
+        if section != last:
+            last = section
+            lines += ["", f"### {section}", "", "| setting | takes | default | variable | flag | meaning |",
+                      "| --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+        told = (f"`{key}`", _takes(key), _default(key), f"`{config.variable_of(key)}`", _flags(key),
+                setting.meaning.replace("<", "\\<"))  # fmt: skip
+        lines.append(f"| {' | '.join(told)} |")
+    return "\n".join(lines) + "\n\n"
+
+
+SECTIONS = list(dict.fromkeys(key.partition(".")[0] for key in config.TABLE))
+SETTINGS_PAGE = ROOT / "docs/settings.md"
+_BEGIN, _END = "<!-- made from runvol/config.py -->\n", "<!-- end -->\n"
+
+
+def test_the_settings_are_made_from_the_table() -> None:
+    """With RUNVOL_RECORD=1 they are written anew."""
+    before, rest = SETTINGS_PAGE.read_text().split(_BEGIN)
+    _, after = rest.split(_END)
+    wanted = f"{before}{_BEGIN}{settings_tables()}{_END}{after}"
+    if os.environ.get("RUNVOL_RECORD"):
+        SETTINGS_PAGE.write_text(wanted)
+    assert SETTINGS_PAGE.read_text() == wanted, "RUNVOL_RECORD=1 writes them anew"
+
+
+def test_the_flags_of_settings_are_on_these_commands() -> None:
+    of_all = {key for key, _metavar, _words in options.SETTINGS.values()}
+    assert WITH_FLAG.keys() == config.FLAGS.keys() - of_all
+    having = {words: {name for one in command.params for name in one.opts} for words, command in ALL}
+    for key, several in WITH_FLAG.items():
+        for words in several:
+            assert config.FLAGS[key] in having[words], (key, words)
+
+
+def test_each_variable_is_one_and_each_is_told() -> None:
+    """Those of settings are in the table; those of tests are in what a developer reads."""
+    said = SETTINGS_PAGE.read_text()
+    told = set(re.findall(r"^\| `(RUNVOL_[A-Z_]+)` \|", said, re.MULTILINE))
+    assert told == set(config.OTHER_VARIABLES)
+    known = {*config.OTHER_VARIABLES, *map(config.variable_of, config.TABLE)}
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for name in re.findall(r"\bRUNVOL_[A-Z_]*[A-Z]\b(?!_)", page.read_text()):
+            assert name in known, f"{page.name}: {name}"
+
+
 def test_the_example_of_settings_is_one(tmp_path: Path) -> None:
-    (example,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs/cli.md").read_text(), re.DOTALL)
+    (example,) = re.findall(r"```toml\n(.*?)```", SETTINGS_PAGE.read_text(), re.DOTALL)
     file = tmp_path / "runvol.toml"
     file.write_text(example)
     loaded = config.load(file=str(file), environment={})
     assert loaded.number("loop.capacity_bytes") == 500 << 30
     assert loaded.text("detect.kubeconfig") == "/etc/kubernetes/kubelet.conf"
+    assert loaded.words("volumes.backends") == ("loop", "nfs")
+    # What it sets is not what holds without it.
+    set_here = [key for key, source in loaded.sources.items() if source == str(file)]
+    assert len(set_here) > 6 and all(loaded.values[key] != config.TABLE[key].default for key in set_here)
