@@ -68,8 +68,11 @@ def test_a_command_of_runvol_can_be_typed(one: Typed) -> None:
 
 
 def test_commands_that_the_code_tells_to_type_can_be_typed() -> None:
-    """In errors, findings and helps."""
-    found = {text for said in said_by_the_code() for text in re.findall(r"`(runvol [^`[]+)`", said)}
+    """In errors, findings and helps, and in what is deployed: alerts, units, values."""
+    deployed = [
+        file.read_text() for file in (ROOT / "deploy").rglob("*.*") if file.suffix in (".yaml", ".service", ".txt")
+    ]
+    found = {text for said in (*said_by_the_code(), *deployed) for text in re.findall(r"`(runvol [^`[]+)`", said)}
     assert len(found) > 20
     for text in sorted(found):
         try:
@@ -349,6 +352,8 @@ def _python(words: list[str]) -> None:
     for word in words[1:]:
         if word.startswith(("tests/", "deploy/")):
             assert (ROOT / word).exists(), word
+    if words[1].endswith(".py"):
+        assert all(f'"{word}"' in (ROOT / words[1]).read_text() for word in words[2:] if word.startswith("--")), words
 
 
 def _systemctl(words: list[str]) -> None:

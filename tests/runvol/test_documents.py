@@ -8,9 +8,11 @@ from pathlib import Path
 
 import click
 import pytest
+import yaml
 
 from runvol import config, options, schemas
 from runvol.cli import main
+from tests.documents import PAGES, inline
 
 ROOT = Path(__file__).resolve().parents[2]
 JSON = ROOT / "docs/json.md"
@@ -168,3 +170,37 @@ def test_the_example_of_settings_is_one(tmp_path: Path) -> None:
     # What it sets is not what holds without it.
     set_here = [key for key, source in loaded.sources.items() if source == str(file)]
     assert len(set_here) > 6 and all(loaded.values[key] != config.TABLE[key].default for key in set_here)
+
+
+def test_words_have_one_sense() -> None:
+    """What docs/glossary.md names as another word for something stands on no page."""
+    rows = [
+        line.strip("| ").split(" | ")
+        for line in (ROOT / "docs/glossary.md").read_text().splitlines()
+        if line.startswith("| **")
+    ]
+    others = {word.strip() for row in rows if len(row) == 3 for word in row[2].split(",")}
+    # Those that are words of Kubernetes or of Kata as well, or are read together with another.
+    others -= {"attribute", "direct volume", "runtime-rs", "snapshot alone", "group alone"}
+    assert {"withdrawn", "orphan", "CSI plugin"} <= others
+    for page in PAGES:
+        if page.name != "glossary.md":
+            for word in sorted(others):
+                assert not re.search(rf"\b{re.escape(word)}\b", page.read_text()), f"{page.name}: {word}"
+
+
+def test_settings_that_pages_name_exist() -> None:
+    """Those of the program, or of the chart; findings of doctor have such names too."""
+    from runvol import doctor_table
+
+    values = yaml.safe_load((ROOT / "deploy/helm/runvol/values.yaml").read_text())
+    known = {*config.TABLE, *doctor_table.TABLE}
+    for page in PAGES:
+        for word in (one.partition(" ")[0] for one in inline(page)):
+            section, _, key = word.partition(".")
+            if (
+                section in SECTIONS
+                and re.fullmatch(r"[a-z_A-Z]+", key)
+                and key not in ("json", "made", "toml", "py", "md", "db", "sock")
+            ):
+                assert word in known or key in (values.get(section) or {}), f"{page.name}: {word}"

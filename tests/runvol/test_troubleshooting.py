@@ -1,5 +1,4 @@
-"""Each sentence that docs/troubleshooting.md and docs/snapshotter.md quote is still said, and those that are met often
-are quoted."""
+"""Each sentence that docs/troubleshooting.md quotes is still said by the code."""
 
 from __future__ import annotations
 
