@@ -400,6 +400,7 @@ def test_examples_of_other_files_are_files_of_that_kind(tmp_path: Path) -> None:
     import json
     import tomllib
 
+    from flexvolume.options import parse
     from runvol import config
     from volumes import parameters
 
@@ -419,6 +420,8 @@ def test_examples_of_other_files_are_files_of_that_kind(tmp_path: Path) -> None:
         for text in blocks(page, "yaml"):
             found = yaml.safe_load(text)
             assert set(found.get("parameters", {})) <= known, page
+            for volume in found.get("volumes", []):
+                parse(json.dumps({**volume["flexVolume"]["options"], "kubernetes.io/fsType": "ext4"}), driver="runvol")
         for text in blocks(page, "json"):
             json.loads(text)
     assert loaded >= 3
