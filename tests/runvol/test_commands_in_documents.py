@@ -395,6 +395,34 @@ def test_what_another_program_is_given_exists(one: Typed) -> None:
         assert " ".join([one.program, *one.words[1:]]) in FORM, told(one)
 
 
+# Where a real cluster or containerd is told to do it; `tests/cluster/test_typed.py` has the programs read all of the words.
+DONE = {
+    "helm install": ("tests/cluster/installed.py", '"upgrade", "--install"'),
+    "helm upgrade": ("tests/cluster/installed.py", '"upgrade", "--install"'),
+    "helm install --take-ownership": ("tests/cluster/test_taken_over.py", '"--take-ownership"'),
+    "helm uninstall": ("tests/cluster/installed.py", '"uninstall"'),
+    "helm test": ("tests/cluster/test_install.py", '"test"'),
+    "helm lint": ("tests/cluster/test_typed.py", '"lint", "--strict"'),
+    "kubectl drain": ("tests/cluster/test_two_nodes.py", '"drain"'),
+    "kubectl uncordon": ("tests/cluster/test_two_nodes.py", '"uncordon"'),
+    "kubectl patch": ("tests/cluster/test_two_nodes.py", '"--type=merge"'),
+    "kubectl delete csistoragecapacities": ("tests/cluster/test_two_nodes.py", '"csistoragecapacities"'),
+    "kubectl apply deploy/kubernetes/csidrivers.yaml": ("tests/cluster/test_cluster.py", "csidrivers.yaml"),
+    "kubectl apply deploy/examples/block.yaml": ("tests/cluster/examples.py", "deploy/examples"),
+    "ctr images check": ("tests/kernel/inside/test_lost_store.py", '"images", "check"'),
+    "ctr tasks rm": ("tests/kernel/inside/test_lost_store.py", '"tasks", "rm"'),
+    "ctr containers rm": ("tests/kernel/inside/test_lost_store.py", '"containers", "rm"'),
+    "ctr images rm": ("tests/kernel/inside/test_shared_layers.py", '"images", "rm", "--sync"'),
+}
+
+
+@pytest.mark.parametrize("text", DONE)
+def test_what_is_done_by_another_test_stands_there_and_in_a_page(text: str) -> None:
+    file, there = DONE[text]
+    assert there in (ROOT / file).read_text(), file
+    assert any(set(text.split()) <= {one.program, *one.words} for one in OTHERS)
+
+
 def test_examples_of_other_files_are_files_of_that_kind(tmp_path: Path) -> None:
     """TOML, YAML and JSON parse; what is a file of runvol's settings is loaded, what is a class has parameters that are."""
     import json
