@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -170,6 +171,21 @@ def test_the_example_of_settings_is_one(tmp_path: Path) -> None:
     # What it sets is not what holds without it.
     set_here = [key for key, source in loaded.sources.items() if source == str(file)]
     assert len(set_here) > 6 and all(loaded.values[key] != config.TABLE[key].default for key in set_here)
+
+
+def test_the_figures_of_the_readme_are_those_that_were_measured() -> None:
+    measured = json.loads((ROOT / "docs/measured/demo.json").read_text())["figures"]
+    iops = {(one["path"], one["job"]): one["iops"] for one in measured}
+    told = (ROOT / "README.md").read_text()
+    for words, path in (("a 9p share", "9p"), ("a virtio-fs share", "virtio-fs"), ("the host itself", "host")):
+        ratios = [iops["runvol", job] / iops[path, job] for job in ("randread", "randwrite")]
+        cells = " | ".join(f"{ratio:.1f}" if ratio > 1 else f"{ratio:.2f}" for ratio in ratios)
+        assert f"| {words} | {cells} |" in told, (words, cells)
+    (page,) = re.findall(
+        r"runvol against the cold-plugged volume.*?before", (ROOT / "docs/measured/README.md").read_text(), re.DOTALL
+    )
+    runs = [float(number) for number in re.findall(r"\d\.\d\d", page)]
+    assert f"{min(runs)} to {max(runs)} times" in told
 
 
 def test_words_have_one_sense() -> None:
