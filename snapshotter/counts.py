@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from blockdev import Deadline, superblocks
@@ -135,7 +135,7 @@ class Counts:
         """What the snapshot began with: its parent, or the empty filesystem."""
         if not row.parent:
             return self.empty(row.fstype, row.size, deadline)
-        above = self._store.get(row.parent)
+        above = self._store.sound(row.parent)
         if above is None:
             return Counted(mapped=0, inodes=0)
         if above.device:
@@ -231,10 +231,18 @@ class Counts:
     # -- looks into the pool's metadata ---------------------------------------------------------------------------
 
     def look(self, deadline: Deadline) -> None:
-        """One look for all that were asked about and are not known exactly."""
+        """One look for all that were asked about and are not known exactly. What it fails for is asked about still."""
         with self._lock:
             asked, self._asked = self._asked, {}
-        rows = [row for row in map(self._store.get, asked) if row is not None and row.device]
+        try:
+            self._look_for(asked, deadline)
+        except BaseException:
+            with self._lock:
+                self._asked = asked | self._asked
+            raise
+
+    def _look_for(self, asked: Iterable[str], deadline: Deadline) -> None:
+        rows = [row for row in map(self._store.sound, asked) if row is not None and row.device]
         wanted = [row for row in rows if self._is_wanted(row, deadline)]
         if wanted:
             with self._counting.held("look", deadline=deadline):
@@ -284,7 +292,7 @@ class Counts:
     def _origin(self, row: Snapshot) -> int:
         """The device that it was a snapshot of; 0 if that is no device of the pool, or is gone."""
         if row.parent:
-            above = self._store.get(row.parent)
+            above = self._store.sound(row.parent)
             return above.device if above is not None else 0
         base = self._store.base(row.fstype, row.size)
         return base.device if base is not None and base.ready else 0
@@ -315,6 +323,8 @@ class Counts:
             with self._background.survived(_LOOKING):
                 self.look(Deadline.after(60))
                 self._forget_gone()
+            if self._background.fails(_LOOKING):
+                self._wake.set()  # nobody may ask again
             self._stop.wait(_EVERY)
 
     def _forget_gone(self) -> None:

@@ -8,10 +8,13 @@ regular expression) and a value. Path elements and values may be quoted in Go's 
 from __future__ import annotations
 
 import codecs
+import contextlib
 import re
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 
-from snapshotter.errors import BadRequest
+from snapshotter.errors import BadRequest, TookTooLong
 from snapshotter.model import Snapshot
 from snapshotter.patterns import NoPattern, Pattern
 
@@ -21,19 +24,68 @@ _FIELD = re.compile(r"[A-Za-z0-9_]+")
 _OPERATOR = re.compile(r"==|!=|~=")
 _VALUE = re.compile(r"[^\s,\"`]+")
 _SPACE = re.compile(r"\s*")
+# Filters of one List, and characters of one.
+_MOST, _LONGEST = 100, 16 << 10
+# Steps of all expressions of one List together.
+_STEPS = 4000
+# Seconds of the processor's that the regular expressions of one List may take, and for which one waits for another's.
+_WORK, _TURN = 5.0, 20.0
 
 
-def parse(filters: Sequence[str]) -> Matcher:
+class Work:
+    """How long regular expressions may keep the processor for one List, and one List at a time: Python runs one thread
+    only, and what is asked beside would have the smallest part of many. TookTooLong."""
+
+    def __init__(self, turn: threading.Lock | None = None, seconds: float = _WORK) -> None:
+        self._turn, self._left, self._until = turn or threading.Lock(), seconds, 0.0
+        # Of all expressions.
+        self.steps = 0
+
+    @contextlib.contextmanager
+    def done(self) -> Iterator[None]:
+        """What is done inside counts, of this thread."""
+        if not self._turn.acquire(timeout=_TURN):
+            raise TookTooLong(f"other Lists search with regular expressions, and did not end within {_TURN:.0f} s")
+        try:
+            began = time.thread_time()
+            self._until = began + self._left
+            yield
+            self._left -= time.thread_time() - began
+        finally:
+            self._turn.release()
+
+    def tick(self) -> None:
+        if time.thread_time() > self._until:
+            raise TookTooLong(f"the regular expressions of a List took more than {_WORK:.0f} s; ask with simpler ones")
+
+
+def parse(filters: Sequence[str], work: Work | None = None) -> Matcher:
     """A test for snapshots; without filters everything passes. BadRequest for what cannot be parsed."""
-    chosen = [_Parser(text).selectors() for text in filters]
+    if len(filters) > _MOST:
+        raise BadRequest("filters", f"{len(filters)} filters", f"takes {_MOST} at the most")
+    work = work or Work()
+    parsers = [_Parser(text, work) for text in filters]
+    chosen = [parser.selectors() for parser in parsers]
     if not chosen:
         return lambda _: True
-    return lambda snapshot: any(all(selector(snapshot) for selector in selectors) for selectors in chosen)
+
+    def passes(snapshot: Snapshot) -> bool:
+        return any(all(selector(snapshot) for selector in selectors) for selectors in chosen)
+
+    def worked(snapshot: Snapshot) -> bool:
+        with work.done():
+            return passes(snapshot)
+
+    return worked if any(parser.searches for parser in parsers) else passes
 
 
 class _Parser:
-    def __init__(self, text: str) -> None:
-        self._text, self._at = text, 0
+    def __init__(self, text: str, work: Work) -> None:
+        self._text, self._at, self._work = text, 0, work
+        if len(text) > _LONGEST:
+            raise BadRequest("filters", f"{text[:80]}…", f"a filter has {_LONGEST} characters at the most")
+        # Whether it has a regular expression.
+        self.searches = False
 
     def _fail(self, why: str) -> BadRequest:
         return BadRequest("filters", self._text, f"{why} at position {self._at}")
@@ -77,8 +129,12 @@ class _Parser:
             raise self._fail(f"{value!r} is no regular expression ({error})") from None
 
         def matches(snapshot: Snapshot) -> bool:
-            return pattern.search(_field(snapshot, path)[0])
+            return pattern.search(_field(snapshot, path)[0], self._work.tick)
 
+        self.searches = True
+        self._work.steps += pattern.steps
+        if self._work.steps > _STEPS:
+            raise self._fail("all regular expressions together are too long, their repeats counted,")
         return matches
 
     def _path(self) -> list[str]:

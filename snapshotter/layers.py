@@ -84,7 +84,7 @@ class Layers:
         if labels.get(LABEL_PARENT_CHAIN, below) != below:
             return None
         for key in self._named(chain):
-            row = self._store.get(key)
+            row = self._store.sound(key)
             if row is None or row.kind is not Kind.COMMITTED or chain_of(row) != chain:
                 self._forget(chain, key)
             elif (row.fstype, row.size, self._chain(row.parent)) == (fstype, size, below) and self._is_sound(row):
@@ -118,7 +118,7 @@ class Layers:
                 for page in self._store.pages():
                     self._add(page)
             while not self._new.empty():
-                row = self._store.get(self._new.get())
+                row = self._store.sound(self._new.get())
                 self._add([] if row is None else [row])
             return list(self._keys.get(chain, {}))
 

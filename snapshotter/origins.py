@@ -126,7 +126,7 @@ class Origins:
         if not parent:
             return origin.size
         first = origin.size
-        while parent and (row := self._store.get(parent)) is not None:
+        while parent and (row := self._store.sound(parent)) is not None:
             parent, first = row.parent, row.size
         return min([first, *(base.size for base in self._store.bases() if base.fstype == origin.fstype)])
 

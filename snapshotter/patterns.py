@@ -8,11 +8,13 @@ is known (groups, alternatives, classes, escapes, repeats, anchors); what Go ref
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 # Steps of a machine, a repeat's as often as it may be taken; groups in each other.
 _MOST_STEPS, _MOST_NESTED = 400, 50
+# Characters of a text between two ticks.
+_TICK = 64
 _REPEAT = re.compile(r"\{([0-9]{1,4})(?:(,)([0-9]{0,4}))?\}")
 _GROUP = re.compile(r"\?(?:P?<[A-Za-z_][A-Za-z0-9_]*>|:)")
 _FLAGS = re.compile(r"\(\?([ims]+)\)")
@@ -54,10 +56,17 @@ class Pattern:
         self._end = self._step()
         self._join(last, self._end)
 
-    def search(self, text: str) -> bool:
-        """Whether the expression matches anywhere in the text."""
+    @property
+    def steps(self) -> int:
+        """Of the machine; what it takes of the memory goes with them."""
+        return len(self._steps)
+
+    def search(self, text: str, tick: Callable[[], object] = lambda: None) -> bool:
+        """Whether the expression matches anywhere in the text; `tick` is called now and then, and may end it."""
         there: set[int] = set()
         for at in range(len(text) + 1):
+            if not at % _TICK:
+                tick()
             there = self._reached([*there, self._first], text, at)
             if self._end in there:
                 return True

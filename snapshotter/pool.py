@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import os
 import struct
+import time
 from collections.abc import Iterator
 
 from blockdev import Deadline, holders
@@ -19,6 +21,9 @@ from snapshotter.watermarks import Limits
 
 _BLKROSET, _BLKDISCARD = 0x125D, 0x1277
 _DISCARD_STEP = 1 << 30
+# Seconds for which a pool may be suspended while it is made larger, between two looks at it, and how often a table is
+# tried for the moment in which nobody has seen it so.
+_EXTENDED, _MOMENT, _TRIES = 2.0, 0.02, 5
 
 
 class Pool(ReadPool):
@@ -64,8 +69,33 @@ class Pool(ReadPool):
     def activate(self, device: int, size: int, *, read_only: bool = False, origin: str = "") -> None:
         """Map the device, `size` bytes long, whatever a killed process has left of an earlier try.
 
-        DeviceMissing if the pool has no such id. A longer size than that of a mapped device makes it grow.
+        DeviceMissing if the pool has no such id. A longer size than that of a mapped device makes it grow. While the
+        pool is made larger the kernel refuses tables (EINVAL), so that is waited for; Unavailable if it does not end.
         """
+        until = time.monotonic() + _EXTENDED
+        for tried in itertools.count():
+            try:
+                self._activate(device, size, read_only=read_only, origin=origin)
+            except MapperError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                if not self._is_suspended():
+                    if tried >= _TRIES:
+                        raise
+                elif time.monotonic() > until:
+                    raise Unavailable(
+                        f"pool {self.name} is suspended: it is made larger just now, or was when that was killed; the "
+                        "snapshotter lets it go on in some seconds"
+                    ) from None
+                time.sleep(_MOMENT)
+            else:
+                return
+
+    def _is_suspended(self) -> bool:
+        found = self.mapper.find(self.name)
+        return found is not None and found.suspended
+
+    def _activate(self, device: int, size: int, *, read_only: bool, origin: str) -> None:
         name = self.device_name(device)
         target = Thin(length=size // SECTOR, pool=self._pool_number(), thin_id=device, origin=origin)
         try:

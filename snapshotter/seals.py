@@ -219,7 +219,7 @@ class Sealer:
 
         What cannot be sealed is logged, and read without verification as before.
         """
-        row = self._store.get(key)
+        row = self._store.sound(key)
         if row is None or row.kind is not Kind.COMMITTED or not row.device or self._seals.of(row.device):
             return True
         try:

@@ -8,6 +8,7 @@ a size that was never asked for before.
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -68,6 +69,7 @@ class Snapshotter:
         self._seals, self._committed, self._drawn = seals, committed, drawn
         self._idle = idle or Idle(0)
         self._locks, self._writebacks = Locks(), Writebacks(pool)
+        self._searching = threading.Lock()
         self.rowless = Rowless(store, pool)
         self.copies = Copies(pool, self.rowless)
         self._devices = Devices(store, pool, self._images, self._idle, self.copies)
@@ -264,7 +266,7 @@ class Snapshotter:
 
     def list(self, wanted: Sequence[str]) -> Iterator[list[Snapshot]]:
         """Pages of the snapshots that pass the filters, empty ones too; nothing is locked between pages."""
-        passes = filters.parse(wanted)
+        passes = filters.parse(wanted, filters.Work(self._searching))
         for page in self._store.pages():
             yield [row for row in page if row.state is not State.PREPARING and passes(row)]
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snapshotter.errors import BadRequest
-from snapshotter.filters import parse
+from snapshotter.errors import BadRequest, TookTooLong
+from snapshotter.filters import Work, parse
 from snapshotter.model import Kind, Snapshot, State
 
 LAYER = Snapshot(key="ns/3/sha256:ab", parent="ns/2/x y", kind=Kind.COMMITTED, state=State.READY, device=1, size=1,
@@ -55,3 +60,45 @@ def test_any_text_is_parsed_or_refused(text: str) -> None:
         parse([text])(LAYER)
     except BadRequest:
         pass
+
+
+HEAVY = "labels.l~=/(" + "|".join("a?" * 20 for _ in range(8)) + ")*b$/"
+LONG = replace(LAYER, labels={"l": "a" * 4000})
+
+
+def test_one_list_gets_the_processor_for_so_long_and_no_longer_whatever_its_rows_are() -> None:
+    passes = parse([HEAVY] * 8, Work(seconds=0.3))
+    began = time.thread_time()
+    with pytest.raises(TookTooLong, match="ask with simpler ones"):
+        for _ in range(1000):
+            passes(LONG)
+    assert time.thread_time() - began < 2
+
+
+def test_of_many_lists_one_searches_at_a_time() -> None:
+    turn, lasting, most = threading.Lock(), list[int](), list[int]()
+
+    class Watched(Work):
+        def tick(self) -> None:
+            lasting.append(1)
+            most.append(len(lasting))
+            time.sleep(0.001)
+            lasting.pop()
+            super().tick()
+
+    def one(_number: int) -> bool:
+        return parse([HEAVY.replace("8", "2")], Watched(turn, 30.0))(replace(LONG, labels={"l": "a" * 400}))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(one, range(4))) == [False] * 4
+    assert max(most) == 1
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [["name==x"] * 101, ["name==" + "x" * 20_000], ["name~=/(a?){100}/"] * 100, [",".join(["name~=a{390}"] * 1000)]],
+)
+def test_filters_that_would_take_much_memory_are_refused_in_a_short_sentence(texts: list[str]) -> None:
+    with pytest.raises(BadRequest, match="filters") as refusal:
+        parse(texts)
+    assert len(str(refusal.value)) < 17_000

@@ -9,7 +9,7 @@ import pytest
 
 from snapshotter.errors import WrongState
 from snapshotter.store import STORE
-from tests.kernel.inside.lab import Lab, mounted
+from tests.kernel.inside.lab import Lab, mounted, soon
 from tests.kernel.inside.test_past import _follow, _lose, _repaired, _secret, _write
 
 DAMAGED = {
@@ -87,6 +87,24 @@ def test_a_store_with_a_damaged_row_is_copied_without_it(lab: Lab) -> None:
     assert "b" not in report.restored
     assert report.quarantined == [device]
     assert _secret(lab, "a") == "of a"
+
+
+def test_what_stands_on_a_damaged_layer_goes_on(lab: Lab) -> None:
+    lab.layer("low", files={"f": b"low"})
+    lab.layer("high", "low", files={"g": b"high"})
+    lab.prepare("a", "high")
+    _damage(lab, DAMAGED["its kind is none"].replace("'b'", "'low'"))
+    lab.start()
+    with mounted(lab.mounts("a")) as root:
+        assert ((root / "f").read_bytes(), (root / "g").read_bytes()) == (b"low", b"high")
+    lab.usage("a")
+    lab.usage("high")
+    lab.prepare("larger", "high", size=str(64 << 20))
+    lab.node.snapshots.counts.look(soon())
+    with pytest.raises(WrongState, match="'low' is damaged"):
+        lab.prepare("child", "low")
+    with pytest.raises(WrongState, match="has children"):
+        lab.remove("low")
 
 
 def test_what_else_is_damaged_stops_nothing(lab: Lab) -> None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -149,6 +150,48 @@ def test_two_at_once_both_count(make_lab: Callable[..., Lab], mapper: Mapper) ->
         assert one.wait(60) == 0, one.stderr
     assert os.path.getsize(lab.description.data) == (128 + 5 * 16) * MIB
     assert lab.status().data_total == (128 + 5 * 16) * 16
+
+
+def test_what_is_made_while_the_pool_is_extended_again_and_again_is_made(make_lab: Callable[..., Lab]) -> None:
+    lab = make_lab(data=128 * MIB)
+    lab.layer("layer", files={"f": b"content"})
+    extender, stop = lab.extender(), threading.Event()
+    failed: list[Exception] = []
+
+    def extend() -> None:
+        while not stop.is_set():
+            try:
+                extender.extend("data", MIB, soon())
+            except Exception as error:
+                failed.append(error)
+                return
+
+    another = threading.Thread(target=extend)
+    another.start()
+    try:
+        for number in range(40):
+            with mounted(lab.prepare(f"a{number}", "layer")) as root:
+                (root / "mine").write_bytes(b"%d" % number)
+            lab.commit(f"l{number}", f"a{number}")
+    finally:
+        stop.set()
+        another.join()
+    assert not failed
+    assert [lab.read(f"l{number}", "mine") for number in range(40)] == [b"%d" % number for number in range(40)]
+
+
+def test_while_a_pool_is_left_suspended_nothing_hangs_and_it_is_said(lab: Lab) -> None:
+    lab.layer("layer", files={"f": b"content"})
+    lab.reap()
+    lab.node.mapper.suspend(lab.name)
+    try:
+        started = time.monotonic()
+        with pytest.raises(Unavailable, match="is suspended"):
+            lab.node.pool.activate(lab.stat("layer").device, lab.stat("layer").size)
+        assert time.monotonic() - started < 4
+    finally:
+        lab.node.mapper.resume(lab.name)
+    lab.prepare("a", "layer")
 
 
 def test_an_extension_that_is_killed_anywhere_is_ended_by_the_next(lab: Lab) -> None:

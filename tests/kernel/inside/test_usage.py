@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 
 import pytest
 
+from blockdev import Deadline
 from snapshotter import counts
 from snapshotter.errors import SnapshotterError
 from snapshotter.store import Store
@@ -219,3 +222,33 @@ def test_one_that_cannot_be_looked_at_keeps_no_other_waiting(lab: Lab, monkeypat
         lab.usage("bad")
     monkeypatch.undo()
     assert lab.usage("bad")[0] >= MIB
+
+
+def test_a_look_that_failed_is_made_again_though_nobody_asks(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as it fails the service is not well, and on a node where nothing happens nobody may ask for days."""
+    monkeypatch.setattr(counts, "_SOON", 0.01)
+    monkeypatch.setattr(counts, "_EVERY", 0.2)
+    asked, turn, scarce = lab.node.snapshots.counts, lab.node.pool.metadata_snapshot, True
+
+    @contextlib.contextmanager
+    def scarcely(deadline: Deadline) -> Iterator[None]:
+        if scarce:
+            raise OSError(24, "Too many open files")
+        with turn(deadline):
+            yield
+
+    monkeypatch.setattr(lab.node.pool, "metadata_snapshot", scarcely)
+    lab.prepare("a")
+    lab.usage("a")
+    asked.start()
+    try:
+        until = time.monotonic() + 20
+        while not lab.node.background.troubles() and time.monotonic() < until:
+            time.sleep(0.05)
+        assert "Too many open files" in lab.node.background.troubles()[0]
+        scarce = False
+        while lab.node.background.troubles() and time.monotonic() < until:
+            time.sleep(0.05)
+        assert not lab.node.background.troubles()
+    finally:
+        asked.stop()
