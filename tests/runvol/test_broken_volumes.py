@@ -283,7 +283,7 @@ def _inside(it: Installation, propagation: str) -> dict[str, Any]:
     done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode in (0, 1, 3), done.stderr
     said = json.loads(done.stdout)
-    return {one["id"]: one for one in (said if isinstance(said, list) else said["findings"])}
+    return {one["id"]: one for one in said["items"]}
 
 
 def test_kernel_without_loop_devices_and_filesystems(tmp_path: Path) -> None:

@@ -68,8 +68,11 @@ def test_a_command_of_runvol_can_be_typed(one: Typed) -> None:
 
 
 def test_commands_that_the_code_tells_to_type_can_be_typed() -> None:
-    """In errors, findings and helps."""
-    found = {text for said in said_by_the_code() for text in re.findall(r"`(runvol [^`[]+)`", said)}
+    """In errors, findings and helps, and in what is deployed: alerts, units, values."""
+    deployed = [
+        file.read_text() for file in (ROOT / "deploy").rglob("*.*") if file.suffix in (".yaml", ".service", ".txt")
+    ]
+    found = {text for said in (*said_by_the_code(), *deployed) for text in re.findall(r"`(runvol [^`[]+)`", said)}
     assert len(found) > 20
     for text in sorted(found):
         try:
@@ -349,6 +352,8 @@ def _python(words: list[str]) -> None:
     for word in words[1:]:
         if word.startswith(("tests/", "deploy/")):
             assert (ROOT / word).exists(), word
+    if words[1].endswith(".py"):
+        assert all(f'"{word}"' in (ROOT / words[1]).read_text() for word in words[2:] if word.startswith("--")), words
 
 
 def _systemctl(words: list[str]) -> None:
@@ -390,11 +395,40 @@ def test_what_another_program_is_given_exists(one: Typed) -> None:
         assert " ".join([one.program, *one.words[1:]]) in FORM, told(one)
 
 
+# Where a real cluster or containerd is told to do it; `tests/cluster/test_typed.py` has the programs read all of the words.
+DONE = {
+    "helm install": ("tests/cluster/installed.py", '"upgrade", "--install"'),
+    "helm upgrade": ("tests/cluster/installed.py", '"upgrade", "--install"'),
+    "helm install --take-ownership": ("tests/cluster/test_taken_over.py", '"--take-ownership"'),
+    "helm uninstall": ("tests/cluster/installed.py", '"uninstall"'),
+    "helm test": ("tests/cluster/test_install.py", '"test"'),
+    "helm lint": ("tests/cluster/test_typed.py", '"lint", "--strict"'),
+    "kubectl drain": ("tests/cluster/test_two_nodes.py", '"drain"'),
+    "kubectl uncordon": ("tests/cluster/test_two_nodes.py", '"uncordon"'),
+    "kubectl patch": ("tests/cluster/test_two_nodes.py", '"--type=merge"'),
+    "kubectl delete csistoragecapacities": ("tests/cluster/test_two_nodes.py", '"csistoragecapacities"'),
+    "kubectl apply deploy/kubernetes/csidrivers.yaml": ("tests/cluster/test_cluster.py", "csidrivers.yaml"),
+    "kubectl apply deploy/examples/block.yaml": ("tests/cluster/examples.py", "deploy/examples"),
+    "ctr images check": ("tests/kernel/inside/test_lost_store.py", '"images", "check"'),
+    "ctr tasks rm": ("tests/kernel/inside/test_lost_store.py", '"tasks", "rm"'),
+    "ctr containers rm": ("tests/kernel/inside/test_lost_store.py", '"containers", "rm"'),
+    "ctr images rm": ("tests/kernel/inside/test_shared_layers.py", '"images", "rm", "--sync"'),
+}
+
+
+@pytest.mark.parametrize("text", DONE)
+def test_what_is_done_by_another_test_stands_there_and_in_a_page(text: str) -> None:
+    file, there = DONE[text]
+    assert there in (ROOT / file).read_text(), file
+    assert any(set(text.split()) <= {one.program, *one.words} for one in OTHERS)
+
+
 def test_examples_of_other_files_are_files_of_that_kind(tmp_path: Path) -> None:
     """TOML, YAML and JSON parse; what is a file of runvol's settings is loaded, what is a class has parameters that are."""
     import json
     import tomllib
 
+    from flexvolume.options import parse
     from runvol import config
     from volumes import parameters
 
@@ -414,6 +448,8 @@ def test_examples_of_other_files_are_files_of_that_kind(tmp_path: Path) -> None:
         for text in blocks(page, "yaml"):
             found = yaml.safe_load(text)
             assert set(found.get("parameters", {})) <= known, page
+            for volume in found.get("volumes", []):
+                parse(json.dumps({**volume["flexVolume"]["options"], "kubernetes.io/fsType": "ext4"}), driver="runvol")
         for text in blocks(page, "json"):
             json.loads(text)
     assert loaded >= 3

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
 
 import click
 import pytest
+import yaml
 
 from runvol import config, options, schemas
 from runvol.cli import main
+from tests.documents import PAGES, inline
 
 ROOT = Path(__file__).resolve().parents[2]
 JSON = ROOT / "docs/json.md"
@@ -168,3 +171,52 @@ def test_the_example_of_settings_is_one(tmp_path: Path) -> None:
     # What it sets is not what holds without it.
     set_here = [key for key, source in loaded.sources.items() if source == str(file)]
     assert len(set_here) > 6 and all(loaded.values[key] != config.TABLE[key].default for key in set_here)
+
+
+def test_the_figures_of_the_readme_are_those_that_were_measured() -> None:
+    measured = json.loads((ROOT / "docs/measured/demo.json").read_text())["figures"]
+    iops = {(one["path"], one["job"]): one["iops"] for one in measured}
+    told = (ROOT / "README.md").read_text()
+    for words, path in (("a 9p share", "9p"), ("a virtio-fs share", "virtio-fs"), ("the host itself", "host")):
+        ratios = [iops["runvol", job] / iops[path, job] for job in ("randread", "randwrite")]
+        cells = " | ".join(f"{ratio:.1f}" if ratio > 1 else f"{ratio:.2f}" for ratio in ratios)
+        assert f"| {words} | {cells} |" in told, (words, cells)
+    (page,) = re.findall(
+        r"runvol against the cold-plugged volume.*?before", (ROOT / "docs/measured/README.md").read_text(), re.DOTALL
+    )
+    runs = [float(number) for number in re.findall(r"\d\.\d\d", page)]
+    assert f"{min(runs)} to {max(runs)} times" in told
+
+
+def test_words_have_one_sense() -> None:
+    """What docs/glossary.md names as another word for something stands on no page."""
+    rows = [
+        line.strip("| ").split(" | ")
+        for line in (ROOT / "docs/glossary.md").read_text().splitlines()
+        if line.startswith("| **")
+    ]
+    others = {word.strip() for row in rows if len(row) == 3 for word in row[2].split(",")}
+    # Those that are words of Kubernetes or of Kata as well, or are read together with another.
+    others -= {"attribute", "direct volume", "runtime-rs", "snapshot alone", "group alone"}
+    assert {"withdrawn", "orphan", "CSI plugin"} <= others
+    for page in PAGES:
+        if page.name != "glossary.md":
+            for word in sorted(others):
+                assert not re.search(rf"\b{re.escape(word)}\b", page.read_text()), f"{page.name}: {word}"
+
+
+def test_settings_that_pages_name_exist() -> None:
+    """Those of the program, or of the chart; findings of doctor have such names too."""
+    from runvol import doctor_table
+
+    values = yaml.safe_load((ROOT / "deploy/helm/runvol/values.yaml").read_text())
+    known = {*config.TABLE, *doctor_table.TABLE}
+    for page in PAGES:
+        for word in (one.partition(" ")[0] for one in inline(page)):
+            section, _, key = word.partition(".")
+            if (
+                section in SECTIONS
+                and re.fullmatch(r"[a-z_A-Z]+", key)
+                and key not in ("json", "made", "toml", "py", "md", "db", "sock")
+            ):
+                assert word in known or key in (values.get(section) or {}), f"{page.name}: {word}"

@@ -1,14 +1,18 @@
-"""Each sentence that docs/troubleshooting.md and docs/snapshotter.md quote is still said, and those that are met often
-are quoted."""
+"""Each sentence that docs/troubleshooting.md quotes is still said by the code."""
 
 from __future__ import annotations
 
 import functools
+import json
 import re
+import subprocess
 
+import grpc
 import pytest
 
+from runvol_proto import csi_pb2
 from tests.documents import ROOT, said_by_the_code
+from tests.driver import Driver
 
 PAGE = (ROOT / "docs/troubleshooting.md").read_text()
 ROWS = [re.split(r"(?<!\\) \| ", line.strip("| ")) for line in PAGE.splitlines() if line.startswith("| ")][2:]
@@ -90,3 +94,19 @@ def test_a_quoted_sentence_is_said(quote: str) -> None:
 def test_what_was_never_said_is_not_taken_for_said() -> None:
     assert not is_said("volume pvc-1 sleeps, since nobody of its pods came")
     assert not is_said("is not blank, and formatted all the same")
+
+
+@pytest.mark.kernel
+def test_the_wiping_that_is_told_makes_a_volume_blank(driver: Driver) -> None:
+    """As the row of `is not blank` has it."""
+    (command,) = re.findall(r"`(truncate [^`]+)`", PAGE)
+    image = driver.directory / "old.img"
+    image.write_bytes(b"data" + bytes((16 << 20) - 4))
+    (row,) = json.loads(driver.cli("volumes", "adopt", str(image), "--name", "old", "--json").stdout)["items"]
+    volume = csi_pb2.Volume(volume_id=row["volume"])
+    with pytest.raises(grpc.RpcError) as refused:
+        driver.stage(volume)
+    (path,) = re.findall(r"^(/\S+) is not blank", refused.value.details())
+    subprocess.run(["sh", "-c", command.replace("FILE", path).replace("BYTES", str(16 << 20))], check=True)
+    driver.stage(volume)
+    driver.unstage(volume)

@@ -6,10 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
 
 from runvol.config import BACKENDS
-from runvol.config import TABLE as SETTINGS
 from tests.documents import PAGES
 from volumes.parameters import TABLE
 from volumes.registry import NAMES
@@ -25,20 +23,6 @@ def test_the_storage_class_reference_is_made_from_the_table():
 
 def test_the_setting_knows_every_backend_that_a_class_can_name():
     assert BACKENDS == NAMES
-
-
-def test_settings_that_the_documentation_names_exist():
-    """Those of the program, or of the chart."""
-    values = yaml.safe_load((ROOT / "deploy/helm/runvol/values.yaml").read_text())
-    for page in (ROOT / "docs").glob("*.md"):
-        for word in page.read_text().split("`"):
-            if (
-                word.split(".")[0] in {"detect", "paths", "loop", "node", "log"}
-                and word.count(".") == 1
-                and " " not in word
-            ):
-                section, _, key = word.partition(".")
-                assert word in SETTINGS or key in values.get(section, {}), f"{page.name}: {word}"
 
 
 def anchors(page: Path) -> set[str]:
