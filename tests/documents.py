@@ -64,7 +64,7 @@ def _lines(block: str) -> Iterator[str]:
         command = re.split(r"\s{2,}|\s#", line.strip())[0] if " <<" not in line and "\\" not in line else line.strip()
         if command and not command.startswith("#"):
             yield command
-        if end := re.search(r"<<(\w+)", line):
+        if end := re.search(r"<<'?(\w+)", line):
             for inner in lines:
                 if inner.strip() == end[1]:
                     break

@@ -384,6 +384,7 @@ FORM = {
     "ctr -n NAMESPACE tasks rm -f CONTAINER", "ctr -n NAMESPACE containers rm CONTAINER",
     "ctr -n NAMESPACE images rm --sync IMAGE", "grep snapshot-controller", "grep csi.runvol.io", 'jq select(.volume == "ID")',
     "systemd-analyze verify", "systemd-analyze security --offline=true", "lvcreate --type thin-pool", "dmsetup remove",
+    "crictl rmp -fa", "crictl rmi --all",
 }  # fmt: skip
 
 
@@ -436,8 +437,11 @@ def test_examples_of_other_files_are_files_of_that_kind(tmp_path: Path) -> None:
     known = {one.key for one in parameters.TABLE}
     loaded = 0
     for page in PAGES:
+        assert not re.findall(r"<<-?\s*[A-Za-z]", page.read_text()), (
+            f"{page}: quote the word, or backquotes are executed"
+        )
         settings = re.findall(
-            r"> /etc/runvol/runvol.toml <<END\n(.*?)^END$", page.read_text(), re.DOTALL | re.MULTILINE
+            r"> /etc/runvol/runvol.toml <<'END'\n(.*?)^END$", page.read_text(), re.DOTALL | re.MULTILINE
         )
         for text in (*blocks(page, "toml"), *(one.replace("NODE", "node-1") for one in settings)):
             if set(tomllib.loads(text)) <= sections:
