@@ -374,12 +374,16 @@ def bench(load: Loader, name: str, endpoint: str | None, samples: int, as_json: 
     to a sandbox, so it takes a node with one."""
     import grpc
 
+    from csi import server
+    from guestmount import drivers
     from runvol import bench as benchmarks
 
     loaded = load(**{"csi.endpoint": endpoint})
-    root = loaded.words("node.roots")[0]
+    root, path = loaded.words("node.roots")[0], endpoints.path(loaded, "csi.endpoint")
+    if not server.answers(path, drivers.NODES):
+        raise troubles.NotSeen(f"{name}: nobody answers at {path}; start `runvol csi`, or name its --endpoint")
     try:
-        figures = benchmarks.publish(endpoints.path(loaded, "csi.endpoint"), root, samples)
+        figures = benchmarks.publish(path, root, samples)
     except grpc.RpcError as error:
         raise troubles.NotSeen(f"{name}: {error.code().name}: {error.details()}") from error
     items = [schemas.Figure(call=one.call, p50_ms=one.p50, p99_ms=one.p99, samples=one.samples) for one in figures]
