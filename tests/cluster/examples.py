@@ -27,7 +27,7 @@ _HEAD = """# Examples
 
 Each file of `deploy/examples` as it was applied to a real Kubernetes 1.36 with one node (ext4, no NFS client in its kernel), and what became
 of it: as it is, and with `runtimeClassName` uncommented, in QEMU guests without hardware virtualization, which take their time to boot.
-Made by `python -m tests.cluster.examples`.
+The example for NFS names a server that there is not, until yours stands in it. Made by `python -m tests.cluster.examples`.
 
 | example | what it shows | with runc | seconds until its pods run | in a sandbox | seconds |
 | --- | --- | --- | --- | --- | --- |
