@@ -56,6 +56,19 @@ def locked(fd: int, operation: int, seconds: float) -> bool:
             time.sleep(_STEP)
 
 
+def taken(path: str) -> bool:
+    """Whether somebody holds the lock file alone at this moment; it is not made. OSError."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        # Shared, and only for this moment: others who look are not in its way, and who takes it tries again.
+        return not locked(fd, fcntl.LOCK_SH, 0)
+    finally:
+        os.close(fd)
+
+
 def byte(fd: int, at: int, kind: int) -> bool:
     """Whether this open file has that lock (F_WRLCK, F_RDLCK, or F_UNLCK for none) on one byte of its file; it is not
     waited for. Open file description locks of fcntl(2): threads exclude each other as processes do. OSError."""

@@ -442,6 +442,13 @@ class Claims:
         _check(volume_id)
         return _read(os.path.join(self._directory, f"{volume_id}.json"))
 
+    def unworked(self, volume_id: str) -> Claim | None:
+        """As `peek`, but Busy while somebody works on the volume: for a look that makes and holds nothing. OSError."""
+        claim = self.peek(volume_id)
+        if flocks.taken(os.path.join(self._locks, volume_id)):
+            raise Busy(volume_id)
+        return claim
+
     def all(self) -> list[Claim]:
         """Every record, by volume. Refused, naming the file, if one cannot be read."""
         found, damaged = self.readable()

@@ -168,7 +168,7 @@ def _closed(node: Node, deadline: Deadline, *, dry_run: bool) -> list[Finding]:
         why, done = "closed by a call that did not end well", False
         try:
             if dry_run:
-                claim = node.claims.peek(ours.volume_id)
+                claim = node.claims.unworked(ours.volume_id)
                 if claim is not None and one.target in claim.targets:
                     found.append(Finding(kind="hand-off", place=one.place, why=why))
                 continue
@@ -202,7 +202,7 @@ def _unless_claimed(
     """
     try:
         if take_back is None:
-            claim = node.claims.peek(volume_id)
+            claim = node.claims.unworked(volume_id)
             return claim is None or not in_use(claim)
         with node.claims.locked(volume_id, deadline) as cell:
             if cell.claim is not None and in_use(cell.claim):

@@ -246,3 +246,14 @@ def test_what_was_being_noted_of_its_device_goes_with_the_record(tmp_path, soon)
     with Claims(str(tmp_path)).locked("loop-a", soon) as cell:
         cell.remove()
     assert not any(files for _, _, files in os.walk(tmp_path))
+
+
+def test_a_look_sees_who_works_on_a_volume_and_makes_nothing(claims, soon, tmp_path):
+    assert claims.unworked("loop-1") is None and not os.listdir(tmp_path)
+    with claims.locked("loop-1", soon) as cell:
+        cell.write(a_claim())
+        with pytest.raises(Busy, match="loop-1"):
+            claims.unworked("loop-1")
+    before = {path: files for path, _, files in os.walk(tmp_path)}
+    assert claims.unworked("loop-1") == a_claim()
+    assert before == {path: files for path, _, files in os.walk(tmp_path)}

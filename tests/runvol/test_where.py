@@ -74,13 +74,13 @@ def test_a_runc_pod_is_read_on_the_host_and_a_guests_volume_is_not(driver: Drive
 
     for name in ("web-0", "default/web-0", A):
         rows = where(driver, name)
-        assert [(one["what"], one["container"], one["seen_at"], one["path"], one["readable"]) for one in rows] == [
+        assert [(one["what"], one["container"], one["seenAt"], one["path"], one["readable"]) for one in rows] == [
             ("root filesystem", "web", "/", f"{runc}/rootfs", True),
-            ("standard output", "web", "", f"{log}/10.log", True),
+            ("standard output", "web", None, f"{log}/10.log", True),
             ("volume", "web", "/www", targets["web-0"], True),
             ("volume", "web", "/tmp", empty, True),
         ]
-    assert {one["pod_uid"] for one in rows} == {A}
+    assert {one["podUid"] for one in rows} == {A}
     rows = where(driver, "db-0")
     assert [(one["what"], one["path"], one["readable"]) for one in rows] == [
         ("root filesystem", f"{guest}/rootfs", False),

@@ -103,7 +103,7 @@ class _Store:
             raise StoreFailed("disk is full")
         return {}
 
-    get = pages = write_made = lambda self, *_: [] if not self.full else self.doomed()
+    get = sound = pages = write_made = lambda self, *_: [] if not self.full else self.doomed()
 
     def quarantine_refused(self, _now: int) -> None:
         pass

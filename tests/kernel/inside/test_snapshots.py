@@ -41,7 +41,7 @@ def test_a_first_layer_is_an_empty_directory_of_mode_0755(lab: Lab) -> None:
 
 def test_prepare_commit_view_and_remove_execute_and_mount_nothing(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     lab.prepare("warm up the base")
-    for module in ("bases", "pool", "assembly", "backing"):
+    for module in ("bases", "metadata", "assembly", "backing"):
         monkeypatch.setattr(f"snapshotter.{module}.run", _never)
     monkeypatch.setattr("blockdev.syscalls.mount", _never)
     monkeypatch.setattr("blockdev.syscalls.fsmount", _never)
