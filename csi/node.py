@@ -46,7 +46,8 @@ class NodeService:
         response = csi_pb2.NodeGetInfoResponse(node_id=self._node_id)
         if self._driver.on_nodes:
             response.accessible_topology.segments.update(segments(self._node_id))
-            response.max_volumes_per_node = volume_limit.left_for_csi(self._node)
+            node = self._node
+            response.max_volumes_per_node = volume_limit.left_for_csi(node.claims, node.max_volumes, node.roots)
         return response
 
     def _described(self, volume_id: str, context: Mapping[str, str]) -> dict[str, str]:

@@ -7,13 +7,10 @@ guest's places for disks are each pod's own (`guestmount.ways.disk_slots`).
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from guestmount.claims import Claim, Claims
 from guestmount.errors import NoPlace
-
-if TYPE_CHECKING:
-    from guestmount.node import Node
 
 
 def check(claims: Claims, new: Claim, most: int) -> None:
@@ -28,17 +25,17 @@ def check(claims: Claims, new: Claim, most: int) -> None:
         )
 
 
-def left_for_csi(node: Node) -> int:
+def left_for_csi(claims: Claims, most: int, roots: Sequence[str]) -> int:
     """What NodeGetInfo says: how many volumes the scheduler may count for this node; 0 for any number.
 
     It counts those of CSI alone, so those of FlexVolume, which are staged in a place of the driver's own, are taken
-    off. Never less than 1: no limit would be told then.
+    off. Never less than 1: no limit would be told then. `roots`: kubelet's directories.
     """
-    if not node.max_volumes:
+    if not most:
         return 0
-    roots = [os.path.join(root, "") for root in node.roots]
-    others = [one for one in _staged(node.claims) if not one.staging_path.startswith(tuple(roots))]
-    return max(1, node.max_volumes - len(others))
+    below = tuple(os.path.join(root, "") for root in roots)
+    others = [one for one in _staged(claims) if not one.staging_path.startswith(below)]
+    return max(1, most - len(others))
 
 
 def _staged(claims: Claims) -> list[Claim]:

@@ -148,10 +148,13 @@ def drivers(cluster: Cluster, node: str = "node1") -> set[str]:
 
 
 def doctor(cluster: Cluster, node: str = "node1") -> list[dict[str, str]]:
-    """The lines of `runvol doctor` in a node's pod."""
-    (plugin,) = cluster.list("pods", f"--namespace={NAMESPACE}", "--selector=app.kubernetes.io/component=node",
-                             f"--field-selector=spec.nodeName={node}")  # fmt: skip
-    words = ("exec", plugin["metadata"]["name"], f"--namespace={NAMESPACE}", "-c", "runvol", "--", "sh", "-c",
+    """The lines of `runvol doctor` in a node's pod. Broken: there is none that runs, or two while one is replaced."""
+    found = cluster.list("pods", f"--namespace={NAMESPACE}", "--selector=app.kubernetes.io/component=node",
+                         f"--field-selector=spec.nodeName={node}")  # fmt: skip
+    plugins = [one["metadata"]["name"] for one in found if "deletionTimestamp" not in one["metadata"]]
+    if len(plugins) != 1:
+        raise Broken(f"runvol's pods on {node} are {plugins}, and one was wanted")
+    words = ("exec", plugins[0], f"--namespace={NAMESPACE}", "-c", "runvol", "--", "sh", "-c",
              "runvol doctor --json || true")  # fmt: skip
-    found: list[dict[str, str]] = json.loads(cluster.kubectl(*words))["items"]
-    return found
+    lines: list[dict[str, str]] = json.loads(cluster.kubectl(*words))["items"]
+    return lines
