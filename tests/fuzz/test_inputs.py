@@ -234,7 +234,7 @@ def test_hand_off_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_superblocks(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, fstype: str
 ) -> None:
-    """A guest's: only the named error comes out, and no input costs a millisecond or reads or takes a megabyte."""
+    """A guest's: only the named error comes out, and no input costs milliseconds by the ten or reads or takes a megabyte."""
     path = tmp_path / "image"
     with path.open("wb") as file:
         file.truncate(64 << 20 if fstype == "ext4" else 320 << 20)
