@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from blockdev import databases
+from snapshotter import failures
 from snapshotter.errors import StoreFailed
 from snapshotter.images import PIN
 
@@ -51,7 +52,8 @@ def _number(said: object) -> int:
 
 def disk_trouble(directory: str) -> str:
     """Why the filesystem of a directory takes nothing, in the kernel's words; empty where it does. A flush tells also
-    of one that has given up and is mounted `rw` all the same; nothing is written that was not to be."""
+    of one that has given up and is mounted `rw` all the same; nothing is written that was not to be. Only an ext4 that has
+    counted errors is asked by a file without a name: where its journal has failed, nothing else tells."""
     try:
         if os.statvfs(directory).f_flag & os.ST_RDONLY:
             return "Read-only file system"
@@ -64,4 +66,15 @@ def disk_trouble(directory: str) -> str:
         return ""
     except OSError as error:
         return str(error.strerror)
-    return ""
+    return failures.disk_trouble(os.path.join(directory, ""), flush=True) if _counted_errors(directory) else ""
+
+
+def _counted_errors(directory: str) -> bool:
+    """Whether the directory's ext4 has met errors since it was last checked (`/sys/fs/ext4/DEVICE/errors_count`)."""
+    try:
+        device = os.stat(directory).st_dev
+        name = os.path.basename(os.path.realpath(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}"))
+        with open(f"/sys/fs/ext4/{name}/errors_count") as file:
+            return int(file.read()) > 0
+    except (OSError, ValueError):
+        return False
