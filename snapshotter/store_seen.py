@@ -52,8 +52,8 @@ def _number(said: object) -> int:
 
 def disk_trouble(directory: str) -> str:
     """Why the filesystem of a directory takes nothing, in the kernel's words; empty where it does. A flush tells also
-    of one that has given up and is mounted `rw` all the same; nothing is written that was not to be. Only an ext4 that has
-    counted errors is asked by a file without a name: where its journal has failed, nothing else tells."""
+    of one that has given up and is mounted `rw` all the same; nothing is written that was not to be. Only an ext4 that
+    has counted errors is asked by a file without a name: where its journal has failed, nothing else tells."""
     try:
         if os.statvfs(directory).f_flag & os.ST_RDONLY:
             return "Read-only file system"
