@@ -16,7 +16,7 @@ from csi.workers import Workers
 from guestmount import BadRequest, Detector
 from guestmount.events import EVENTS, Events
 from guestmount.known_pods import KnownPods
-from guestmount.survey import Seen, Survey, Surveyed
+from guestmount.survey import Seen, Survey, Surveyed, User
 from volumes import work
 
 if TYPE_CHECKING:
@@ -258,18 +258,7 @@ class _Volumes:
         yield PROMISED.of(((name,), one.promised) for name, one in seen.stores.items())
         yield CAN_PROMISE.of(((name,), one.available) for name, one in seen.stores.items())
         yield VOLUME_POD.of(
-            (
-                (
-                    one.volume,
-                    user.namespace,
-                    user.persistent_volume_claim,
-                    user.pod,
-                    one.backend,
-                    one.owner,
-                    one.handler,
-                ),
-                1,
-            )
+            ((*_labels(one, user), one.backend, one.owner, one.handler), 1)
             for one in seen.volumes
             for user in one.users
         )
@@ -289,8 +278,9 @@ def _by_owner(seen: Seen) -> Counter[tuple[str, str, str]]:
     return Counter((one.backend, one.owner, one.handler) for one in seen.volumes)
 
 
-def _labels(one: Surveyed) -> Sequence[str]:
-    user = one.user
+def _labels(one: Surveyed, user: User | None = None) -> Sequence[str]:
+    """Of one of its pods; of what they have in common, where none is named."""
+    user = user or one.user
     return (one.volume, user.namespace, user.persistent_volume_claim, user.pod)
 
 

@@ -234,7 +234,7 @@ def test_hand_off_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_superblocks(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, fstype: str
 ) -> None:
-    """A guest's: only the named error comes out, and no input costs milliseconds by the ten or reads or takes a megabyte."""
+    """A guest's: only the named error comes out, and no input costs a millisecond or reads or takes a megabyte."""
     path = tmp_path / "image"
     with path.open("wb") as file:
         file.truncate(64 << 20 if fstype == "ext4" else 320 << 20)
@@ -249,7 +249,6 @@ def test_superblocks(
         return data
 
     def one(chance: random.Random) -> None:
-        nonlocal most
         head = bytearray(whole)
         first, length = (1024, 1024) if fstype == "ext4" else (0, 512)
         for _ in range(chance.randint(1, 8)):
@@ -258,13 +257,20 @@ def test_superblocks(
             value = chance.choice((0, 1, (1 << 8 * width) - 1, 1 << 8 * width - 1, chance.getrandbits(8 * width)))
             head[at : at + width] = value.to_bytes(width, "little")
         os.pwrite(fd, head, 0)
+        cost = looked()
+        # Another load makes one look dear; what an input costs, it costs each time.
+        took.append(cost if cost < 0.001 else min(cost, looked(), looked()))
+
+    def looked() -> float:
+        nonlocal most
         read[0], started = 0, time.thread_time()
         try:
             superblocks.space(str(path))
         except FilesystemDamaged:
             pass
-        took.append(time.thread_time() - started)
+        cost = time.thread_time() - started
         most = max(most, read[0])
+        return cost
 
     monkeypatch.setattr(os, "pread", counted)
     try:
@@ -280,5 +286,4 @@ def test_superblocks(
     slow = took[len(took) * 999 // 1000] * 1000
     with capsys.disabled():
         print(f"p99.9 {slow:.2f} ms of a processor, at most {most} bytes read, {taken} taken ", end="")
-    # It is a fraction of a millisecond where nothing else runs; what a number could make of it is seconds.
-    assert slow < 10 and most <= 1 << 20 and taken <= 1 << 20
+    assert slow < 1 and most <= 1 << 20 and taken <= 1 << 20
