@@ -35,15 +35,21 @@ _SKIP_LOCKFS, _NOFLUSH, _DATA_OUT, _DEFERRED = 0x400, 0x800, 0x10000, 0x20000
 _UDEV_HANDS_OFF = (0x1 | 0x2 | 0x4 | 0x8 | 0x20) << 16
 _FIRST_BUFFER, _LARGEST_BUFFER = 16384, 64 << 20
 
+# What to do where the control node cannot be opened.
+_LOAD_IT = "the kernel has no device-mapper, or it is not loaded: `modprobe dm_mod`; a container needs the host's /dev"
+_BE_ROOT = "only root of the host may"
+_WITHOUT = {**dict.fromkeys((errno.ENOENT, errno.ENODEV, errno.ENXIO), _LOAD_IT),
+            **dict.fromkeys((errno.EACCES, errno.EPERM), _BE_ROOT)}  # fmt: skip
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class MapperError(BlockdevError):
-    """Device-mapper refused; `errno` is the kernel's."""
+    """Device-mapper refused; `errno` is the kernel's. `hint`: what to do, where that is known."""
 
-    def __init__(self, operation: str, name: str, number: int) -> None:
+    def __init__(self, operation: str, name: str, number: int, hint: str = "") -> None:
         self.errno = number
-        super().__init__(f"device-mapper: {operation} {name}: {os.strerror(number)}")
+        super().__init__(f"device-mapper: {operation} {name}: {os.strerror(number)}" + (f": {hint}" if hint else ""))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +105,8 @@ class Mapper:
         try:
             self._fd = os.open(CONTROL, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
-            raise MapperError("open", CONTROL, error.errno or errno.ENXIO) from None
+            number = error.errno or errno.ENXIO
+            raise MapperError("open", CONTROL, number, _WITHOUT.get(number, "")) from None
 
     def close(self) -> None:
         os.close(self._fd)

@@ -17,7 +17,7 @@ from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
-from blockdev import Deadline, log_context
+from blockdev import Deadline, log_context, sentences
 from csi.call_book import CallBook
 from csi.errors import CallError, code_of, sentence_of
 from csi.secrets import stripped
@@ -29,8 +29,6 @@ log = logging.getLogger("runvol.csi")
 # A caller without a deadline gets this one, in seconds: kubelet's own for CSI is two minutes.
 _DEFAULT = 115.0
 _LONGEST = 3600.0
-# Characters of an error.
-_LONGEST_SENTENCE = 4000
 # Answer before the caller has gone, so that it reads a sentence instead of "deadline exceeded".
 _MARGIN = 0.2
 _QUIET = frozenset({"Probe", "NodeGetVolumeStats", "NodeGetVolumeHealth"})
@@ -122,8 +120,8 @@ def _run(
         codes.append(code.name)
         if code is grpc.StatusCode.INTERNAL:
             log.exception("call failed", extra=_facts(name, request, started, code.name))
-            _abort(context, code, f"{type(error).__name__}: {error}; see the driver's log")
-        said = sentence_of(error)[:_LONGEST_SENTENCE]  # a pod's paths may have a megabyte, in the log too
+            _abort(context, code, sentences.short(f"{type(error).__name__}: {error}", "; see the driver's log"))
+        said = sentences.short(sentence_of(error))  # a pod's paths may have a megabyte, in the log too
         # What has no sentence of its own says where it came from.
         facts = {**_facts(name, request, started, code.name), "reason": said}
         log.warning("call refused", extra=facts, exc_info=isinstance(error, OSError))
@@ -158,7 +156,7 @@ def _deadline(remaining: float | None) -> Deadline:
 
 
 def _abort(context: grpc.ServicerContext, code: grpc.StatusCode, message: str) -> NoReturn:
-    context.abort(code, message.encode("utf-8", "replace").decode()[:_LONGEST_SENTENCE])
+    context.abort(code, sentences.short(message))
     raise AssertionError("abort returned")
 
 

@@ -28,7 +28,7 @@ from snapshotter.model import LABEL_REF, Kind, Snapshot, chain_of
 from snapshotter.node import STORE
 from snapshotter.service import LENDING
 from snapshotter.signatures import PrivateKey
-from snapshotter.store import Store
+from snapshotter.store import Store, existing
 from snapshotter.trust import Trust, Verdict, pin_of
 
 _CALL = 60.0
@@ -40,7 +40,7 @@ _key_option = click.option("--key", "key_file", metavar="FILE", help="The privat
 def _share(config: Config) -> Share:
     directory = config.text("snapshotter.images")
     if not directory:
-        raise BadRequest("snapshotter.images", "", "names no directory; set it in the configuration")
+        raise BadRequest("snapshotter.images", "", "names no directory; set it to that of the shared images")
     return Share(directory)
 
 
@@ -58,10 +58,7 @@ def _store(config: Config) -> Store | None:
 
 
 def _own_store(config: Config) -> Store:
-    found = _store(config)
-    if found is None:
-        raise NotFound(os.path.join(state_dir(config), STORE), "the store")
-    return found
+    return existing(state_dir(config))
 
 
 @click.group(invoke_without_command=True, short_help="List shared images; make, sign and check them.")

@@ -21,7 +21,7 @@ import grpc
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 
-from blockdev import Deadline
+from blockdev import Deadline, sentences
 from runvol_proto import containerd_snapshots_pb2 as pb
 from runvol_proto import grpc_health_pb2 as health_pb
 from snapshotter import wire
@@ -43,8 +43,6 @@ _GRACE = 1.0
 # How long a List may stand still, and how long it may take in all, in seconds; how many there may be at once, and for
 # how long one stands still at least before a new one takes its place then.
 _STILL, _LONGEST, _LISTS, _SURELY = 7.0, 300.0, 32, 1.0
-# Characters of what a refusal says: it may quote what a caller has sent.
-_LONGEST_MESSAGE = 4000
 _QUICK = ("Mounts", "Remove", "Stat", "Update", "Cleanup")
 Observer = Callable[[str, str, float], None]
 
@@ -192,7 +190,7 @@ class Service:
                 self._end_list(one)
                 continue
             one.released = True
-            log.error("call hangs in the kernel; its caller is released", extra={"rpc": one.name, "key": one.key})
+            log.error("call hangs in the kernel; its caller is released", extra=_facts(one.name, one.key))
             try:
                 with self._ending:  # there is room for others before the caller knows
                     if number in self._running and one.worker is not None:
@@ -209,14 +207,14 @@ class Service:
         with self._ending:
             del self._running[number]
         if running.released and not running.sending:
-            log.warning("a call that hung in the kernel has ended", extra={"rpc": running.name, "key": running.key})
+            log.warning("a call that hung in the kernel has ended", extra=_facts(running.name, running.key))
 
     def _done(self, name: str, key: str, seconds: float) -> None:
         if self._observe is not None:
             self._observe(name, "OK", seconds)
         level = logging.WARNING if seconds > _SLOW else logging.DEBUG
         if log.isEnabledFor(level):
-            log.log(level, "call done", extra={"rpc": name, "key": key, "ms": round(seconds * 1000, 2)})
+            log.log(level, "call done", extra=_facts(name, key, seconds))
 
     def _refuse(
         self, name: str, key: str, number: int, seconds: float, error: Exception, context: grpc.ServicerContext
@@ -224,15 +222,16 @@ class Service:
         code = wire.code_of(error)
         if self._observe is not None:
             self._observe(name, code.name, seconds)
-        facts = {"rpc": name, "key": key[:_LONGEST_MESSAGE], "code": code.name, "ms": round(seconds * 1000, 2)}
-        message = str(error)[:_LONGEST_MESSAGE]
+        facts = {**_facts(name, key, seconds), "code": code.name}
+        message = sentences.short(str(error))
         if code is grpc.StatusCode.INTERNAL:
             log.error("call failed", extra={**facts, "call": number}, exc_info=error)
             if not isinstance(error, SnapshotterError):
-                message = f"{type(error).__name__}: {error}; see the snapshotter's log, call {number}"
+                where = f"; see the snapshotter's log, call {number}"
+                message = sentences.short(f"{type(error).__name__}: {error}", where)
         elif code is not grpc.StatusCode.NOT_FOUND:
             log.warning("call refused", extra={**facts, "reason": message})
-        context.abort(code, message.encode("utf-8", "replace").decode())
+        context.abort(code, sentences.short(message))
         raise AssertionError("abort returned")
 
     def Prepare(self, request: Any, deadline: Deadline) -> Message:
@@ -321,6 +320,12 @@ class Service:
         if not still:
             raise Unavailable(f"{_LISTS} Lists are being read already; try again when one has ended")
         self._end_list(min(still, key=lambda one: one.until))
+
+
+def _facts(name: str, key: str, seconds: float | None = None) -> dict[str, object]:
+    """Of a call, for the log."""
+    facts: dict[str, object] = {"rpc": name, "key": sentences.short(key)}
+    return facts if seconds is None else {**facts, "ms": round(seconds * 1000, 2)}
 
 
 def _answers(page: Sequence[Snapshot]) -> Iterator[pb.ListSnapshotsResponse]:

@@ -18,13 +18,15 @@ from snapshotter.rows import Rows
 from snapshotter.tables import Base
 
 STORE = "snapshots.db"
+_NONE_YET = ("the snapshotter makes it at its first start, once `runvol pool init` has made the pool; of a lost one, "
+             "`runvol pool repair-store` makes what the pool knows")  # fmt: skip
 
 
 def existing(state_dir: str) -> Store:
     """The store of this state directory. NotFound where there is none."""
     path = os.path.join(state_dir, STORE)
     if not os.path.exists(path):
-        raise NotFound(path, "the store")
+        raise NotFound(path, "the store", _NONE_YET)
     return Store(path)
 
 

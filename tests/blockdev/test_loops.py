@@ -38,6 +38,46 @@ def test_a_restarted_process_finds_its_device_by_the_file_even_after_a_rename(im
     loops.detach(device, path + ".renamed", soon)
 
 
+@pytest.fixture
+def strangers():
+    """Makes a loop device as somebody does who looks inside a file; detached at the end."""
+    made = []
+
+    def make(path, *options):
+        done = subprocess.run(["losetup", "--show", *options, "-f", path], capture_output=True, text=True, check=True)
+        made.append(done.stdout.strip())
+        return made[-1]
+
+    yield make
+    for device in made:
+        subprocess.run(["losetup", "-d", device], check=False)
+
+
+@pytest.mark.parametrize("options", [("-o", "1M"), ("--sizelimit", "1M"), ("-r", "-o", "4K")])
+def test_a_window_on_a_file_is_not_the_whole_of_it(image, soon, strangers, options):
+    path = image()
+    strangers(path, *options)
+    assert loops.whole(path) is None
+    ours = loops.attach(path, deadline=soon)
+    assert loops.whole(path) == loops.whole(path, writable=True) == ours
+
+
+def test_a_read_only_device_is_taken_by_who_only_reads(image, strangers):
+    path = image()
+    theirs = strangers(path, "-r")
+    assert loops.whole(path, writable=True) is None
+    assert loops.whole(path) == theirs
+
+
+def test_a_whole_device_stays_although_whoever_made_it_lets_it_go(image, strangers):
+    path = image()
+    theirs = strangers(path)
+    with open(theirs, "rb"):
+        subprocess.run(["losetup", "-d", theirs], check=True)  # it clears itself at the last close
+        assert loops.whole(path) == theirs
+    assert loops.stands_on(theirs, path)
+
+
 def test_detach_leaves_a_device_alone_that_stands_on_another_file_by_now(image, soon):
     first, second = image(), image()
     device = loops.attach(second, deadline=soon)

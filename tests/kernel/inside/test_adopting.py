@@ -266,6 +266,30 @@ def test_two_files_of_others(mapper: Mapper, tmp_path: Path, others: Others) -> 
     _apart(mapper, state)
 
 
+@pytest.mark.parametrize(("option", "name"), [("--data-file", "data"), ("--metadata-file", "meta")])
+@pytest.mark.parametrize("how", ["-o64K", "-r"])
+def test_a_file_that_somebody_looks_inside_is_adopted_once_he_lets_it_go(
+    mapper: Mapper, tmp_path: Path, others: Others, option: str, name: str, how: str
+) -> None:
+    """A window shows the file shifted, and a read-only device takes no writes: neither is a part of the pool."""
+    others.make(3)
+    others.unmap()
+    for device, one in ((others.data, "data"), (others.metadata, "meta")):
+        loops.detach(device, str(tmp_path / one), soon())
+    done = subprocess.run(["losetup", "--show", how, "-f", str(tmp_path / name)], capture_output=True, text=True,
+                          check=True)  # fmt: skip
+    theirs = done.stdout.strip()
+    claim, state = Claim(data=str(tmp_path / "data"), metadata=str(tmp_path / "meta")), str(tmp_path / "state")
+    try:
+        with pytest.raises(PoolRefused, match=f"{option}: .*{theirs}"):
+            adopting.adopt(mapper, state, claim, soon())
+        assert not os.path.exists(state) or backing.load(state) is None
+    finally:
+        subprocess.run(["losetup", "-d", theirs], check=True)
+    assert adopting.adopt(mapper, state, claim, soon()).quarantined == 1
+    _apart(mapper, state)
+
+
 def test_a_foreign_device_that_has_the_keepers_id(mapper: Mapper, tmp_path: Path, others: Others) -> None:
     others.make(0)
     others.unmap()

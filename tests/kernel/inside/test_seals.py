@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from blockdev import loops
 from snapshotter import verity
 from snapshotter.errors import SnapshotterError
 from tests.kernel.inside.lab import MIB, Lab, mounted
@@ -46,6 +48,24 @@ def test_a_view_of_a_sealed_layer_reads_it_through_verity(sealed: Lab) -> None:
     assert sealed.mounts("v") == [mount]
     sealed.remove("v")
     assert not sealed.leaks()
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+def test_a_window_that_somebody_made_on_a_tree_or_on_what_it_verifies_is_not_taken(sealed: Lab, mapped: bool) -> None:
+    """An open view's verified device, or the file of the tree before any view."""
+    if mapped:
+        (mount,) = sealed.view("v", "layer")
+        below = Path(f"/sys/class/block/{os.path.basename(mount.source)}/loop/backing_file").read_text().strip()
+        loops.clear(mount.source)
+    else:
+        (below,) = map(str, (Path(sealed.state) / "seals").iterdir())
+    done = subprocess.run(["losetup", "--show", "-r", "-o", "1M", "-f", below], capture_output=True, text=True,
+                          check=True)  # fmt: skip
+    try:
+        with mounted(sealed.mounts("v") if mapped else sealed.view("v", "layer")) as root:
+            assert (root / "f").read_bytes() == CONTENT
+    finally:
+        subprocess.run(["losetup", "-d", done.stdout.strip()], check=False)
 
 
 def test_what_was_changed_on_the_disk_is_not_read(sealed: Lab) -> None:
