@@ -305,6 +305,31 @@ def test_the_service_shows_its_pool_through_use_growth_restart_and_kill(tmp_path
         assert not (tmp_path / "state" / "gauge.img").exists()
 
 
+def test_a_gauge_that_is_frozen_for_a_backup_holds_nobody_up_and_follows_afterwards(tmp_path: Path) -> None:
+    from tests.kernel.inside.test_service import Client
+
+    place = tmp_path / "state" / "gauge"
+    with Server(tmp_path, data=512 * MIB, size=256 * MIB, RUNVOL_SNAPSHOTTER_GAUGE="auto") as server:
+        before = _follows(server, place)
+        client = Client(server)
+        subprocess.run(["fsfreeze", "--freeze", str(place)], check=True)
+        try:
+            mount = client.prepare("a").mounts[0]
+            subprocess.run(["dd", "if=/dev/urandom", f"of={mount.source}", "bs=1M", "count=200", "oflag=direct"],
+                           check=True, capture_output=True)  # fmt: skip
+            began = time.monotonic()
+            while time.monotonic() < began + 7:  # longer than it waits between two looks at the pool
+                at = time.monotonic()
+                client.prepare(f"a{at}")
+                server.pool()
+                assert time.monotonic() - at < 3
+                time.sleep(0.5)
+            assert _diagnosis(server, place)[1]
+        finally:
+            subprocess.run(["fsfreeze", "--unfreeze", str(place)], check=True)
+        assert before.available - _follows(server, place, 20).available > 140 * MIB
+
+
 def test_nothing_is_left_when_new_snapshots_are_refused_and_before(tmp_path: Path) -> None:
     lab = Lab(tmp_path, data=128 * MIB, size=32 * MIB)
     try:
