@@ -57,6 +57,17 @@ disabled_plugins = ["io.containerd.nri.v1.nri"]
     runtime_type = "io.containerd.runc.v2"
     snapshotter = "runvol"
 """
+# containerd makes these directories where they are missing, and /etc of a user-mode kernel is the machine's.
+_CNI_OF_1 = """
+[plugins."io.containerd.grpc.v1.cri".cni]
+  conf_dir = "{directory}/cni"
+  bin_dir = "{directory}/cni-bin"
+"""
+_CNI_OF_2 = """
+[plugins."io.containerd.cri.v1.runtime".cni]
+  conf_dir = "{directory}/cni"
+  bin_dirs = ["{directory}/cni-bin"]
+"""
 
 
 class Cri:
@@ -68,7 +79,8 @@ class Cri:
         self._program = str(Path(os.environ["RUNVOL_PROGRAMS"]).parent / f"containerd-{version}" / "containerd")
         if not os.path.exists(self._program):
             pytest.skip(f"containerd {version} is not prepared: run tests/prepare/containerds.sh")
-        said = (said + _NO_PODS).format(socket=server.socket, gauge=self.gauge, image=IMAGE)
+        said += _NO_PODS + (_CNI_OF_1 if "version = 2" in said else _CNI_OF_2)
+        said = said.format(socket=server.socket, gauge=self.gauge, image=IMAGE, directory=directory)
         head = f'root = "{directory}/root"\nstate = "/run/gauge-cri-{os.getpid()}"\n'
         (directory / "cri.toml").write_text(f'{head}{said}[grpc]\n  address = "{self.socket}"\n')
 
