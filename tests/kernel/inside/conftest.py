@@ -37,6 +37,19 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
     return None if _mine[name] else True
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Where the time went, as the tier has a budget."""
+    spent: dict[str, float] = {}
+    for report in (one for reports in terminalreporter.stats.values() for one in reports if hasattr(one, "duration")):
+        name = os.path.basename(report.nodeid.split("::")[0])
+        spent[name] = spent.get(name, 0) + report.duration
+    if len(spent) > 1:
+        terminalreporter.section("seconds by file")
+        for name, seconds in sorted(spent.items(), key=lambda one: -one[1]):
+            if seconds >= 5:
+                terminalreporter.write_line(f"{seconds:7.0f}  {name}")
+
+
 @pytest.fixture
 def mapper() -> Iterator[Mapper]:
     with Mapper() as opened:
