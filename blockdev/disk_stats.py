@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from blockdev import sysfs
+
 _SECTOR, _TICKS = 512, 1000.0
 
 
@@ -38,8 +40,7 @@ class DiskStats:
 
 def directory(device: str) -> str:
     """Where sysfs has the device. OSError."""
-    number = os.stat(device).st_rdev
-    return f"/sys/dev/block/{os.major(number)}:{os.minor(number)}"
+    return sysfs.place(os.stat(device).st_rdev)
 
 
 def read(place: str) -> DiskStats | None:
@@ -59,13 +60,3 @@ def read(place: str) -> DiskStats | None:
         written_bytes=numbers[6] * _SECTOR,
         write_seconds=numbers[7] / _TICKS,
     )
-
-
-def stands_on(place: str) -> str:
-    """What a loop device that sysfs has at `place` says that it stands on; empty for others, and for one that stands on
-    nothing."""
-    try:
-        with open(f"{place}/loop/backing_file") as file:
-            return file.read().rstrip("\n")
-    except OSError:
-        return ""

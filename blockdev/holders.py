@@ -11,6 +11,7 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from blockdev import sysfs
 from blockdev.errors import Holder
 from blockdev.mountinfo import mounted_elsewhere, mounts_of
 
@@ -58,9 +59,9 @@ def _name(pid: int) -> str:
 
 def stacked(device: str) -> list[str]:
     """Devices that stand on a block device, by their names in /sys."""
-    number = os.stat(device).st_rdev
+    place = sysfs.place(os.stat(device).st_rdev)
     try:
-        return sorted(os.listdir(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/holders"))
+        return sorted(os.listdir(f"{place}/holders"))
     except FileNotFoundError:
         return []
 

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from blockdev import Deadline, WaitExpired, disk_stats, holders, ioctls, nfs
+from blockdev import Deadline, WaitExpired, disk_stats, holders, ioctls, nfs, sysfs
 from blockdev.deadlines import bounded
 from blockdev.disk_stats import DiskStats
 from blockdev.holders import Io
@@ -85,7 +85,7 @@ class Surveyed:
     def io(self) -> DiskStats | None:
         """What its device has done since it was first seen; None where no device is its own."""
         device = self.device
-        if device is None or disk_stats.stands_on(device.place) != device.stands_on:
+        if device is None or sysfs.stands_on(device.place) != device.stands_on:
             return None
         now = disk_stats.read(device.place)
         return None if now is None else now.since(device.before)
@@ -311,7 +311,7 @@ def _device(claim: Claim, before: Surveyed | None) -> _Device | None:
         place = disk_stats.directory(device) if device else ""
     except OSError:
         return None
-    on, now = disk_stats.stands_on(place), disk_stats.read(place)
+    on, now = sysfs.stands_on(place), disk_stats.read(place)
     if now is None or (device != claim.source and not on):
         return None
     if (

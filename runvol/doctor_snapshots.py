@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 
-from blockdev import BlockdevError, Deadline, devicemapper
+from blockdev import BlockdevError, Deadline, devicemapper, disk_troubles
 from blockdev.devicemapper import Mapper
 from blockdev.dm_targets import MAX_THIN_ID, PoolStatus
 from runvol import assembly, doctor_gauge, doctor_proxy_plugin, pool_absence
@@ -182,7 +182,7 @@ def _health(finding: Health, remedy: str) -> Diagnosis:
 
 def _store(state: str) -> Iterator[Diagnosis]:
     path, subject = os.path.join(state, STORE), "snapshotter's store"
-    if trouble := store_seen.disk_trouble(state):
+    if trouble := disk_troubles.by_looking(state):
         yield broken("snapshotter.disk-refuses", subject, f"the filesystem of {state} takes no writes: {trouble}")
         return
     if not os.path.exists(path):

@@ -10,11 +10,10 @@ import os
 import sqlite3
 from collections.abc import Iterator
 
+from blockdev import disk_troubles
 from snapshotter.errors import StoreFailed
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-# A filesystem without files that have no name, or one that is merely full: that is told otherwise.
-_NO_ANSWER = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, *_NO_ROOM)
 
 
 @contextlib.contextmanager
@@ -44,21 +43,5 @@ def _failed(path: str, why: str, *, full: bool) -> StoreFailed:
 
 def _of_disk(path: str) -> str:
     """What is wrong with the filesystem: the database takes much for its own trouble, damage even."""
-    why = disk_trouble(path)
+    why = disk_troubles.by_writing(os.path.dirname(path))
     return f" (its filesystem says: {why})" if why else ""
-
-
-def disk_trouble(path: str, *, flush: bool = False) -> str:
-    """Why the filesystem of the store takes nothing, in the kernel's words; empty where it does. Leaves no file. With
-    `flush` the disk is asked too, which may take its time."""
-    try:
-        fd = os.open(os.path.dirname(path), os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600)
-        try:
-            os.write(fd, b"\0")
-            if flush:
-                os.fsync(fd)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        return "" if error.errno in _NO_ANSWER else str(error.strerror)
-    return ""

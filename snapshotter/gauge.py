@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from blockdev import Deadline, loops, mountinfo, mounts, syscalls
+from blockdev import Deadline, loops, mountinfo, mounts, syscalls, sysfs
 from blockdev.commands import run
 from blockdev.deadlines import bounded
 from blockdev.dm_targets import PoolStatus
@@ -264,11 +264,7 @@ def _shown(root: int) -> Fill:
 
 def _backing_file(device: tuple[int, int]) -> str:
     """What the kernel says that a loop device stands on; empty for nothing."""
-    try:
-        with open(f"/sys/dev/block/{device[0]}:{device[1]}/loop/backing_file", errors="surrogateescape") as said:
-            return said.read().rstrip("\n")
-    except OSError:
-        return ""
+    return sysfs.stands_on(sysfs.of_number(f"{device[0]}:{device[1]}"))
 
 
 class Follower:

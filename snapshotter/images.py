@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from blockdev import Deadline, loops, superblocks
+from blockdev import Deadline, loops, superblocks, sysfs
 from blockdev.devicemapper import Mapper, MapperError, node
 from blockdev.dm_targets import SECTOR, Verity
 from snapshotter import verity
@@ -261,8 +261,7 @@ def _loop(path: str, deadline: Deadline) -> str:
 def _detach(number: str) -> None:
     """Let a loop device go, known by its number, whose file may have been removed."""
     with contextlib.suppress(OSError):
-        device = f"/dev/{os.path.basename(os.path.realpath(f'/sys/dev/block/{number}'))}"
-        loops.clear(device)
+        loops.clear(f"/dev/{sysfs.name(number)}")
 
 
 def _superblock(path: str) -> object:

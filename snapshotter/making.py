@@ -15,7 +15,7 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from blockdev import Deadline, blankness, exclusivity, flocks, ioctls, loops
+from blockdev import Deadline, blankness, exclusivity, flocks, ioctls, loops, sysfs
 from blockdev.commands import run
 from blockdev.errors import DeviceBusy, NotBlank
 from snapshotter import backing, turns
@@ -175,8 +175,7 @@ def _wipe_device(device: str, deadline: Deadline) -> None:
 
 def _partitions(device: str) -> dict[str, int]:
     """Nodes of the partitions that the kernel knows of, and their numbers."""
-    number = os.stat(device).st_rdev
-    place, found = f"/sys/dev/block/{os.major(number)}:{os.minor(number)}", {}
+    place, found = sysfs.place(os.stat(device).st_rdev), {}
     for name in _listed(place):
         with contextlib.suppress(FileNotFoundError, NotADirectoryError), open(f"{place}/{name}/partition") as told:
             found[f"/dev/{name}"] = int(told.read())
@@ -234,8 +233,7 @@ def prove_nobodys(field: str, device: str, *, partitioned: bool = False) -> None
 def _refuse_users(field: str, device: str, own: frozenset[str] = frozenset()) -> None:
     """Mappings, RAIDs and partitions that the kernel knows of, and loop devices, which it does not count as users; but
     not the kernel's names in `own`."""
-    number = os.stat(device).st_rdev
-    place = f"/sys/dev/block/{os.major(number)}:{os.minor(number)}"
+    place = sysfs.place(os.stat(device).st_rdev)
     users = [*_listed(f"{place}/holders"), *loops.find(device)]
     users += map(os.path.basename, _partitions(device))
     if foreign := set(users) - own:

@@ -11,7 +11,7 @@ import struct
 import time
 from collections.abc import Iterator
 
-from blockdev import Deadline, holders
+from blockdev import Deadline, holders, sysfs
 from blockdev.devicemapper import Device, Mapper, MapperError, node
 from blockdev.dm_targets import SECTOR, Thin
 from snapshotter.errors import SnapshotterError, Unavailable
@@ -136,7 +136,7 @@ class Pool(ReadPool):
         return self._length(name) >= target.length
 
     def _length(self, name: str) -> int:
-        with open(f"/sys/dev/block/{self._checked(name).number}/size") as size:
+        with open(f"{sysfs.of_number(self._checked(name).number)}/size") as size:
             return int(size.read())
 
     def _checked(self, name: str) -> Device:
@@ -331,7 +331,7 @@ class Pool(ReadPool):
         """How many writes and discards the mapped device has had since it was mapped; -1 if it is not mapped."""
         found = self.mapper.find(self.device_name(device))
         try:
-            with open(f"/sys/dev/block/{found.number}/stat" if found is not None else os.devnull) as counters:
+            with open(f"{sysfs.of_number(found.number)}/stat" if found is not None else os.devnull) as counters:
                 words = counters.read().split()
         except FileNotFoundError:
             return -1

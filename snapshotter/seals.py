@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from blockdev import Deadline, durable, loops
+from blockdev import Deadline, durable, loops, sysfs
 from blockdev.devicemapper import Mapper, MapperError, node
 from blockdev.dm_targets import SECTOR, Verity
 from blockdev.errors import BlockdevError
@@ -143,7 +143,7 @@ class Seals:
             if thin is None or number != thin.number:
                 # Other Views of the layer may read the same tree; the last one lets it go.
                 with contextlib.suppress(OSError):
-                    loops.clear(f"/dev/{os.path.basename(os.path.realpath(f'/sys/dev/block/{number}'))}")
+                    loops.clear(f"/dev/{sysfs.name(number)}")
         return True
 
     def forget(self, device: int) -> None:
