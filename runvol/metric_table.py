@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from blockdev import scraped
 from blockdev.families import Family
-from csi import metrics as csi_metrics
+from csi import metric_families as csi_families
 from guestmount import nri_metrics
 from runvol import doctor_watch
 from snapshotter import metrics as snapshotter_metrics
@@ -14,7 +14,7 @@ from snapshotter import metrics as snapshotter_metrics
 # Which process has them, and the setting by which it serves them.
 TABLE: tuple[tuple[str, str, Sequence[Family]], ...] = (
     ("Every process", "", scraped.FAMILIES),
-    ("`runvol csi`", "csi.metrics", (*csi_metrics.FAMILIES, *doctor_watch.FAMILIES)),
+    ("`runvol csi`", "csi.metrics", (*csi_families.FAMILIES, *doctor_watch.FAMILIES)),
     ("`runvol snapshotter`", "snapshotter.metrics", snapshotter_metrics.FAMILIES),
     ("`runvol nri`", "nri.metrics", nri_metrics.FAMILIES),
 )
