@@ -58,6 +58,8 @@ class Watch:
         self._heard: float | None = None
         # When the server said something last, on whatever connection, in seconds since 1970; 0 for never.
         self.last = 0.0
+        # Whether this account may not list or follow them, as the server said last (403).
+        self.refused = False
         self._odd = False
 
     @property
@@ -97,6 +99,9 @@ class Watch:
                 # 410, mostly: that moment is forgotten. 429 is about how much is asked, which a list would add to.
                 if isinstance(error, Refusal) and 400 <= error.status < 500 and error.status != 429:
                     self._version = ""
+                said = error if isinstance(error, Refusal) else error.__cause__
+                if isinstance(said, Refusal):
+                    self.refused = said.status == 403
                 if self.healthy or pause == _FIRST_PAUSE:
                     log.warning(
                         "the watch ended; it is begun again", extra={"what": self._what, "why": str(error)[:500]}
@@ -115,6 +120,7 @@ class Watch:
                                       page=self._page))  # fmt: skip
         self._version = found[-1] if found else ""
         self.last = time.time()
+        self.refused = False
 
     def _follow(self) -> None:
         """Until the server ends it, or says that it has forgotten where this one was."""

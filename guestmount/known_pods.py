@@ -18,6 +18,7 @@ from urllib.parse import quote
 
 from blockdev import Deadline
 from guestmount.api_watch import Object, Watch
+from guestmount.claims_by_name import Claimed, ClaimsByName
 from guestmount.drivers import DRIVERS
 from guestmount.kept_answers import Kept
 from guestmount.pods import NotThere, PodFacts, PodRef, PodUnknown, facts_from
@@ -55,6 +56,7 @@ class KnownPods:
         self._answered: dict[str, str] = {}
         self._watches: list[Watch] = []
         self._volumes: Watch | None = None
+        self._by_name = ClaimsByName(self._named)
         self._odd = ""
         # Who told of a pod, and how often: watch, api, kubelet, kept or nobody.
         self.told: Counter[str] = Counter()
@@ -79,6 +81,7 @@ class KnownPods:
             watch.stop()
         if self._volumes is not None:
             self._volumes.stop()
+        self._by_name.stop()
 
     def healthy(self) -> bool:
         """Whether the API server tells what becomes of pods and classes now."""
@@ -86,13 +89,25 @@ class KnownPods:
 
     @property
     def watches(self) -> Sequence[Watch]:
-        """Those that are followed."""
-        return [*self._watches, *([self._volumes] if self._volumes is not None else [])]
+        """Those that are followed; that of volumes is not, where they may be asked for by their names only."""
+        volumes = self._volumes
+        return [*self._watches, *([volumes] if volumes is not None and not volumes.refused else [])]
 
-    def claim_heard_of(self, persistent_volume: str) -> tuple[str, str, str]:
-        """Namespace, name and UID of the claim, as the watch has told; empty where it has not. Nobody is asked."""
-        namespace, name = self._claims.get(persistent_volume, ("", ""))
-        return namespace, name, self._uids.get(persistent_volume, "")
+    def claim_heard_of(self, persistent_volume: str, patience: float = 0.0) -> Claimed:
+        """Namespace, name and UID of the claim, as the watch has told; empty where it has not. Who may not list volumes
+        asks for them by name: in so many seconds, or without any behind the caller, who learns it the next time."""
+        claim = self._claims.get(persistent_volume)
+        if claim is None and self._volumes is not None and self._volumes.refused:
+            return self._by_name.heard_of(persistent_volume, patience)
+        return (*(claim or ("", "")), self._uids.get(persistent_volume, ""))
+
+    def _named(self, persistent_volume: str, deadline: Deadline) -> Claimed:
+        """One volume's claim, by its name; NotThere for one that is nobody's, or not of ours. PodUnknown."""
+        one = self._api.volume(persistent_volume, deadline)
+        _name, claim = _claim_of(one)
+        if claim is None:
+            raise NotThere(f"PersistentVolume {persistent_volume} is bound to no claim")
+        return (*claim, _claims_uid(one))
 
     def warm(self) -> None:
         self._api.warm()

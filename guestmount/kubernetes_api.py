@@ -83,16 +83,19 @@ class KubernetesApi:
 
     def claim_of(self, persistent_volume: str, deadline: Deadline, *, anew: bool = False) -> tuple[str, str]:  # noqa: ARG002
         """Asked for each time: a volume that is retained may be given to another claim at any moment."""
-        if not _NAME.match(persistent_volume):
-            raise PodUnknown(f"{persistent_volume!r} is no name that a PersistentVolume can have")
-        what, path = f"PersistentVolume {persistent_volume}", f"/api/v1/persistentvolumes/{persistent_volume}"
-        spec = self._read(what, path, deadline).get("spec")
+        what, spec = f"PersistentVolume {persistent_volume}", self.volume(persistent_volume, deadline).get("spec")
         if not isinstance(spec, dict):
             raise PodUnknown(f"the API server's answer for {what} has no spec")
         claim = spec.get("claimRef")
         if not isinstance(claim, dict) or not claim.get("name"):
             raise NotThere(f"{what} is bound to no claim")
         return str(claim.get("namespace", "")), str(claim["name"])
+
+    def volume(self, name: str, deadline: Deadline) -> dict[str, Any]:
+        """The PersistentVolume of this name. PodUnknown, NotThere."""
+        if not _NAME.match(name):
+            raise PodUnknown(f"{name!r} is no name that a PersistentVolume can have")
+        return self._read(f"PersistentVolume {name}", f"/api/v1/persistentvolumes/{name}", deadline)
 
     def followed(self, _uid: str) -> PodFacts | None:
         return None

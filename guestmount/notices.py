@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
+from blockdev import Deadline
 from guestmount.errors import TROUBLE
 from guestmount.events import NORMAL, WARNING, About, Events
 from guestmount.known_pods import KnownPods
@@ -15,6 +16,8 @@ from volumes import VolumeKind
 # How full is almost full, and in how many looks one after the other something has to be so.
 _FULL = 0.95
 _LOOKS = {"HandOffLost": 3, "VolumeUnreachable": 3}
+# Seconds for which a call waits to know whom it has to tell.
+_ASKING = 1.0
 
 # Every reason, and what it says: docs/metrics.md has the table.
 REASONS = {
@@ -101,8 +104,9 @@ def snapshot_taken(node: Node, snapshot_id: str, volume_id: str) -> None:
     if claim is None or claim.kind is not VolumeKind.BLOCK or not claim.targets:
         return
     names = ", ".join(sorted({target.pod for target in claim.targets.values()}))
+    until = Deadline.after(_ASKING)
     for path, target in claim.targets.items():
-        user = user_of(path, target, pods if isinstance(pods, KnownPods) else None)
+        user = user_of(path, target, pods if isinstance(pods, KnownPods) else None, until.remaining())
         events.tell(
             _claim(user), NORMAL, "SnapshotOfVolumeInUse",
             f"snapshot {snapshot_id} of volume {volume_id} was taken while {names} had it: it is what a power cut at "

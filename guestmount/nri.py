@@ -76,14 +76,21 @@ class Plugin:
                     continue
                 theirs = pod is not None and bool(self._foreign(pod, mount.source, target))
                 if not theirs and (pod is None or not self._handler_of_another(pod, target)):
-                    self._book.note(PLACEHOLDER)
-                    if self._events is not None:
-                        notices.volume_missing(self._events, user_of(mount.source, target, None), container.name)
-                    log.error(
-                        "a container has the placeholder instead of its NFS volume; restart its pod",
-                        extra={"container": container.name, "id": container.id, "target": mount.source},
-                    )
+                    self._missing(container, mount.source, target, pod)
         return pb.SynchronizeResponse(more=request.more)
+
+    def _missing(self, container: pb.Container, path: str, target: Target, pod: pb.PodSandbox | None) -> None:
+        """A container has the placeholder at `path`: it is counted, and its pod is told."""
+        self._book.note(PLACEHOLDER)
+        if self._events is not None:
+            user = user_of(path, target, None)
+            if not user.pod and pod is not None:  # a record that does not name it
+                user = dataclasses.replace(user, namespace=pod.namespace, pod=pod.name)
+            notices.volume_missing(self._events, user, container.name)
+        log.error(
+            "a container has the placeholder instead of its NFS volume; restart its pod",
+            extra={"container": container.name, "id": container.id, "target": path},
+        )
 
     def Shutdown(self, _request: pb.Empty) -> pb.Empty:
         return pb.Empty()

@@ -286,10 +286,10 @@ def _owner(claim: Claim) -> tuple[str, str]:
     return ("sandbox" if ways.in_guests(claim) else HOST), handler
 
 
-def user_of(path: str, target: Target, known: KnownPods | None) -> User:
-    """Who has a target; the claim as far as the API server's watch has told."""
+def user_of(path: str, target: Target, known: KnownPods | None, patience: float = 0.0) -> User:
+    """Who has a target; the claim as far as the API server has told, who may be asked for so many seconds."""
     volume = next(iter(path.rpartition("/volumes/")[2].split("/")[1:2]), "")  # kubernetes.io~DRIVER/NAME/mount
-    _namespace, claimed, uid = known.claim_heard_of(volume) if known is not None and volume else ("", "", "")
+    _namespace, claimed, uid = known.claim_heard_of(volume, patience) if known is not None and volume else ("", "", "")
     return User(
         namespace=target.pod_namespace, pod=target.pod_name, persistent_volume_claim=claimed, pod_uid=target.pod_uid,
         claim_uid=uid, target=path,

@@ -5,18 +5,25 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
-from guestmount import KubernetesApi
+from blockdev import Deadline
+from guestmount import Claim, Claims, KubernetesApi, Node, Target, nri
 from guestmount import events as events_module
+from guestmount.claims import NfsMount, Use
 from guestmount.events import NORMAL, WARNING, About, Events
-from guestmount.notices import REASONS, Notices
+from guestmount.known_pods import KnownPods
+from guestmount.notices import REASONS, Notices, snapshot_taken
 from guestmount.survey import Seen, Surveyed, User
 from guestmount.ways import Usage
+from runvol_proto import nri_pb2 as pb
 from tests.api_double import ApiDouble
 from tests.until import until
+from volumes import VolumeKind
 
 POD = About(kind="Pod", namespace="default", name="db-0", uid="u1")
 
@@ -171,9 +178,117 @@ def test_a_server_that_stays_silent_is_told() -> None:
     assert (reason, "the server s does not answer" in message) == ("VolumeUnreachable", True)
 
 
-def test_the_page_has_every_reason() -> None:
-    from pathlib import Path
+# -- a snapshot of a volume in use, and a container without its volume
 
+
+PV = "/var/lib/kubelet/pods/{}/volumes/kubernetes.io~csi/pv/mount"
+
+
+@pytest.fixture
+def known(api: ApiDouble, tmp_path: Path) -> Iterator[KnownPods]:
+    api.put("persistentvolumes", "pv", {"spec": {
+        "csi": {"driver": "csi.runvol.io"}, "claimRef": {"namespace": "default", "name": "data", "uid": "u2"}}})  # fmt: skip
+    one = KnownPods(KubernetesApi(server=api.url), node="node-1", kept=str(tmp_path / "answers"))
+    one.warm()
+    yield one
+    one.stop()
+
+
+def node_of(events: Events | None, known: KnownPods | None, claims: Claims) -> Node:
+    return cast(Node, SimpleNamespace(events=events, claims=claims, detector=SimpleNamespace(pods=known)))
+
+
+def staged(claims: Claims, *pods: str, kind: VolumeKind = VolumeKind.BLOCK) -> None:
+    targets = {PV.format(one): Target(read_only=False, pod_uid=one, pod_namespace="default", pod_name=f"db-{one}")
+               for one in pods}  # fmt: skip
+    made = Claim(volume="loop-1", source="/x", staging_path="/s", kind=kind, targets=targets,
+                 use=Use(mode="single_node_writer", fstype="ext4"))  # fmt: skip
+    with claims.locked("loop-1", Deadline.after(5)) as cell:
+        cell.write(made)
+
+
+@pytest.mark.parametrize("may_list", [True, False])
+def test_a_snapshot_of_a_volume_in_use_is_told_once_to_its_claim(
+    api: ApiDouble, known: KnownPods, tmp_path: Path, may_list: bool
+) -> None:
+    """Also where the node's account may get volumes by their names alone; and though the sidecar asks again."""
+    if not may_list:
+        api.refuses = lambda path, _query: path == "/api/v1/persistentvolumes"
+        known.stop()
+        known.start()
+        until(lambda: known._volumes is not None and known._volumes.refused)
+    else:
+        until(lambda: known.claim_heard_of("pv")[0])
+    claims, events = Claims(str(tmp_path / "run")), speaker(api)
+    staged(claims, "a", "b")
+    for _ in range(3):
+        snapshot_taken(node_of(events, known, claims), "snap-1", "loop-1")
+    (event,) = until(lambda: events_of(api))
+    about = event["involvedObject"]
+    assert (about["kind"], about["namespace"], about["name"], about["uid"]) == (
+        "PersistentVolumeClaim", "default", "data", "u2"
+    )  # fmt: skip
+    assert (event["type"], event["reason"]) == ("Normal", "SnapshotOfVolumeInUse")
+    assert event["message"] == (
+        "snapshot snap-1 of volume loop-1 was taken while default/db-a, default/db-b had it: it is what a power cut at "
+        "that moment would have left"
+    )
+    time.sleep(0.3)
+    assert len(events_of(api)) == 1
+    snapshot_taken(node_of(events, known, claims), "snap-2", "loop-1")
+    assert until(lambda: len(events_of(api)) == 2)
+
+
+def test_a_snapshot_of_what_nobody_has_or_of_files_is_told_to_nobody(tmp_path: Path) -> None:
+    heard = Heard()
+    claims = Claims(str(tmp_path / "run"))
+    node = node_of(cast(Events, heard), None, claims)
+    snapshot_taken(node, "snap-1", "loop-1")
+    staged(claims)
+    snapshot_taken(node, "snap-1", "loop-1")
+    staged(claims, "a", kind=VolumeKind.FILES)
+    snapshot_taken(node, "snap-1", "loop-1")
+    (record,) = Path(claims.directory).glob("*.json")
+    record.write_bytes(b"{")
+    snapshot_taken(node, "snap-1", "loop-1")
+    snapshot_taken(node_of(None, None, claims), "snap-1", "loop-1")
+    assert not heard.said
+
+
+def test_a_container_without_its_volume_is_told_once_to_its_pod(api: ApiDouble, tmp_path: Path) -> None:
+    """At each connection the runtime says what containers there are: the same is one event."""
+    claims, events = Claims(str(tmp_path / "run")), speaker(api)
+    mount = NfsMount(server="nas", path="/e", version="4.2", options=(), address="10.0.0.5")
+    targets = {
+        PV.format(one): Target(
+            read_only=False, pod_uid=one, pod_namespace="d", pod_name=name, handler="kata", dialect="kata"
+        )
+        for one, name in (("u", "web-0"), ("nameless", ""))
+    }
+    with claims.locked("nfs-1", Deadline.after(5)) as cell:
+        cell.write(Claim(volume="nfs-1", source="nas:/e", staging_path="/s", kind=VolumeKind.FILES, nfs=mount,
+                         use=Use(mode="multi_node_multi_writer"), targets=targets))  # fmt: skip
+    pods = [pb.PodSandbox(id=uid, uid=uid, name=name, namespace="d", runtime_handler="kata")
+            for uid, name in (("u", "web-0"), ("nameless", "web-1"), ("v", "other"))]  # fmt: skip
+    binds = {one: pb.Mount(destination="/data", type="bind", source=PV.format(one)) for one in ("u", "nameless")}
+    containers = [pb.Container(id=f"c{pod}", name="app", pod_sandbox_id=pod, mounts=[binds["u" if pod == "v" else pod]])
+                  for pod in ("u", "nameless", "v")]  # fmt: skip
+    for _ in range(3):
+        nri.Plugin(claims, events=events).Synchronize(pb.SynchronizeRequest(pods=pods, containers=containers))
+    assert until(lambda: len(events_of(api)) == 2)
+    time.sleep(0.3)
+    about = sorted((one["involvedObject"]["kind"], one["involvedObject"]["namespace"], one["involvedObject"]["name"],
+                    one["involvedObject"]["uid"]) for one in events_of(api))  # fmt: skip
+    assert about == [("Pod", "d", "web-0", "u"), ("Pod", "d", "web-1", "nameless")]
+    for event in events_of(api):
+        assert (event["type"], event["reason"]) == ("Warning", "VolumeMissing")
+        assert event["message"] == (
+            "container app was made while runvol's NRI plugin was away, and has an empty read-only directory in the place "
+            "of its NFS volume; restart the pod"
+        )
+
+
+def test_the_page_has_every_reason() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs/metrics.md").read_text()
     for reason, meaning in REASONS.items():
         assert f"| `{reason}` | {meaning} |" in page, json.dumps({reason: meaning})

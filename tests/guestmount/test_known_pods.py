@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import threading
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from blockdev import Deadline
-from guestmount import KubernetesApi, PodRef, api_watch, kept_answers
+from guestmount import KubernetesApi, PodRef, api_watch, claims_by_name, kept_answers
 from guestmount.kept_answers import Kept
 from guestmount.known_pods import KnownPods
 from guestmount.pods import NotThere, PodFacts, PodUnknown, with_own
@@ -113,6 +114,92 @@ def test_without_the_right_to_volumes_pods_are_followed_all_the_same(api, known)
     assert pods.pod(ref(), Deadline.after(5)).uid == UID.format(0)
     with pytest.raises(PodUnknown, match="403"):
         pods.claim_of("pv", Deadline.after(5))
+
+
+def by_names_only(api: ApiDouble) -> None:
+    """As Kubernetes' Node authorizer treats a node's own credentials."""
+    api.refuses = lambda path, query: path == "/api/v1/persistentvolumes"
+
+
+def of_ours(claim: str, uid: str = "uid") -> dict[str, object]:
+    return {"spec": {"csi": {"driver": "csi.runvol.io"}, "claimRef": {"namespace": "d", "name": claim, "uid": uid}}}
+
+
+def named(api: ApiDouble, name: str) -> int:
+    return sum(path == f"/api/v1/persistentvolumes/{name}" for path, _ in api.requests)
+
+
+def test_who_may_not_list_volumes_asks_for_each_by_its_name_once_and_waits_for_none(api, known):
+    by_names_only(api)
+    api.put("persistentvolumes", "pv", of_ours("one"))
+    api.put("persistentvolumes", "others", volume("x", "disk.example.com"))
+    pods = known()
+    until(lambda: pods._volumes.refused and pods.healthy())
+    assert pods.claim_heard_of("pv") == ("", "", "")
+    assert until(lambda: pods.claim_heard_of("pv") == ("d", "one", "uid"))
+    for name in ("others", "none", "no/name"):
+        assert pods.claim_heard_of(name) == ("", "", "")
+    until(lambda: named(api, "others") and named(api, "none"))
+    for _ in range(100):
+        for name in ("pv", "others", "none", "no/name"):
+            pods.claim_heard_of(name)
+    time.sleep(0.1)
+    assert [named(api, name) for name in ("pv", "others", "none")] == [1, 1, 1]
+    # Of volumes there is no watch, so none is told to be ill.
+    assert [one.what for one in pods.watches] == ["pods of this node", "RuntimeClasses"]
+    # An answer is believed for a while; then the last one counts until there is another.
+    api.put("persistentvolumes", "pv", of_ours("two"))
+    answers = pods._by_name._answers
+    answers["pv"] = dataclasses.replace(answers["pv"], until=time.monotonic() - 1)
+    assert pods.claim_heard_of("pv") == ("d", "one", "uid")
+    assert until(lambda: pods.claim_heard_of("pv") == ("d", "two", "uid"))
+
+
+def test_who_comes_once_is_told_at_once_and_waits_no_longer_than_said(api, known):
+    by_names_only(api)
+    api.put("persistentvolumes", "pv", of_ours("one"))
+    pods = known()
+    until(lambda: pods._volumes.refused)
+    assert pods.claim_heard_of("pv", 1.0) == ("d", "one", "uid")
+    assert pods.claim_heard_of("none", 1.0) == ("", "", "")
+    api.frozen = True
+    began = time.monotonic()
+    assert pods.claim_heard_of("other", 0.3) == ("", "", "")
+    assert pods.claim_heard_of("pv", 0.3) == ("d", "one", "uid")
+    assert time.monotonic() - began < 1.5
+
+
+def test_who_may_list_volumes_after_all_follows_them(api, known):
+    by_names_only(api)
+    api.put("persistentvolumes", "pv", of_ours("one"))
+    pods = known()
+    until(lambda: pods._volumes.refused)
+    api.refuses = lambda *_: False
+    until(lambda: pods._volumes.healthy and not pods._volumes.refused)
+    assert pods.claim_heard_of("pv") == ("d", "one", "uid") and not named(api, "pv")
+    assert len(pods.watches) == 3
+
+
+def test_an_api_that_is_away_is_no_refusal(api, known):
+    api.put("persistentvolumes", "pv", of_ours("one"))
+    pods = known()
+    until(lambda: pods._volumes.healthy)
+    api.stop()
+    until(lambda: not pods._volumes.healthy)
+    assert not pods._volumes.refused and pods.claim_heard_of("pv") == ("d", "one", "uid")
+
+
+def test_volumes_beyond_what_is_remembered_take_no_memory(api, known, monkeypatch):
+    monkeypatch.setattr(claims_by_name, "_MOST", 10)
+    by_names_only(api)
+    pods = known()
+    until(lambda: pods._volumes.refused)
+    for number in range(200):
+        pods.claim_heard_of(f"pv-{number}")
+    names = pods._by_name
+    assert len(names._wanted) <= 10
+    until(lambda: not names._wanted)
+    assert len(names._answers) <= 10
 
 
 def test_only_this_nodes_pods_are_followed(api, known):

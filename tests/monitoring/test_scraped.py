@@ -265,3 +265,50 @@ def test_pods_and_claims_are_told(driver: Driver, api: ApiDouble) -> None:
     for volume, pod in ((full, A), (lost, B)):
         driver.unpublish(volume, pod)
         driver.unstage(volume)
+
+
+@pytest.fixture
+def on_xfs(driver: Driver) -> Iterator[Driver]:
+    """A volume that is in use can be copied in one step there."""
+    driver.stop()
+    disk, place = driver.directory / "disk.img", driver.directory / "fast"
+    subprocess.run(["truncate", "-s", "1G", disk], check=True)
+    subprocess.run(["mkfs.xfs", "-q", "-m", "reflink=1", disk], check=True)
+    place.mkdir()
+    subprocess.run(["mount", "-o", "loop", disk, place], check=True)
+    driver.environment["RUNVOL_PATHS_STATE_DIR"] = str(place / "state")
+    driver.state = place / "state"
+    driver.start()
+    yield driver
+    driver.stop()
+    subprocess.run(["umount", place], check=True)
+
+
+@pytest.mark.parametrize("may_list", [True, False])
+def test_a_nodes_own_credentials_are_enough_to_know_whose_a_volume_is(
+    on_xfs: Driver, api: ApiDouble, port: int, may_list: bool
+) -> None:
+    """They get volumes by their names, and may neither list nor follow them: metrics have the claim all the same, and a
+    snapshot of what a pod has is told to it."""
+    driver = on_xfs
+    if not may_list:
+        api.refuses = lambda path, _query: path == "/api/v1/persistentvolumes"
+        driver.stop()
+        driver.start()
+    volume = driver.create("db", 64 << 20)
+    put_claim(api, volume.volume_id, "data", uid="claim-uid")
+    driver.stage(volume)
+    driver.publish(volume, A, runtime="runc", name="db-0")
+    mine = ('namespace="default"', 'persistentvolumeclaim="data"', 'pod="db-0"', f'volume="{volume.volume_id}"')
+    assert until(lambda: f"runvol_volume_used_bytes{{{','.join(mine)}}} " in scrape(port), 20)
+    assert ('runvol_watch_healthy{watch="PersistentVolumes"}' in scrape(port)) is may_list
+    taken = driver.client.CreateSnapshot(name="s", source_volume_id=volume.volume_id).snapshot
+    (event,) = until(lambda: events_of(api, "SnapshotOfVolumeInUse"), 20)
+    about = event["involvedObject"]
+    assert (about["kind"], about["name"], about["uid"]) == ("PersistentVolumeClaim", "data", "claim-uid")
+    assert f"snapshot {taken.snapshot_id} of volume {volume.volume_id}" in event["message"]
+    assert "default/db-0 had it" in event["message"]
+    driver.client.DeleteSnapshot(snapshot_id=taken.snapshot_id)
+    driver.unpublish(volume, A)
+    driver.unstage(volume)
+    driver.delete(volume)
