@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 
 from blockdev import BlockdevError, Deadline, devicemapper, disk_troubles
 from blockdev.devicemapper import Mapper
@@ -13,7 +14,7 @@ from runvol.config import Config
 from runvol.diagnosis import BROKEN, OK, WARNING, Diagnosis, broken, good, warning
 from runvol.gauge_place import gauge_path
 from runvol.sizes import words as size
-from snapshotter import backing, store_seen
+from snapshotter import backing, names, store_seen
 from snapshotter.errors import SnapshotterError
 from snapshotter.gauge import fill
 from snapshotter.images import Share
@@ -24,6 +25,8 @@ from snapshotter.watermarks import Health
 
 # Percent of the device ids that were given, from which on an operator is told.
 _MANY_IDS = 75
+# Seconds for which an extension may have the pool suspended.
+_EXTENDING = 1.0
 _SHARE = "shared images"
 # Images of one kind that are named one by one.
 _NAMED = 5
@@ -100,11 +103,11 @@ def _kernel() -> Diagnosis:
         return broken("devicemapper.missing", subject, "/dev/mapper/control does not open")
     with Mapper() as mapper:
         trouble = pool_absence.kernel_trouble(mapper)
-    if not trouble:
+    if trouble is None:
         return good("devicemapper.kernel", subject, "the kernel has thin pools")
-    if trouble.startswith("device-mapper does not answer"):
-        return broken("devicemapper.missing", subject, trouble)
-    return broken("devicemapper.thin-pool-missing", subject, trouble.partition(": ")[0])
+    if trouble.why.startswith("device-mapper does not answer"):
+        return broken("devicemapper.missing", subject, trouble.why)
+    return broken("devicemapper.thin-pool-missing", subject, trouble.why)
 
 
 # By `pool.Health.mode`.
@@ -127,6 +130,9 @@ def _pool(config: Config, description: backing.Description) -> Iterator[Diagnosi
                 yield _absent(mapper, state, description)
                 return
             pool = Pool(mapper, description.name, description.identity, "", limits(config))
+            if _stays_suspended(mapper, description.name):
+                yield broken("pool.suspended", subject, f"{description.name} is suspended: whatever is read or written "
+                             "on it waits")  # fmt: skip
             status = pool.status()
             for finding in pool.health(status):
                 yield _health(finding, _remedy(finding, status, description))
@@ -136,12 +142,25 @@ def _pool(config: Config, description: backing.Description) -> Iterator[Diagnosi
         yield broken("pool.unreadable", subject, str(error))
 
 
+def _stays_suspended(mapper: Mapper, name: str) -> bool:
+    """Whether the pool is, and not just for the moment in which it is made larger."""
+
+    def is_suspended() -> bool:
+        found = mapper.find(name)
+        return found is not None and found.suspended
+
+    until = time.monotonic() + _EXTENDING
+    while is_suspended():
+        if time.monotonic() > until:
+            return True
+        time.sleep(0.05)
+    return False
+
+
 def _absent(mapper: Mapper, state: str, description: backing.Description) -> Diagnosis:
-    foreign = mapper.find(description.name) is not None
-    reason = pool_absence.why(mapper, state, description)
-    why, _, advice = reason.partition("; ")
-    known = "pool.foreign" if foreign and "not this pool" in reason else "pool.not-assembled"
-    return broken(known, "pool", f"{description.name} is not assembled: {why}", advice)
+    absence = pool_absence.why(mapper, state, description)
+    known = "pool.foreign" if absence.foreign else "pool.not-assembled"
+    return broken(known, "pool", f"{description.name} is not assembled: {absence.why}", absence.todo)
 
 
 def _promised(description: backing.Description) -> Iterator[Diagnosis]:
@@ -197,12 +216,25 @@ def _store(state: str) -> Iterator[Diagnosis]:
     used = seen.following * 100 // MAX_THIN_ID
     if seen.past:
         yield broken("snapshotter.other-past", subject, seen.past)
+    if seen.damaged:
+        yield _rows_damaged(seen.damaged)
     if used >= _MANY_IDS:
         yield warning("snapshotter.ids-running-out", "device ids", f"{used}% of the pool's {MAX_THIN_ID} device ids "
                       "were given")  # fmt: skip
     if seen.quarantined:
         yield warning("snapshotter.quarantine", "quarantine", f"{seen.quarantined} devices of the pool belong to no "
                       "snapshot")  # fmt: skip
+
+
+def _rows_damaged(keys: Sequence[str]) -> Diagnosis:
+    """One line for all of them: the first by name, with the command by which containerd forgets it."""
+    first, others = keys[0], len(keys) - 1
+    typed = names.forgetting(first)
+    fix = f"`{typed}`" if typed else "remove it in containerd"
+    return warning("snapshotter.rows-damaged", "damaged rows", f"what the store says of {len(keys)} snapshots is "
+                   f"damaged, and they are passed over: {first[:200]!r}{f', and {others} more' if others else ''}",
+                   f"{fix}{', and the others alike' if others else ''}, then make anew what is missing (pull the "
+                   "image, start the container); what it had is quarantined")  # fmt: skip
 
 
 def _images(config: Config) -> Iterator[Diagnosis]:

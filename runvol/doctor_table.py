@@ -157,6 +157,14 @@ _KUBERNETES = {
         "the CSIDriver object says something else than the driver needs",
         "`kubectl delete csidriver NAME`, then `kubectl apply -f deploy/kubernetes/csidrivers.yaml`",
     ),
+    "kubernetes.selinux-mount": _ill(
+        "kubelet leaves labels to the driver's mounts, and a volume of the driver cannot be mounted with one",
+        "set `seLinuxMount` to false in the CSIDriver (of the chart: `drivers.seLinuxMount=false`)",
+    ),
+    "kubernetes.limit-not-asked-again": _ill(
+        "kubelet asks only once how many volumes the node may have",
+        "set `nodeAllocatableUpdatePeriodSeconds` in the CSIDriver, which the chart does by itself",
+    ),
     "kubernetes.csidriver-unreadable": _ill(
         "whether there is a CSIDriver object is not known", "allow the plugin's account to get csidrivers"
     ),
@@ -250,6 +258,12 @@ _KATA = {
         "install Kata's configuration, or name it as the handler's ConfigPath",
     ),
     "kata.config-unreadable": _ill("the configuration of a sandbox's shim cannot be read", "repair the file"),
+    "kata.disk-places": _well("the fullest guest of a handler has places for more disks"),
+    "kata.disk-places-used-up": _ill(
+        "a pod has as many block volumes as its guest has places for disks",
+        'set `block_device_driver = "virtio-scsi"`, or more `default_bridges`, in the hypervisor\'s table of its '
+        "configuration, or give the pod fewer volumes",
+    ),
     "kata.block-devices-disabled": _ill(
         "a handler ignores block volumes: its pods would write to the host's disk",
         "set `disable_block_device_use = false` in the hypervisor's table of its configuration",
@@ -345,6 +359,10 @@ _LEFT = {
     "left.quota": _ill("a project quota stands that no volume has", "`runvol gc`"),
     "left.unlooked": _ill("not everything could be looked at that may be left over", "ask again"),
 }
+_REPAIRED = (
+    "stop the containers on it, `systemctl stop runvol-snapshotter`, `runvol pool check --repair`, "
+    "`systemctl start runvol-snapshotter`"
+)
 _POOL = {
     "devicemapper.kernel": _well("the kernel has thin pools"),
     "devicemapper.missing": _ill("device-mapper does not answer", "`modprobe -a dm_mod dm_thin_pool`, and run as root"),
@@ -366,13 +384,20 @@ _POOL = {
     "pool.unreadable": _ill("the pool cannot be looked at", "put right what its message says"),
     "pool.failed": _ill(
         "the pool's metadata cannot be read or written",
-        "stop the containers on it, `runvol pool check --repair`, then check the filesystems",
+        f"{_REPAIRED}, then check the filesystems",
     ),
     "pool.needs-check": _ill(
         "the pool had a metadata error and waits for a check",
-        "stop the containers on it, then `runvol pool check --repair`",
+        _REPAIRED,
     ),
-    "pool.read-only": _ill("the pool takes no writes", "stop the containers on it, then `runvol pool check --repair`"),
+    "pool.read-only": _ill(
+        "the pool takes no writes",
+        _REPAIRED,
+    ),
+    "pool.suspended": _ill(
+        "the pool is suspended: whatever is read or written on it waits",
+        "`systemctl restart runvol-snapshotter` resumes it",
+    ),
     "pool.metadata-full": _ill("the pool's metadata device is full", "`runvol pool extend --metadata`"),
     "pool.data-full": _ill("the pool has no free data blocks", "`runvol pool extend`, or remove images"),
     "pool.filling": _ill("the pool is nearly full", "`runvol pool extend`, or remove images"),
@@ -396,6 +421,10 @@ _POOL = {
     "snapshotter.store-missing": _ill("the snapshotter has no store yet", "`systemctl start runvol-snapshotter`"),
     "snapshotter.store-damaged": _ill(
         "the snapshotter's store cannot be read", "`runvol pool repair-store` makes it anew from the pool"
+    ),
+    "snapshotter.rows-damaged": _ill(
+        "what the snapshotter's store says of some snapshots is damaged: they are passed over, all others are served",
+        "remove each in containerd, and make it anew; its device is quarantined then",
     ),
     "snapshotter.other-past": _ill("store and pool are not of one past", "do as its message says"),
     "snapshotter.ids-running-out": _ill(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from blockdev import ioctls
 from blockdev.devicemapper import Mapper, MapperError
@@ -12,7 +13,6 @@ from snapshotter import assembly, backing
 from snapshotter.assembly import UUID
 from snapshotter.backing import Description
 
-INSTALL = "is not installed; install thin-provisioning-tools"
 _THIN = "thin-pool"
 _MODULE = "dm_thin_pool"
 
@@ -28,44 +28,60 @@ def is_assembled(mapper: Mapper, it: Description) -> bool:
     return found is not None and found.active and found.uuid == UUID + it.identity
 
 
-def why(mapper: Mapper, state_dir: str, it: Description) -> str:
+@dataclass(frozen=True, kw_only=True)
+class Absence:
+    """Why a pool is not assembled, and what to do; what is typed stands between backquotes."""
+
+    why: str
+    todo: str
+    foreign: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.why}; {self.todo}"
+
+
+def why(mapper: Mapper, state_dir: str, it: Description) -> Absence:
     """What is missing, with what to do; where nothing is, who assembles it."""
     return next(_reasons(mapper, state_dir, it))
 
 
-def _reasons(mapper: Mapper, state_dir: str, it: Description) -> Iterator[str]:
+def _reasons(mapper: Mapper, state_dir: str, it: Description) -> Iterator[Absence]:
     found = mapper.find(it.name)
     if found is not None and found.uuid != UUID + it.identity:
-        yield (f"a mapped device {it.name} exists that is not this pool (its UUID is {found.uuid or 'empty'}); rename "
-               "it, or describe this pool under another name")  # fmt: skip
+        said = f"a mapped device {it.name} exists that is not this pool (its UUID is {found.uuid or 'empty'})"
+        yield Absence(why=said, todo="rename it, or describe this pool under another name", foreign=True)
     if begun := assembly.unfinished(state_dir, it):
-        yield begun
+        yield Absence(why=f"{begun[0]} did not end", todo=f"repeat {begun[1]}")
     if trouble := kernel_trouble(mapper):
         yield trouble
     if not installed("thin_check"):
-        yield f"thin_check {INSTALL}"
+        yield Absence(why="thin_check is not installed", todo="install thin-provisioning-tools")
     file = os.path.join(state_dir, backing.FILE)
     for path in (it.metadata, it.data):
         if it.kind == "lvm":
             name = f"{it.group.replace('-', '--')}-{path.replace('-', '--')}"
             if mapper.find(name) is None:
-                yield f"the logical volume {it.group}/{path} is not active; `lvchange -ay {it.group}/{path}` says why"
+                volume = f"{it.group}/{path}"
+                yield Absence(why=f"the logical volume {volume} is not active",
+                              todo=f"`lvchange -ay {volume}` activates it, or says why not")  # fmt: skip
         elif it.kind == "loop" and not os.path.isfile(path):
-            yield f"{path} does not exist; bring it back, {file} names it"
+            yield Absence(why=f"{path} does not exist", todo=f"bring it back, {file} names it")
         elif it.kind == "device" and path and not ioctls.is_block(path):
-            yield f"{path} is no block device now; bring it back, {file} names it"
-    yield ("all that it stands on is there: `systemctl start runvol-snapshotter` assembles it, and what keeps it from "
-           "that stands in its log; `runvol pool check` looks at its metadata")  # fmt: skip
+            yield Absence(why=f"{path} is no block device now", todo=f"bring it back, {file} names it")
+    yield Absence(why="all that it stands on is there, and nobody has assembled it",
+                  todo="`systemctl start runvol-snapshotter` does; what keeps it from that stands in its log, and "
+                  "`runvol pool check` looks at the metadata")  # fmt: skip
 
 
-def kernel_trouble(mapper: Mapper) -> str:
-    """What the kernel lacks for thin pools, with what to do; empty for nothing. A module that can be loaded is none."""
+def kernel_trouble(mapper: Mapper) -> Absence | None:
+    """What the kernel lacks for thin pools; None for nothing. A module that can be loaded is none."""
     try:
         if _THIN in mapper.targets() or _loadable():
-            return ""
+            return None
     except MapperError as error:
-        return f"device-mapper does not answer: {error}"
-    return f"the kernel has no target {_THIN}: modprobe {_MODULE} (the package of this kernel's modules brings it)"
+        return Absence(why=f"device-mapper does not answer: {error}", todo=f"`modprobe -a dm_mod {_MODULE}`, as root")
+    return Absence(why=f"the kernel has no target {_THIN}",
+                   todo=f"`modprobe {_MODULE}` (the package of this kernel's modules brings it)")  # fmt: skip
 
 
 def _loadable() -> bool:

@@ -239,7 +239,7 @@ def _of_store(config: Config, name: str, finding: str) -> schemas.Pool:
         pool=name, state=BROKEN, assembled=False, mode=None, data_used_bytes=None, data_total_bytes=None,
         metadata_used_bytes=None, metadata_total_bytes=None, generation=None, mapped_devices=None,
         quarantined_devices=list(store.quarantined()) if store else [],
-        doomed_devices=len(store.doomed()) if store else 0,
+        doomed_devices=store.count_doomed() if store else 0,
         findings=[schemas.PoolFinding(state=BROKEN, finding=finding)],
     )  # fmt: skip
 

@@ -178,13 +178,14 @@ def assemble(mapper: Mapper, state_dir: str, deadline: Deadline, limits: Limits 
     return _assemble(mapper, below, deadline, check=True, limits=limits), below
 
 
-def unfinished(state_dir: str, it: Description) -> str:
-    """What was begun with the pool and has to be ended before it is assembled, as a sentence; empty for nothing."""
+def unfinished(state_dir: str, it: Description) -> tuple[str, str] | None:
+    """What was begun with the pool and has to be ended before it is assembled, and the command that does; None for
+    nothing."""
     if is_adopted_half(state_dir, it):
-        return "its adoption did not end: repeat `runvol pool adopt` with the arguments that it had"
+        return "its adoption", "`runvol pool adopt` with the arguments that it had"
     if os.path.exists(_replacing(state_dir)):
-        return "its repair did not end: repeat `runvol pool check --repair`"
-    return ""
+        return "its repair", "`runvol pool check --repair`"
+    return None
 
 
 def find_mapped(mapper: Mapper, it: Description) -> Device | None:

@@ -51,6 +51,10 @@ IDS = Family(
     name="runvol_pool_device_ids_given_ratio", kind=GAUGE,
     help="Share of the pool's device ids that were given in this epoch: at 1 there are no more.",
 )  # fmt: skip
+DAMAGED = Family(
+    name="runvol_store_rows_damaged", kind=GAUGE,
+    help="Snapshots that the store says something damaged of: they are passed over, all others are served.",
+)  # fmt: skip
 PAST = Family(name="runvol_store_past", kind=GAUGE, help="1 while the store is not what its pool was last served with.")
 COPIED = Family(
     name="runvol_store_copied_timestamp_seconds", kind=GAUGE,
@@ -82,8 +86,8 @@ MODE = Family(
 )
 FAMILIES = (
     CALL_SECONDS, READY, DATA_USED, DATA, METADATA_USED, METADATA, MODE, NEEDS_CHECK, IDS, SNAPSHOTS, DOOMED,
-    QUARANTINED, DELETED, UNMAPPED, BUSY, PAST, COPIED, FLUSHES, GAUGE_TROUBLE, PASSED_OVER, BACKGROUND, TROUBLES,
-    RESUMED, SETTLED, ORPHANS, FOREIGN, LOST,
+    QUARANTINED, DELETED, UNMAPPED, BUSY, DAMAGED, PAST, COPIED, FLUSHES, GAUGE_TROUBLE, PASSED_OVER, BACKGROUND,
+    TROUBLES, RESUMED, SETTLED, ORPHANS, FOREIGN, LOST,
 )  # fmt: skip
 
 
@@ -108,9 +112,10 @@ class _Store:
         yield UNMAPPED.of(node.reaper.idled)
         yield BUSY.of(node.reaper.failed)
         yield SNAPSHOTS.of(node.store.count())
-        yield DOOMED.of(len(node.store.doomed()))
-        yield QUARANTINED.of(len(node.store.quarantined()))
+        yield DOOMED.of(node.store.count_doomed())
+        yield QUARANTINED.of(node.store.count_quarantined())
         yield IDS.of(node.store.following() / MAX_THIN_ID)
+        yield DAMAGED.of(len(node.store.damaged_now()))
         yield PAST.of(float(bool(node.store.past)))
         yield COPIED.of(node.copied_at)
         yield GAUGE_TROUBLE.of(float(bool(node.gauge.trouble)))

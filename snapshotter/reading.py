@@ -16,7 +16,7 @@ from blockdev.dm_targets import MAX_THIN_ID
 from snapshotter.database import Database
 from snapshotter.errors import RowDamaged
 from snapshotter.model import Snapshot, State
-from snapshotter.tables import BASES, COLUMNS, LARGEST, Base, Counted, Row, base_of, snapshot_of, without
+from snapshotter.tables import BASES, COLUMNS, LARGEST, Base, Counted, Row, base_of, is_damaged, snapshot_of, without
 
 log = logging.getLogger("runvol.snapshotter")
 _PAGE = 256
@@ -83,6 +83,13 @@ class Reading(Database):
             owners.setdefault(int(device), []).append(str(key))
         return owners
 
+    def damaged_now(self) -> list[str]:
+        """Keys of the rows that were found damaged, and are so still."""
+        if not self.damaged:
+            return []
+        rows = self._rows("key IN (SELECT value FROM json_each(?)) ORDER BY key", json.dumps(sorted(self.damaged)))
+        return [row[0] for row in rows if is_damaged(row)]
+
     def count(self) -> int:
         return self._numbers("SELECT count(*) FROM snapshots")[0]
 
@@ -110,8 +117,9 @@ class Reading(Database):
             for _ in self.pages():
                 pass
             self._walked = True
+        damaged = self.damaged_now()
         content = super().image()
-        return without(content, self.damaged) if self.damaged else content
+        return without(content, damaged) if damaged else content
 
     def _seen(self, row: Row) -> Snapshot:
         found = snapshot_of(row)
@@ -143,6 +151,12 @@ class Reading(Database):
                 MAX_THIN_ID, LARGEST,
             )
         )  # fmt: skip
+
+    def count_doomed(self) -> int:
+        return self._numbers("SELECT count(*) FROM doomed WHERE device BETWEEN 1 AND ?", MAX_THIN_ID)[0]
+
+    def count_quarantined(self) -> int:
+        return self._numbers("SELECT count(*) FROM quarantined")[0]
 
     def quarantined(self) -> list[int]:
         return self._numbers("SELECT device FROM quarantined ORDER BY device")

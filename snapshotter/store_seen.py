@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from blockdev import databases
+from snapshotter import tables
 from snapshotter.errors import StoreFailed
 from snapshotter.images import PIN
 
@@ -15,7 +16,7 @@ from snapshotter.images import PIN
 @dataclass(frozen=True, kw_only=True)
 class Seen:
     """`past`: why it is not of the pool's past, empty if it is. `following`: ids below were given. `pins`: chains
-    whose content this node has decided on, with that."""
+    whose content this node has decided on, with that. `damaged`: keys of rows that cannot be read, in order."""
 
     snapshots: int
     doomed: int
@@ -23,6 +24,7 @@ class Seen:
     past: str
     following: int
     pins: Mapping[str, str]
+    damaged: tuple[str, ...] = ()
 
 
 def seen(path: str) -> Seen:
@@ -38,6 +40,7 @@ def seen(path: str) -> Seen:
                 snapshots=count("snapshots"), doomed=count("doomed"), quarantined=count("quarantined"),
                 past=str(facts.get("past", "")), following=_number(facts.get("next_device")),
                 pins={name.removeprefix(PIN): str(pin) for name, pin in facts.items() if name.startswith(PIN)},
+                damaged=tuple(tables.damaged(db)),
             )  # fmt: skip
     except sqlite3.Error as error:
         raise StoreFailed(f"the store {path}: {error}") from error

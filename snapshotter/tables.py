@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sqlite3
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from blockdev.dm_targets import MAX_THIN_ID
@@ -128,6 +128,20 @@ def without(content: bytes, keys: Iterable[str]) -> bytes:
         copy.deserialize(bytes(raw))
         copy.executemany("DELETE FROM snapshots WHERE key = ?", ((key,) for key in keys))
         return copy.serialize()
+
+
+def damaged(db: sqlite3.Connection) -> Iterator[str]:
+    """Keys of the snapshots' rows that `snapshot_of` does not read, in their order. sqlite3.Error."""
+    rows = db.execute(f"SELECT {COLUMNS} FROM snapshots ORDER BY key")  # noqa: S608
+    return (str(row[0]) for row in rows if is_damaged(row))
+
+
+def is_damaged(row: Row) -> bool:
+    try:
+        snapshot_of(row)
+    except (RowDamaged, TypeError):  # the tables of another program may have anything in them
+        return True
+    return False
 
 
 def snapshot_of(row: Row) -> Snapshot:

@@ -59,9 +59,9 @@ class Watermarks:
         return Health(state=state, mode=mode, message=f"pool {self.name} {message}")
 
     def _said(self, status: PoolStatus) -> tuple[str, str, str]:
-        stopped = "stop the containers on it, then `runvol pool check --repair`"
+        stopped = "stop the containers on it and runvol-snapshotter, then `runvol pool check --repair`"
         if status.mode in ("fail", "error"):
-            lost = "its metadata cannot be read or written. Stop the containers on it, `runvol pool check --repair`"
+            lost = f"its metadata cannot be read or written: {stopped}"
             return "broken", "failed", f"has failed: {lost}, then check the filesystems"
         if status.needs_check:
             return "broken", "needs_check", f"had a metadata error and waits for a check: {stopped}"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 import subprocess
 from collections.abc import Callable
 
 import pytest
 
+from snapshotter.model import Kind
 from snapshotter.store import STORE, Store
 from tests.installation import Installation
 from tests.runvol.test_broken import Broken, found_and_put_right, snapshotter
@@ -84,6 +87,44 @@ FILES = (
            breaks=lambda it: subprocess.run(["mount", "-o", "remount,ro", it.state / "snapshotter"], check=True),
            by_hand=lambda it: subprocess.run(["mount", "-o", "remount,rw", it.state / "snapshotter"], check=True)),
 )  # fmt: skip
+
+
+KEYS = ("k8s.io/1/sha256:aa", "k8s.io/2/the container", "by hand")
+
+
+def _rows(it: Installation, kind: str) -> None:
+    with contextlib.closing(sqlite3.connect(it.state / "snapshotter" / STORE)) as store, store:
+        for key in KEYS:
+            store.execute(
+                "INSERT OR REPLACE INTO snapshots VALUES (?, '', ?, 2, 0, 4096, 'ext4', 0, 0, '', '')", (key, kind)
+            )
+
+
+def _forgotten(it: Installation, key: str) -> None:
+    """What the service does for `ctr snapshots rm`."""
+    store = _store(it)
+    with store.transaction():
+        store.remove_damaged(key, 1)
+    store.close()
+
+
+def test_rows_that_are_damaged_are_counted_and_the_first_is_named_until_all_are_gone() -> None:
+    with Installation() as it:
+        (it.state / "snapshotter").mkdir(parents=True)
+        snapshotter()(it)
+        _store(it).close()
+        _rows(it, str(int(Kind.ACTIVE)))
+        assert not it.ill("snapshotter.rows-damaged")
+        _rows(it, "9")
+        (found,) = it.ill("snapshotter.rows-damaged")
+        assert found.state == "warning" and "of 3 snapshots is damaged" in found.finding
+        assert "'by hand', and 2 more" in found.finding and "remove it in containerd, and the others alike" in found.fix
+        _forgotten(it, "by hand")
+        for key, typed in zip(KEYS, ("sha256:aa", "'the container'"), strict=False):
+            (found,) = it.ill("snapshotter.rows-damaged")
+            assert f"`ctr -n k8s.io snapshots --snapshotter runvol rm {typed}`" in found.fix
+            _forgotten(it, key)
+        assert not it.ill("snapshotter.rows-damaged")
 
 
 @pytest.mark.parametrize("one", FILES, ids=[one.id for one in FILES])

@@ -5,12 +5,14 @@ from __future__ import annotations
 import sqlite3
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from blockdev.dm_targets import MAX_THIN_ID
+from snapshotter import store_seen
 from snapshotter.errors import PoolFull, StoreFailed, Unavailable
 from snapshotter.model import Kind, Snapshot, State
 from snapshotter.store import Base, Store
@@ -347,3 +349,42 @@ def test_where_no_id_is_left_one_call_begins_a_new_epoch_for_all(path: str) -> N
         given = list(threads.map(lambda _: store.ids.renewing(lambda: _draw(store)), range(40)))
     assert sorted(given) == list(range(1, 41))
     assert begun == [1]
+
+
+def test_counts_are_the_databases_and_only_of_what_is_a_device(path: str) -> None:
+    store = Store(path)
+    with store.transaction():
+        store.doom(5, 1, 10)
+        store.doom(6, 1, 10)
+        store.quarantine([7, 8, 9], 1)
+    with sqlite3.connect(path) as other:
+        other.execute("INSERT INTO doomed VALUES (-5, 1, 7)")
+    assert (store.count_doomed(), store.count_quarantined()) == (2, 3)
+    assert (store.count_doomed(), store.count_quarantined()) == (len(store.doomed()), len(store.quarantined()))
+
+
+def test_a_damaged_row_counts_while_it_is_there_and_is_no_longer_left_out_of_copies_once_it_was_made_anew(
+    path: str,
+) -> None:
+    store = Store(path)
+    _insert(store, ROW)
+    _insert(store, replace(ROW, key="other", device=2))
+    with sqlite3.connect(path) as other:
+        other.execute("UPDATE snapshots SET kind = 9 WHERE key = 'k'")
+    assert [row.key for page in store.pages() for row in page] == ["other"]
+    assert store.damaged_now() == ["k"] and list(store_seen.seen(path).damaged) == ["k"]
+    assert _keys(store.image()) == ["other"]
+    with store.transaction():
+        store.remove_damaged("k", 1)
+    assert store.damaged_now() == []
+    _insert(store, replace(ROW, device=3))
+    assert store.damaged_now() == [] and store_seen.seen(path).damaged == ()
+    assert _keys(store.image()) == ["k", "other"]
+
+
+def _keys(content: bytes) -> list[str]:
+    raw = bytearray(content)
+    raw[18:20] = b"\1\1"
+    with closing(sqlite3.connect(":memory:")) as copy:
+        copy.deserialize(bytes(raw))
+        return [row[0] for row in copy.execute("SELECT key FROM snapshots ORDER BY key")]

@@ -27,7 +27,10 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
             pool, below = assembly.assemble(mapper, str(server.state), Deadline.after(60))
             assembly.disassemble(mapper, pool, below, Deadline.after(60))
         said = status(server)
-        assert f"pool {server.pool_name} is not assembled: all that it stands on is there: `systemctl start" in said
+        assert (
+            f"pool {server.pool_name} is not assembled: all that it stands on is there, and nobody has assembled it; `syst"
+            in said
+        )
         assert "pool status` tells" not in said
         data = tmp_path / "pool" / f"{server.pool_name}.data"
         data.rename(data.with_suffix(".away"))

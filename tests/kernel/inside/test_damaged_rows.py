@@ -7,6 +7,7 @@ import sqlite3
 
 import pytest
 
+from snapshotter import metrics
 from snapshotter.errors import WrongState
 from snapshotter.store import STORE
 from tests.kernel.inside.lab import Lab, mounted, soon
@@ -55,19 +56,27 @@ def test_a_damaged_row_stops_its_own_snapshot_alone(lab: Lab, how: str, caplog: 
     for call in (lab.stat, lab.mounts, lab.prepare, lab.usage):
         with pytest.raises(WrongState, match="'b' is damaged .*remove the snapshot"):
             call("b")
+    assert _gauges(lab)["runvol_store_rows_damaged"] == 1
     lab.prepare("d", "layer")
     lab.usage("d")
     lab.remove("c")
+    assert (_gauges(lab)["runvol_devices_doomed"], len(lab.node.store.doomed())) == (1, 1)
     lab.reap()
     assert not lab.node.store.doomed()
     # What nobody can say to be its own is kept, and named.
     lab.remove("b")
     lab.reap()
     assert device in lab.ids()
+    assert _gauges(lab)["runvol_store_rows_damaged"] == 0
     with mounted(lab.prepare("b", "layer")) as root:
         assert not (root / "mine").exists()
     lab.restart()
     assert device in lab.node.store.quarantined()
+    assert _gauges(lab)["runvol_devices_quarantined"] == len(lab.node.store.quarantined())
+
+
+def _gauges(lab: Lab) -> dict[str, float]:
+    return {one.name: one.samples[0].value for one in metrics._Store(lab.node).collect() if one.samples}
 
 
 def test_a_store_with_a_damaged_row_is_copied_without_it(lab: Lab) -> None:

@@ -576,22 +576,6 @@ def _spoil(path: str, sound: bytes) -> bytes:
     return Path(path).read_bytes()
 
 
-def _damage(path: str, sound: bytes) -> bytes:
-    """Spoil a block that a check misses; the spoilt metadata."""
-    for at in range(4096, len(sound), 4096):
-        if not any(sound[at : at + 4096]):
-            continue
-        with open(path, "r+b") as opened:
-            opened.seek(at)
-            opened.write(b"\xff" * 64)
-        with assembly._as_device(path, soon()) as device:
-            checked = subprocess.run(["thin_check", "-q", "--skip-mappings", device], check=False, capture_output=True)
-        if checked.returncode:
-            return Path(path).read_bytes()
-        Path(path).write_bytes(sound)
-    raise AssertionError("no block is checked")
-
-
 def test_rebuilt_metadata_still_has_every_snapshot(lab: Lab, mapper: Mapper) -> None:
     lab.layer("layer", files={"f": b"x"})
     _taken_apart(lab, mapper)
