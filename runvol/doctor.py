@@ -71,7 +71,7 @@ def _looks(config: Config, node: Node) -> Iterator[tuple[str, Look]]:
         asked = doctor_containerd.asked(config)
         yield "Kubernetes", lambda: doctor_cluster.examine(config, assembly.api(config), asked)
         yield "containerd", lambda: doctor_containerd.examine(asked)
-        yield "runtime handlers", lambda: doctor_kata.examine(config, asked.handlers.values())
+        yield "runtime handlers", lambda: doctor_kata.examine(config, asked.handlers.values(), node.claims.known()[0])
         yield "NRI", lambda: doctor_nri.examine(config, asked.handlers.values())
     else:
         yield "Kubernetes", lambda: doctor_cluster.examine(config, assembly.api(config), None)

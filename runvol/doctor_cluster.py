@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import quote
 
-from blockdev import Deadline, WaitExpired
+import msgspec
+
+from blockdev import Deadline, WaitExpired, selinux
 from guestmount import KubernetesApi, drivers
 from guestmount.pods import NotThere, PodUnknown
 from guestmount.running_containerd import Answer
@@ -28,6 +30,8 @@ _READ = (
 )
 # What a node's own credentials do not list; the driver of NFS has to, the other one reads volumes by their names.
 _FOR_NFS = ("PersistentVolumes", "StorageClasses")
+# Kubernetes 1.x whose kubelet asks again how many volumes a node may have, and the field that says when.
+_ASKS_AGAIN, _PERIOD = 34, "nodeAllocatableUpdatePeriodSeconds"
 # What a CSIDriver has to say, and what happens otherwise.
 _FIELDS: Mapping[str, tuple[Any, str]] = {
     "attachRequired": (False, "pods wait for an attacher that does not exist"),
@@ -120,6 +124,52 @@ def _drivers(config: Config, api: KubernetesApi) -> Iterator[Diagnosis]:
                          "then `kubectl apply -f deploy/kubernetes/csidrivers.yaml`")  # fmt: skip
         else:
             yield good("kubernetes.csidriver", subject, "says what the driver needs")
+        yield from _labels(config, name, spec)
+        if name == drivers.NODES:
+            yield from _limit(config, api, spec)
+
+
+def _labels(config: Config, name: str, spec: Mapping[str, Any]) -> Iterator[Diagnosis]:
+    """Whether kubelet has volumes mounted with a label that they cannot have; it does where SELinux is on."""
+    if spec.get("seLinuxMount") is not True or not selinux.is_on():
+        return
+    if name == drivers.NFS:
+        cost, more = "pods with different labels share a volume on NFS, and its mount has one: the second waits", ""
+    elif "directory" in config.words("volumes.backends"):
+        cost = ("a volume of the backend directory has no mount of its own that could have the pod's label, and nobody "
+                "relabels its files: its pods may not read them")  # fmt: skip
+        more = (" (of the chart: `drivers.seLinuxMount=false`); or take `directory` out of `volumes.backends`, once it "
+                "has no volumes")  # fmt: skip
+    else:
+        return
+    yield warning("kubernetes.selinux-mount", f"CSIDriver {name}", f"seLinuxMount is true: {cost}",
+                  _patch(name, seLinuxMount=False) + more)  # fmt: skip
+
+
+def _limit(config: Config, api: KubernetesApi, spec: Mapping[str, Any]) -> Iterator[Diagnosis]:
+    """Whether a limit of this node's volumes that changes reaches the scheduler."""
+    if not config.number("csi.max_volumes") or spec.get(_PERIOD) or _minor(api) < _ASKS_AGAIN:
+        return
+    yield warning("kubernetes.limit-not-asked-again", f"CSIDriver {drivers.NODES}", f"csi.max_volumes is set, and "
+                  f"{_PERIOD} is not: kubelet asks when the plugin registers, and what FlexVolume's volumes take since "
+                  "then is not heard of", f"{_patch(drivers.NODES, **{_PERIOD: 60})} (Kubernetes before 1.36 takes it "
+                  "with the feature gate MutableCSINodeAllocatableCount only)")  # fmt: skip
+
+
+def _patch(name: str, **fields: bool | int) -> str:
+    """The command that changes a CSIDriver, as typed."""
+    changed = msgspec.json.encode({"spec": fields}).decode()
+    return f"`kubectl patch csidriver {name} --type=merge -p '{changed}'`"
+
+
+def _minor(api: KubernetesApi) -> int:
+    """Of the API server's version, 1.x; 0 where it does not say."""
+    try:
+        said = api.one("its version", "/version", Deadline.after(_ASKING)).get("minor")
+    except (PodUnknown, WaitExpired):
+        return 0
+    found = re.match(r"\d+", said) if isinstance(said, str) else None  # some have a `+` after it
+    return int(found[0][:4]) if found else 0
 
 
 def _classes(config: Config, api: KubernetesApi) -> Iterator[Diagnosis]:

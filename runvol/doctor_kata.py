@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 
 from guestmount import guest_kernel, kata_config, preflight
+from guestmount.claims import Claim
 from guestmount.kata_config import KataConfig
 from guestmount.runtimes import Handler, in_root
+from guestmount.ways import disk_slots
 from runvol import assembly
 from runvol.config import Config
 from runvol.diagnosis import Diagnosis, broken, good, unknown, warning
 
 # Where containerd looks for a shim whose path nobody has said: its own PATH, by systemd's default and Kata's place.
 _SHIMS = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin", "/opt/kata/bin")
+_SCSI = "virtio-scsi"
 # QEMU's virtio-blk takes no other sizes of a queue.
 _SMALLEST_QUEUE, _LARGEST_QUEUE = 4, 1024
 
 
-def examine(config: Config, handlers: Iterable[Handler]) -> Iterator[Diagnosis]:
+def examine(config: Config, handlers: Iterable[Handler], claims: Sequence[Claim] = ()) -> Iterator[Diagnosis]:
+    """`claims`: who has the node's volumes, for what the guests' places are taken by."""
     for handler in handlers:
         subject = f"handler {handler.name}"
         if not handler.is_sandbox:
@@ -31,6 +36,7 @@ def examine(config: Config, handlers: Iterable[Handler]) -> Iterator[Diagnosis]:
             yield _without(config, handler)
             continue
         yield _blocks(subject, kata)
+        yield from _places(handler.name, kata, claims)
         yield from _queues(subject, kata)
         if kata.shim == kata_config.RUST:
             yield from _rust_shared_block(config, subject)
@@ -93,11 +99,34 @@ def _blocks(subject: str, kata: KataConfig) -> Diagnosis:
     if kata.trouble:
         return broken("kata.drop-in-refused", subject, finding, trouble.partition("; ")[2])
     if trouble.startswith("block_device_driver"):
-        return broken("kata.block-driver-wrong", subject, finding, _set(kata, 'block_device_driver = "virtio-scsi"'))
+        return broken("kata.block-driver-wrong", subject, finding, _set(kata, f'block_device_driver = "{_SCSI}"'))
     lines = ["block_device_cache_direct = true"]
     if kata.shim == kata_config.GO:
         lines.insert(0, "block_device_cache_set = true")
     return broken("kata.aio-without-direct", subject, finding, _set(kata, *lines))
+
+
+def _places(handler: str, kata: KataConfig, claims: Sequence[Claim]) -> Iterator[Diagnosis]:
+    """Places for disks in the guest that has the most of our volumes; a pod's own annotations are not known here."""
+    places = kata.disk_slots({})
+    if not places or kata.blocks_disabled({}):
+        return
+    pods = {target.pod_uid: target.pod for one in claims for target in one.targets.values()
+            if (target.handler or (one.owner.handler if one.owner else "")) == handler}  # fmt: skip
+    taken = Counter({pod: len(disk_slots.taken(claims, pod)) for pod in pods})
+    subject, limit = f"disks of handler {handler}", f"a guest has places for {places} disks"
+    most = taken.most_common(1)
+    if not most:
+        yield good("kata.disk-places", subject, f"{limit}, and no pod has a block volume")
+        return
+    ((pod, has),) = most
+    said = f"{limit}, and the fullest, of pod {pods[pod]}, has {has} block volumes: {max(0, places - has)} are left"
+    if has < places:
+        yield good("kata.disk-places", subject, said)
+        return
+    more = _set(kata, f'block_device_driver = "{_SCSI}"') + ", or more `default_bridges`; or "
+    yield warning("kata.disk-places-used-up", subject, said,
+                  f"{'' if kata.hypervisor == 'firecracker' else more}give the pod fewer volumes")  # fmt: skip
 
 
 def _queues(subject: str, kata: KataConfig) -> Iterator[Diagnosis]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from guestmount import preflight
 from guestmount.claims import Claim
 from guestmount.errors import Refused
@@ -18,12 +20,7 @@ def check(means: Means, claim: Claim, arrival: Arrival) -> None:
     slots = kata.disk_slots(preflight.annotations_of(arrival.runtime)) if kata is not None else 0
     if kata is None or not slots:
         return
-    pod = arrival.target.pod_uid
-    has = {
-        one.volume
-        for one in means.claims.readable()[0]
-        if one.kind is VolumeKind.BLOCK and any(target.pod_uid == pod for target in one.targets.values())
-    } - {claim.volume}
+    has = taken(means.claims.readable()[0], arrival.target.pod_uid) - {claim.volume}
     if len(has) >= slots:
         more = (
             "give the pod fewer volumes"
@@ -35,3 +32,12 @@ def check(means: Means, claim: Claim, arrival: Arrival) -> None:
             f"{arrival.runtime.handler!r} plugs at most {slots} disks into a guest, and the pod has {len(has)} block "
             f"volumes already. To have more, {more}"
         )
+
+
+def taken(claims: Iterable[Claim], pod_uid: str) -> set[str]:
+    """The block volumes of ours that the pod has."""
+    return {
+        one.volume
+        for one in claims
+        if one.kind is VolumeKind.BLOCK and any(target.pod_uid == pod_uid for target in one.targets.values())
+    }

@@ -10,9 +10,14 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from blockdev import Deadline
+from guestmount import Claim, Target
+from guestmount.claims import Use
+from runvol import assembly
 from runvol.diagnosis import OK
 from snapshotter import backing
 from tests.installation import Installation
+from volumes import VolumeKind
 
 RUST = '[runtime]\nname = "virt_container"\nhypervisor_name = "qemu"\n[hypervisor.qemu]\n'
 GO = "[hypervisor.qemu]\n"
@@ -153,3 +158,30 @@ def test_configuration(one: Broken) -> None:
         if one.id == "containerd.not-found":
             it.handler()
         found_and_put_right(it, one)
+
+
+def _pod_with(it: Installation, count: int, *, handler: str = "kata", pod: str = "a") -> None:
+    claims = assembly.claims(it.loaded)
+    for number in range(count):
+        path = it.kubelet / f"pods/{pod}/volumes/kubernetes.io~csi/v{number}/mount"
+        claim = Claim(
+            volume=f"loop-{pod}{number}", source="/x", staging_path="/s", kind=VolumeKind.BLOCK,
+            use=Use(mode="single_node_writer", fstype="ext4"),
+            targets={str(path): Target(read_only=False, pod_uid=pod, pod_name=pod, pod_namespace="ns", handler=handler)},
+        )  # fmt: skip
+        with claims.locked(claim.volume, Deadline.after(5)) as cell:
+            cell.write(claim)
+
+
+def test_guest_without_a_place_for_one_more_disk() -> None:
+    with Installation() as it:
+        it.handler(kata=f'{GO}block_device_driver = "virtio-blk"\n')
+        (found,) = it.ill("kata.disk-places")
+        assert found.finding == "a guest has places for 30 disks, and no pod has a block volume"
+        _pod_with(it, 3)
+        _pod_with(it, 7, pod="b")
+        _pod_with(it, 35, handler="runc", pod="others")
+        (found,) = it.ill("kata.disk-places")
+        assert "the fullest, of pod ns/b, has 7 block volumes: 23 are left" in found.finding
+        found_and_put_right(it, Broken(id="kata.disk-places-used-up", breaks=lambda it: _pod_with(it, 30)))
+        assert not it.ill("kata.disk-places")

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from blockdev import selinux
 from tests import api_double
 from tests.api_double import ApiDouble
 from tests.cri import Runtime
@@ -29,6 +30,9 @@ words = sys.argv[1:]
 if words[0] == "apply":
     found = [one for one in yaml.safe_load_all(open(words[2])) if one]
     body = {{"apply": [[one["kind"], one["metadata"]["name"], one] for one in found]}}
+elif words[0] == "patch":
+    assert words[3] == "--type=merge" and words[4] == "-p", words
+    body = {{"patch": [*words[1:3], json.loads(words[5])]}}
 else:
     body = {{"delete": words[1:]}}
 open({queue!r}, "a").write(json.dumps(body) + "\\n")
@@ -67,6 +71,9 @@ def _with_kubectl(it: Installation, api: ApiDouble) -> Callable[[str, dict[str, 
             asked = json.loads(line)
             for kind, name, what in asked.get("apply", ()):
                 api.objects[f"{kind.lower()}s"][name] = what
+            if "patch" in asked:
+                kind, name, changed = asked["patch"]
+                api.objects[f"{kind}s"][name]["spec"] |= changed["spec"]
             if "delete" in asked:
                 kind, name = asked["delete"]
                 del api.objects[f"{kind}s"][name]
@@ -91,6 +98,50 @@ def test_csidriver_that_says_the_wrong_thing(
         api.objects["csidrivers"][NAME] = {"spec": GOOD | wrong}
 
     found_and_put_right(it, Broken(id="kubernetes.csidriver-wrong", breaks=breaks))
+
+
+def _of_driver(api: ApiDouble, name: str = NAME, **more: Any) -> Callable[[Installation], None]:
+    return lambda _: api.objects["csidrivers"].__setitem__(name, {"spec": GOOD | more})
+
+
+@pytest.mark.parametrize("name", [NAME, "nfs.csi.runvol.io"])
+def test_labels_that_a_drivers_volumes_cannot_be_mounted_with(
+    it: Installation, api: ApiDouble, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Where SELinux is off kubelet asks for none."""
+    monkeypatch.setattr(it, "apply", _with_kubectl(it, api))
+    it.set(csi__nfs_endpoint=f"unix://{it.run}/nfs.sock")
+    _of_driver(api, "nfs.csi.runvol.io")(it)
+    _of_driver(api, name, seLinuxMount=True)(it)
+    assert not it.ill("kubernetes.selinux-mount")
+    _of_driver(api, name)(it)
+    monkeypatch.setattr(selinux, "is_on", lambda: True)
+    found_and_put_right(it, Broken(id="kubernetes.selinux-mount", given={"only": "kubectl"},
+                                   breaks=_of_driver(api, name, seLinuxMount=True)))  # fmt: skip
+
+
+def test_labels_are_no_trouble_where_all_volumes_are_block_devices(
+    it: Installation, api: ApiDouble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selinux, "is_on", lambda: True)
+    _of_driver(api, seLinuxMount=True)(it)
+    assert "volumes.backends" in it.ill("kubernetes.selinux-mount")[0].fix
+    it.set(volumes__backends=["loop"])
+    assert not it.ill("kubernetes.selinux-mount")
+
+
+def test_limit_of_volumes_that_kubelet_asks_for_once(
+    it: Installation, api: ApiDouble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(it, "apply", _with_kubectl(it, api))
+    for minor in (None, [], "", "x", "33", "33+"):
+        api.objects[""] = {"version": {"minor": minor}}
+        it.set(csi__max_volumes=5)
+        assert not it.ill("kubernetes.limit-not-asked-again"), minor
+    api.objects[""] = {"version": {"minor": "34+"}}
+    it.set(csi__max_volumes=0)
+    found_and_put_right(it, Broken(id="kubernetes.limit-not-asked-again", given={"only": "kubectl"},
+                                   breaks=lambda it: it.set(csi__max_volumes=5)))  # fmt: skip
 
 
 def test_the_file_that_the_fix_names_is_there() -> None:
