@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 
 from blockdev import BlockdevError, Deadline, devicemapper, disk_troubles
@@ -25,8 +24,6 @@ from snapshotter.watermarks import Health
 
 # Percent of the device ids that were given, from which on an operator is told.
 _MANY_IDS = 75
-# Seconds for which an extension may have the pool suspended.
-_EXTENDING = 1.0
 _SHARE = "shared images"
 # Images of one kind that are named one by one.
 _NAMED = 5
@@ -130,9 +127,8 @@ def _pool(config: Config, description: backing.Description) -> Iterator[Diagnosi
                 yield _absent(mapper, state, description)
                 return
             pool = Pool(mapper, description.name, description.identity, "", limits(config))
-            if _stays_suspended(mapper, description.name):
-                yield broken("pool.suspended", subject, f"{description.name} is suspended: whatever is read or written "
-                             "on it waits")  # fmt: skip
+            if pool_absence.stays_suspended(mapper, description.name):
+                yield broken("pool.suspended", subject, f"{description.name} {pool_absence.SUSPENDED}")
             status = pool.status()
             for finding in pool.health(status):
                 yield _health(finding, _remedy(finding, status, description))
@@ -140,21 +136,6 @@ def _pool(config: Config, description: backing.Description) -> Iterator[Diagnosi
         yield from doctor_gauge.examine(gauge_path(config), state, wanted)
     except (SnapshotterError, BlockdevError, ValueError) as error:
         yield broken("pool.unreadable", subject, str(error))
-
-
-def _stays_suspended(mapper: Mapper, name: str) -> bool:
-    """Whether the pool is, and not just for the moment in which it is made larger."""
-
-    def is_suspended() -> bool:
-        found = mapper.find(name)
-        return found is not None and found.suspended
-
-    until = time.monotonic() + _EXTENDING
-    while is_suspended():
-        if time.monotonic() > until:
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def _absent(mapper: Mapper, state: str, description: backing.Description) -> Diagnosis:

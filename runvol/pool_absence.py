@@ -1,9 +1,10 @@
-"""Why a pool that is described is not assembled; looking changes nothing."""
+"""Why a pool that is described is not assembled, or stands still; looking changes nothing."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,6 +16,9 @@ from snapshotter.backing import Description
 
 _THIN = "thin-pool"
 _MODULE = "dm_thin_pool"
+SUSPENDED = "is suspended: whatever is read or written on it waits"
+# Seconds for which an extension may have the pool suspended.
+_EXTENDING = 1.0
 
 
 def installed(program: str) -> str:
@@ -26,6 +30,21 @@ def is_assembled(mapper: Mapper, it: Description) -> bool:
     """Whether the kernel has this very pool."""
     found = mapper.find(it.name)
     return found is not None and found.active and found.uuid == UUID + it.identity
+
+
+def stays_suspended(mapper: Mapper, name: str) -> bool:
+    """Whether the pool is, and not just for the moment in which it is made larger."""
+
+    def is_suspended() -> bool:
+        found = mapper.find(name)
+        return found is not None and found.suspended
+
+    until = time.monotonic() + _EXTENDING
+    while is_suspended():
+        if time.monotonic() > until:
+            return True
+        time.sleep(0.05)
+    return False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -205,6 +205,11 @@ def pool_status(load: Loader, as_json: bool) -> None:
                 one = Pool(mapper, it.name, it.identity, it.metadata, limits(config))
                 one.remedies = backing.remedies(it)
                 item = _assembled(config, one, it.block)
+                if pool_absence.stays_suspended(mapper, it.name):
+                    said = (f"pool {it.name} {pool_absence.SUSPENDED}; `systemctl restart runvol-snapshotter` resumes "
+                            "it")  # fmt: skip
+                    found = [schemas.PoolFinding(state=BROKEN, finding=said), *item.findings]
+                    item = msgspec.structs.replace(item, state=BROKEN, findings=found)
             else:
                 why = pool_absence.why(mapper, state_dir(config), it)
                 item = _of_store(config, it.name, f"pool {it.name} is not assembled: {why}")

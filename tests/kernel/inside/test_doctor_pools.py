@@ -324,10 +324,12 @@ def test_a_pool_whose_logical_volumes_are_not_active(mapper: Mapper, tmp_path: P
 
 
 def test_a_pool_that_was_left_suspended(lab: Lab) -> None:
-    """Whatever is asked of it waits: nobody is told so by a status."""
+    """Whatever is read or written on it waits, and its mode is `rw` all the same."""
     patient = of_lab(lab)
     lab.node.mapper.suspend(lab.name)
     found = patient.ill("pool.suspended")
     assert found.state == "broken"
+    status, said = patient.said("runvol pool status")
+    assert status == 1 and "is suspended: whatever is read or written on it waits" in " ".join(said.split())
     patient.apply(found)
     assert patient.is_well()
