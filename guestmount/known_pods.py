@@ -72,6 +72,7 @@ class KnownPods:
         ]  # fmt: skip
         self._volumes = Watch(self._api, "PersistentVolumes", "/api/v1/persistentvolumes", listed=self._all_volumes,
                               changed=self._volume, gone=self._no_volume, page=_VOLUMES)  # fmt: skip
+        self._by_name = ClaimsByName(self._named)
         for watch in self._watches:
             watch.start()
         self._volumes.start()
@@ -96,10 +97,9 @@ class KnownPods:
     def claim_heard_of(self, persistent_volume: str, patience: float = 0.0) -> Claimed:
         """Namespace, name and UID of the claim, as the watch has told; empty where it has not. Who may not list volumes
         asks for them by name: in so many seconds, or without any behind the caller, who learns it the next time."""
-        claim = self._claims.get(persistent_volume)
-        if claim is None and self._volumes is not None and self._volumes.refused:
+        if self._volumes is not None and self._volumes.refused:
             return self._by_name.heard_of(persistent_volume, patience)
-        return (*(claim or ("", "")), self._uids.get(persistent_volume, ""))
+        return (*self._claims.get(persistent_volume, ("", "")), self._uids.get(persistent_volume, ""))
 
     def _named(self, persistent_volume: str, deadline: Deadline) -> Claimed:
         """One volume's claim, by its name; NotThere for one that is nobody's, or not of ours. PodUnknown."""

@@ -180,6 +180,20 @@ def test_who_may_list_volumes_after_all_follows_them(api, known):
     assert len(pods.watches) == 3
 
 
+def test_what_was_followed_before_the_right_went_is_asked_anew(api, known):
+    api.put("persistentvolumes", "pv", of_ours("one"))
+    pods = known()
+    until(lambda: pods._volumes.healthy)
+    by_names_only(api)
+    api.put("persistentvolumes", "pv", of_ours("two"))
+    until(lambda: pods.claim_heard_of("pv")[1] == "two")
+    api.stop()
+    api.put("persistentvolumes", "pv", of_ours("three"))
+    api.start()
+    until(lambda: pods._volumes.refused)
+    assert until(lambda: pods.claim_heard_of("pv")[1] == "three")
+
+
 def test_an_api_that_is_away_is_no_refusal(api, known):
     api.put("persistentvolumes", "pv", of_ours("one"))
     pods = known()
