@@ -9,6 +9,8 @@ import sys
 import click
 
 from blockdev import Deadline
+from blockdev.deadlines import bounded
+from blockdev.printable import printable
 from guestmount import Node, PodRef, repair
 from guestmount.claims import Claim, Target
 from runvol import assembly, config, endpoints, schemas, tables, troubles
@@ -65,7 +67,9 @@ def volumes(context: click.Context, as_json: bool) -> None:
     with troubles.looking():
         node = _node(context.obj)
         claims = {claim.volume: claim for claim in _claims(node)}
-        items = [_volume(volume, claims.get(volume.volume_id)) for _seq, volume in node.catalog.list(trouble=_warn)]
+        items = [
+            _volume(volume, claims.get(volume.volume_id)) for _seq, volume in node.catalog.list(trouble=tables.warn)
+        ]
         going_on = [] if as_json else _work(context.obj)
     columns: tables.Columns[schemas.Volume] = [
         "volume",
@@ -122,7 +126,7 @@ def volumes_snapshots(load: Loader, source: str, as_json: bool) -> None:
                 snapshot=one.snapshot_id, volume=one.source, size_bytes=one.size_bytes,
                 created=schemas.time_of(one.created), group=one.group or None, ready=one.ready,
             )
-            for _seq, one in _node(load).catalog.snapshots(source=source, trouble=_warn)
+            for _seq, one in _node(load).catalog.snapshots(source=source, trouble=tables.warn)
         ]  # fmt: skip
     columns: tables.Columns[schemas.VolumeSnapshot] = [
         "snapshot",
@@ -133,10 +137,6 @@ def volumes_snapshots(load: Loader, source: str, as_json: bool) -> None:
         "ready",
     ]
     tables.show(schemas.VolumeSnapshot, items, columns, as_json=as_json, empty="no volume snapshots")
-
-
-def _warn(sentence: str) -> None:
-    click.echo(f"warning: {sentence}", err=True)
 
 
 def _volume(volume: Volume, claim: Claim | None) -> schemas.Volume:
@@ -237,7 +237,7 @@ def volumes_forget(load: Loader, one_id: str, yes: bool, as_json: bool) -> None:
     """
     node = _node(load)
     if not yes:
-        click.confirm(f"Is the store that made {one_id} lost, with its data?", abort=True, err=as_json)
+        click.confirm(f"Is the store that made {printable(one_id)} lost, with its data?", abort=True, err=as_json)
     name = node.catalog.forget(one_id)
     tables.tell([schemas.Outcome(action="forgotten", what="volume", name=one_id, done=True,
                                  message=f"{one_id} counts as deleted (backend {name})")], as_json=as_json)  # fmt: skip
@@ -253,8 +253,8 @@ def volumes_delete(load: Loader, volume_id: str, yes: bool, as_json: bool) -> No
     node = _node(load)
     volume = node.catalog.get(volume_id)
     if not yes:
-        click.confirm(f"Delete volume {volume_id} ({volume.name}, {words(volume.capacity_bytes)}) and its data?",
-                      abort=True, err=as_json)  # fmt: skip
+        called = printable(f"{volume_id} ({volume.name}, {words(volume.capacity_bytes)})")
+        click.confirm(f"Delete volume {called} and its data?", abort=True, err=as_json)
     with node.unused(volume_id, Deadline.after(_CALL)):
         node.catalog.of(volume_id).delete(volume_id)
     tables.tell([schemas.Outcome(action="deleted", what="volume", name=volume_id, done=True,
@@ -265,7 +265,7 @@ def _claims(node: Node) -> list[Claim]:
     """Those that can be read; what is wrong with the others is said."""
     found, damaged = node.claims.readable()
     for error in damaged:
-        _warn(str(error))
+        tables.warn(error)
     return found
 
 
@@ -323,7 +323,7 @@ def detect(load: Loader, namespace_name: str, said: str, as_json: bool) -> None:
                                   handler=answer.handler or None, source=answer.source)  # fmt: skip
         tables.print_json(schemas.Detection, [found])
         return
-    click.echo(f"{answer.kind} (handler {answer.handler}), from {answer.source}")
+    tables.line(f"{answer.kind} (handler {answer.handler}), from {answer.source}")
 
 
 @click.command(short_help="Say what is wrong here, and what to change.")
@@ -337,7 +337,8 @@ def doctor(load: Loader, as_json: bool) -> None:
 
     with troubles.looking():
         loaded = load()
-        found = list(examination.examine(loaded, assembly.build(loaded, looking=True)))
+        node = bounded("opening the stores", Deadline.after(_CALL), lambda: assembly.build(loaded, looking=True))
+        found = list(examination.examine(loaded, node))
     doctor_shown.show(found, as_json=as_json)
     sys.exit(status(found))
 

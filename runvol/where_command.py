@@ -37,7 +37,7 @@ def where(load: Loader, pod: str, as_json: bool) -> None:
         root = config.text("paths.host_root")
         claims, damaged = assembly.claims(config).readable()
         for error in damaged:
-            click.echo(f"warning: {error}", err=True)
+            tables.warn(error)
         found = search.places(
             pod,
             claims=claims,
