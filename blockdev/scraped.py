@@ -7,6 +7,7 @@ an end: of what hangs the last values are told, with when they were true.
 from __future__ import annotations
 
 import logging
+import re
 import socket
 import threading
 import time
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("runvol.metrics")
 
-# Connections at a time, and seconds that one may take from its first byte to its last.
-_MOST, _SECONDS = 8, 10.0
+# Connections at a time, those of one address, and seconds that one may take from its first byte to its last.
+_MOST, _OF_ONE, _SECONDS = 8, 4, 10.0
 # Seconds for what one part of a process has to tell.
 _COLLECTING = 2.0
 # Seconds after a connection that could not be taken: it is there still, and cannot be taken again.
@@ -42,6 +43,53 @@ COLLECTED = Family(
     help="When a part of the process was asked for its values, in seconds since 1970: now, unless what it asks hangs.",
 )  # fmt: skip
 FAMILIES = (BUILD, COLLECTED)
+
+
+_PORT = re.compile(r"[0-9]{1,5}\Z")
+
+
+class Places:
+    """Who is served at this moment. One address never has all places; where there is none left, whoever has had one for
+    longest without having asked anything loses it: a scrape asks at once."""
+
+    def __init__(self, most: int = _MOST, of_one: int = _OF_ONE) -> None:
+        self._most, self._of_one = most, of_one
+        self._lock = threading.Lock()
+        # In the order in which they came.
+        self._served: dict[socket.socket, str] = {}
+        self._silent: dict[socket.socket, None] = {}
+
+    def take(self, connection: socket.socket, address: str) -> bool:
+        """Whether the connection has a place."""
+        with self._lock:
+            own = [one for one, other in self._served.items() if other == address]
+            if len(own) >= self._of_one:
+                return self._instead(connection, address, [one for one in self._silent if one in own])
+            if len(self._served) >= self._most:
+                return self._instead(connection, address, list(self._silent))
+            self._served[connection], self._silent[connection] = address, None
+            return True
+
+    def _instead(self, connection: socket.socket, address: str, silent: Sequence[socket.socket]) -> bool:
+        if not silent:
+            return False
+        _cut(silent[0])
+        self._forget(silent[0])
+        self._served[connection], self._silent[connection] = address, None
+        return True
+
+    def asks(self, connection: socket.socket) -> None:
+        """It has said what it wants."""
+        with self._lock:
+            self._silent.pop(connection, None)
+
+    def give(self, connection: socket.socket) -> None:
+        with self._lock:
+            self._forget(connection)
+
+    def _forget(self, connection: socket.socket) -> None:
+        self._served.pop(connection, None)
+        self._silent.pop(connection, None)
 
 
 class Collector(Protocol):
@@ -95,7 +143,7 @@ class _All:
 def listen(address: str, collectors: Sequence[Collector], *, part: str, version: str) -> None:
     """Serve what they tell at `HOST:PORT`, and what the process takes. ValueError, with what is wrong in words."""
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+    if not host or not _PORT.match(port) or not 0 < int(port) < 65536:
         raise ValueError("takes HOST:PORT")
     try:
         server = _server(host.removeprefix("[").removesuffix("]"), int(port), _registry(collectors, part, version))
@@ -122,14 +170,19 @@ def _server(host: str, port: int, registry: CollectorRegistry) -> Any:
 
     from prometheus_client import make_wsgi_app
 
+    places = Places()
+
     class Handler(WSGIRequestHandler):
         def log_message(self, *_: Any) -> None:
             pass
 
+        def get_environ(self) -> Any:
+            places.asks(self.connection)
+            return super().get_environ()
+
     class Server(socketserver.ThreadingMixIn, WSGIServer):
         address_family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         daemon_threads = True
-        free = threading.BoundedSemaphore(_MOST)
 
         def server_bind(self) -> None:
             socketserver.TCPServer.server_bind(self)
@@ -144,13 +197,13 @@ def _server(host: str, port: int, registry: CollectorRegistry) -> Any:
                 raise
 
         def process_request(self, request: Any, client_address: Any) -> None:
-            if not self.free.acquire(blocking=False):
+            if not places.take(request, str(client_address[0])):
                 self.shutdown_request(request)
                 return
             try:
                 super().process_request(request, client_address)
             except BaseException:
-                self.free.release()
+                places.give(request)
                 raise
 
         def process_request_thread(self, request: Any, client_address: Any) -> None:
@@ -163,8 +216,8 @@ def _server(host: str, port: int, registry: CollectorRegistry) -> Any:
                 self.handle_error()
             finally:
                 end.cancel()
+                places.give(request)
                 self.shutdown_request(request)
-                self.free.release()
 
         def handle_error(self, *_: Any) -> None:
             log.debug("a request for metrics ended early", exc_info=True)

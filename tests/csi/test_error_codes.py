@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -53,16 +54,38 @@ def test_nobody_holds_the_metrics(monkeypatch):
     port = _free()
     scraped.listen(f"127.0.0.1:{port}", [_One()], part="csi", version="1")
     assert "one 7.0" in _scrape(port)
-    idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(scraped._MOST)]
-    idle[0].sendall(b"GET / HT")
-    time.sleep(0.1)
-    with pytest.raises(OSError):
-        _scrape(port)
+    idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(3 * scraped._MOST)]
+    for one in idle:
+        with contextlib.suppress(OSError):
+            one.sendall(b"GET / HT")
+    for _ in range(5):
+        assert "one 7.0" in _scrape(port), "whoever asks comes before those who do not"
     for one in idle:
         one.settimeout(5)
-        assert one.recv(1) == b""
+        with contextlib.suppress(ConnectionResetError):
+            assert one.recv(1) == b""
         one.close()
     assert "one 7.0" in _scrape(port)
+
+
+def test_one_address_never_has_all_places_and_who_has_asked_keeps_his():
+    places = scraped.Places(most=4, of_one=3)
+    first, *rest = (socket.socketpair()[0] for _ in range(8))
+    assert places.take(first, "a") and places.take(rest[0], "a") and places.take(rest[1], "a")
+    for one in (first, rest[0], rest[1]):
+        places.asks(one)
+    assert not places.take(rest[2], "a"), "all of its own have asked"
+    assert places.take(rest[3], "b")
+    assert places.take(rest[4], "c"), "instead of the one that says nothing"
+    places.asks(rest[4])
+    assert not places.take(rest[5], "d")
+    places.give(first)
+    assert places.take(rest[5], "d")
+    places.give(rest[3])  # which lost its place before, and takes none with it
+    places.asks(rest[5])
+    assert not places.take(rest[6], "e")
+    for one in (first, *rest):
+        one.close()
 
 
 @pytest.mark.parametrize("kind", [threading.Timer, threading.Thread])
