@@ -11,12 +11,13 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from blockdev.deadlines import Deadline, NoThread, bounded
 from blockdev.errors import WaitExpired
 from blockdev.families import GAUGE, Family
+from blockdev.places import Places, cut
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -26,6 +27,10 @@ log = logging.getLogger("runvol.metrics")
 
 # Connections at a time, those of one address, and seconds that one may take from its first byte to its last.
 _MOST, _OF_ONE, _SECONDS = 8, 4, 10.0
+# Seconds for which what was told is told again: whoever asks all the time takes no more of a processor than that.
+_FRESH = 0.5
+# Seconds after which what is wrong is said again.
+_SILENT = 60.0
 # Seconds for what one part of a process has to tell.
 _COLLECTING = 2.0
 # Seconds after a connection that could not be taken: it is there still, and cannot be taken again.
@@ -48,50 +53,6 @@ FAMILIES = (BUILD, COLLECTED)
 _PORT = re.compile(r"[0-9]{1,5}\Z")
 
 
-class Places:
-    """Who is served at this moment. One address never has all places; where there is none left, whoever has had one for
-    longest without having asked anything loses it: a scrape asks at once."""
-
-    def __init__(self, most: int = _MOST, of_one: int = _OF_ONE) -> None:
-        self._most, self._of_one = most, of_one
-        self._lock = threading.Lock()
-        # In the order in which they came.
-        self._served: dict[socket.socket, str] = {}
-        self._silent: dict[socket.socket, None] = {}
-
-    def take(self, connection: socket.socket, address: str) -> bool:
-        """Whether the connection has a place."""
-        with self._lock:
-            own = [one for one, other in self._served.items() if other == address]
-            if len(own) >= self._of_one:
-                return self._instead(connection, address, [one for one in self._silent if one in own])
-            if len(self._served) >= self._most:
-                return self._instead(connection, address, list(self._silent))
-            self._served[connection], self._silent[connection] = address, None
-            return True
-
-    def _instead(self, connection: socket.socket, address: str, silent: Sequence[socket.socket]) -> bool:
-        if not silent:
-            return False
-        _cut(silent[0])
-        self._forget(silent[0])
-        self._served[connection], self._silent[connection] = address, None
-        return True
-
-    def asks(self, connection: socket.socket) -> None:
-        """It has said what it wants."""
-        with self._lock:
-            self._silent.pop(connection, None)
-
-    def give(self, connection: socket.socket) -> None:
-        with self._lock:
-            self._forget(connection)
-
-    def _forget(self, connection: socket.socket) -> None:
-        self._served.pop(connection, None)
-        self._silent.pop(connection, None)
-
-
 class Collector(Protocol):
     """Who has metrics to tell at each scrape; `part`: what it is called."""
 
@@ -106,7 +67,7 @@ class _Bounded:
 
     def __init__(self, inner: Collector, seconds: float) -> None:
         self._inner, self._seconds, self._last, self._at = inner, seconds, list["Metric"](), 0.0
-        self.name = inner.part
+        self.name, self._silent_until = inner.part, 0.0
 
     def collect(self) -> Iterator[Metric]:
         try:
@@ -116,10 +77,18 @@ class _Bounded:
             )  # fmt: skip
             self._at = time.time()
         except (WaitExpired, NoThread) as error:
-            log.warning("metrics are told as they were", extra={"part": self.name, "why": str(error)})
-        except Exception:
-            log.exception("metrics are told as they were", extra={"part": self.name})
+            self._tell(error, traceback=False)
+        except Exception as error:
+            self._tell(error, traceback=True)
         yield from self._last
+
+    def _tell(self, error: Exception, *, traceback: bool) -> None:
+        """Not once for each that asks, who may be anybody."""
+        if time.monotonic() < self._silent_until:
+            return
+        self._silent_until = time.monotonic() + _SILENT
+        log.warning("metrics are told as they were", exc_info=error if traceback else None,
+                    extra={"part": self.name, "why": str(error)})  # fmt: skip
 
     @property
     def at(self) -> float:
@@ -163,14 +132,42 @@ def _registry(collectors: Sequence[Collector], part: str, version: str) -> Colle
     return registry
 
 
+class _Page:
+    """The text, as the client library makes it of an Accept header; one who asks after the other."""
+
+    _OPEN, _PLAIN = "application/openmetrics-text; version=1.0.0", "text/plain"
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        from prometheus_client import make_wsgi_app
+
+        self._made, self._lock = make_wsgi_app(registry), threading.Lock()
+        # By form and compression: until when it is fresh, with its status and headers.
+        self._kept: dict[tuple[str, str], tuple[float, list[Any], list[bytes]]] = {}
+
+    def __call__(self, environment: Mapping[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
+        if environment.get("REQUEST_METHOD") != "GET" or environment.get("PATH_INFO") == "/favicon.ico":
+            answer: Iterable[bytes] = self._made(dict(environment), start)
+            return answer
+        form = self._OPEN if self._OPEN.partition(";")[0] in environment.get("HTTP_ACCEPT", "") else self._PLAIN
+        packed = "gzip" if "gzip" in environment.get("HTTP_ACCEPT_ENCODING", "") else ""
+        with self._lock:
+            until, said, text = self._kept.get((form, packed), (0.0, [], []))
+            if time.monotonic() >= until:
+                said = []
+                text = list(self._made(
+                    {"REQUEST_METHOD": "GET", "PATH_INFO": "/metrics", "QUERY_STRING": "", "HTTP_ACCEPT": form,
+                     "HTTP_ACCEPT_ENCODING": packed}, lambda *given: said.extend(given)))  # fmt: skip
+                self._kept[form, packed] = time.monotonic() + _FRESH, said, text
+        start(*said)
+        return text
+
+
 def _server(host: str, port: int, registry: CollectorRegistry) -> Any:
     # Most processes are asked for no metrics.
     import socketserver
     from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
-    from prometheus_client import make_wsgi_app
-
-    places = Places()
+    places = Places(_MOST, _OF_ONE)
 
     class Handler(WSGIRequestHandler):
         def log_message(self, *_: Any) -> None:
@@ -207,7 +204,7 @@ def _server(host: str, port: int, registry: CollectorRegistry) -> Any:
                 raise
 
         def process_request_thread(self, request: Any, client_address: Any) -> None:
-            end = threading.Timer(_SECONDS, _cut, (request,))
+            end = threading.Timer(_SECONDS, cut, (request,))
             end.daemon = True
             try:
                 end.start()
@@ -223,12 +220,5 @@ def _server(host: str, port: int, registry: CollectorRegistry) -> Any:
             log.debug("a request for metrics ended early", exc_info=True)
 
     server = Server((host, port), Handler)
-    server.set_app(make_wsgi_app(registry))
+    server.set_app(_Page(registry))
     return server
-
-
-def _cut(connection: socket.socket) -> None:
-    try:
-        connection.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        log.debug("a connection for metrics was closed already")

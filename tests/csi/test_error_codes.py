@@ -16,6 +16,7 @@ import pytest
 from prometheus_client.metrics_core import Metric
 
 from blockdev import Deadline, scraped
+from blockdev.places import Places
 from blockdev.deadlines import bounded
 from blockdev.families import GAUGE, Family
 from csi.errors import code_of, sentence_of
@@ -69,7 +70,7 @@ def test_nobody_holds_the_metrics(monkeypatch):
 
 
 def test_one_address_never_has_all_places_and_who_has_asked_keeps_his():
-    places = scraped.Places(most=4, of_one=3)
+    places = Places(4, 3)
     first, *rest = (socket.socketpair()[0] for _ in range(8))
     assert places.take(first, "a") and places.take(rest[0], "a") and places.take(rest[1], "a")
     for one in (first, rest[0], rest[1]):
@@ -86,6 +87,41 @@ def test_one_address_never_has_all_places_and_who_has_asked_keeps_his():
     assert not places.take(rest[6], "e")
     for one in (first, *rest):
         one.close()
+
+
+def test_who_asks_all_the_time_takes_no_more_than_who_asks_now_and_then(caplog):
+    asked = []
+
+    class Costly(_One):
+        def collect(self) -> list[Metric]:
+            asked.append(time.monotonic())
+            return super().collect()
+
+    class Fails(_One):
+        part = "fails"
+
+        def collect(self) -> list[Metric]:
+            raise ValueError("of nobody's making")
+
+    port = _free()
+    scraped.listen(f"127.0.0.1:{port}", [Costly(), Fails()], part="csi", version="1")
+    began = time.monotonic()
+    for number in range(40):
+        address = f"http://127.0.0.1:{port}/metrics?name[]=x{number}"
+        asking = urllib.request.Request(address, headers={"Accept": f"text/plain; q=0.{number}"})
+        with urllib.request.urlopen(asking, timeout=5) as answer:
+            assert "one 7.0" in answer.read().decode()
+    assert len(asked) <= 1 + (time.monotonic() - began) / scraped._FRESH
+    wanted = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;q=0.1"
+    with urllib.request.urlopen(
+        urllib.request.Request(f"http://127.0.0.1:{port}/metrics", headers={"Accept": wanted}), timeout=5
+    ) as answer:
+        assert answer.headers["Content-Type"].startswith("application/openmetrics-text")
+        assert answer.read().endswith(b"# EOF\n")
+    time.sleep(scraped._FRESH)
+    _scrape(port)
+    said = [record for record in caplog.records if record.name == "runvol.metrics"]
+    assert len(said) == 1 and said[0].exc_info
 
 
 @pytest.mark.parametrize("kind", [threading.Timer, threading.Thread])
