@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from blockdev import Deadline
 from blockdev.deadlines import NoThread, started
@@ -136,13 +137,13 @@ class Events:
                 known.count += 1  # two came before the first was written
                 return "counted"
         at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        where = f"/api/v1/namespaces/{said.about.namespace}/events"
+        where = f"/api/v1/namespaces/{quote(said.about.namespace, safe='')}/events"
         deadline = Deadline.after(_EXCHANGE)
         if known is not None:
             try:
                 known.count += 1
                 changed = {"count": known.count, "lastTimestamp": at}
-                self._api.merge(f"the event {known.name}", f"{where}/{known.name}", changed, deadline)
+                self._api.merge(f"the event {known.name}", f"{where}/{quote(known.name, safe='')}", changed, deadline)
                 self._remember(said, known)
                 return "counted"
             except NotThere:

@@ -257,7 +257,7 @@ def _parts(config: Config) -> Iterator[Part]:
         ("pool", ("pool", "status", "--json")),
     ):  # fmt: skip
         yield Part(name=f"runvol/{name}.json", make=partial(_command, config, words))
-    yield from _records(config)
+    yield from _there("records", partial(_records, config))
     yield from _there("containerd", partial(_runtimes, config))
     for key in ("csi.metrics", "snapshotter.metrics"):
         if config.text(key):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 
@@ -27,6 +28,8 @@ def support_bundle(load: Loader, file: str | None) -> None:
     config = load()
     name = f"runvol-{config.node_id}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
     path = file or f"{name}.tar.gz"
+    if os.path.lexists(path):  # which is known before anything is asked
+        raise click.ClickException(f"{path} exists, and nothing is written over; name another file")
     with troubles.looking():
         made = bundle.collect(config)
     try:

@@ -102,7 +102,8 @@ def _version(context: click.Context) -> None:
 
 def _load(given: dict[str, str], more: dict[str, Any]) -> config.Config:
     flags = {key: value for key, value in given.items() if key != "file"}
-    loaded = config.load(file=given.get("file"), flags=flags | more)
+    with troubles.ending(troubles.LOOKING):
+        loaded = config.load(file=given.get("file"), flags=flags | more)
     # What a person reads beside a listing is trouble; a service tells what it does.
     quiet = loaded.sources["log.level"] == config.DEFAULT and click.get_current_context().info_name not in _SERVICES
     logs.start("warning" if quiet else loaded.text("log.level"), loaded.text("log.format"))

@@ -66,7 +66,7 @@ def images(context: click.Context, as_json: bool) -> None:
     """List images on shared storage; make, sign, check and remove them."""
     if context.invoked_subcommand is not None:
         return
-    with troubles.looking():
+    with troubles.looking(troubles.LOOKING):
         config = context.obj()
         share, trust, store = _share(config), _trust(config), _store(config)
         pins = shared.pins(store) if store else {}

@@ -66,7 +66,7 @@ def _store(config: Config) -> Store:
 def snapshots(load: Loader, as_json: bool) -> None:
     """List container snapshots, which containerd keeps images and root filesystems in, and their devices. Volume
     snapshots are listed by `runvol volumes snapshots`."""
-    with troubles.looking():
+    with troubles.looking(troubles.LOOKING):
         items = [_snapshot(row) for page in _store(load()).pages() for row in page]
     columns: tables.Columns[schemas.ContainerSnapshot] = [
         "key", "kind", ("size", lambda it: words(it.size_bytes)), "fstype", "device", "parent",

@@ -64,7 +64,7 @@ def volumes(context: click.Context, as_json: bool) -> None:
     """List volumes; make, adopt and delete static ones, and list volume snapshots."""
     if context.invoked_subcommand is not None:
         return
-    with troubles.looking():
+    with troubles.looking(troubles.LOOKING):
         node = _node(context.obj)
         claims = {claim.volume: claim for claim in _claims(node)}
         items = [
@@ -100,7 +100,7 @@ _WORK: tables.Columns[schemas.Work] = [
 @click.pass_obj
 def volumes_work(load: Loader, as_json: bool) -> None:
     """Show what goes on behind calls: copies, deletions, groups of files."""
-    with troubles.looking():
+    with troubles.looking(troubles.LOOKING):
         items = _work(load)
     tables.show(schemas.Work, items, _WORK, as_json=as_json, empty="nothing is under way")
 
@@ -120,7 +120,7 @@ def _work(load: Loader) -> list[schemas.Work]:
 def volumes_snapshots(load: Loader, source: str, as_json: bool) -> None:
     """List volume snapshots: the VolumeSnapshots of the cluster that lie on this node. What containerd calls snapshots,
     `runvol snapshots` lists."""
-    with troubles.looking():
+    with troubles.looking(troubles.LOOKING):
         items = [
             schemas.VolumeSnapshot(
                 snapshot=one.snapshot_id, volume=one.source, size_bytes=one.size_bytes,
@@ -274,7 +274,7 @@ def _claims(node: Node) -> list[Claim]:
 @click.pass_obj
 def handoffs(load: Loader, as_json: bool) -> None:
     """List hand-offs: what was given to sandboxes, this driver's and others'."""
-    with troubles.looking():
+    with troubles.looking(troubles.LOOKING):
         node = _node(load)
         claims = {path: claim for claim in _claims(node) for path in claim.targets}
         items = [
@@ -316,7 +316,7 @@ def detect(load: Loader, namespace_name: str, said: str, as_json: bool) -> None:
     namespace, _, name = namespace_name.partition("/")
     if not namespace or not name or "/" in name:
         raise click.BadParameter(f"{namespace_name!r}: takes NAMESPACE/NAME", param_hint="NAMESPACE/NAME")
-    with troubles.looking():
+    with troubles.looking(troubles.LOOKING):
         answer = _node(load).detector.detect(PodRef(namespace=namespace, name=name), said, Deadline.after(5))
     if as_json:
         found = schemas.Detection(pod_namespace=namespace, pod_name=name, kernel=answer.kind,
@@ -353,7 +353,8 @@ def gc(load: Loader, dry_run: bool, as_json: bool) -> None:
     A file among the volumes that no volume has is only named: `runvol volumes adopt` takes it, `rm` removes it.
     """
     with troubles.looking():
-        node = _node(load)
+        with troubles.ending(troubles.LOOKING):
+            node = _node(load)
         found = repair.taken_back(node, Deadline.after(_CALL), dry_run=dry_run)
     items = [schemas.LeftOver(what=one.kind, place=one.place or None, why=one.why, done=one.done, by_hand=one.by_hand)
              for one in found]  # fmt: skip

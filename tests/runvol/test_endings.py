@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -332,3 +333,68 @@ def test_doctor_ends_whatever_lies_in_the_place_of_what_it_reads(tmp_path: Path)
     assert "it is no regular file" in found["volumes.store-unreadable", "broken"]
     assert "it is no regular file" in found["pool.description-damaged", "broken"]
     assert "it is no regular file" in found["containerd.not-found", "warning"]
+
+
+@pytest.fixture
+def dead(tmp_path: Path) -> Iterator[Path]:
+    """A filesystem that never answers: of FUSE, and nobody reads what it is asked."""
+    if not os.path.exists("/dev/fuse"):
+        pytest.skip("this kernel has no FUSE")
+    place = tmp_path / "dead"
+    place.mkdir()
+    fd = os.open("/dev/fuse", os.O_RDWR)
+    libc = ctypes.CDLL(None, use_errno=True)
+    options = f"fd={fd},rootmode=40000,user_id=0,group_id=0".encode()
+    assert libc.mount(b"dead", bytes(place), b"fuse", 0, options) == 0, os.strerror(ctypes.get_errno())
+    yield place
+    libc.umount2(bytes(place), 2)
+    os.close(fd)
+
+
+@pytest.mark.parametrize(
+    ("words", "setting"),
+    [
+        (("where", "a/b"), "RUNVOL_PATHS_POD_LOGS"), (("handoffs",), "RUNVOL_PATHS_DIRECT_VOLUMES"),
+        (("volumes",), "RUNVOL_PATHS_STATE_DIR"), (("volumes", "snapshots"), "RUNVOL_PATHS_STATE_DIR"),
+        (("volumes", "work"), "RUNVOL_PATHS_RUN_DIR"), (("gc", "--dry-run"), "RUNVOL_PATHS_STATE_DIR"),
+        (("config",), "RUNVOL_CONFIG"), (("snapshots",), "RUNVOL_SNAPSHOTTER_STATE_DIR"),
+        (("detect", "a/b"), "RUNVOL_PATHS_CONTAINERD_CONFIG"),
+    ],
+)  # fmt: skip
+def test_a_directory_that_never_answers_is_status_3_in_time(
+    dead: Path, words: tuple[str, ...], setting: str, tmp_path: Path
+) -> None:
+    code = (
+        "import sys; from runvol import entry, troubles\n"
+        f"troubles.LOOKING = 2.0\nsys.argv = ['runvol', *{words!r}]\nentry.main()\n"
+    )
+    settings = {
+        "RUNVOL_PATHS_STATE_DIR": str(tmp_path), "RUNVOL_PATHS_RUN_DIR": str(tmp_path / "run"),
+        "RUNVOL_CRI_ENDPOINT": "", setting: str(dead / "a" if "CONFIG" in setting else dead),
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={"PATH": os.environ["PATH"], **settings}, capture_output=True,
+        text=True, check=False, timeout=30,
+    )  # fmt: skip
+    assert done.returncode == 3, done.stderr
+    assert done.stderr.startswith("Error: this did not end within 2 s: a disk or a server does not answer")
+
+
+@pytest.mark.parametrize("setting", ["RUNVOL_PATHS_CONTAINERD_CONFIG", "RUNVOL_PATHS_DIRECT_VOLUMES"])
+def test_doctor_goes_on_past_a_directory_that_never_answers(dead: Path, setting: str, tmp_path: Path) -> None:
+    code = (
+        "import sys; from runvol import doctor, entry\n"
+        "doctor._LONGEST = 2.0\ndoctor.ended.__defaults__ = (2.0,)\nsys.argv = ['runvol', 'doctor']\nentry.main()\n"
+    )
+    settings = {
+        "RUNVOL_PATHS_STATE_DIR": str(tmp_path), "RUNVOL_PATHS_RUN_DIR": str(tmp_path / "run"),
+        "RUNVOL_NODE_ROOTS": str(tmp_path / "kubelet"), "RUNVOL_CRI_ENDPOINT": "",
+        setting: str(dead / "a" if "CONFIG" in setting else dead),
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={"PATH": os.environ["PATH"], **settings}, capture_output=True,
+        text=True, check=False, timeout=100,
+    )  # fmt: skip
+    assert done.returncode in (1, 3), done.stderr
+    assert "did not end within 2.0 s" in done.stdout and "Traceback" not in done.stderr
+    assert "volumes on this node" in done.stdout or "on this node" in done.stdout, "the rest is told"
