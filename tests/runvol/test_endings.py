@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import re
@@ -18,6 +17,7 @@ from runvol import config, schemas
 from runvol.config import ConfigError
 from runvol.options import SETTINGS
 from snapshotter import backing
+from tests.dead import dead as dead_directory
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = ("--size", "64Mi")
@@ -337,18 +337,8 @@ def test_doctor_ends_whatever_lies_in_the_place_of_what_it_reads(tmp_path: Path)
 
 @pytest.fixture
 def dead(tmp_path: Path) -> Iterator[Path]:
-    """A filesystem that never answers: of FUSE, and nobody reads what it is asked."""
-    if not os.path.exists("/dev/fuse"):
-        pytest.skip("this kernel has no FUSE")
-    place = tmp_path / "dead"
-    place.mkdir()
-    fd = os.open("/dev/fuse", os.O_RDWR)
-    libc = ctypes.CDLL(None, use_errno=True)
-    options = f"fd={fd},rootmode=40000,user_id=0,group_id=0".encode()
-    assert libc.mount(b"dead", bytes(place), b"fuse", 0, options) == 0, os.strerror(ctypes.get_errno())
-    yield place
-    libc.umount2(bytes(place), 2)
-    os.close(fd)
+    with dead_directory(tmp_path / "dead") as place:
+        yield place
 
 
 @pytest.mark.parametrize(
