@@ -94,15 +94,29 @@ def peer(connection: socket.socket) -> tuple[int, int]:
 
 
 def listen(server: grpc.Server, path: str) -> None:
-    """The server listens at the path, for root only; what lay there is gone."""
+    """The server listens at the path, for root only; what lay there is gone. OSError."""
     os.makedirs(os.path.dirname(path), mode=0o750, exist_ok=True)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
     before = os.umask(0o077)
     try:
         server.add_insecure_port(f"unix:{path}")
+    except RuntimeError:
+        raise _why_not(path) from None
     finally:
         os.umask(before)
+
+
+def _why_not(path: str) -> OSError:
+    """What the kernel says to who listens there; gRPC tells it to nobody."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.bind(path)
+        except OSError as error:
+            return OSError(error.errno, error.strerror, path)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    return OSError(errno.EADDRNOTAVAIL, "cannot be listened on", path)
 
 
 def notify(state: str) -> None:

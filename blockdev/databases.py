@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import stat
 import struct
 
 _MAGIC = (0x377F0682, 0x377F0683)
@@ -58,7 +59,10 @@ def _stamp(path: str) -> tuple[tuple[int, ...], ...]:
 
 def _read(path: str) -> bytes:
     try:
-        with open(path, "rb") as file:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        with open(fd, "rb") as file:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise sqlite3.OperationalError("it is no regular file")
             return file.read(_LARGEST)
     except FileNotFoundError:
         if path.endswith("-wal"):

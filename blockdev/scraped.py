@@ -7,15 +7,17 @@ an end: of what hangs the last values are told, with when they were true.
 from __future__ import annotations
 
 import logging
+import re
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from blockdev.deadlines import Deadline, NoThread, bounded
 from blockdev.errors import WaitExpired
 from blockdev.families import GAUGE, Family
+from blockdev.places import Places, cut
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -23,8 +25,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("runvol.metrics")
 
-# Connections at a time, and seconds that one may take from its first byte to its last.
-_MOST, _SECONDS = 8, 10.0
+# Connections at a time, those of one address, and seconds that one may take from its first byte to its last.
+_MOST, _OF_ONE, _SECONDS = 8, 4, 10.0
+# Seconds for which what was told is told again: whoever asks all the time takes no more of a processor than that.
+_FRESH = 0.5
+# Seconds after which what is wrong is said again.
+_SILENT = 60.0
 # Seconds for what one part of a process has to tell.
 _COLLECTING = 2.0
 # Seconds after a connection that could not be taken: it is there still, and cannot be taken again.
@@ -44,6 +50,9 @@ COLLECTED = Family(
 FAMILIES = (BUILD, COLLECTED)
 
 
+_PORT = re.compile(r"[0-9]{1,5}\Z")
+
+
 class Collector(Protocol):
     """Who has metrics to tell at each scrape; `part`: what it is called."""
 
@@ -58,7 +67,7 @@ class _Bounded:
 
     def __init__(self, inner: Collector, seconds: float) -> None:
         self._inner, self._seconds, self._last, self._at = inner, seconds, list["Metric"](), 0.0
-        self.name = inner.part
+        self.name, self._silent_until = inner.part, 0.0
 
     def collect(self) -> Iterator[Metric]:
         try:
@@ -68,10 +77,18 @@ class _Bounded:
             )  # fmt: skip
             self._at = time.time()
         except (WaitExpired, NoThread) as error:
-            log.warning("metrics are told as they were", extra={"part": self.name, "why": str(error)})
-        except Exception:
-            log.exception("metrics are told as they were", extra={"part": self.name})
+            self._tell(error, traceback=False)
+        except Exception as error:
+            self._tell(error, traceback=True)
         yield from self._last
+
+    def _tell(self, error: Exception, *, traceback: bool) -> None:
+        """Not once for each that asks, who may be anybody."""
+        if time.monotonic() < self._silent_until:
+            return
+        self._silent_until = time.monotonic() + _SILENT
+        log.warning("metrics are told as they were", exc_info=error if traceback else None,
+                    extra={"part": self.name, "why": str(error)})  # fmt: skip
 
     @property
     def at(self) -> float:
@@ -95,7 +112,7 @@ class _All:
 def listen(address: str, collectors: Sequence[Collector], *, part: str, version: str) -> None:
     """Serve what they tell at `HOST:PORT`, and what the process takes. ValueError, with what is wrong in words."""
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+    if not host or not _PORT.match(port) or not 0 < int(port) < 65536:
         raise ValueError("takes HOST:PORT")
     try:
         server = _server(host.removeprefix("[").removesuffix("]"), int(port), _registry(collectors, part, version))
@@ -115,21 +132,54 @@ def _registry(collectors: Sequence[Collector], part: str, version: str) -> Colle
     return registry
 
 
+class _Page:
+    """The text, as the client library makes it of an Accept header; one who asks after the other."""
+
+    _OPEN, _PLAIN = "application/openmetrics-text; version=1.0.0", "text/plain"
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        from prometheus_client import make_wsgi_app
+
+        self._made, self._lock = make_wsgi_app(registry), threading.Lock()
+        # By form and compression: until when it is fresh, with its status and headers.
+        self._kept: dict[tuple[str, str], tuple[float, list[Any], list[bytes]]] = {}
+
+    def __call__(self, environment: Mapping[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
+        if environment.get("REQUEST_METHOD") != "GET" or environment.get("PATH_INFO") == "/favicon.ico":
+            answer: Iterable[bytes] = self._made(dict(environment), start)
+            return answer
+        form = self._OPEN if self._OPEN.partition(";")[0] in environment.get("HTTP_ACCEPT", "") else self._PLAIN
+        packed = "gzip" if "gzip" in environment.get("HTTP_ACCEPT_ENCODING", "") else ""
+        with self._lock:
+            until, said, text = self._kept.get((form, packed), (0.0, [], []))
+            if time.monotonic() >= until:
+                said = []
+                text = list(self._made(
+                    {"REQUEST_METHOD": "GET", "PATH_INFO": "/metrics", "QUERY_STRING": "", "HTTP_ACCEPT": form,
+                     "HTTP_ACCEPT_ENCODING": packed}, lambda *given: said.extend(given)))  # fmt: skip
+                self._kept[form, packed] = time.monotonic() + _FRESH, said, text
+        start(*said)
+        return text
+
+
 def _server(host: str, port: int, registry: CollectorRegistry) -> Any:
     # Most processes are asked for no metrics.
     import socketserver
     from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
-    from prometheus_client import make_wsgi_app
+    places = Places(_MOST, _OF_ONE)
 
     class Handler(WSGIRequestHandler):
         def log_message(self, *_: Any) -> None:
             pass
 
+        def get_environ(self) -> Any:
+            places.asks(self.connection)
+            return super().get_environ()
+
     class Server(socketserver.ThreadingMixIn, WSGIServer):
         address_family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         daemon_threads = True
-        free = threading.BoundedSemaphore(_MOST)
 
         def server_bind(self) -> None:
             socketserver.TCPServer.server_bind(self)
@@ -144,17 +194,17 @@ def _server(host: str, port: int, registry: CollectorRegistry) -> Any:
                 raise
 
         def process_request(self, request: Any, client_address: Any) -> None:
-            if not self.free.acquire(blocking=False):
+            if not places.take(request, str(client_address[0])):
                 self.shutdown_request(request)
                 return
             try:
                 super().process_request(request, client_address)
             except BaseException:
-                self.free.release()
+                places.give(request)
                 raise
 
         def process_request_thread(self, request: Any, client_address: Any) -> None:
-            end = threading.Timer(_SECONDS, _cut, (request,))
+            end = threading.Timer(_SECONDS, cut, (request,))
             end.daemon = True
             try:
                 end.start()
@@ -163,19 +213,12 @@ def _server(host: str, port: int, registry: CollectorRegistry) -> Any:
                 self.handle_error()
             finally:
                 end.cancel()
+                places.give(request)
                 self.shutdown_request(request)
-                self.free.release()
 
         def handle_error(self, *_: Any) -> None:
             log.debug("a request for metrics ended early", exc_info=True)
 
     server = Server((host, port), Handler)
-    server.set_app(make_wsgi_app(registry))
+    server.set_app(_Page(registry))
     return server
-
-
-def _cut(connection: socket.socket) -> None:
-    try:
-        connection.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        log.debug("a connection for metrics was closed already")

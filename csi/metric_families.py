@@ -112,6 +112,9 @@ SURVEYED = Family(
     name="runvol_survey_timestamp_seconds", kind=GAUGE,
     help="When the node's volumes were looked at last, in seconds since 1970; 0 for not yet.",
 )  # fmt: skip
+SURVEY_INTERVAL = Family(
+    name="runvol_survey_interval_seconds", kind=GAUGE, help="How often they are looked at (metrics.interval_seconds)."
+)
 SURVEY_SECONDS = Family(name="runvol_survey_seconds", kind=GAUGE, help="How long that look took.")
 SURVEY_FAILURES = Family(name="runvol_survey_failures_total", kind=COUNTER, help="Looks that failed as a whole.")
 DETECTIONS = Family(
@@ -138,6 +141,6 @@ FAMILIES = (
     CALLS, CALL_SECONDS, IN_FLIGHT, HUNG, QUEUED, THREADS, BUSY, BLOCKED, JOBS, JOB_DONE, JOB_SIZE, JOB_AGE, VOLUMES,
     VOLUME_POD, CAPACITY, USED, AVAILABLE, INODES, INODES_USED, MEASURED, UNMEASURED, READS, READ_BYTES, READ_SECONDS,
     WRITES, WRITTEN_BYTES, WRITE_SECONDS, VMM_READ, VMM_WRITTEN, LEFT_OUT, DAMAGED, HANDOFFS, STORED, PROMISED,
-    CAN_PROMISE, SURVEYED, SURVEY_SECONDS, SURVEY_FAILURES, DETECTIONS, LOOKUPS, WATCH_HEALTHY, WATCH_HEARD,
-    EVENTS,
+    CAN_PROMISE, SURVEYED, SURVEY_INTERVAL, SURVEY_SECONDS, SURVEY_FAILURES, DETECTIONS, LOOKUPS, WATCH_HEALTHY,
+    WATCH_HEARD, EVENTS,
 )  # fmt: skip

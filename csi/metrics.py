@@ -114,6 +114,7 @@ class _Volumes:
     def collect(self) -> Iterator[Metric]:
         seen = self._survey.seen
         yield families.SURVEYED.of(seen.at)
+        yield families.SURVEY_INTERVAL.of(self._survey.interval)
         yield families.SURVEY_SECONDS.of(seen.seconds)
         yield families.SURVEY_FAILURES.of(self._survey.failures)
         yield families.LEFT_OUT.of(seen.left_out)

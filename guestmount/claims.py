@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import hashlib
 import logging
 import os
 import threading
@@ -37,6 +38,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _COMES_AGAIN = 150.0
 # Bytes of a record; of a volume with thousands of targets.
 _LARGEST = 16 << 20
+# Seconds in which one call after the other finds out whether there is a place: each reads the records.
+_JUDGING = 10.0
 _NO_WRITES = (*_FULL, errno.EROFS, errno.EIO)
 
 
@@ -323,6 +326,7 @@ class Claims:
         self._run_dir, self._records, self._patience = run_dir, records or run_dir, patience
         self._directory = os.path.join(self._records, "claims")
         self._locks, self._turns = os.path.join(run_dir, "locks"), os.path.join(run_dir, "turns")
+        self._places_given = os.path.join(run_dir, "places")
         self._temporary = os.path.join(self._records, "tmp")
         # What is known of a volume without its claim; who can look sets it.
         self.remake: Callable[[str], Claim | None] | None = None
@@ -418,6 +422,36 @@ class Claims:
                 yield
             finally:
                 _unlink_if(functools.partial(flocks.is_still, fd, path), path)
+
+    @contextlib.contextmanager
+    def placed(
+        self, group: str, volume_id: str, judge: Callable[[frozenset[str]], None], deadline: Deadline
+    ) -> Iterator[None]:  # fmt: skip
+        """The volume has a place in the group until the block ends, by when its record says so. Busy as in `locked`.
+
+        `judge` is told the other volumes that are about to have one, reads the records of those that do, and raises if
+        there is none left; one call at a time is judged. A process that is killed has no place any more.
+        """
+        _check(volume_id)
+        short = hashlib.sha256(group.encode(errors="surrogateescape")).hexdigest()[:16]
+        judging, own = (os.path.join(self._places_given, name) for name in (short, f"{short}-{volume_id}"))
+        os.makedirs(self._places_given, mode=0o700, exist_ok=True)
+        with _taken(judging, volume_id, min(deadline.remaining(), _JUDGING)):
+            names = (name.partition("-") for name in os.listdir(self._places_given))
+            others = {other for first, _, other in names if first == short} - {volume_id, ""}
+            judge(frozenset(one for one in others if self._is_placed(short, one)))
+            given = contextlib.ExitStack()
+            given.enter_context(_taken(own, volume_id, 0.0))
+        with given:
+            yield
+
+    def _is_placed(self, short: str, volume_id: str) -> bool:
+        path = os.path.join(self._places_given, f"{short}-{volume_id}")
+        if flocks.taken(path):
+            return True
+        with contextlib.suppress(OSError):
+            os.unlink(path)  # a killed process's: only who is judged makes one, and that is us
+        return False
 
     @contextlib.contextmanager
     def _held(self, directory: str, volume_id: str, deadline: Deadline) -> Iterator[tuple[str, int]]:
@@ -534,6 +568,19 @@ class Waiting:
         with self._lock:
             first, last = self._asked.get(volume_id, (now, now))
         return now - first if now - last < _COMES_AGAIN else 0.0
+
+
+@contextlib.contextmanager
+def _taken(path: str, volume_id: str, seconds: float) -> Iterator[None]:
+    """A lock whose file goes with it. Busy."""
+    fd = flocks.take(path, seconds)
+    if fd is None:
+        raise Busy(volume_id)
+    try:
+        yield
+    finally:
+        _unlink_if(functools.partial(flocks.is_still, fd, path), path)
+        flocks.release(fd)
 
 
 def _unlink_if(held: Callable[[], bool], path: str) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from blockdev import toml_files
 from guestmount.errors import Refused
 from guestmount.runtimes import in_root
 
@@ -116,7 +117,7 @@ def _read(path: str, version: Version, root: str) -> File:
         text, document = _parsed(place, stamp)
     except OSError as error:
         raise Refused(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except tomllib.TOMLDecodeError as error:
         raise Refused(f"{path} is no TOML: {error}") from error
     file = File(path=path, text=text, document=document)
     said = document.get("version", 1)
@@ -137,9 +138,7 @@ def _read(path: str, version: Version, root: str) -> File:
 @functools.lru_cache(maxsize=32)
 def _parsed(path: str, _stamp: tuple[int, ...]) -> tuple[str, Mapping[str, Any]]:
     """What comes of it is for all who ask, and stays as it is."""
-    with open(path, "rb") as opened:
-        text = opened.read().decode()
-    return text, tomllib.loads(text)
+    return toml_files.read(path)
 
 
 def _found(table: Any, names: Sequence[str], trodden: str = "") -> Iterator[tuple[str, Any]]:

@@ -69,7 +69,7 @@ class Detector:
         places = Places(config=settings.containerd_config, endpoint=settings.cri_endpoint, root=settings.host_root)
         self._containerd = KubeletsContainerd(places, settings.kept, settings.roots)
         # How often each source has decided; `nobody` where none could.
-        self.decided: Counter[str] = Counter()
+        self.decided: Counter[str] = Counter({"nobody": 0})
 
     @property
     def pods(self) -> PodSource | None:

@@ -16,10 +16,12 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from blockdev import Deadline
 from blockdev.deadlines import NoThread, started
 from blockdev.families import COUNTER, Family
+from blockdev.printable import printable
 from guestmount.pods import NotThere, PodUnknown
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ EVENTS = Family(
 NORMAL, WARNING = "Normal", "Warning"
 # Seconds for one exchange.
 _EXCHANGE = 5.0
-# Events that wait, that are remembered, and characters of one (Kubernetes takes 1024).
+# Events that wait, that are remembered, and bytes of one (Kubernetes takes 1024).
 _WAITING, _REMEMBERED, _LONGEST = 200, 2000, 1000
 # So many at once, and then one in so many seconds: a node of a thousand pods with one trouble floods no API server.
 _BURST, _EACH = 25, 2.0
@@ -81,14 +83,15 @@ class Events:
         self._thread: threading.Thread | None = None
         self._known: collections.OrderedDict[_Said, _Known] = collections.OrderedDict()
         self._tokens, self._since = float(_BURST), time.monotonic()
-        # What became of them: written, counted (said again), failed, dropped.
-        self.outcomes: Counter[str] = Counter()
+        # What became of them.
+        self.outcomes: Counter[str] = Counter(dict.fromkeys(("written", "counted", "failed", "dropped"), 0))
 
     def tell(self, about: About, kind: str, reason: str, message: str) -> None:
         """Waits for nothing. What is about nobody that is known is not said."""
         if not (about.namespace and about.name and about.uid):
             return
-        said = _Said(about=about, kind=kind, reason=reason, message=message[:_LONGEST])
+        text = printable(message, lines=True).encode()[:_LONGEST].decode(errors="ignore")
+        said = _Said(about=about, kind=kind, reason=reason, message=text)
         with self._lock:
             known = self._known.get(said)
             if known is not None and time.monotonic() - known.sent < self._again:
@@ -134,13 +137,13 @@ class Events:
                 known.count += 1  # two came before the first was written
                 return "counted"
         at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        where = f"/api/v1/namespaces/{said.about.namespace}/events"
+        where = f"/api/v1/namespaces/{quote(said.about.namespace, safe='')}/events"
         deadline = Deadline.after(_EXCHANGE)
         if known is not None:
             try:
                 known.count += 1
                 changed = {"count": known.count, "lastTimestamp": at}
-                self._api.merge(f"the event {known.name}", f"{where}/{known.name}", changed, deadline)
+                self._api.merge(f"the event {known.name}", f"{where}/{quote(known.name, safe='')}", changed, deadline)
                 self._remember(said, known)
                 return "counted"
             except NotThere:

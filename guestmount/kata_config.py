@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from blockdev import toml_files
 from guestmount.runtimes import Handler, in_root
 
 GO, RUST = "go", "rust"
@@ -181,7 +182,7 @@ def read(handler: Handler, *, root: str = "/") -> KataConfig | None:
         return None
     try:
         document, trouble = _load(path, root)
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError):
+    except (OSError, tomllib.TOMLDecodeError):
         return None
     runtime = _table(document, "runtime")
     if runtime.get("name") == "virt_container" or "hypervisor_name" in runtime:
@@ -240,8 +241,7 @@ def _real(path: str, root: str) -> str:
 def _load(path: str, root: str) -> tuple[dict[str, Any], str]:
     """The file with its drop-ins, each of them but hidden ones; and what of those stops the Rust shim, in words."""
     real, trouble = _real(path, root), ""
-    with open(real, "rb") as file:
-        document = tomllib.load(file)
+    document = toml_files.read(real)[1]
     place = os.path.join(os.path.dirname(real), "config.d")
     names = sorted(os.listdir(place)) if os.path.isdir(place) else []
     for name in names:
@@ -252,8 +252,7 @@ def _load(path: str, root: str) -> tuple[dict[str, Any], str]:
             trouble = f"Kata's Rust shim does not start with {extra}, which is no regular file; put a copy there"
         if os.path.isdir(extra):
             continue
-        with open(_real(extra, root), "rb") as file:
-            _merge(document, tomllib.load(file))
+        _merge(document, toml_files.read(_real(extra, root))[1])
     return document, trouble
 
 

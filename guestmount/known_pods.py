@@ -59,7 +59,7 @@ class KnownPods:
         self._by_name = ClaimsByName(self._named)
         self._odd = ""
         # Who told of a pod, and how often: watch, api, kubelet, kept or nobody.
-        self.told: Counter[str] = Counter()
+        self.told: Counter[str] = Counter(dict.fromkeys(("watch", "api", "kubelet", "kept", "nobody"), 0))
 
     def start(self) -> None:
         """Follow this node's pods, the RuntimeClasses and runvol's PersistentVolumes from now on."""

@@ -25,7 +25,7 @@ from guestmount.giving import Giving
 from guestmount.handoff import Dialect, Dialects
 from guestmount.reach import Reach
 from guestmount.requests import PublishRequest, StageRequest, check_capability, check_options
-from guestmount.ways import exclusion
+from guestmount.ways import disk_slots, exclusion
 from guestmount.written import Trust, Written
 from volumes import Catalog, InvalidParameter, SizeRange, Source, VolumeNotFound, VolumeUnfinished, parameters
 from volumes.backend import Backend
@@ -96,14 +96,13 @@ class Node:
             if claim is None:
                 _tell_passed_over(request)
                 check_options(new.use.mount_flags)
-                volume_limit.check(self.claims, new, self.max_volumes)
-            else:
-                agreement.check_same_stage(claim, staging, new.use)
-                if claim.owner is not None:
-                    return  # kubelet has restarted; nothing is opened for writing
-            row.make_ready(backend, request, claim or new, source, deadline, first=claim is None)
-            if claim is None:
-                cell.write(new)
+                with volume_limit.placed(self.claims, new, self.max_volumes, deadline):
+                    row.make_ready(backend, request, new, source, deadline, first=True)
+                    cell.write(new)
+                return
+            agreement.check_same_stage(claim, staging, new.use)
+            if claim.owner is None:  # else kubelet has restarted; nothing is opened for writing
+                row.make_ready(backend, request, claim, source, deadline, first=False)
 
     def _go_on_with(
         self, cell: Cell, backend: Backend, request: StageRequest, new: Claim, deadline: Deadline
@@ -259,6 +258,12 @@ class Node:
         found, target = way.check(self.means, claim, arrival, deadline)
         if found != claim:
             cell.write(found)
+        with disk_slots.placed(self.means, claim, arrival, deadline):
+            self._take(cell, way, arrival, target, deadline)
+
+    def _take(self, cell: Cell, way: ways.Way, arrival: ways.Arrival, target: Target, deadline: Deadline) -> None:
+        """The volume is the pod's, and at its target."""
+        claim, path = cell.present, arrival.path
         if claim.owner is None and ways.of_claim(claim).by_device:
             self._check_not_handed(cell.present)
         if way.hands_over:

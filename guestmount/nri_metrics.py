@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # Seconds; the runtime waits two.
 _BOUNDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 2.0)
 # What became of a container.
-UNCHANGED, BY_GUEST, REFUSED, PLACEHOLDER = "unchanged", "mounted_by_guest", "refused", "placeholder"
+OUTCOMES = UNCHANGED, BY_GUEST, REFUSED, PLACEHOLDER = "unchanged", "mounted_by_guest", "refused", "placeholder"
 
 CONNECTED = Family(name="runvol_nri_connected", kind=GAUGE, help="1 while the runtime asks this plugin.")
 CONTAINERS = Family(
@@ -35,7 +35,8 @@ class Book:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._outcomes: Counter[str] = Counter()
+        # From 0 on: what rises from nothing to a number has not risen, for a Prometheus.
+        self._outcomes: Counter[str] = Counter(dict.fromkeys(OUTCOMES, 0))
         self._within, self._seconds = [0] * (len(_BOUNDS) + 1), 0.0
 
     def note(self, outcome: str) -> None:

@@ -11,12 +11,11 @@ import functools
 import glob
 import os
 import re
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from blockdev import syscalls
+from blockdev import syscalls, toml_files
 
 # runtime_type values whose shims start a virtual machine. gVisor's (runsc) is none.
 _SANDBOX_TYPE = re.compile(r"io\.containerd\.(kata|runv|rund)([-.][a-z0-9.-]+)?\.v\d+\Z")
@@ -113,8 +112,7 @@ def _parsed(path: str) -> Mapping[str, Any]:
 
 @functools.lru_cache(maxsize=32)
 def _parsed_once(path: str, _stamp: tuple[int, ...]) -> Mapping[str, Any]:
-    with open(path, "rb") as file:
-        return tomllib.load(file)
+    return toml_files.read(path)[1]
 
 
 def in_root(path: str, root: str) -> str:

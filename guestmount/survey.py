@@ -126,7 +126,7 @@ class Survey:
         self, node: Node, *, interval: float, most: int, listeners: Sequence[Callable[[Seen], None]] = ()
     ) -> None:
         """`listeners` are told of each look, in the thread that took it."""
-        self._node, self._interval, self._most, self._listeners = node, interval, most, listeners
+        self._node, self.interval, self._most, self._listeners = node, interval, most, listeners
         # A copy that remembers for itself what it has read.
         self._claims = node.claims.patient(0.0)
         self._wanted, self._stop = threading.Event(), threading.Event()
@@ -154,7 +154,7 @@ class Survey:
                 self.failures += 1
                 log.exception("a look at the node's volumes failed; it is tried again")
             self._stop.wait(_LEAST)
-            self._wanted.wait(max(0.0, self._interval - _LEAST))
+            self._wanted.wait(max(0.0, self.interval - _LEAST))
             self._wanted.clear()
 
     def look(self) -> None:
@@ -209,7 +209,7 @@ class Survey:
 
     def _measured(self, found: Sequence[Surveyed], claims: Mapping[str, Claim]) -> list[Surveyed]:
         """With how full they are, as far as that is found out in the time of one interval."""
-        until = Deadline.after(max(self._interval, 2 * _ONE))
+        until = Deadline.after(max(self.interval, 2 * _ONE))
         silent: set[str] = set()
         made = []
         for one in found:
@@ -226,6 +226,9 @@ class Survey:
             except (*TROUBLE, WaitExpired) as error:
                 silent |= {server} - {""} if isinstance(error, WaitExpired | nfs.ServerSilent) else set()
                 made.append(dataclasses.replace(one, trouble=str(error)))
+            except Exception as error:  # of what a guest has written; the other volumes are still to come
+                log.exception("a volume was not measured", extra={"volume": one.volume})
+                made.append(dataclasses.replace(one, trouble=f"{type(error).__name__}: {error}"))
         return made
 
     def _handoffs(self, claims: Sequence[Claim]) -> tuple[Counter[tuple[str, str]], frozenset[str]]:
@@ -256,6 +259,8 @@ class Survey:
                 found[backend.name] = _store(backend)
             except (*TROUBLE, WaitExpired) as error:
                 log.debug("a backend was not looked at", extra={"backend": backend.name, "why": str(error)})
+            except Exception:  # the other backends are still to come
+                log.exception("a backend was not looked at", extra={"backend": backend.name})
         return found
 
 
@@ -307,12 +312,11 @@ def _device(claim: Claim, before: Surveyed | None) -> _Device | None:
     if claim.kind is not VolumeKind.BLOCK or not claim.targets:
         return None
     try:
-        device = claim.device or (claim.source if ioctls.is_block(claim.source) else "")
-        place = disk_stats.directory(device) if device else ""
-    except OSError:
+        place = bounded(f"looking for the device of volume {claim.volume}", Deadline.after(_ONE), lambda: _place(claim))
+    except (*TROUBLE, WaitExpired):
         return None
     on, now = sysfs.stands_on(place), disk_stats.read(place)
-    if now is None or (device != claim.source and not on):
+    if now is None or (claim.device not in ("", claim.source) and not on):
         return None
     if (
         before is not None
@@ -323,16 +327,25 @@ def _device(claim: Claim, before: Surveyed | None) -> _Device | None:
     return _Device(place=place, stands_on=on, before=now)
 
 
+def _place(claim: Claim) -> str:
+    """Where sysfs has the device; empty for none. A file may lie on a server that is dead. OSError."""
+    device = claim.device or (claim.source if ioctls.is_block(claim.source) else "")
+    return disk_stats.directory(device) if device else ""
+
+
 def _with_processes(found: Sequence[Surveyed]) -> list[Surveyed]:
     """With the guests' processes that have a volume's file open; those that are known are only looked at again."""
     held = {one.volume: one for one in found if one.source and one.device is None}
-    kept = {volume: one.vmm for volume, one in held.items() if one.vmm and holders.has_open(one.vmm, one.source)}
-    sources = [one.source for volume, one in held.items() if volume not in kept]
+
+    def look() -> tuple[dict[str, int], dict[str, int]]:
+        kept = {volume: one.vmm for volume, one in held.items() if one.vmm and holders.has_open(one.vmm, one.source)}
+        return kept, holders.openers(one.source for volume, one in held.items() if volume not in kept)
+
     try:
-        opened = bounded("looking who has volumes open", Deadline.after(_LIST), lambda: holders.openers(sources))
+        kept, opened = bounded("looking who has volumes open", Deadline.after(_LIST), look)
     except (*TROUBLE, WaitExpired) as error:
         log.debug("not looked who has volumes open", extra={"why": str(error)})
-        opened = {}
+        kept, opened = {}, {}
     return [
         dataclasses.replace(one, vmm=kept.get(one.volume, opened.get(one.source, 0) if one.volume in held else 0))
         for one in found

@@ -6,23 +6,32 @@ guest's places for disks are each pod's own (`guestmount.ways.disk_slots`).
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+from blockdev import Deadline
 from guestmount.claims import Claim, Claims
 from guestmount.errors import NoPlace
 
 
-def check(claims: Claims, new: Claim, most: int) -> None:
-    """NoPlace where as many volumes are staged as may be. Several that come in one moment may pass it together."""
+@contextlib.contextmanager
+def placed(claims: Claims, new: Claim, most: int, deadline: Deadline) -> Iterator[None]:
+    """The new volume counts until the block ends, by when it is recorded. NoPlace where as many volumes are staged, or
+    about to be, as may be."""
     if not most or new.nfs is not None:
+        yield
         return
-    has = [one for one in _staged(claims) if one.volume != new.volume]
-    if len(has) >= most:
-        raise NoPlace(
-            f"volume {new.volume} has no place on this node, which may have {most} volumes at a time "
-            "(csi.max_volumes); delete a pod that has one, or let the pod run on another node"
-        )
+
+    def judge(coming: frozenset[str]) -> None:
+        if len(({one.volume for one in _staged(claims)} | coming) - {new.volume}) >= most:
+            raise NoPlace(
+                f"volume {new.volume} has no place on this node, which may have {most} volumes at a time "
+                "(csi.max_volumes); delete a pod that has one, or let the pod run on another node"
+            )
+
+    with claims.placed("node", new.volume, judge, deadline):
+        yield
 
 
 def left_for_csi(claims: Claims, most: int, roots: Sequence[str]) -> int:

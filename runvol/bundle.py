@@ -7,24 +7,26 @@ Kubernetes but what doctor asks, so no Secret is ever read.
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import io
 import json
 import os
 import platform
 import re
+import select
 import stat
 import subprocess
 import sys
 import tarfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
-from blockdev import Deadline, WaitExpired
+from blockdev import Deadline, WaitExpired, durable
 from blockdev.deadlines import bounded
 from guestmount import kata_config
 from guestmount.containerd_files import Version, load
@@ -41,6 +43,8 @@ _LONGEST, _IN_ALL = 20.0, 150.0
 _PART, _WHOLE = 2 << 20, 48 << 20
 _FILES = 200
 _LINES = 5000
+# Of a directory, and of all that is listed.
+_ENTRIES = 5000
 # Of the kernel's messages.
 _OF_STORAGE = re.compile(
     r"(?i)device-mapper|\bdm-\d|\bdm_|thin|loop\d*:|\bloop\b|ext4|xfs|jbd2|nfs|sunrpc|i/o error|buffer i/o|blk_update|"
@@ -48,6 +52,8 @@ _OF_STORAGE = re.compile(
 )
 _UNITS = ("runvol-csi", "runvol-snapshotter", "runvol-nri", "containerd", "kubelet")
 _LOGS = ("/var/log/runvol/*.log", "/var/log/pods/*_runvol-*/*/*.log", "/var/log/runvol-flexvolume.log")
+# Where they lie in truth: below each of these, or with dockershim, whose names there are links.
+_LOG_PLACES = ("/var/log", "/var/lib/docker/containers")
 _KUBECONFIG_SECRETS = re.compile(
     r"(?m)^\s*-?\s*(?:token|password|client-key-data|client-certificate-data):\s*(\S+)\s*$"
 )
@@ -92,8 +98,10 @@ class Bundle:
 def collect(
     config: Config, *, longest: float = _LONGEST, in_all: float = _IN_ALL, more: tuple[Part, ...] = ()
 ) -> Bundle:
-    """Everything, masked. `more`: parts besides."""
-    made, masked, until = Bundle(), Masked(known_secrets(config)), time.monotonic() + in_all
+    """Everything, masked. `more`: parts besides. WaitExpired where what is secret cannot be read."""
+    until = time.monotonic() + in_all
+    known = bounded("reading what is secret here", Deadline.after(longest), lambda: list(known_secrets(config)))
+    made, masked = Bundle(), Masked(known)
     size = 0
     for part in (*_parts(config), *more):
         said = Said(name=part.name)
@@ -127,71 +135,114 @@ def collect(
 def _made(part: Part, masked: Masked) -> tuple[bytes, bool]:
     text = part.make()
     kept = text[-_PART:] if part.end else text[:_PART]
+    if part.end and kept != text:  # half of a line may be half of a secret, and the half that tells that it is one
+        kept = kept.partition("\n")[2] or kept
     return (masked.toml(kept) if part.toml else masked.text(kept)).encode(errors="replace"), kept != text
 
 
 def pack(made: Bundle, path: str, name: str) -> int:
-    """Written whole, readable by its owner alone; its size in bytes. FileExistsError, as nothing is written over."""
+    """Written whole, readable by its owner alone; its size in bytes. FileExistsError, as nothing is written over. One
+    that was killed leaves a file that ends in `.new`, at most."""
     packed, now = io.BytesIO(), int(time.time())
     with tarfile.open(fileobj=packed, mode="w:gz") as archive:
         for part, content in sorted(made.content.items()):
             entry = tarfile.TarInfo(f"{name}/{part}")
             entry.size, entry.mtime, entry.mode = len(content), now, 0o600
             archive.addfile(entry, io.BytesIO(content))
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    content = packed.getvalue()
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+    beside = f"{path}.{os.getpid()}-{os.urandom(4).hex()}.new"
+    durable.write(beside, content)
     try:
-        with os.fdopen(fd, "wb") as file:
-            file.write(packed.getbuffer())
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
-        raise
-    return packed.getbuffer().nbytes
+        os.link(beside, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        durable.write(path, content)  # a filesystem without links
+    finally:
+        os.unlink(beside)
+    return len(content)
 
 
 def known_secrets(config: Config) -> Iterator[str]:
     """Values that this node is known to keep secret: of its kubeconfig, its account, its environment."""
     for path in (config.text("detect.kubeconfig"), _ACCOUNT):
-        if not path.startswith("/"):
-            continue
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            text = _file(path)
-            yield from (found.strip("\"'") for found in _KUBECONFIG_SECRETS.findall(text))
-            if path == _ACCOUNT:
-                yield text
-            for name in re.findall(r"(?m)^\s*-?\s*(?:tokenFile|client-key):\s*(\S+)\s*$", text):
-                yield _file(os.path.join(os.path.dirname(path), name.strip("\"'")))
-    yield from (value for name, value in os.environ.items() if _SECRET_NAMES.search(name) and not value.startswith("/"))
+        text = _secret(path) if path.startswith("/") else ""
+        yield from (found.strip("\"'") for found in _KUBECONFIG_SECRETS.findall(text))
+        if path == _ACCOUNT:
+            yield text
+        for name in re.findall(r"(?m)^\s*-?\s*(?:tokenFile|client-key):\s*(\S+)\s*$", text):
+            yield _secret(os.path.join(os.path.dirname(path), name.strip("\"'")))
+    yield from (value for name, value in os.environ.items()
+                if _SECRET_NAMES.search(name) and not (value.startswith("/") and os.path.lexists(value)))  # fmt: skip
+
+
+def _secret(path: str) -> str:
+    """Empty for what cannot be read: then it stands nowhere else either."""
+    try:
+        return _file(path)
+    except (OSError, ValueError):
+        return ""
 
 
 def _json(what: object) -> str:
     return json.dumps(what, indent=2, default=str) + "\n"
 
 
-def _file(path: str, *, end: bool = False) -> str:
-    """A regular file; what is longer than a part may be is cut."""
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+def _file(path: str, *, end: bool = False, within: Sequence[str] = ()) -> str:
+    """A regular file; what is longer than a part may be is cut. `within`: where it lies wherever its name leads, if
+    that is not for this node's owner alone to say."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     with os.fdopen(fd, "rb") as file:
         facts = os.fstat(fd)
         if not stat.S_ISREG(facts.st_mode):
-            raise OSError(22, "is no regular file", path)
+            raise OSError(errno.EINVAL, "is no regular file", path)
+        if within and not os.readlink(f"/proc/self/fd/{fd}").startswith(tuple(f"{one}/" for one in within)):
+            raise OSError(errno.ELOOP, "leads elsewhere", path)
         if end and facts.st_size > _PART:
             file.seek(facts.st_size - _PART)
         return file.read(_PART + 1).decode(errors="replace")
 
 
-def _named(path: str, *, end: bool = False) -> str:
-    return f"# {path}\n{_file(path, end=end)}"
+def _named(path: str, *, end: bool = False, within: Sequence[str] = ()) -> str:
+    return f"# {path}\n{_file(path, end=end, within=within)}"
 
 
-def _said_by(*words: str, seconds: float = _LONGEST, environment: Mapping[str, str] | None = None) -> str:
-    """What a program says, with how it ended where that is not well. It is ended with its time."""
-    done = subprocess.run(
-        list(words), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=seconds,
-        check=False, env={**os.environ, "LC_ALL": "C", **(environment or {})},
-    )  # fmt: skip
-    text = done.stdout[-_PART - 1 :].decode(errors="replace")
-    return text if done.returncode == 0 else f"{text}\n(status {done.returncode})\n"
+def _said_by(
+    *words: str, seconds: float = _LONGEST, environment: Mapping[str, str] | None = None, end: bool = False
+) -> str:  # fmt: skip
+    """What a program says, or the end of it, with how it ended where that is not well. It is ended with its time, and
+    once it has said more than a part may have."""
+    kept, until, cut = b"", time.monotonic() + seconds, False
+    reading, writing = os.pipe()
+    try:
+        running = subprocess.Popen(
+            list(words), stdin=subprocess.DEVNULL, stdout=writing, stderr=subprocess.STDOUT,
+            env={**os.environ, "LC_ALL": "C", **(environment or {})},
+        )  # fmt: skip
+    except BaseException:
+        os.close(reading)
+        raise
+    finally:
+        os.close(writing)
+    try:
+        while not cut:
+            if not select.select([reading], [], [], max(0.0, until - time.monotonic()))[0]:
+                raise subprocess.TimeoutExpired(words[0], seconds)
+            said = os.read(reading, 1 << 16)
+            if not said:
+                break
+            kept = (kept + said)[-_PART - 1 :] if end else kept + said
+            cut = len(kept) > _PART and not end
+        status = 0 if cut else running.wait(max(0.1, until - time.monotonic()))
+    finally:
+        os.close(reading)
+        running.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # one that hangs in the kernel is left behind
+            running.wait(1.0)
+    text = kept.decode(errors="replace")
+    return text if status == 0 else f"{text}\n(status {status})\n"
 
 
 def _parts(config: Config) -> Iterator[Part]:
@@ -206,13 +257,25 @@ def _parts(config: Config) -> Iterator[Part]:
         ("pool", ("pool", "status", "--json")),
     ):  # fmt: skip
         yield Part(name=f"runvol/{name}.json", make=partial(_command, config, words))
-    yield from _records(config)
-    yield from _runtimes(config)
+    yield from _there("records", partial(_records, config))
+    yield from _there("containerd", partial(_runtimes, config))
     for key in ("csi.metrics", "snapshotter.metrics"):
         if config.text(key):
             yield Part(name=f"metrics/{key.partition('.')[0]}.txt", make=partial(_metrics, config.text(key)))
     yield from _node(config)
-    yield from _logs()
+    yield from _there("logs", _logs)
+
+
+def _there(what: str, look: Callable[[], Iterable[Part]]) -> Iterator[Part]:
+    """The parts of one kind; where it cannot be found out which there are, one that says why."""
+    try:
+        yield from bounded(f"support bundle: what there is of {what}", Deadline.after(_LONGEST), lambda: list(look()))
+    except Exception as error:  # of whatever kind: the other parts are still to come, and the reason is told
+        yield Part(name=f"{what}/list.txt", make=partial(_unlisted, f"{type(error).__name__}: {error}"))
+
+
+def _unlisted(why: str) -> str:
+    raise RuntimeError(f"it cannot be found out what there is: {why}")
 
 
 def _versions() -> str:
@@ -243,7 +306,7 @@ def _command(loaded: Config, words: tuple[str, ...]) -> str:
 
 
 def _records(config: Config) -> Iterator[Part]:
-    state, run = config.text("paths.state_dir"), config.text("paths.run_dir")
+    run = config.text("paths.run_dir")
     records = assembly.records(config)
     for place, pattern in (
         ("claims", f"{glob.escape(records)}/claims/*.json"),
@@ -253,15 +316,55 @@ def _records(config: Config) -> Iterator[Part]:
         ("snapshotter", f"{glob.escape(config.text('snapshotter.state_dir'))}/pool.json"),
     ):
         yield Part(name=f"records/{place}.txt", make=partial(_several, pattern))
-    yield Part(name="records/state.txt", make=lambda: _said_by("ls", "-lanR", "--time-style=full-iso", state, run))
+    yield Part(name="records/state.txt", make=partial(_listed, config))
+
+
+def _listed(config: Config) -> str:
+    """The directories of runvol's own; what pods have in theirs is nobody's to give away, and never comes to an end."""
+    state = config.text("paths.state_dir")
+    of_pods = os.path.realpath(config.text("directory.path") or os.path.join(state, "directories"))
+    lines: list[str] = []
+    for top in (state, config.text("paths.run_dir")):
+        for place, directories, files in os.walk(top):
+            if len(lines) > _ENTRIES:
+                return "\n".join([*lines, "(more)"]) + "\n"
+            lines.append(f"{place!r}:")
+            names = sorted((*directories, *files))[:_ENTRIES]
+            lines += [_entry(os.path.join(place, name), name) for name in names]
+            directories[:] = sorted(one for one in directories if _is_own(os.path.join(place, one), place))
+            if os.path.realpath(place) == of_pods:
+                directories.clear()
+    return "\n".join(lines) + "\n"
+
+
+def _is_own(path: str, above: str) -> bool:
+    """Whether a directory is no link, and nothing is mounted there."""
+    try:
+        facts = os.lstat(path)
+        return stat.S_ISDIR(facts.st_mode) and facts.st_dev == os.lstat(above).st_dev
+    except OSError:
+        return False
+
+
+def _entry(path: str, name: str) -> str:
+    try:
+        facts = os.lstat(path)
+    except OSError as error:
+        return f"{name!r}: {error.strerror}"
+    when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(facts.st_mtime))
+    return (f"{stat.filemode(facts.st_mode)} {facts.st_nlink} {facts.st_uid} {facts.st_gid} {facts.st_size} "
+            f"{facts.st_blocks * 512} {when} {name!r}")  # fmt: skip
 
 
 def _several(pattern: str) -> str:
     """Files of one kind, one after the other, each under its name."""
-    found, names = [], sorted(glob.glob(pattern))
+    found, names, size = [], sorted(glob.glob(pattern)), 0
     for name in names[:_FILES]:
+        if size > _PART:
+            break
         try:
             found.append(f"==> {name}\n{_file(name)}\n")
+            size += len(found[-1])
         except OSError as error:
             found.append(f"==> {name}\n({error.strerror})\n")
     if len(names) > _FILES:
@@ -325,9 +428,19 @@ def _kernel() -> str:
 def _logs() -> Iterator[Part]:
     for unit in _UNITS:
         words = ("journalctl", "--no-pager", "-o", "short-iso", "-n", str(_LINES), "--since", "-2d", "-u", unit)
-        yield Part(name=f"logs/{unit}.txt", end=True, make=partial(_said_by, *words))
-    places = [*_LOGS, *filter(None, [os.environ.get("RUNVOL_FLEXVOLUME_LOG")])]
-    names = [path for pattern in places for path in glob.glob(pattern)]
-    newest = sorted(names, key=lambda path: -os.stat(path).st_mtime)[:20]
+        yield Part(name=f"logs/{unit}.txt", end=True, make=partial(_said_by, *words, end=True))
+    said = os.environ.get("RUNVOL_FLEXVOLUME_LOG")
+    names = [path for pattern in _LOGS for path in glob.glob(pattern)] + ([said] if said else [])
+    newest = sorted(names, key=lambda path: -_changed(path))[:20]
     for number, path in enumerate(newest):
-        yield Part(name=f"logs/{number}-{os.path.basename(path)}", end=True, make=partial(_named, path, end=True))
+        within = () if path == said else _LOG_PLACES
+        yield Part(name=f"logs/{number}-{os.path.basename(path)}", end=True,
+                   make=partial(_named, path, end=True, within=within))  # fmt: skip
+
+
+def _changed(path: str) -> float:
+    """0 for what is gone meanwhile, or a link to what is."""
+    try:
+        return os.stat(path).st_mtime
+    except OSError:
+        return 0.0

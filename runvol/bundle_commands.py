@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 
 import click
 
+from runvol import tables, troubles
 from runvol.cli import Loader
 from runvol.sizes import words as size
-from runvol.troubles import FINE, NOT_SEEN
 
 
 @click.command("support-bundle", short_help="Pack what a maintainer needs into one file.")
@@ -27,14 +28,17 @@ def support_bundle(load: Loader, file: str | None) -> None:
     config = load()
     name = f"runvol-{config.node_id}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
     path = file or f"{name}.tar.gz"
-    made = bundle.collect(config)
+    if os.path.lexists(path):  # which is known before anything is asked
+        raise click.ClickException(f"{path} exists, and nothing is written over; name another file")
+    with troubles.looking():
+        made = bundle.collect(config)
     try:
         count = bundle.pack(made, path, name)
     except FileExistsError:
         raise click.ClickException(f"{path} exists, and nothing is written over; name another file") from None
     except OSError as error:
         raise click.ClickException(f"{path}: {error.strerror}") from error
-    click.echo(f"{path}: {len(made.content)} parts, {size(count)}; look through it before you give it away")
+    tables.line(f"{path}: {len(made.content)} parts, {size(count)}; look through it before you give it away")
     for one in made.left_out:
-        click.echo(f"left out: {one.name}: {one.left_out}", err=True)
-    sys.exit(NOT_SEEN if made.left_out else FINE)
+        tables.line(f"left out: {one.name}: {one.left_out}", err=True)
+    sys.exit(troubles.NOT_SEEN if made.left_out else troubles.FINE)

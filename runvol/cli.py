@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
 
+from blockdev.printable import printable
 from runvol import config, logs, options, troubles, version
 from runvol.options import as_json_option
 
@@ -30,9 +32,27 @@ _COMMANDS = {_NAMES.get(name, name): (module, name) for module, names in _MODULE
 
 
 def _failed(said: str, status: int) -> click.ClickException:
-    found = click.ClickException(said)
+    found = click.ClickException(printable(said, lines=True))
     vars(found)["exit_code"] = status
     return found
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """ClickException, which is told as an error, for whatever else is expected."""
+    try:
+        yield
+    except click.ClickException as error:
+        vars(error)["message"] = printable(error.message, lines=True)
+        raise
+    except Exception as error:
+        # Who read the output has gone, which click knows how to take.
+        if isinstance(error, OSError) and error.errno == errno.EPIPE:
+            raise
+        said = troubles.sentence(error)
+        if said is None:
+            raise
+        raise _failed(said, troubles.status(error)) from error
 
 
 class _Program(click.Group):
@@ -49,17 +69,13 @@ class _Program(click.Group):
         options.everywhere(found)
         return found
 
+    def make_context(self, *arguments: Any, **more: Any) -> click.Context:
+        with _told():  # `--help` writes here
+            return super().make_context(*arguments, **more)
+
     def invoke(self, context: click.Context) -> Any:
-        try:
+        with _told():
             return super().invoke(context)
-        except Exception as error:
-            # Who read the output has gone, which click knows how to take.
-            if isinstance(error, OSError) and error.errno == errno.EPIPE:
-                raise
-            said = troubles.sentence(error)
-            if said is None:
-                raise
-            raise _failed(said, troubles.status(error)) from error
 
 
 @click.group(
@@ -86,7 +102,8 @@ def _version(context: click.Context) -> None:
 
 def _load(given: dict[str, str], more: dict[str, Any]) -> config.Config:
     flags = {key: value for key, value in given.items() if key != "file"}
-    loaded = config.load(file=given.get("file"), flags=flags | more)
+    with troubles.ending(troubles.LOOKING):
+        loaded = config.load(file=given.get("file"), flags=flags | more)
     # What a person reads beside a listing is trouble; a service tells what it does.
     quiet = loaded.sources["log.level"] == config.DEFAULT and click.get_current_context().info_name not in _SERVICES
     logs.start("warning" if quiet else loaded.text("log.level"), loaded.text("log.format"))

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from blockdev import toml_files
 from runvol import sizes
 
 DEFAULT_FILE = "/etc/runvol/runvol.toml"
@@ -285,11 +286,17 @@ WORDS = {
     "kata.rust_shared_block": ("refuse", "allow"),
 }
 _EXPORT = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^;/\[\]\s]+):/[^;\s]*(;[^;\s]+)*\Z")
+_ADDRESS = re.compile(r"\S+:[0-9]{1,5}\Z")
 # Kubelet's address: on the loopback, and elsewhere.
 _HERE = re.compile(r"https?://(127\.[0-9.]+|localhost|\[::1\])(:[0-9]{1,5})?\Z")
 _THERE = re.compile(r"https://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9][-A-Za-z0-9.]*)(:[0-9]{1,5})?\Z")
 # A topology label's value (Kubernetes' limit).
 _NODE_ID = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?\Z")
+
+# A whole number as everybody reads it; Python takes others too.
+_NUMBER = re.compile(r"-?[0-9]{1,18}\Z")
+# More volumes than a node has places for, of any kind (blockdev's loop devices).
+_MOST_VOLUMES = 1 << 20
 
 # containerd's pkg/identifiers.
 _NAMESPACE = re.compile(r"[A-Za-z0-9]+([-._][A-Za-z0-9]+)*\Z")
@@ -391,13 +398,12 @@ def variable_of(key: str) -> str:
 def _from_file(file: str | None) -> dict[str, Any]:
     path = file or DEFAULT_FILE
     try:
-        with open(path, "rb") as opened:
-            document = tomllib.load(opened)
+        document = toml_files.read(path)[1]
     except FileNotFoundError:
         if file is None:
             return {}
         raise ConfigError(f"the configuration file {file} does not exist") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is no TOML: {error}") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
@@ -424,10 +430,7 @@ def _from_text(key: str, value: Any) -> Any:
     if isinstance(default, tuple):
         return [word.strip() for word in value.split(",") if word.strip()]
     if isinstance(default, int) and not key.endswith("_bytes"):
-        try:
-            return int(value)
-        except ValueError:
-            return value
+        return int(value) if _NUMBER.match(value) else value
     return value
 
 
@@ -456,9 +459,6 @@ def _check(config: Config) -> None:
     for key, words in WORDS.items():
         if config.text(key) not in words:
             raise ConfigError(f"{config.said(key)}: takes {', '.join(words)}")
-    for key in ("loop.capacity_bytes", "directory.capacity_bytes", "csi.max_volumes"):
-        if config.number(key) < 0:
-            raise ConfigError(f"{config.said(key)}: must not be negative")
     if config.text("directory.path") and not config.text("directory.path").startswith("/"):
         raise ConfigError(f"{config.said('directory.path')}: must be an absolute path")
     if config.text("csi.endpoint") == config.text("csi.nfs_endpoint"):
@@ -480,6 +480,10 @@ def _check_lists(config: Config) -> None:
     for key, known in (("volumes.backends", BACKENDS), ("csi.services", SERVICES)):
         if not config.words(key) or set(config.words(key)) - {*known}:
             raise ConfigError(f"{config.said(key)}: takes any of {', '.join(known)}")
+    for key in ("csi.metrics", "nri.metrics", "snapshotter.metrics"):
+        address = config.text(key)
+        if address and (not _ADDRESS.match(address) or not 0 < int(address.rpartition(":")[2]) < 1 << 16):
+            raise ConfigError(f"{config.said(key)}: takes HOST:PORT")
     for one in config.words("nfs.exports"):
         if not _EXPORT.match(one):
             raise ConfigError(
@@ -512,6 +516,9 @@ def _check_kubelet(config: Config) -> None:
 
 RANGES = {
     "loop.copy_gives_way_seconds": (1, 86400),
+    "loop.capacity_bytes": (0, sizes.MOST),
+    "directory.capacity_bytes": (0, sizes.MOST),
+    "csi.max_volumes": (0, _MOST_VOLUMES),
     "csi.events_seconds": (0, 86400),
     "metrics.interval_seconds": (1, 3600),
     "metrics.doctor_seconds": (0, 86400),

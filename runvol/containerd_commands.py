@@ -17,7 +17,7 @@ from guestmount.containerd_files import File, Version, in_force, load
 from guestmount.containerd_places import PLACES, Places
 from guestmount.errors import Refused
 from guestmount.runtimes import in_root
-from runvol import containerd_wish, toml_text
+from runvol import containerd_wish, tables, toml_text
 from runvol.cli import Loader
 from runvol.config import Config
 from runvol.containerd_wish import NAME, Wish
@@ -145,7 +145,7 @@ def containerd_config(
         click.echo(made.text, nl=False)
         _note(made, f"{taken.config} for containerd {version}: as it has to be; --write changes it")
     elif not made.changes:
-        click.echo(f"{taken.config} has all of it; nothing was changed")
+        tables.line(f"{taken.config} has all of it; nothing was changed")
     else:
         kept = _write(files, made, in_root(taken.config, root))
         _note(made, f"{taken.config} is written{kept}; restart containerd, then `runvol doctor`")
@@ -153,8 +153,8 @@ def containerd_config(
 
 def _note(made: Merged, what: str) -> None:
     if made.lost:
-        click.echo(f"not kept: {made.lost}", err=True)
-    click.echo(what, err=True)
+        tables.line(f"not kept: {made.lost}", err=True)
+    tables.line(what, err=True)
 
 
 def _generator(file: File) -> str:
@@ -171,7 +171,7 @@ def _template(file: File, made: Merged, version: Version, root: str, write: bool
     name = "config-v3.toml.tmpl" if version.merges else "config.toml.tmpl"
     path = os.path.join(os.path.dirname(file.path), name)
     if not made.changes:
-        click.echo(f"{file.path} has all of it", err=True)
+        tables.line(f"{file.path} has all of it", err=True)
         return
     there = os.path.lexists(in_root(path, root))
     appended = made.text[len(file.text.rstrip()) :] if made.text.startswith(file.text.rstrip()) else ""

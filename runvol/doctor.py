@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from blockdev import Deadline, WaitExpired
 from blockdev.deadlines import bounded
 from guestmount import Node
+from guestmount.running_containerd import Answer
 from runvol import (
     assembly,
     doctor_cluster,
@@ -68,11 +69,18 @@ def _looks(config: Config, node: Node) -> Iterator[tuple[str, Look]]:
     yield "versions", lambda: doctor_versions.examine(config, on_node=on_node)
     yield "the clock", lambda: doctor_versions.clock(config, assembly.api(config))
     if on_node:
-        asked = doctor_containerd.asked(config)
-        yield "Kubernetes", lambda: doctor_cluster.examine(config, assembly.api(config), asked)
-        yield "containerd", lambda: doctor_containerd.examine(asked)
-        yield "runtime handlers", lambda: doctor_kata.examine(config, asked.handlers.values(), node.claims.known()[0])
-        yield "NRI", lambda: doctor_nri.examine(config, asked.handlers.values())
+        answers: list[Answer] = []
+
+        def ask() -> Iterator[Diagnosis]:
+            answers.append(doctor_containerd.asked(config))
+            yield from doctor_containerd.examine(answers[0])
+
+        yield "containerd", ask
+        yield "Kubernetes", lambda: doctor_cluster.examine(config, assembly.api(config), next(iter(answers), None))
+        # Of a containerd that gives no answer the handlers are not known; that it gives none was told.
+        handlers = answers[0].handlers.values() if answers else ()
+        yield "runtime handlers", lambda: doctor_kata.examine(config, handlers, node.claims.known()[0])
+        yield "NRI", lambda: doctor_nri.examine(config, handlers)
     else:
         yield "Kubernetes", lambda: doctor_cluster.examine(config, assembly.api(config), None)
     yield "backends", lambda: doctor_volumes.backends(node)

@@ -7,6 +7,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
+from blockdev import toml_files
 from guestmount import guest_kernel, kata_config, preflight
 from guestmount.claims import Claim
 from guestmount.kata_config import KataConfig
@@ -58,10 +59,9 @@ def _without(config: Config, handler: Handler) -> Diagnosis:
         named = f": its ConfigPath {handler.config_path} is not there" if handler.config_path else ""
         return unknown("kata.config-missing", subject, f"is a sandbox whose configuration was not found{named}")
     try:
-        with open(path, "rb") as file:
-            tomllib.load(file)
+        toml_files.read(path)
         why = "one of its drop-ins (config.d) is no TOML, or cannot be read"
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (OSError, tomllib.TOMLDecodeError) as error:
         why = str(error)
     return broken("kata.config-unreadable", subject, f"{path}: {why}", f"repair {path}, or put the package's own there")
 

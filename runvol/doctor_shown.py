@@ -8,8 +8,7 @@ import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 
-import click
-
+from blockdev.printable import printable
 from runvol import schemas, tables
 from runvol.diagnosis import OK, STATES, Diagnosis
 
@@ -24,7 +23,7 @@ def show(found: Sequence[Diagnosis], *, as_json: bool) -> None:
     # A pipe has no width: a line there is one finding's, fix or all.
     width = min(_WIDEST, max(_NARROWEST, shutil.get_terminal_size().columns)) if sys.stdout.isatty() else None
     for line in lines(found, width):
-        click.echo(line)
+        tables.line(line)
 
 
 def items(found: Sequence[Diagnosis]) -> list[schemas.Diagnosis]:
@@ -53,6 +52,7 @@ def lines(found: Sequence[Diagnosis], width: int | None) -> Iterator[str]:
 
 def _wrapped(line: str, width: int | None) -> list[str]:
     """What stands between backquotes stays in one line, however long, so that it can be copied."""
+    line = printable(line.replace("\n", " "))
     if width is None:
         return [line]
     kept = re.sub(r"`[^`]*`", lambda found: found[0].replace(" ", "\0"), line)

@@ -19,6 +19,8 @@ log = logging.getLogger("runvol.doctor")
 
 # Seconds before the first time: a node that starts has other things to do, and much of it is not there yet.
 _FIRST = 20.0
+# And at most before the second: what was not there yet is no trouble of the node's.
+_SECOND = 300.0
 
 FINDINGS = Family(
     name="runvol_doctor_findings", kind=GAUGE, labels=("id", "state"),
@@ -28,9 +30,12 @@ EXAMINED = Family(
     name="runvol_doctor_timestamp_seconds", kind=GAUGE,
     help="When doctor was asked last, in seconds since 1970; 0 for not yet.",
 )  # fmt: skip
+INTERVAL = Family(
+    name="runvol_doctor_interval_seconds", kind=GAUGE, help="How often doctor is asked (metrics.doctor_seconds)."
+)
 SECONDS = Family(name="runvol_doctor_seconds", kind=GAUGE, help="How long that took.")
 FAILURES = Family(name="runvol_doctor_failures_total", kind=COUNTER, help="How often it ended before its end.")
-FAMILIES = (FINDINGS, EXAMINED, SECONDS, FAILURES)
+FAMILIES = (FINDINGS, EXAMINED, INTERVAL, SECONDS, FAILURES)
 
 
 class DoctorWatch:
@@ -51,9 +56,9 @@ class DoctorWatch:
         self._stop.set()
 
     def _run(self) -> None:
-        wait = self._first
+        wait, later = self._first, min(_SECOND, self._interval)
         while not self._stop.wait(wait):
-            wait = self._interval
+            wait, later = later, self._interval
             try:
                 self.ask()
             except Exception:
@@ -69,5 +74,6 @@ class DoctorWatch:
     def collect(self) -> Iterator[Metric]:
         yield FINDINGS.of((key, number) for key, number in self._found.items())
         yield EXAMINED.of(self._at)
+        yield INTERVAL.of(self._interval)
         yield SECONDS.of(self._seconds)
         yield FAILURES.of(self._failures)

@@ -7,6 +7,8 @@ A node's services start while containerd waits for them. click costs a quarter o
 from __future__ import annotations
 
 import gc
+import io
+import os
 import sys
 from collections.abc import Sequence
 
@@ -35,8 +37,25 @@ def plain(words: Sequence[str]) -> dict[str, str] | None:
     return found if named else None
 
 
+def _streams() -> None:
+    """Who began this process may have closed what it reads and writes: then the next file that is opened would be that,
+    and what a program says would be written into it. A name that the terminal's encoding has no signs for is told in
+    escapes."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main() -> None:
     """The console script."""
+    _streams()
     flags = plain(sys.argv[1:])
     if flags is None:
         from runvol.cli import main as whole
@@ -56,5 +75,7 @@ def main() -> None:
         said = troubles.sentence(error)
         if said is None:
             raise
-        sys.stderr.write(f"Error: {said}\n")
+        from blockdev.printable import printable
+
+        sys.stderr.write(f"Error: {printable(said, lines=True)}\n")
         sys.exit(troubles.status(error))

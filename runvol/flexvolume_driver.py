@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import math
 import os
 import select
 import signal
@@ -22,6 +23,7 @@ _LOG_LIMIT = 2 << 20
 _GRACE = 5.0
 _LARGEST_REPLY = 64 << 10
 _LONGEST_CALL = 3600.0
+_USUAL = "100"
 INIT = ('{"status": "Success", "capabilities": {"attach": false, "fsGroup": false, "selinuxRelabel": false, '
          '"supportsMetrics": false, "requiresFSResize": true}}')  # fmt: skip
 
@@ -89,9 +91,10 @@ def _interrupted() -> None:
 
 def _limit() -> float:
     try:
-        return max(1.0, min(float(os.environ.get("RUNVOL_FLEXVOLUME_CALL_SECONDS", "100")), _LONGEST_CALL))
+        said = float(os.environ.get("RUNVOL_FLEXVOLUME_CALL_SECONDS", _USUAL))
     except ValueError:
-        return 100.0
+        said = float(_USUAL)
+    return max(1.0, min(said, _LONGEST_CALL)) if math.isfinite(said) else float(_USUAL)
 
 
 def _write_all(fd: int, data: bytes) -> None:

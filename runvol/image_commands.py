@@ -25,10 +25,9 @@ from snapshotter import signatures
 from snapshotter.errors import BadRequest, NotFound, SnapshotterError, Unavailable, WrongState
 from snapshotter.images import Share
 from snapshotter.model import LABEL_REF, Kind, Snapshot, chain_of
-from snapshotter.node import STORE
 from snapshotter.service import LENDING
 from snapshotter.signatures import PrivateKey
-from snapshotter.store import Store, existing
+from snapshotter.store import Store, existing, is_there
 from snapshotter.trust import Trust, Verdict, pin_of
 
 _CALL = 60.0
@@ -53,8 +52,7 @@ def _trust(config: Config) -> Trust:
 
 def _store(config: Config) -> Store | None:
     """The node's store; None on a machine where no snapshotter ever ran."""
-    path = os.path.join(state_dir(config), STORE)
-    return Store(path) if os.path.exists(path) else None
+    return existing(state_dir(config)) if is_there(state_dir(config)) else None
 
 
 def _own_store(config: Config) -> Store:
@@ -68,7 +66,7 @@ def images(context: click.Context, as_json: bool) -> None:
     """List images on shared storage; make, sign, check and remove them."""
     if context.invoked_subcommand is not None:
         return
-    with troubles.looking():
+    with troubles.looking(troubles.LOOKING):
         config = context.obj()
         share, trust, store = _share(config), _trust(config), _store(config)
         pins = shared.pins(store) if store else {}
@@ -76,7 +74,7 @@ def images(context: click.Context, as_json: bool) -> None:
         items = [_item(share, trust, store, chain, pins.get(chain)) for chain in there]
     items += [_absent(chain) for chain in sorted(pins.keys() - set(there))]
     for trouble in trust.troubles():
-        click.echo(f"Warning: {trouble}", err=True)
+        tables.warn(trouble)
     columns: tables.Columns[schemas.Image] = [
         "chain", ("size", lambda it: it.size_bytes and words(it.size_bytes)),
         ("used", lambda it: it.used_bytes and words(it.used_bytes)), "fstype", ("trust", _trust_of), "containers_here",
@@ -161,19 +159,19 @@ def images_make(load: Loader, chain: str, key_file: str | None, as_json: bool) -
             said = _make(config, share, row, reference, key)
         made.append(_done("made", reference, f"{reference}: {said}"))
         if not as_json:
-            click.echo(made[-1].message)
+            tables.line(made[-1].message)
     if as_json:
         tables.tell(made, as_json=True)
     if key is None and not config.number("snapshotter.images_unsigned"):
-        click.echo("not signed: nodes use these only if snapshotter.image_roots lists their roots, or once `runvol "
-                   "images sign` has signed them", err=True)  # fmt: skip
+        tables.line("not signed: nodes use these only if snapshotter.image_roots lists their roots, or once `runvol "
+                    "images sign` has signed them", err=True)  # fmt: skip
     _tell_unknown(config, key)
 
 
 def _tell_unknown(config: Config, key: PrivateKey | None) -> None:
     if key is not None and key.public.name not in _trust(config).names():
-        click.echo(f"this node does not trust the key {key.public.name}: name its public key in "
-                   "snapshotter.image_keys, here and on every node that is to use these images", err=True)  # fmt: skip
+        tables.line(f"this node does not trust the key {key.public.name}: name its public key in "
+                    "snapshotter.image_keys, here and on every node that is to use these images", err=True)  # fmt: skip
 
 
 def _ancestry(store: Store, wanted: str) -> list[Snapshot]:
@@ -202,7 +200,7 @@ def _progress(reference: str, size: int | None = None) -> Callable[[str, int], N
         if time.monotonic() - last[0] > 1:
             last[0] = time.monotonic()
             of = f" of {words(size)}" if size else ""
-            click.echo(f"{reference[:19]}: {what}, {words(done)}{of}", err=True)
+            tables.line(f"{reference[:19]}: {what}, {words(done)}{of}", err=True)
 
     return tell
 
@@ -296,11 +294,11 @@ def _each(action: str, chains: list[str], work: Callable[[str], str], *, as_json
         except SnapshotterError as error:
             told.append(_done(action, chain, f"{chain}: {error}", done=False))
         if not as_json:
-            click.echo(told[-1].message, err=len(chains) == 1 and not told[-1].done)
+            tables.line(told[-1].message, err=len(chains) == 1 and not told[-1].done)
     if as_json:
         tables.tell(told, as_json=True)
     elif not chains:
-        click.echo("no images")
+        tables.line("no images")
     if not all(one.done for one in told):
         raise SystemExit(troubles.FOUND)
 

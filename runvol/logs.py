@@ -1,4 +1,7 @@
-"""Logging to stderr: one line an event, with stable keys, as text or JSON. What belongs to a call says to which."""
+"""Logging to stderr: one line an event, with stable keys, as text or JSON. What belongs to a call says to which.
+
+An event is one line, whatever others have put into it.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import sys
 import time
 
 from blockdev import log_context
+from blockdev.printable import printable
 
 _OWN = set(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
 
@@ -25,9 +29,9 @@ class _Lines(logging.Formatter):
             facts["traceback"] = self.formatException(record.exc_info)
         if self._as_json:
             line = {"time": when, "level": record.levelname.lower(), "from": record.name, "event": record.getMessage()}
-            return json.dumps(line | facts, default=str)
+            return json.dumps(facts | line, default=str)
         words = " ".join(f"{key}={json.dumps(value, default=str, ensure_ascii=False)}" for key, value in facts.items())
-        return f"{when} {record.levelname:<7} {record.getMessage()} {words}".rstrip()
+        return f"{when} {record.levelname:<7} {printable(record.getMessage())} {printable(words)}".rstrip()
 
 
 def start(level: str, form: str) -> None:

@@ -304,7 +304,22 @@ def kinds() -> list[type[Item]]:
 def written(kind: type[Item], items: Sequence[Item]) -> bytes:
     """The envelope."""
     document = {"apiVersion": VERSION, "kind": f"{kind.__name__}List", "items": items}
-    return msgspec.json.format(msgspec.json.encode(document), indent=2)
+    try:
+        encoded = msgspec.json.encode(document)
+    except UnicodeEncodeError:
+        encoded = msgspec.json.encode(_text(msgspec.to_builtins(document)))
+    return msgspec.json.format(encoded, indent=2)
+
+
+def _text(value: Any) -> Any:
+    """The same, with an escape for each byte of a name that is no text."""
+    if isinstance(value, str):
+        return value.encode(errors="backslashreplace").decode()
+    if isinstance(value, list):
+        return [_text(one) for one in value]
+    if isinstance(value, dict):
+        return {_text(key): _text(one) for key, one in value.items()}
+    return value
 
 
 def read(document: Mapping[str, Any]) -> list[Item]:

@@ -7,11 +7,14 @@ import re
 _QUANTITY = re.compile(r"([0-9]+)(?:\.([0-9]+))?([KMGTPE]i|[kMGTPE])?\Z", re.ASCII)
 _BINARY, _DECIMAL = "KMGTPE", "kMGTPE"
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+# What Linux, SQLite and CSI count in.
+MOST = (1 << 63) - 1
 FORM = "bytes, or a quantity like 10Gi"
 
 
 def parse(text: str) -> int:
-    """Bytes of `10737418240`, `10Gi` or `1.5G`. ValueError for anything else, and for a part of a byte."""
+    """Bytes of `10737418240`, `10Gi` or `1.5G`. ValueError for anything else, for a part of a byte, and for more than a
+    file can have."""
     found = _QUANTITY.match(text)
     if not found or len(text) > 64:
         raise ValueError(text)
@@ -20,7 +23,7 @@ def parse(text: str) -> int:
     base = 1024 if unit.endswith("i") else 1000
     number: int
     number, rest = divmod(int(whole + part) * pow(base, power), 10 ** len(part))
-    if rest:
+    if rest or number > MOST:
         raise ValueError(text)
     return number
 

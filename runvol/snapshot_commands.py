@@ -29,7 +29,7 @@ from snapshotter.extending import Extender
 from snapshotter.gauge import Gauge
 from snapshotter.model import Kind, Snapshot
 from snapshotter.pool import Pool
-from snapshotter.store import STORE, Store, existing
+from snapshotter.store import Store, existing, is_there
 
 if TYPE_CHECKING:
     from snapshotter.repairing import Report
@@ -66,7 +66,7 @@ def _store(config: Config) -> Store:
 def snapshots(load: Loader, as_json: bool) -> None:
     """List container snapshots, which containerd keeps images and root filesystems in, and their devices. Volume
     snapshots are listed by `runvol volumes snapshots`."""
-    with troubles.looking():
+    with troubles.looking(troubles.LOOKING):
         items = [_snapshot(row) for page in _store(load()).pages() for row in page]
     columns: tables.Columns[schemas.ContainerSnapshot] = [
         "key", "kind", ("size", lambda it: words(it.size_bytes)), "fstype", "device", "parent",
@@ -132,8 +132,8 @@ def pool_init(load: Loader, /, block: int, force_wipe: tuple[str, ...], as_json:
     if as_json:
         tables.print_json(schemas.Pool, [item])
         return
-    click.echo(f"made pool {item.pool}: {_size(item.data_total_bytes)} of data, "
-               f"{_size(item.metadata_total_bytes)} of metadata")  # fmt: skip
+    tables.line(f"made pool {item.pool}: {_size(item.data_total_bytes)} of data, "
+                f"{_size(item.metadata_total_bytes)} of metadata")  # fmt: skip
 
 
 def _size(count: int | None) -> str | None:
@@ -238,7 +238,7 @@ def _print_pool(item: schemas.Pool) -> None:
 
 def _of_store(config: Config, name: str, finding: str) -> schemas.Pool:
     """A pool that the kernel does not have: what its store knows."""
-    there = os.path.exists(os.path.join(state_dir(config), STORE))
+    there = is_there(state_dir(config))
     store = _store(config) if there else None
     return schemas.Pool(
         pool=name, state=BROKEN, assembled=False, mode=None, data_used_bytes=None, data_total_bytes=None,
@@ -297,7 +297,7 @@ def pool_extend(load: Loader, more: int | None, metadata: bool, as_json: bool) -
         tables.print_json(schemas.Pool, [item])
         return
     total = _size(item.metadata_total_bytes if metadata else item.data_total_bytes)
-    click.echo(f"pool {item.pool}: {total} of {part} now, {item.mode}")
+    tables.line(f"pool {item.pool}: {total} of {part} now, {item.mode}")
 
 
 @pool.command("check", short_help="Check the pool's metadata, or repair it.")
@@ -356,7 +356,7 @@ def pool_repair_store(load: Loader, keep: bool, as_json: bool) -> None:
         tables.print_json(schemas.RepairedSnapshot, items)
         return
     for line in _repaired(done, keep=keep):
-        click.echo(line)
+        tables.line(line)
 
 
 def _repaired(done: Report, *, keep: bool) -> Iterator[str]:
@@ -440,7 +440,7 @@ def pool_quarantine(
             tables.tell([schemas.Outcome(action="doomed", what="device", name=str(one), done=True, message=said)
                          for one in chosen], as_json=True)  # fmt: skip
         else:
-            click.echo(said)
+            tables.line(said)
         return
     with troubles.looking():
         items = _quarantined(config, there) if there else []

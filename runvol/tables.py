@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import click
 
+from blockdev.printable import printable
 from runvol import schemas
 
 T = TypeVar("T", bound=schemas.Item)
@@ -30,7 +31,7 @@ def show(kind: type[T], items: Sequence[T], columns: Columns[T], *, as_json: boo
     if as_json:
         print_json(kind, items)
     elif not items:
-        click.echo(empty)
+        line(empty)
     else:
         titles = [(one if isinstance(one, str) else one[0]).replace("_", " ") for one in columns]
         rows = [[text(_cell(one, column)) for column in columns] for one in items]
@@ -43,7 +44,17 @@ def _cell(item: T, column: str | tuple[str, Callable[[T], object]]) -> object:
 
 def print_json(kind: type[schemas.Item], items: Sequence[schemas.Item]) -> None:
     """The envelope alone."""
-    click.echo(schemas.written(kind, items).decode())
+    click.echo(schemas.written(kind, items))
+
+
+def line(sentence: str, *, err: bool = False) -> None:
+    """A sentence, in which names are that others gave. What has line feeds has lines."""
+    click.echo(printable(sentence, lines=True), err=err)
+
+
+def warn(sentence: object) -> None:
+    """Beside what a command tells."""
+    line(f"warning: {sentence}", err=True)
 
 
 def tell(done: Sequence[schemas.Outcome], *, as_json: bool) -> None:
@@ -52,7 +63,7 @@ def tell(done: Sequence[schemas.Outcome], *, as_json: bool) -> None:
         print_json(schemas.Outcome, done)
         return
     for one in done:
-        click.echo(one.message)
+        line(one.message)
 
 
 def text(value: object) -> str:
@@ -62,8 +73,8 @@ def text(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list | tuple):
-        return ",".join(map(str, value)) or "-"
-    return str(value).replace("\n", " ")
+        return printable(",".join(map(str, value)).replace("\n", " ")) or "-"
+    return printable(str(value).replace("\n", " "))
 
 
 def definitions(entries: Sequence[tuple[str, Sequence[str]]]) -> None:
@@ -74,7 +85,7 @@ def definitions(entries: Sequence[tuple[str, Sequence[str]]]) -> None:
         for one in sentences:
             lines += textwrap.wrap(one, _WIDTH, initial_indent="    ", subsequent_indent="    ",
                                    break_long_words=False, break_on_hyphens=False)  # fmt: skip
-    click.echo("\n".join(lines))
+    line("\n".join(lines))
 
 
 def say(sentence: str) -> None:
@@ -83,7 +94,7 @@ def say(sentence: str) -> None:
     if sys.stdout.isatty():
         lines = textwrap.wrap(sentence, shutil.get_terminal_size().columns, subsequent_indent="    ",
                               break_long_words=False, break_on_hyphens=False)  # fmt: skip
-    click.echo("\n".join(lines))
+    line("\n".join(lines))
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

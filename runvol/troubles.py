@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import sys
+import threading
 from collections.abc import Iterator
 
 from blockdev.errors import of_system
@@ -18,6 +19,8 @@ from blockdev.errors import of_system
 FINE, FOUND, USAGE, NOT_SEEN = 0, 1, 2, 3
 
 _RIGHTS = (errno.EACCES, errno.EPERM)
+# Seconds in which a list is made, or never.
+LOOKING = 60.0
 # The base classes of the rooms' errors; only rooms that are loaded can have raised one.
 _ERRORS = {
     "blockdev.errors": "BlockdevError",
@@ -39,10 +42,35 @@ class NotSeen(Exception):
 
 
 @contextlib.contextmanager
-def looking() -> Iterator[None]:
-    """NotSeen instead of what the rooms raise: nothing is known to be wrong, and nothing to be well."""
+def ending(seconds: float) -> Iterator[None]:
+    """The process ends, with NOT_SEEN, if the block does not in so many seconds: what a dead server or disk keeps in
+    the kernel nobody else ends. For what changes nothing; 0 for however long it takes."""
+    if not seconds:
+        yield
+        return
+    watch = threading.Timer(seconds, _end, (seconds,))
+    watch.daemon = True
+    watch.start()
     try:
         yield
+    finally:
+        watch.cancel()
+
+
+def _end(seconds: float) -> None:
+    said = f"Error: this did not end within {seconds:.0f} s: a disk or a server does not answer; see `runvol doctor`\n"
+    with contextlib.suppress(OSError):
+        os.write(2, said.encode())
+    os._exit(NOT_SEEN)
+
+
+@contextlib.contextmanager
+def looking(within: float = 0.0) -> Iterator[None]:
+    """NotSeen instead of what the rooms raise: nothing is known to be wrong, and nothing to be well. `within`: as in
+    `ending`."""
+    try:
+        with ending(within):
+            yield
     except Exception as error:
         said = sentence(error)
         if said is None or isinstance(error, NotSeen) or status(error) == USAGE:

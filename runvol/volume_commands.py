@@ -9,6 +9,8 @@ import sys
 import click
 
 from blockdev import Deadline
+from blockdev.deadlines import bounded
+from blockdev.printable import printable
 from guestmount import Node, PodRef, repair
 from guestmount.claims import Claim, Target
 from runvol import assembly, config, endpoints, schemas, tables, troubles
@@ -62,10 +64,12 @@ def volumes(context: click.Context, as_json: bool) -> None:
     """List volumes; make, adopt and delete static ones, and list volume snapshots."""
     if context.invoked_subcommand is not None:
         return
-    with troubles.looking():
+    with troubles.looking(troubles.LOOKING):
         node = _node(context.obj)
         claims = {claim.volume: claim for claim in _claims(node)}
-        items = [_volume(volume, claims.get(volume.volume_id)) for _seq, volume in node.catalog.list(trouble=_warn)]
+        items = [
+            _volume(volume, claims.get(volume.volume_id)) for _seq, volume in node.catalog.list(trouble=tables.warn)
+        ]
         going_on = [] if as_json else _work(context.obj)
     columns: tables.Columns[schemas.Volume] = [
         "volume",
@@ -96,7 +100,7 @@ _WORK: tables.Columns[schemas.Work] = [
 @click.pass_obj
 def volumes_work(load: Loader, as_json: bool) -> None:
     """Show what goes on behind calls: copies, deletions, groups of files."""
-    with troubles.looking():
+    with troubles.looking(troubles.LOOKING):
         items = _work(load)
     tables.show(schemas.Work, items, _WORK, as_json=as_json, empty="nothing is under way")
 
@@ -116,13 +120,13 @@ def _work(load: Loader) -> list[schemas.Work]:
 def volumes_snapshots(load: Loader, source: str, as_json: bool) -> None:
     """List volume snapshots: the VolumeSnapshots of the cluster that lie on this node. What containerd calls snapshots,
     `runvol snapshots` lists."""
-    with troubles.looking():
+    with troubles.looking(troubles.LOOKING):
         items = [
             schemas.VolumeSnapshot(
                 snapshot=one.snapshot_id, volume=one.source, size_bytes=one.size_bytes,
                 created=schemas.time_of(one.created), group=one.group or None, ready=one.ready,
             )
-            for _seq, one in _node(load).catalog.snapshots(source=source, trouble=_warn)
+            for _seq, one in _node(load).catalog.snapshots(source=source, trouble=tables.warn)
         ]  # fmt: skip
     columns: tables.Columns[schemas.VolumeSnapshot] = [
         "snapshot",
@@ -133,10 +137,6 @@ def volumes_snapshots(load: Loader, source: str, as_json: bool) -> None:
         "ready",
     ]
     tables.show(schemas.VolumeSnapshot, items, columns, as_json=as_json, empty="no volume snapshots")
-
-
-def _warn(sentence: str) -> None:
-    click.echo(f"warning: {sentence}", err=True)
 
 
 def _volume(volume: Volume, claim: Claim | None) -> schemas.Volume:
@@ -237,7 +237,7 @@ def volumes_forget(load: Loader, one_id: str, yes: bool, as_json: bool) -> None:
     """
     node = _node(load)
     if not yes:
-        click.confirm(f"Is the store that made {one_id} lost, with its data?", abort=True, err=as_json)
+        click.confirm(f"Is the store that made {printable(one_id)} lost, with its data?", abort=True, err=as_json)
     name = node.catalog.forget(one_id)
     tables.tell([schemas.Outcome(action="forgotten", what="volume", name=one_id, done=True,
                                  message=f"{one_id} counts as deleted (backend {name})")], as_json=as_json)  # fmt: skip
@@ -253,8 +253,8 @@ def volumes_delete(load: Loader, volume_id: str, yes: bool, as_json: bool) -> No
     node = _node(load)
     volume = node.catalog.get(volume_id)
     if not yes:
-        click.confirm(f"Delete volume {volume_id} ({volume.name}, {words(volume.capacity_bytes)}) and its data?",
-                      abort=True, err=as_json)  # fmt: skip
+        called = printable(f"{volume_id} ({volume.name}, {words(volume.capacity_bytes)})")
+        click.confirm(f"Delete volume {called} and its data?", abort=True, err=as_json)
     with node.unused(volume_id, Deadline.after(_CALL)):
         node.catalog.of(volume_id).delete(volume_id)
     tables.tell([schemas.Outcome(action="deleted", what="volume", name=volume_id, done=True,
@@ -265,7 +265,7 @@ def _claims(node: Node) -> list[Claim]:
     """Those that can be read; what is wrong with the others is said."""
     found, damaged = node.claims.readable()
     for error in damaged:
-        _warn(str(error))
+        tables.warn(error)
     return found
 
 
@@ -274,7 +274,7 @@ def _claims(node: Node) -> list[Claim]:
 @click.pass_obj
 def handoffs(load: Loader, as_json: bool) -> None:
     """List hand-offs: what was given to sandboxes, this driver's and others'."""
-    with troubles.looking():
+    with troubles.looking(troubles.LOOKING):
         node = _node(load)
         claims = {path: claim for claim in _claims(node) for path in claim.targets}
         items = [
@@ -316,14 +316,14 @@ def detect(load: Loader, namespace_name: str, said: str, as_json: bool) -> None:
     namespace, _, name = namespace_name.partition("/")
     if not namespace or not name or "/" in name:
         raise click.BadParameter(f"{namespace_name!r}: takes NAMESPACE/NAME", param_hint="NAMESPACE/NAME")
-    with troubles.looking():
+    with troubles.looking(troubles.LOOKING):
         answer = _node(load).detector.detect(PodRef(namespace=namespace, name=name), said, Deadline.after(5))
     if as_json:
         found = schemas.Detection(pod_namespace=namespace, pod_name=name, kernel=answer.kind,
                                   handler=answer.handler or None, source=answer.source)  # fmt: skip
         tables.print_json(schemas.Detection, [found])
         return
-    click.echo(f"{answer.kind} (handler {answer.handler}), from {answer.source}")
+    tables.line(f"{answer.kind} (handler {answer.handler}), from {answer.source}")
 
 
 @click.command(short_help="Say what is wrong here, and what to change.")
@@ -337,7 +337,8 @@ def doctor(load: Loader, as_json: bool) -> None:
 
     with troubles.looking():
         loaded = load()
-        found = list(examination.examine(loaded, assembly.build(loaded, looking=True)))
+        node = bounded("opening the stores", Deadline.after(_CALL), lambda: assembly.build(loaded, looking=True))
+        found = list(examination.examine(loaded, node))
     doctor_shown.show(found, as_json=as_json)
     sys.exit(status(found))
 
@@ -352,7 +353,8 @@ def gc(load: Loader, dry_run: bool, as_json: bool) -> None:
     A file among the volumes that no volume has is only named: `runvol volumes adopt` takes it, `rm` removes it.
     """
     with troubles.looking():
-        node = _node(load)
+        with troubles.ending(troubles.LOOKING):
+            node = _node(load)
         found = repair.taken_back(node, Deadline.after(_CALL), dry_run=dry_run)
     items = [schemas.LeftOver(what=one.kind, place=one.place or None, why=one.why, done=one.done, by_hand=one.by_hand)
              for one in found]  # fmt: skip

@@ -154,7 +154,7 @@ def places(
     for pod in (*(one.pod for one in containers), *(one for one, _path in outputs), *of_claims):
         if pod.uid and (pod.uid not in known or not known[pod.uid].name):
             known[pod.uid] = pod
-    pods = {uid: pod for uid, pod in known.items() if wanted in (uid, pod.name, f"{pod.namespace}/{pod.name}")}
+    pods = {uid: pod for uid, pod in known.items() if wanted in _names(pod)}
     mounted = {mount.target: mount for mount in mountinfo.table()}
     handlers = {uid: handler for claim in claims for uid, handler in _handlers(claim)}
     found: list[Place] = []
@@ -164,6 +164,10 @@ def places(
         found += [place for one, path in outputs if one.uid == uid for place in _outputs(pod, path, root)]
         found += _volumes(pod, claims, own)
     return found
+
+
+def _names(pod: Pod) -> tuple[str, ...]:
+    return (pod.uid, pod.name, f"{pod.namespace}/{pod.name}") if pod.name else (pod.uid,)
 
 
 def _pod(target: Target) -> Pod:

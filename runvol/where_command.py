@@ -32,12 +32,12 @@ def where(load: Loader, pod: str, as_json: bool) -> None:
     POD is a name, NAMESPACE/NAME, or a UID. What a guest has cannot be read from the host, and the last column says so.
     Status 1 if nothing of it is here.
     """
-    with troubles.looking():
+    with troubles.looking(troubles.LOOKING):
         config = load()
         root = config.text("paths.host_root")
         claims, damaged = assembly.claims(config).readable()
         for error in damaged:
-            click.echo(f"warning: {error}", err=True)
+            tables.warn(error)
         found = search.places(
             pod,
             claims=claims,

@@ -90,15 +90,17 @@ def load(state_dir: str) -> Description | None:
     """The description, or None where no pool was made yet. PoolRefused if it cannot be read."""
     path = os.path.join(state_dir, FILE)
     try:
-        with open(path, "rb") as opened:
-            return msgspec.json.decode(opened.read(), type=Description)
+        return msgspec.json.decode(durable.read(path), type=Description)
     except FileNotFoundError:
         return None
     except PermissionError:
         raise
     except OSError as error:
-        raise PoolRefused(f"{path} cannot be read: {error.strerror}; its disk or its filesystem is not well") from None
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        why = f"{path} cannot be read: {error.strerror}"
+        if error.errno in durable.NO_RECORD:
+            raise PoolRefused(f"{why}; put the file back that belongs there") from None
+        raise PoolRefused(f"{why}; its disk or its filesystem is not well") from None
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise PoolRefused(
             f"{path}: {error}. Restore it, or use the release that has written it; without it the pool is not found"
         ) from None

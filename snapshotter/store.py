@@ -23,11 +23,20 @@ _NONE_YET = ("the snapshotter makes it at its first start, once `runvol pool ini
 
 
 def existing(state_dir: str) -> Store:
-    """The store of this state directory. NotFound where there is none."""
+    """The store of this state directory. NotFound where there is none; OSError where that cannot be seen."""
     path = os.path.join(state_dir, STORE)
-    if not os.path.exists(path):
+    if not is_there(state_dir):
         raise NotFound(path, "the store", _NONE_YET)
     return Store(path)
+
+
+def is_there(state_dir: str) -> bool:
+    """Whether the state directory has a store. OSError where that cannot be seen."""
+    try:
+        os.stat(os.path.join(state_dir, STORE))
+    except FileNotFoundError:
+        return False
+    return True
 
 
 class Store(Rows):

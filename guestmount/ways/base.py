@@ -19,6 +19,8 @@ from guestmount.written import Written
 from volumes import SizeRange
 from volumes.backend import Backend
 
+_MOST = (1 << 63) - 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class Means:
@@ -108,13 +110,19 @@ class Way(Protocol):
 
 
 def of_mount(path: str, deadline: Deadline) -> Usage:
-    """What the filesystem that is mounted at `path` says; a server that does not answer costs the call its deadline."""
+    """What the filesystem that is mounted at `path` says; a server that does not answer costs the call its deadline,
+    and one that does may say anything."""
     facts = bounded(f"measuring {path}", deadline, lambda: os.statvfs(path))
     return Usage(
-        total_bytes=facts.f_blocks * facts.f_frsize,
-        used_bytes=(facts.f_blocks - facts.f_bfree) * facts.f_frsize,
-        available_bytes=facts.f_bavail * facts.f_frsize,
-        inodes=facts.f_files,
-        used_inodes=facts.f_files - facts.f_ffree,
-        free_inodes=facts.f_favail,
+        total_bytes=_counted(facts.f_blocks * facts.f_frsize),
+        used_bytes=_counted((facts.f_blocks - facts.f_bfree) * facts.f_frsize),
+        available_bytes=_counted(facts.f_bavail * facts.f_frsize),
+        inodes=_counted(facts.f_files),
+        used_inodes=_counted(facts.f_files - facts.f_ffree),
+        free_inodes=_counted(facts.f_favail),
     )
+
+
+def _counted(number: int) -> int:
+    """As much of it as CSI's fields hold."""
+    return max(0, min(number, _MOST))

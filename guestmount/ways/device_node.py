@@ -11,7 +11,7 @@ from blockdev.errors import MountFailed
 from guestmount import preflight
 from guestmount.claims import SANDBOX, Cell, Claim, Target
 from guestmount.handoff import Delivered
-from guestmount.ways import closing, disk_slots, exclusion, guest_device
+from guestmount.ways import closing, exclusion, guest_device
 from guestmount.ways.attached import be_attached, check_nothing_at
 from guestmount.ways.base import Arrival, Means, Problem, Usage
 from guestmount.ways.mounted import grow_device
@@ -27,11 +27,10 @@ class DeviceNode(exclusion.OneKernel):
     name = "device-node"
     shareable = True
 
-    def check(self, means: Means, claim: Claim, arrival: Arrival, _deadline: Deadline) -> tuple[Claim, Target]:
+    def check(self, _means: Means, claim: Claim, arrival: Arrival, _deadline: Deadline) -> tuple[Claim, Target]:
         check_nothing_at(claim, arrival.path)
         if arrival.runtime.kind == SANDBOX:
             preflight.check_raw(arrival.runtime)
-            disk_slots.check(means, claim, arrival)
         return claim, arrival.target
 
     def deliver(self, means: Means, cell: Cell, claim: Claim, path: str, target: Target, deadline: Deadline) -> None:

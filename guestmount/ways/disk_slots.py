@@ -2,36 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
+from blockdev import Deadline
 from guestmount import preflight
-from guestmount.claims import Claim
+from guestmount.claims import SANDBOX, Claim
 from guestmount.errors import Refused
 from guestmount.ways.base import Arrival, Means
 from volumes import VolumeKind
 
 
-def check(means: Means, claim: Claim, arrival: Arrival) -> None:
-    """Refused, with the setting, for a pod that has as many block volumes of ours as its guest has places for.
+@contextlib.contextmanager
+def placed(means: Means, claim: Claim, arrival: Arrival, deadline: Deadline) -> Iterator[None]:
+    """The volume counts as the pod's until the block ends, by when its target is recorded: kubelet publishes all of a
+    pod's volumes in one moment. Refused, with the setting, for a pod that has as many block volumes of ours as its
+    guest has places for.
 
     What else takes one (root filesystems that are devices, other drivers' disks) is not known here; the shim says so.
     """
-    kata = arrival.runtime.kata
+    kata = arrival.runtime.kata if claim.kind is VolumeKind.BLOCK and arrival.runtime.kind == SANDBOX else None
     slots = kata.disk_slots(preflight.annotations_of(arrival.runtime)) if kata is not None else 0
     if kata is None or not slots:
+        yield
         return
-    has = taken(means.claims.readable()[0], arrival.target.pod_uid) - {claim.volume}
-    if len(has) >= slots:
+    pod, hypervisor, where = arrival.target.pod_uid, kata.hypervisor, f"{kata.table} of {kata.path}"
+
+    def judge(coming: frozenset[str]) -> None:
+        has = len((taken(means.claims.readable()[0], pod) | coming) - {claim.volume})
+        if has < slots:
+            return
         more = (
             "give the pod fewer volumes"
-            if kata.hypervisor == "firecracker"
-            else f'set block_device_driver = "virtio-scsi", or more default_bridges, in {kata.table} of {kata.path}'
+            if hypervisor == "firecracker"
+            else f'set block_device_driver = "virtio-scsi", or more default_bridges, in {where}'
         )
         raise Refused(
             f"volume {claim.volume} has no place in the guest of pod {arrival.target.pod}: the runtime handler "
-            f"{arrival.runtime.handler!r} plugs at most {slots} disks into a guest, and the pod has {len(has)} block "
+            f"{arrival.runtime.handler!r} plugs at most {slots} disks into a guest, and the pod has {has} block "
             f"volumes already. To have more, {more}"
         )
+
+    with means.claims.placed(f"pod {pod}", claim.volume, judge, deadline):
+        yield
 
 
 def taken(claims: Iterable[Claim], pod_uid: str) -> set[str]:

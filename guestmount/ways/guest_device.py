@@ -17,7 +17,7 @@ from guestmount import placeholder, preflight
 from guestmount.claims import Cell, Claim, Target
 from guestmount.errors import Refused
 from guestmount.handoff import Delivered, Delivery
-from guestmount.ways import closing, disk_slots, exclusion
+from guestmount.ways import closing, exclusion
 from guestmount.ways.attached import be_attached, check_nothing_at
 from guestmount.ways.base import Arrival, Means, Problem, Usage
 from guestmount.ways.mounted import grow_device, grow_unmounted
@@ -44,7 +44,6 @@ class GuestDevice(exclusion.OneKernel):
             read_only=arrival.target.read_only,
             rust_shared_block=means.rust_shared_block,
         )
-        disk_slots.check(means, claim, arrival)
         kata = arrival.runtime.kata
         target = msgspec.structs.replace(
             arrival.target,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -15,6 +16,7 @@ import pytest
 from prometheus_client.metrics_core import Metric
 
 from blockdev import Deadline, scraped
+from blockdev.places import Places
 from blockdev.deadlines import bounded
 from blockdev.families import GAUGE, Family
 from csi.errors import code_of, sentence_of
@@ -53,16 +55,73 @@ def test_nobody_holds_the_metrics(monkeypatch):
     port = _free()
     scraped.listen(f"127.0.0.1:{port}", [_One()], part="csi", version="1")
     assert "one 7.0" in _scrape(port)
-    idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(scraped._MOST)]
-    idle[0].sendall(b"GET / HT")
-    time.sleep(0.1)
-    with pytest.raises(OSError):
-        _scrape(port)
+    idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(3 * scraped._MOST)]
+    for one in idle:
+        with contextlib.suppress(OSError):
+            one.sendall(b"GET / HT")
+    for _ in range(5):
+        assert "one 7.0" in _scrape(port), "whoever asks comes before those who do not"
     for one in idle:
         one.settimeout(5)
-        assert one.recv(1) == b""
+        with contextlib.suppress(ConnectionResetError):
+            assert one.recv(1) == b""
         one.close()
     assert "one 7.0" in _scrape(port)
+
+
+def test_one_address_never_has_all_places_and_who_has_asked_keeps_his():
+    places = Places(4, 3)
+    first, *rest = (socket.socketpair()[0] for _ in range(8))
+    assert places.take(first, "a") and places.take(rest[0], "a") and places.take(rest[1], "a")
+    for one in (first, rest[0], rest[1]):
+        places.asks(one)
+    assert not places.take(rest[2], "a"), "all of its own have asked"
+    assert places.take(rest[3], "b")
+    assert places.take(rest[4], "c"), "instead of the one that says nothing"
+    places.asks(rest[4])
+    assert not places.take(rest[5], "d")
+    places.give(first)
+    assert places.take(rest[5], "d")
+    places.give(rest[3])  # which lost its place before, and takes none with it
+    places.asks(rest[5])
+    assert not places.take(rest[6], "e")
+    for one in (first, *rest):
+        one.close()
+
+
+def test_who_asks_all_the_time_takes_no_more_than_who_asks_now_and_then(caplog):
+    asked = []
+
+    class Costly(_One):
+        def collect(self) -> list[Metric]:
+            asked.append(time.monotonic())
+            return super().collect()
+
+    class Fails(_One):
+        part = "fails"
+
+        def collect(self) -> list[Metric]:
+            raise ValueError("of nobody's making")
+
+    port = _free()
+    scraped.listen(f"127.0.0.1:{port}", [Costly(), Fails()], part="csi", version="1")
+    began = time.monotonic()
+    for number in range(40):
+        address = f"http://127.0.0.1:{port}/metrics?name[]=x{number}"
+        asking = urllib.request.Request(address, headers={"Accept": f"text/plain; q=0.{number}"})
+        with urllib.request.urlopen(asking, timeout=5) as answer:
+            assert "one 7.0" in answer.read().decode()
+    assert len(asked) <= 1 + (time.monotonic() - began) / scraped._FRESH
+    wanted = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;q=0.1"
+    with urllib.request.urlopen(
+        urllib.request.Request(f"http://127.0.0.1:{port}/metrics", headers={"Accept": wanted}), timeout=5
+    ) as answer:
+        assert answer.headers["Content-Type"].startswith("application/openmetrics-text")
+        assert answer.read().endswith(b"# EOF\n")
+    time.sleep(scraped._FRESH)
+    _scrape(port)
+    said = [record for record in caplog.records if record.name == "runvol.metrics"]
+    assert len(said) == 1 and said[0].exc_info
 
 
 @pytest.mark.parametrize("kind", [threading.Timer, threading.Thread])

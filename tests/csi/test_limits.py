@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
 import pytest
 
+from blockdev import Deadline
+from guestmount import Claims
 from tests.csi.helpers import PODS, refused
 from tests.driver import Driver, block_capability, mount_capability
 from tests.flexvolume.test_driver import Flex
@@ -109,3 +117,67 @@ def test_a_pod_with_more_disks_than_its_guest_has_places_is_refused_in_words(dri
     driver.unpublish(last, PODS[1])
     for volume in volumes:
         driver.unstage(volume)
+
+
+def test_stages_of_one_moment_do_not_pass_the_limit_together(few):
+    volumes = [few.create(f"v{n}", 8 << 20) for n in range(6)]
+
+    def staged(volume) -> str:
+        try:
+            few.stage(volume)
+        except grpc.RpcError as error:
+            return error.code().name
+        return "OK"
+
+    with ThreadPoolExecutor(len(volumes)) as callers:
+        codes = list(callers.map(staged, volumes))
+    assert sorted(codes) == ["OK"] * 2 + ["RESOURCE_EXHAUSTED"] * 4
+    assert not any((few.run / "places").iterdir())
+    has = [volume for volume, code in zip(volumes, codes, strict=True) if code == "OK"]
+    few.unstage(has[0])
+    late = next(volume for volume, code in zip(volumes, codes, strict=True) if code != "OK")
+    few.stage(late)
+    few.unstage(late)
+    few.unstage(has[1])
+
+
+def test_volumes_that_a_pod_gets_in_one_moment_do_not_pass_its_guests_places_together(driver):
+    """kubelet publishes all of a pod's volumes at once."""
+    (driver.directory / "containerd.toml").write_text(FIRECRACKER)
+    (driver.directory / "kata").mkdir()
+    (driver.directory / "kata/kata.toml").write_text("[hypervisor.firecracker]\n")
+    volumes = [driver.create(f"v{n}", 8 << 20) for n in range(PLACES + 4)]
+    for volume in volumes:
+        driver.stage(volume)
+
+    def published(volume) -> str:
+        try:
+            driver.publish(volume, PODS[1], runtime="kata")
+        except grpc.RpcError as error:
+            return error.code().name
+        return "OK"
+
+    with ThreadPoolExecutor(len(volumes)) as callers:
+        codes = list(callers.map(published, volumes))
+    assert sorted(codes) == ["FAILED_PRECONDITION"] * 4 + ["OK"] * PLACES
+    for volume, code in zip(volumes, codes, strict=True):
+        if code == "OK":
+            driver.unpublish(volume, PODS[1])
+        driver.unstage(volume)
+
+
+def test_a_place_of_a_process_that_was_killed_is_nobodys(tmp_path):
+    claims = Claims(str(tmp_path))
+    code = (
+        "import os, signal, sys; from blockdev import Deadline; from guestmount import Claims\n"
+        f"with Claims({str(tmp_path)!r}).placed('node', 'a', lambda _others: None, Deadline.after(5)):\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    seen: list[frozenset[str]] = []
+    with claims.placed("node", "b", seen.append, Deadline.after(5)), \
+            claims.placed("node", "c", seen.append, Deadline.after(5)), \
+            claims.placed("pod x", "d", seen.append, Deadline.after(5)):  # fmt: skip
+        pass
+    assert seen == [frozenset(), {"b"}, frozenset()]
+    assert not any((tmp_path / "places").iterdir())

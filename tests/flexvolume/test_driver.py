@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 
 from flexvolume import Reply, Status
+from runvol import flexvolume_driver
+from tests.dead import dead
 from tests.driver import Driver
 
 POD = "88945909-57ff-49e4-b844-c588ceabec{}"
@@ -341,14 +343,12 @@ def test_a_volume_that_another_call_keeps_is_told_in_the_end(flex, volume):
 
 
 def test_a_call_that_hangs_is_answered_in_time(flex, volume):
-    """A FIFO in the configuration's place: whoever opens it waits for ever."""
-    fifo = flex.driver.directory / "config.toml"
-    os.mkfifo(fifo)
-    started = time.monotonic()
-    _, reply = flex.run("unmount", flex.target(volume), RUNVOL_CONFIG=str(fifo), RUNVOL_FLEXVOLUME_CALL_SECONDS="1")
-    assert time.monotonic() - started < 10
-    assert "did not end within" in str(reply["message"])
-    threading.Thread(target=lambda: os.close(os.open(fifo, os.O_WRONLY)), daemon=True).start()
+    """The configuration lies where nobody answers: whoever opens it waits for ever."""
+    with dead(flex.driver.directory / "dead") as place:
+        started, file = time.monotonic(), str(place / "config.toml")
+        _, reply = flex.run("unmount", flex.target(volume), RUNVOL_CONFIG=file, RUNVOL_FLEXVOLUME_CALL_SECONDS="1")
+        assert time.monotonic() - started < 10
+        assert "did not end within" in str(reply["message"])
 
 
 def test_it_is_installed_upgraded_and_removed_under_a_running_kubelet(flex, volume):
@@ -456,3 +456,12 @@ def test_half_a_reply_is_none(text):
 
     assert not flexvolume_driver._is_reply(text)
     assert flexvolume_driver._is_reply(b'{"status": "Success"}')
+
+
+@pytest.mark.parametrize(
+    ("said", "seconds"),
+    [("5", 5.0), ("0", 1.0), ("-1", 1.0), ("1e9", 3600.0), ("nan", 100.0), ("inf", 100.0), ("x", 100.0)],
+)
+def test_a_time_that_is_none_is_the_usual_one(said, seconds, monkeypatch):
+    monkeypatch.setenv("RUNVOL_FLEXVOLUME_CALL_SECONDS", said)
+    assert flexvolume_driver._limit() == seconds

@@ -292,3 +292,13 @@ def test_the_page_has_every_reason() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs/metrics.md").read_text()
     for reason, meaning in REASONS.items():
         assert f"| `{reason}` | {meaning} |" in page, json.dumps({reason: meaning})
+
+
+def test_a_message_is_text_of_a_length_that_kubernetes_takes(api: ApiDouble) -> None:
+    events = speaker(api)
+    assert events.outcomes.keys() == {"written", "counted", "failed", "dropped"}
+    events.tell(POD, WARNING, "VolumeUnreachable", "server \x1b[31m\udcff" + "\u20ac" * 2000)
+    (event,) = until(lambda: events_of(api))
+    assert event["message"].startswith("server \\u001b[31m\\udcff\u20ac")
+    assert 990 < len(event["message"].encode()) <= 1000
+    assert until(lambda: events.outcomes["written"]) == 1

@@ -24,6 +24,8 @@ def test_containers_are_counted_by_what_became_of_them(tmp_path: Path) -> None:
         text = answer.read().decode()
     assert 'runvol_nri_containers_total{outcome="unchanged"} 3.0' in text
     assert 'runvol_nri_containers_total{outcome="refused"} 1.0' in text
+    # A Prometheus sees only what rises from a number to another one.
+    assert 'runvol_nri_containers_total{outcome="placeholder"} 0.0' in text
     assert "runvol_nri_connected 1.0" in text
     assert "runvol_nri_call_seconds_count 4.0" in text
     assert 'runvol_nri_call_seconds_bucket{le="2.0"} 3.0' in text

@@ -47,13 +47,17 @@ TROUBLE: dict[str, dict[str, str]] = {
     "RunvolVolumeUnmeasured": {f"runvol_volume_unmeasured{{{_VOLUME}}}": "1x600"},
     "RunvolHandoffLost": {f'runvol_handoffs{{{_OF},dialect="kata",state="missing"}}': "1x600"},
     "RunvolClaimsDamaged": {f"runvol_claims_damaged{{{_OF}}}": "1x600"},
-    "RunvolSurveyOld": {f"runvol_survey_timestamp_seconds{{{_OF}}}": "0x600"},
+    "RunvolSurveyOld": {
+        f"runvol_survey_timestamp_seconds{{{_OF}}}": "0x600", f"runvol_survey_interval_seconds{{{_OF}}}": "30x600"
+    },
     "RunvolMetricsOld": {f'runvol_collected_timestamp_seconds{{{_OF},part="pool"}}': "0x600"},
     "RunvolRuntimeUnknown": {f'runvol_detections_total{{{_OF},decided_by="nobody"}}': "0+1x600"},
     "RunvolWatchEnded": {f'runvol_watch_healthy{{{_OF},watch="pods of this node"}}': "0x600"},
     "RunvolJobStuck": {f'runvol_job_age_seconds{{{_OF},work="snapshot s of v"}}': "0+60x600"},
     "RunvolDoctorBroken": {f'runvol_doctor_findings{{{_OF},id="kernel.loop",state="broken"}}': "1x600"},
-    "RunvolDoctorOld": {f"runvol_doctor_timestamp_seconds{{{_OF}}}": "1x600"},
+    "RunvolDoctorOld": {
+        f"runvol_doctor_timestamp_seconds{{{_OF}}}": "1x600", f"runvol_doctor_interval_seconds{{{_OF}}}": "900x600"
+    },
     "RunvolBackendAlmostFull": {
         f'runvol_backend_available_bytes{{{_OF},backend="loop"}}': "1x600",
         f'runvol_backend_promised_bytes{{{_OF},backend="loop"}}': "99x600",
@@ -74,6 +78,19 @@ TROUBLE: dict[str, dict[str, str]] = {
     "RunvolNriDisconnected": {f"runvol_nri_connected{{{_OF}}}": "0x600"},
     "RunvolNriPlaceholder": {f'runvol_nri_containers_total{{{_OF},outcome="placeholder"}}': "0+1x600"},
 }  # fmt: skip
+# The same by another way.
+TROUBLE_TOO: list[tuple[str, dict[str, str]]] = [
+    # It has not come to an end once.
+    ("RunvolDoctorOld", {
+        f"runvol_doctor_timestamp_seconds{{{_OF}}}": "0x600", f"runvol_doctor_interval_seconds{{{_OF}}}": "900x600",
+        f"process_start_time_seconds{{{_OF}}}": "60x600",
+    }),
+    # Containers are found when the plugin starts, before anybody has scraped it: their number is never seen to rise.
+    ("RunvolNriPlaceholder", {
+        f'runvol_nri_containers_total{{{_OF},outcome="placeholder"}}': "_x489 2x600",
+        f"process_start_time_seconds{{{_OF}}}": "_x489 29300x600",
+    }),
+]  # fmt: skip
 _NAME = re.compile(r"\brunvol_[a-z0-9_]+")
 
 
@@ -107,7 +124,7 @@ def test_an_alert_fires_once_on_its_trouble_and_no_other_does(tmp_path: Path) ->
                 {"expr": firing, "eval_time": "500m", "exp_samples": [{"labels": f'{{alertname="{name}"}}', "value": 1}]},
             ],
         }
-        for name, series in TROUBLE.items()
+        for name, series in [*TROUBLE.items(), *TROUBLE_TOO]
     ])  # fmt: skip
 
 
@@ -129,7 +146,18 @@ def test_nothing_fires_on_a_node_that_is_well(tmp_path: Path) -> None:
         f"runvol_volume_inodes{{{_VOLUME}}}": "10x600",
         f"runvol_volume_inodes_used{{{_VOLUME}}}": "1x600",
         f"runvol_survey_timestamp_seconds{{{_OF}}}": "0+60x600",
+        f"runvol_survey_interval_seconds{{{_OF}}}": "30x600",
         f"runvol_doctor_timestamp_seconds{{{_OF}}}": "0+60x600",
+        f"runvol_doctor_interval_seconds{{{_OF}}}": "900x600",
+        f"process_start_time_seconds{{{_OF}}}": "0x600",
+        # Processes that look seldom, as they are told, and one without a doctor.
+        'runvol_survey_timestamp_seconds{instance="seldom"}': " ".join(f"{3600 * hour}x59" for hour in range(10)),
+        'runvol_survey_interval_seconds{instance="seldom"}': "3600x600",
+        'runvol_doctor_timestamp_seconds{instance="seldom"}': "20x600",
+        'runvol_doctor_interval_seconds{instance="seldom"}': "86400x600",
+        'process_start_time_seconds{instance="snapshotter"}': "0x600",
+        # Containers that were without their volumes, long ago.
+        f'runvol_nri_containers_total{{{_OF},outcome="placeholder"}}': "2x600",
         f'runvol_collected_timestamp_seconds{{{_OF},part="pool"}}': "0+60x600",
         f'runvol_handoffs{{{_OF},dialect="kata",state="open"}}': "1x600",
         f"runvol_pool_ready{{{_OF}}}": "1x600",

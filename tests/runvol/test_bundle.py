@@ -228,3 +228,132 @@ def test_what_is_known_is_found_in_its_other_forms() -> None:
         ("a secret+value", quote("a secret+value", safe=""), base64.b64encode(b"a secret+value").decode(), "short")
     )
     assert masked.text(text) == "*** *** *** short"
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("password: |\n  planted\n  more planted\nnext: 1", "next: 1"),
+        ("auth:\n    user: planted\nnext: 1", "next: 1"),
+        ("- secrets:\n  - planted\n- next: 1", "next: 1"),
+        ('{"secrets": {"a": {"b": "planted"}, "c": "planted"}, "n": 1}', '"n": 1}'),
+        ("token: [[planted], [planted]], next", ", next"),
+        ('{"name":"DB_PASSWORD","value":"planted"}, next', "next"),
+        ("- name: API_TOKEN\n  value: planted\n- next", "- next"),
+        ('{\\"name\\": \\"DB_PASSWORD\\", \\"value\\": \\"planted\\"} next', "next"),
+        ("https://user:pl@planted@host/x", "@host/x"),
+        ("AccountKey=planted/==;next=1", "next=1"),
+        ('--password "two planted" --v=2', "--v=2"),
+        ('"token": "has no planted end\nnext', "next"),
+        ("x" * 90 + "password=planted next", "next"),
+        ("data: eyJhdXRocyI6eyJplantedhdXRoIjoieCJ9fQ== next", "next"),
+        ("pushed with ghp_planted0123456789abc next", "next"),
+        ("half of it\nMIIplanted\n-----END PRIVATE KEY-----\nnext", "next"),
+    ],
+)
+def test_a_secret_is_masked_whole_however_it_is_written(text: str, left: str) -> None:
+    masked = Masked().text(text)
+    assert "planted" not in masked and MASK in masked and left in masked
+
+
+@pytest.mark.parametrize(
+    "bite",
+    ["\n", " \n", "token=[", "token={", "eyJaaaaaa-", "-----BEGIN KEYKEY", "passpass", "token\n", "name=pass", "- ",
+     'token=\\"\\\\\\"', "authorization: ", "a://", "--pass ", "token:\n "],
+    ids=repr,
+)  # fmt: skip
+def test_no_text_that_somebody_wrote_makes_the_search_long(bite: str) -> None:
+    """Python holds all threads up while it looks for a pattern: no deadline would end it."""
+    masked, seconds = Masked(), []
+    for size in (1 << 15, 1 << 17):
+        begun = time.process_time()
+        masked.text(bite * (size // len(bite)))
+        seconds.append(time.process_time() - begun)
+    assert seconds[1] < 16 * seconds[0] + 0.5 and seconds[1] < 5
+
+
+def test_of_what_is_cut_no_half_of_a_secret_is_left() -> None:
+    log = "password: plant" + "x" * (2 << 20) + "ed\nlast line\n"
+    made, cut = bundle._made(Part(name="log", make=lambda: log, end=True), Masked())
+    assert cut and made == b"last line\n"
+
+
+def test_what_pods_have_and_where_links_lead_is_not_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logs, secret = tmp_path / "logs", tmp_path / "shadow"
+    logs.mkdir()
+    secret.write_text("root:planted-hash")
+    (logs / "0.log").symlink_to(secret)
+    (logs / "gone.log").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(logs / "fifo.log")
+    (logs / "good.log").write_text("good line\n")
+    monkeypatch.setattr(bundle, "_LOGS", (f"{logs}/*.log",))
+    monkeypatch.setattr(bundle, "_LOG_PLACES", (str(logs),))
+    state = tmp_path / "state"
+    (state / "directories" / "v1" / "name-of-a-tenant's").mkdir(parents=True)
+    (state / "volumes").mkdir()
+    (state / "volumes" / "v\x1b.img").touch()
+    (state / "link").symlink_to("/etc")
+    with Installation() as it:
+        it.set(paths__state_dir=str(state), paths__run_dir=str(tmp_path / "run"))
+        made = bundle.collect(it.loaded)
+    everything = b"".join(made.content.values())
+    assert b"planted-hash" not in everything and b"tenant's" not in everything
+    listed = made.content["records/state.txt"].decode()
+    assert "'v\\x1b.img'" in listed and "'v1'" in listed and "passwd" not in listed
+    said = {one.name: one for one in made.said if one.name.startswith("logs/") and ".log" in one.name}
+    assert {name.partition("-")[2]: (one.left_out, one.absent) for name, one in said.items()} == {
+        "good.log": ("", False),
+        "0.log": (f"OSError: [Errno 40] leads elsewhere: '{logs}/0.log'", False),
+        "fifo.log": (f"OSError: [Errno 22] is no regular file: '{logs}/fifo.log'", False),
+        "gone.log": ("", True),
+    }
+
+
+def test_a_kind_of_parts_that_cannot_be_listed_costs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise ValueError("of nobody's making")
+
+    monkeypatch.setattr(bundle.doctor_containerd, "asked", fails)
+    monkeypatch.setattr(bundle, "load", fails)
+    with Installation() as it:
+        made = bundle.collect(it.loaded)
+    (left,) = [one for one in made.left_out if one.name == "containerd/list.txt"]
+    assert "ValueError: of nobody's making" in left.left_out
+    assert "node/mounts.txt" in made.content
+
+
+def test_a_program_that_says_too_much_or_never_ends_is_ended() -> None:
+    begun = time.monotonic()
+    assert len(bundle._said_by("yes")) == pytest.approx(2 << 20, abs=1 << 16)
+    assert bundle._said_by("sh", "-c", "yes | head -c 9000000; echo END", end=True).endswith("END\n")
+    with pytest.raises(subprocess.TimeoutExpired):
+        bundle._said_by("sleep", "60", seconds=0.3)
+    with pytest.raises(FileNotFoundError):
+        bundle._said_by("no-such-program-here")
+    assert "(status 3)" in bundle._said_by("sh", "-c", "exit 3")
+    assert time.monotonic() - begun < 20
+
+
+def test_a_bundle_that_is_killed_or_finds_no_room_is_not_there(tmp_path: Path) -> None:
+    code = (
+        "import os, signal; from blockdev import durable; from runvol import bundle\n"
+        "whole = durable.write_all\n"
+        "def half(fd, content):\n    whole(fd, content[:10]); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "durable.write_all = half\n"
+        f"made = bundle.Bundle(); made.content['x'] = b'y'\nbundle.pack(made, {str(tmp_path / 'b.tar.gz')!r}, 'b')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False)
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith("b.tar.gz.") and left.name.endswith(".new")
+    left.unlink()
+    made = bundle.Bundle()
+    made.content["x"] = os.urandom(1 << 20)
+    place = tmp_path / "small"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", place], check=True)
+    try:
+        with pytest.raises(OSError, match="No space"):
+            bundle.pack(made, str(place / "b.tar.gz"), "b")
+        assert not [*place.iterdir()]
+    finally:
+        subprocess.run(["umount", place], check=True)

@@ -197,7 +197,7 @@ def test_config_shows_every_setting_and_its_source(driver, tmp_path):
 def test_a_wrong_setting_is_a_sentence_and_a_status(driver, tmp_path):
     file = tmp_path / "runvol.toml"
     for text, words in (("[log]\ncolour = 1\n", "'log.colour' is not known"), ("[log]\nlevel = 3\n", "must be a text"), ("x = 1\n", "outside of a section"),
-                        ("[log]\nformat = 'xml'\n", "log.format"), ("[[", "no TOML"), ("[loop]\ncapacity_bytes = -1\n", "negative")):  # fmt: skip
+                        ("[log]\nformat = 'xml'\n", "log.format"), ("[[", "no TOML"), ("[loop]\ncapacity_bytes = -1\n", "must lie between 0 and")):  # fmt: skip
         file.write_text(text)
         refused = driver.cli("--config", str(file), "config", check=False)
         assert refused.returncode == 2 and words in refused.stderr and "Traceback" not in refused.stderr, refused.stderr

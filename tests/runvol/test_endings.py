@@ -17,6 +17,7 @@ from runvol import config, schemas
 from runvol.config import ConfigError
 from runvol.options import SETTINGS
 from snapshotter import backing
+from tests.dead import dead as dead_directory
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = ("--size", "64Mi")
@@ -256,3 +257,134 @@ def test_an_installed_flexvolume_driver_has_the_settings_of_its_command_line(tmp
     text = (tmp_path / "p/runvol~runvol/runvol").read_text()
     for name, value in (("CONFIG", file), ("PATHS_RUN_DIR", tmp_path / "r"), ("PATHS_STATE_DIR", tmp_path / "s")):
         assert f"os.environ.setdefault('RUNVOL_{name}', '{value}')" in text
+
+
+def test_a_file_of_settings_is_read_as_a_strangers(tmp_path: Path) -> None:
+    """It is named by whoever types the command."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    for name, content in (
+        ("deep", "a = " + "[" * 100_000), ("digits", "[csi]\nmax_volumes = " + "1" * 5000),
+        ("long", "#" * (5 << 20)),
+    ):  # fmt: skip
+        (tmp_path / name).write_text(content)
+    for file, said in (
+        (fifo, "cannot be read: it is no regular file"), (tmp_path, "cannot be read: Is a directory"),
+        (Path("/dev/zero"), "has more than"), (tmp_path / "deep", "is no TOML: it is nested too deeply"),
+        (tmp_path / "digits", "is no TOML: Exceeds the limit"), (tmp_path / "long", "has more than"),
+    ):  # fmt: skip
+        assert f"{file} {said}" in run("--config", file, "config", status=2).stderr.replace(
+            "cannot be read: it has", "has"
+        )
+    assert run("--config", "/dev/null", "config", status=0)
+
+
+@pytest.mark.parametrize("text", ["1_0", "\u0661\u0662", "+5", " 7", "0x10", "1e3", "9" * 19, "-1", "1048577", "NaN"])
+def test_a_number_is_a_number_as_everybody_reads_it(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"csi\.max_volumes"):
+        config.load(file="/dev/null", environment={"RUNVOL_CSI_MAX_VOLUMES": text})
+
+
+@pytest.mark.parametrize("key", ["LOOP_CAPACITY_BYTES", "DIRECTORY_CAPACITY_BYTES", "SNAPSHOTTER_SIZE_BYTES"])
+@pytest.mark.parametrize("text", ["8Ei", "99999999999999999999Ei", "-1", "\u0661Gi", "10gi", "1e30", "inf"])
+def test_a_size_is_none_that_nothing_counts_to(key: str, text: str) -> None:
+    with pytest.raises(ConfigError):
+        config.load(file="/dev/null", environment={f"RUNVOL_{key}": text})
+    assert "is no size" in run("volumes", "create", "v", f"--size={text}", status=2).stderr
+
+
+@pytest.mark.parametrize("key", ["csi", "nri", "snapshotter"])
+@pytest.mark.parametrize(
+    "text", ["x", ":9090", "127.0.0.1:", "127.0.0.1:0", "127.0.0.1:65536", "h:\u0669\u0660", "a b:90"]
+)
+def test_an_address_that_cannot_be_one_is_a_setting_that_cannot_be(key: str, text: str) -> None:
+    with pytest.raises(ConfigError, match="takes HOST:PORT"):
+        config.load(file="/dev/null", environment={f"RUNVOL_{key.upper()}_METRICS": text})
+    assert config.load(file="/dev/null", environment={f"RUNVOL_{key.upper()}_METRICS": "[::1]:9090"})
+
+
+def test_what_may_not_be_seen_is_not_said_to_be_absent(tmp_path: Path) -> None:
+    state = tmp_path / "snapshotter"
+    state.mkdir(mode=0o700)
+    (state / "snapshots.db").touch()
+    tmp_path.chmod(0o755)
+    for words in (("snapshots",), ("images",), ("csi", "--endpoint", f"unix://{state}/csi.sock")):
+        done = subprocess.run(
+            ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-m", "runvol", *words],
+            cwd=ROOT, capture_output=True, text=True, check=False, timeout=60,
+            env={"PATH": os.environ["PATH"], "RUNVOL_SNAPSHOTTER_STATE_DIR": str(state),
+                 "RUNVOL_SNAPSHOTTER_IMAGES": str(tmp_path), "RUNVOL_PATHS_RUN_DIR": "/dev/shm/no",
+                 "RUNVOL_PATHS_STATE_DIR": "/dev/shm/no"},
+        )  # fmt: skip
+        assert "Traceback" not in done.stderr and "permission denied" in done.stderr, done.stderr
+        assert done.returncode == (1 if words[0] == "csi" else 3)
+
+
+def test_doctor_ends_whatever_lies_in_the_place_of_what_it_reads(tmp_path: Path) -> None:
+    (tmp_path / "state/snapshotter").mkdir(parents=True)
+    for name in ("state/volumes.db", "state/directories.db", "state/snapshotter/pool.json", "containerd.toml"):
+        os.mkfifo(tmp_path / name)
+    done = run(
+        "--state-dir", tmp_path / "state", "--run-dir", tmp_path / "run", "doctor", "--json", status=1,
+        RUNVOL_PATHS_CONTAINERD_CONFIG=str(tmp_path / "containerd.toml"), RUNVOL_CRI_ENDPOINT="",
+        RUNVOL_NODE_ROOTS=str(tmp_path / "kubelet"),
+    )  # fmt: skip
+    found = {(one["id"], one["state"]): one["finding"] for one in json.loads(done.stdout)["items"]}
+    assert "it is no regular file" in found["volumes.store-unreadable", "broken"]
+    assert "it is no regular file" in found["pool.description-damaged", "broken"]
+    assert "it is no regular file" in found["containerd.not-found", "warning"]
+
+
+@pytest.fixture
+def dead(tmp_path: Path) -> Iterator[Path]:
+    with dead_directory(tmp_path / "dead") as place:
+        yield place
+
+
+@pytest.mark.parametrize(
+    ("words", "setting"),
+    [
+        (("where", "a/b"), "RUNVOL_PATHS_POD_LOGS"), (("handoffs",), "RUNVOL_PATHS_DIRECT_VOLUMES"),
+        (("volumes",), "RUNVOL_PATHS_STATE_DIR"), (("volumes", "snapshots"), "RUNVOL_PATHS_STATE_DIR"),
+        (("volumes", "work"), "RUNVOL_PATHS_RUN_DIR"), (("gc", "--dry-run"), "RUNVOL_PATHS_STATE_DIR"),
+        (("config",), "RUNVOL_CONFIG"), (("snapshots",), "RUNVOL_SNAPSHOTTER_STATE_DIR"),
+        (("detect", "a/b"), "RUNVOL_PATHS_CONTAINERD_CONFIG"),
+    ],
+)  # fmt: skip
+def test_a_directory_that_never_answers_is_status_3_in_time(
+    dead: Path, words: tuple[str, ...], setting: str, tmp_path: Path
+) -> None:
+    code = (
+        "import sys; from runvol import entry, troubles\n"
+        f"troubles.LOOKING = 2.0\nsys.argv = ['runvol', *{words!r}]\nentry.main()\n"
+    )
+    settings = {
+        "RUNVOL_PATHS_STATE_DIR": str(tmp_path), "RUNVOL_PATHS_RUN_DIR": str(tmp_path / "run"),
+        "RUNVOL_CRI_ENDPOINT": "", setting: str(dead / "a" if "CONFIG" in setting else dead),
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={"PATH": os.environ["PATH"], **settings}, capture_output=True,
+        text=True, check=False, timeout=30,
+    )  # fmt: skip
+    assert done.returncode == 3, done.stderr
+    assert done.stderr.startswith("Error: this did not end within 2 s: a disk or a server does not answer")
+
+
+@pytest.mark.parametrize("setting", ["RUNVOL_PATHS_CONTAINERD_CONFIG", "RUNVOL_PATHS_DIRECT_VOLUMES"])
+def test_doctor_goes_on_past_a_directory_that_never_answers(dead: Path, setting: str, tmp_path: Path) -> None:
+    code = (
+        "import sys; from runvol import doctor, entry\n"
+        "doctor._LONGEST = 2.0\ndoctor.ended.__defaults__ = (2.0,)\nsys.argv = ['runvol', 'doctor']\nentry.main()\n"
+    )
+    settings = {
+        "RUNVOL_PATHS_STATE_DIR": str(tmp_path), "RUNVOL_PATHS_RUN_DIR": str(tmp_path / "run"),
+        "RUNVOL_NODE_ROOTS": str(tmp_path / "kubelet"), "RUNVOL_CRI_ENDPOINT": "",
+        setting: str(dead / "a" if "CONFIG" in setting else dead),
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={"PATH": os.environ["PATH"], **settings}, capture_output=True,
+        text=True, check=False, timeout=100,
+    )  # fmt: skip
+    assert done.returncode in (1, 3), done.stderr
+    assert "did not end within 2.0 s" in done.stdout and "Traceback" not in done.stderr
+    assert "volumes on this node" in done.stdout or "on this node" in done.stdout, "the rest is told"

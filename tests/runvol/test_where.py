@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.csi.helpers import PODS
+from runvol.where import Bundle, Pod, places
 from tests.driver import Driver
 
 pytestmark = pytest.mark.kernel
@@ -114,3 +115,10 @@ def test_what_is_no_bundle_is_passed_over(driver: Driver, tmp_path: Path) -> Non
     place = bundle(tmp_path, "c", "p", A, {}, on_host=False)
     (row,) = where(driver, "p")
     assert row["path"] == f"{place}/rootfs"
+
+
+def test_no_name_is_nobodys_name() -> None:
+    """Of a pod whose name is not known."""
+    nameless = Bundle(pod=Pod(uid="u1"), container="c", root="/r", read_only=False, mounts=[])
+    for wanted, number in (("", 0), ("/", 0), ("u1", 1)):
+        assert len(places(wanted, claims=[], containers=[nameless], outputs=[], root="/")) == number
