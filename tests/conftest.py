@@ -89,12 +89,19 @@ def _functions(items: list[pytest.Item]) -> set[str]:
     return {re.sub(r"\[.*", "", item.nodeid, flags=re.DOTALL) for item in items}
 
 
+_left_to_another_tier: list[pytest.Item] = []
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    _left_to_another_tier.extend(items)
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """A whole run has every test that is on record; `RUNVOL_RECORD=1` writes the record anew."""
     record = RECORDS.get(" ".join(session.config.args))
     if session.config.option.keyword or session.config.option.markexpr or record is None:
         return
-    found = _functions(session.items)
+    found = _functions([*session.items, *_left_to_another_tier])
     if os.environ.get("RUNVOL_RECORD"):
         record.write_text("".join(f"{name}\n" for name in sorted(found)))
     missing = sorted(set(record.read_text().split("\n")) - {""} - found)

@@ -1,7 +1,7 @@
 """`make test-kernel`: the tests that need device-mapper, in the machine's own kernel if it has that, else in a
 user-mode one. Arguments go to pytest; `-m short` is the round that `make test` has.
 
-A user-mode kernel has one processor, and much of what is tested waits; so a machine with several runs up to three."""
+A user-mode kernel has one processor, so a machine with several runs two of them."""
 
 from __future__ import annotations
 
@@ -95,14 +95,12 @@ def run(arguments: list[str], *, show: bool = True) -> tuple[int, str]:
 
 
 def _machines(arguments: list[str]) -> int:
-    """How many kernels share the tests: each has one processor and takes up to 6 GiB, of which few need the half."""
+    """How many kernels share the tests: each has one processor and takes up to 6 GiB."""
     chosen = [one for one in arguments if one.startswith(f"{INSIDE}/")]
     if "PYTEST_XDIST_WORKER" in os.environ:
         return 1  # another worker has the other processor
     available = next(int(line.split()[1]) for line in open("/proc/meminfo") if line.startswith("MemAvailable")) >> 20
-    if chosen or (os.cpu_count() or 1) < 2:
-        return 1
-    return 3 if available >= 16 else 2 if available >= 10 else 1
+    return 2 if not chosen and (os.cpu_count() or 1) > 1 and available >= 10 else 1
 
 
 def _sharing(taken: Path, number: int, script: str) -> str:

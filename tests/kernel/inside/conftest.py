@@ -13,18 +13,23 @@ from tests.kernel.inside.lab import Lab
 
 
 _mine: dict[str, bool] = {}
+# Whether it is the round that has all, as `make test-long` runs it.
+_IS_LONG = int(os.environ.get("RUNVOL_SUITES", "1")) > 1
 # What takes minutes, the longest first, as the table at the end says.
 _LONG = ("test_crashes.py", "test_nfs_archives.py", "test_lost_store.py", "test_nri.py", "test_containerd.py",
          "test_past_crashes.py", "test_many.py", "test_gauge.py", "test_nfs_sanity.py", "test_faults_model.py",
          "test_nfs.py", "test_images.py", "test_conformance.py")  # fmt: skip
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Of machines that share the tests, the first ones begin with what takes longest, so that they end together."""
+    if not _IS_LONG:
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("long")])
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
     machine = os.environ.get("RUNVOL_MACHINE")
     if machine is not None:
         files = list(dict.fromkeys(item.path for item in items))
-        turn = int(machine) * len(files) // 3
+        turn = int(machine) * len(files) // 2
         order = sorted(files, key=lambda path: _LONG.index(path.name) if path.name in _LONG else len(_LONG))
         rest = [path for path in order if path.name not in _LONG]
         order = [path for path in order if path.name in _LONG] + rest[turn:] + rest[:turn]

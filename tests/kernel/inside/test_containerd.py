@@ -220,7 +220,8 @@ def test_an_image_is_imported_run_changed_committed_and_collected(
     _remove_everything(containerd, server)
 
 
-@pytest.mark.parametrize("containerd", VERSIONS, indirect=True)
+@pytest.mark.parametrize("containerd", [*(pytest.param(one, marks=pytest.mark.long) for one in VERSIONS[:-1]), VERSIONS[-1]],
+                         indirect=True)  # fmt: skip
 def test_containers_run_on_after_a_restart_of_the_snapshotter(
     containerd: Containerd, server: Server, tmp_path: Path
 ) -> None:
@@ -242,7 +243,7 @@ def test_containers_run_on_after_a_restart_of_the_snapshotter(
     _remove_everything(containerd, server)
 
 
-@pytest.mark.parametrize("victim", ["snapshotter", "containerd"])
+@pytest.mark.parametrize("victim", ["snapshotter", pytest.param("containerd", marks=pytest.mark.long)])
 def test_kill_9_in_the_middle_of_an_import(containerd: Containerd, server: Server, tmp_path: Path, victim: str) -> None:
     oci_archive(tmp_path / "image.tar", layers(big=2 * MIB))
     chance = random.Random(4711)

@@ -194,7 +194,18 @@ def _soon() -> object:
     return soon()
 
 
-@pytest.mark.parametrize("name", SCENES)
+# Whose steps are mostly another one's.
+_LONG = (
+    "prepare of a parent that is still mapped", "prepare of a larger child", "view of a sealed layer",
+    "remove of a sealed layer's view, and of the layer", "commit of what somebody has open",
+    "prepare of a layer that another namespace has", "unmapping an idle view of a sealed layer",
+    "remove of a committed one",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long) if name in _LONG else name for name in SCENES]
+)
 def test_a_kill_in_front_of_every_step_loses_and_leaks_nothing(
     make_lab: Callable[..., Lab], name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

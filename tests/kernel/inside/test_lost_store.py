@@ -226,6 +226,7 @@ def test_a_lost_store(node: Node) -> None:
     _end(node, ("a", "b", "d", "e", "n"))
 
 
+@pytest.mark.long
 def test_an_old_copy_of_the_store_and_a_device_that_the_pool_lost(node: Node) -> None:
     copy = node.directory / "copy"
     with contextlib.closing(sqlite3.connect(node.server.state / STORE)) as source:

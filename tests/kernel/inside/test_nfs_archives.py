@@ -272,6 +272,7 @@ def test_nothing_is_deleted_that_is_being_copied_and_a_killed_copy_is_begun_agai
         subprocess.run(["rm", "-rf", *SHARE.glob("archived-r*")], check=True)
 
 
+@pytest.mark.long
 def test_a_long_copy_says_how_far_it_is(driver, nfs):
     """The server stops in the middle: the call answers all the same, and the copy ends once the server is back."""
     volume = create(driver, "one")

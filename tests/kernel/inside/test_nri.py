@@ -231,7 +231,7 @@ def taken_back(driver: Driver, volume: Any, pod: str) -> None:
     assert not {what: found for what, found in driver.left_over().items() if found}
 
 
-@pytest.mark.parametrize("version", ["3", "4.0", "4.1", "4.2"])
+@pytest.mark.parametrize("version", ["3", pytest.param("4.0", marks=pytest.mark.long), "4.1", "4.2"])
 def test_the_container_mounts_the_export_itself(driver, plugin, cri, version):
     volume, target = published(driver, f"v{version}", POD.format(1), parameters={"vers": version})
     assert os.listdir(target) == ["RUNVOL-PLACEHOLDER"]

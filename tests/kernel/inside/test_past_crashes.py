@@ -38,7 +38,8 @@ def _die(work: Callable[[Lab], object], lab: Lab, number: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("work", "keep"), [(_start, False), (_repair, False), (partial(_repair, keep=True), True)],
+    ("work", "keep"),
+    [(_start, False), (_repair, False), pytest.param(partial(_repair, keep=True), True, marks=pytest.mark.long)],
     ids=["a start", "repair-store", "repair-store --keep"],
 )  # fmt: skip
 def test_a_kill_while_the_past_is_found_out_or_decided_on_gives_nothing_away(
