@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from runvol import schemas
 from snapshotter import assembly
 
 MIB = 1 << 20
+_numbers = itertools.count()
 
 
 class Server:
@@ -29,7 +31,8 @@ class Server:
         self.directory = directory
         self.socket = Path(f"/run/runvol-{os.getpid()}-{directory.name[-20:]}/s.sock")
         self.state = directory / "state"
-        self.pool_name = f"srv{os.getpid()}"
+        # Another one each time: what a test that failed has left mapped is in nobody else's way.
+        self.pool_name = f"srv{os.getpid()}-{next(_numbers)}"
         self.environment = {
             **os.environ,
             "RUNVOL_SNAPSHOTTER_STATE_DIR": str(self.state),

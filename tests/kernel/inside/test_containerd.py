@@ -142,6 +142,12 @@ class Containerd:
     def words(self, *arguments: str) -> list[str]:
         return [str(self._programs / "ctr"), "-a", self.socket, "-n", "t", *arguments]
 
+    def be_back(self) -> None:
+        """Returns once containerd has dialled a snapshotter that was away, after a pause of up to three seconds."""
+        until = time.monotonic() + 20
+        while self.ctr("snapshots", "--snapshotter", "runvol", "ls", ok=None)[0] != 0 and time.monotonic() < until:
+            time.sleep(0.5)
+
     def import_image(self, archive: Path) -> None:
         """As kubelet would, again: containerd waits up to three seconds before it dials a snapshotter that was away."""
         arguments = self.importing(archive)
@@ -235,6 +241,7 @@ def test_containers_run_on_after_a_restart_of_the_snapshotter(
     server.start()
     _, lines = containerd.ctr("tasks", "exec", "--exec-id", "e1", "long", "/bin/cat", "/log")
     assert lines.count("x") > 1
+    containerd.be_back()
     assert containerd.run_container("beside", "/bin/cat", "/etc/changed") == "new"
     # The container may have ended, and dd with it, before dd has.
     containerd.ctr("tasks", "exec", "--exec-id", "e2", "long", "/bin/dd", "if=/dev/null", "of=/stop", ok=(0, 137))

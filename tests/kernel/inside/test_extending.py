@@ -389,7 +389,7 @@ def _die_repairing(state: str) -> None:
 def test_a_pool_that_is_not_assembled_says_why(lab: Lab, mapper: Mapper) -> None:
     lab.stop()
     _apart(mapper, lab.state)
-    assert "`runvol pool check` looks at its metadata" in _runvol(lab.state, "pool", "status", ok=1)
+    assert "`runvol pool check` looks at the metadata" in _runvol(lab.state, "pool", "status", ok=1)
     os.rename(lab.description.metadata, lab.description.metadata + ".away")
     assert "does not exist; bring it back" in _runvol(lab.state, "pool", "status", ok=1)
     os.rename(lab.description.metadata + ".away", lab.description.metadata)
