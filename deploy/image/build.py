@@ -118,9 +118,9 @@ def _program(top: Path) -> None:
         pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
         subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", wheels, ROOT], check=True)
         wheel = next(Path(wheels).glob("runvol-*.whl"))
-        subprocess.run(
-            [*pip, "install", "--no-compile", "--root-user-action=ignore", "--target", place, wheel], check=True
-        )
+        # What is installed beside --target has nothing to do with it, and pip would call it a conflict.
+        told = ["--no-compile", "--root-user-action=ignore", "--no-warn-conflicts"]
+        subprocess.run([*pip, "install", *told, "--target", place, wheel], check=True)
     shutil.rmtree(place / "bin", ignore_errors=True)
     for name in ("pip", "setuptools", "tests"):
         shutil.rmtree(place / name, ignore_errors=True)
