@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +18,10 @@ from tests.cluster import programs
 from tests.e2e import definitions
 
 FOCUS = r"External.Storage"
+# What ginkgo prints for each test that has run.
+_ENDED = "•"
+# Seconds between two lines that say how far it is.
+_PROGRESS = 30.0
 # Names that differ from run to run, in the suite's own words for what a driver does not have.
 _DRIVER = re.compile(r'^Driver "?[\w.]+"? ')
 
@@ -64,11 +70,28 @@ def run(backend: str, kubeconfig: Path, reports: Path, *, focus: Sequence[str] =
         "--provider=skeleton", "--delete-namespace-on-failure=true", f"--kubectl-path={programs.program('kubectl')}",
     ]  # fmt: skip
     with (reports / f"{backend}.log").open("w") as log:
-        subprocess.run([str(word) for word in argv], stdout=log, stderr=subprocess.STDOUT, check=False,
-                       env={**os.environ, "HOME": str(reports)})  # fmt: skip
+        ran = subprocess.Popen([str(word) for word in argv], stdout=log, stderr=subprocess.STDOUT,
+                               env={**os.environ, "HOME": str(reports)})  # fmt: skip
+    _told(backend, ran, reports / f"{backend}.log", len(definitions.recorded(backend)))
     if not report.exists():
         log = (reports / f"{backend}.log").read_text(errors="replace")
         raise RuntimeError(f"ginkgo wrote no report; its log ends with {log[-4000:]}")
+
+
+def _told(backend: str, ran: subprocess.Popen[bytes], log: Path, expected: int) -> None:
+    """Returns when ginkgo has ended; until then, how far it is is printed, by the marks that its log has of each test."""
+    began, shown = time.monotonic(), -1
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            ran.wait(_PROGRESS)
+            return
+        marks = log.read_text(errors="replace")
+        if (done := marks.count(_ENDED)) != shown:
+            shown = done
+            minutes = (time.monotonic() - began) / 60
+            print(
+                f"==> {backend}: {done} tests have ended, {expected} have passed before; {minutes:.0f} min", flush=True
+            )
 
 
 def read(backend: str, reports: Path) -> Outcome:
