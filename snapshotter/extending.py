@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterator
 
 from blockdev import Deadline
@@ -25,6 +26,8 @@ log = logging.getLogger("runvol.snapshotter")
 
 # Percent by which a pool is extended that does not do so by itself.
 _STEP = 20
+# Seconds in which a pool that was full takes writes again once it is larger, and between two looks at it.
+_AGAIN, _PAUSE = 5.0, 0.05
 
 
 class Extender:
@@ -78,6 +81,14 @@ class Extender:
                 f"pool {self._pool.name} does not take what its {part} device has more: "
                 + "; ".join(finding.message for finding in self._pool.health(after))
             )
+        return self._taking_writes(after, min(_AGAIN, deadline.remaining()))
+
+    def _taking_writes(self, after: PoolStatus, seconds: float) -> PoolStatus:
+        """The status once the kernel lets writes on that waited for space, which it does behind the new table."""
+        until = time.monotonic() + seconds
+        while after.mode == "out_of_data_space" and after.data_free and time.monotonic() < until:
+            time.sleep(_PAUSE)
+            after = self._pool.status()
         return after
 
     def _reload(self, deadline: Deadline) -> PoolStatus:

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import errno
 import time
+from collections.abc import Callable
 
 from blockdev.devicemapper import Mapper, MapperError
 from blockdev.dm_targets import SECTOR, PoolStatus
-from snapshotter.errors import SnapshotterError, Unavailable
+from snapshotter.errors import PoolFull, SnapshotterError, Unavailable
 from snapshotter.watermarks import Health, Limits, Remedies, Watermarks
 
 # Seconds for which a status is good enough to let a snapshot be made.
 _FRESH = 0.25
+# Seconds for which one is good enough to refuse by.
+_JUST_NOW = 0.05
 
 
 class DeviceMissing(SnapshotterError):
@@ -120,19 +123,34 @@ class ToldPool:
 
     def refuse_broken(self) -> PoolStatus:
         """The status a moment ago. PoolFull where the pool has no room, Unavailable where it takes no writes else."""
-        status = self._recent()
-        self._watermarks.refuse_broken(status)
-        return status
+        return self._judged(self._watermarks.refuse_broken)
 
     def admit(self, places: int = 0, each: int = 0) -> None:
         """Return if a new snapshot may be made that writes `each` bytes at so many places at once.
 
         PoolFull before writes would hang, Unavailable where nothing can be made.
         """
+
+        def judge(status: PoolStatus) -> None:
+            self._watermarks.admit(status)
+            if places:
+                self._watermarks.admit_writes(status, places * max(2, -(-each // self.block_bytes())))
+
+        self._judged(judge)
+
+    def _judged(self, judge: Callable[[PoolStatus], None]) -> PoolStatus:
+        """The status a moment ago, which the judge admits. Nobody is refused for what was: the pool may have been
+        extended since, or put right."""
         status = self._recent()
-        self._watermarks.admit(status)
-        if places:
-            self._watermarks.admit_writes(status, places * max(2, -(-each // self.block_bytes())))
+        try:
+            judge(status)
+        except (PoolFull, Unavailable):
+            seen = self._seen
+            if seen is not None and time.monotonic() - seen[0] < _JUST_NOW:
+                raise
+            status = self.status()
+            judge(status)
+        return status
 
     def block_bytes(self) -> int:
         """Size of a data block of the pool."""
