@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
 from blockdev.dm_targets import PoolStatus
 from snapshotter.errors import PoolFull, SnapshotterError, Unavailable
+from snapshotter.messages import ToldPool
 from snapshotter.watermarks import Limits, Remedies, Watermarks
 
 WELL = PoolStatus(mode="rw", data_used=10, data_total=100, metadata_used=10, metadata_total=1000)
@@ -57,3 +60,45 @@ def test_what_a_filesystem_will_write_is_counted_before() -> None:
         MARKS.admit_writes(WELL, 88)
     with pytest.raises(PoolFull, match="buy another"):
         MARKS.admit_writes(replace(WELL, data_total=1 << 20), 32 * 900)
+
+
+class _Kernel:
+    """What it says of the pool, and how often it was asked."""
+
+    def __init__(self, status: PoolStatus) -> None:
+        self.now, self.asked = status, 0
+
+    def pool_status(self, _name: str) -> PoolStatus:
+        self.asked += 1
+        return self.now
+
+
+@pytest.mark.parametrize("look", [ToldPool.admit, ToldPool.refuse_broken])
+def test_nobody_is_refused_for_what_the_pool_was(
+    look: Callable[[ToldPool], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    kernel = _Kernel(replace(WELL, mode="out_of_data_space"))
+    pool = ToldPool(kernel, "p")  # type: ignore[arg-type]
+    with pytest.raises(PoolFull):
+        look(pool)
+    kernel.now = WELL  # it was extended
+    clock[0] += 0.1  # while what was seen is still good enough to let a snapshot be made
+    look(pool)
+    assert kernel.asked == 2
+    for _ in range(100):
+        look(pool)
+    assert kernel.asked == 2
+
+
+def test_many_who_are_refused_ask_the_kernel_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    kernel = _Kernel(replace(WELL, mode="fail"))
+    pool = ToldPool(kernel, "p")  # type: ignore[arg-type]
+    for _ in range(1000):
+        clock[0] += 0.0002
+        with pytest.raises(Unavailable):
+            pool.admit()
+    assert kernel.asked <= 6
