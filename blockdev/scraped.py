@@ -7,13 +7,13 @@ an end: of what hangs the last values are told, with when they were true.
 from __future__ import annotations
 
 import logging
-import re
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from blockdev.addresses import host_and_port
 from blockdev.deadlines import Deadline, NoThread, bounded
 from blockdev.errors import WaitExpired
 from blockdev.families import GAUGE, Family
@@ -48,9 +48,6 @@ COLLECTED = Family(
     help="When a part of the process was asked for its values, in seconds since 1970: now, unless what it asks hangs.",
 )  # fmt: skip
 FAMILIES = (BUILD, COLLECTED)
-
-
-_PORT = re.compile(r"[0-9]{1,5}\Z")
 
 
 class Collector(Protocol):
@@ -111,11 +108,9 @@ class _All:
 
 def listen(address: str, collectors: Sequence[Collector], *, part: str, version: str) -> None:
     """Serve what they tell at `HOST:PORT`, and what the process takes. ValueError, with what is wrong in words."""
-    host, _, port = address.rpartition(":")
-    if not host or not _PORT.match(port) or not 0 < int(port) < 65536:
-        raise ValueError("takes HOST:PORT")
+    host, port = host_and_port(address)
     try:
-        server = _server(host.removeprefix("[").removesuffix("]"), int(port), _registry(collectors, part, version))
+        server = _server(host, port, _registry(collectors, part, version))
     except OSError as error:
         raise ValueError(f"cannot be listened on: {error.strerror}") from None
     except UnicodeError:

@@ -156,7 +156,8 @@ def _deadline(remaining: float | None) -> Deadline:
 
 
 def _abort(context: grpc.ServicerContext, code: grpc.StatusCode, message: str) -> NoReturn:
-    context.abort(code, sentences.short(message))
+    """`message` is one that travels (`sentences.short`)."""
+    context.abort(code, message)
     raise AssertionError("abort returned")
 
 

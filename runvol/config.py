@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from blockdev import toml_files
+from blockdev.addresses import host_and_port
 from runvol import sizes
 
 DEFAULT_FILE = "/etc/runvol/runvol.toml"
@@ -286,7 +287,6 @@ WORDS = {
     "kata.rust_shared_block": ("refuse", "allow"),
 }
 _EXPORT = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^;/\[\]\s]+):/[^;\s]*(;[^;\s]+)*\Z")
-_ADDRESS = re.compile(r"\S+:[0-9]{1,5}\Z")
 # Kubelet's address: on the loopback, and elsewhere.
 _HERE = re.compile(r"https?://(127\.[0-9.]+|localhost|\[::1\])(:[0-9]{1,5})?\Z")
 _THERE = re.compile(r"https://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9][-A-Za-z0-9.]*)(:[0-9]{1,5})?\Z")
@@ -481,9 +481,11 @@ def _check_lists(config: Config) -> None:
         if not config.words(key) or set(config.words(key)) - {*known}:
             raise ConfigError(f"{config.said(key)}: takes any of {', '.join(known)}")
     for key in ("csi.metrics", "nri.metrics", "snapshotter.metrics"):
-        address = config.text(key)
-        if address and (not _ADDRESS.match(address) or not 0 < int(address.rpartition(":")[2]) < 1 << 16):
-            raise ConfigError(f"{config.said(key)}: takes HOST:PORT")
+        if address := config.text(key):
+            try:
+                host_and_port(address)
+            except ValueError as error:
+                raise ConfigError(f"{config.said(key)}: {error}") from None
     for one in config.words("nfs.exports"):
         if not _EXPORT.match(one):
             raise ConfigError(

@@ -27,7 +27,7 @@ from snapshotter.images import Share
 from snapshotter.model import LABEL_REF, Kind, Snapshot, chain_of
 from snapshotter.service import LENDING
 from snapshotter.signatures import PrivateKey
-from snapshotter.store import Store, existing, is_there
+from snapshotter.store import Store, existing, found
 from snapshotter.trust import Trust, Verdict, pin_of
 
 _CALL = 60.0
@@ -52,7 +52,7 @@ def _trust(config: Config) -> Trust:
 
 def _store(config: Config) -> Store | None:
     """The node's store; None on a machine where no snapshotter ever ran."""
-    return existing(state_dir(config)) if is_there(state_dir(config)) else None
+    return found(state_dir(config))
 
 
 def _own_store(config: Config) -> Store:

@@ -29,7 +29,7 @@ from snapshotter.extending import Extender
 from snapshotter.gauge import Gauge
 from snapshotter.model import Kind, Snapshot
 from snapshotter.pool import Pool
-from snapshotter.store import Store, existing, is_there
+from snapshotter.store import Store, existing, found
 
 if TYPE_CHECKING:
     from snapshotter.repairing import Report
@@ -238,8 +238,7 @@ def _print_pool(item: schemas.Pool) -> None:
 
 def _of_store(config: Config, name: str, finding: str) -> schemas.Pool:
     """A pool that the kernel does not have: what its store knows."""
-    there = is_there(state_dir(config))
-    store = _store(config) if there else None
+    store = found(state_dir(config))
     return schemas.Pool(
         pool=name, state=BROKEN, assembled=False, mode=None, data_used_bytes=None, data_total_bytes=None,
         metadata_used_bytes=None, metadata_total_bytes=None, generation=None, mapped_devices=None,

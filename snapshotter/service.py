@@ -231,7 +231,7 @@ class Service:
                 message = sentences.short(f"{type(error).__name__}: {error}", where)
         elif code is not grpc.StatusCode.NOT_FOUND:
             log.warning("call refused", extra={**facts, "reason": message})
-        context.abort(code, sentences.short(message))
+        context.abort(code, message)
         raise AssertionError("abort returned")
 
     def Prepare(self, request: Any, deadline: Deadline) -> Message:

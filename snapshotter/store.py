@@ -24,19 +24,20 @@ _NONE_YET = ("the snapshotter makes it at its first start, once `runvol pool ini
 
 def existing(state_dir: str) -> Store:
     """The store of this state directory. NotFound where there is none; OSError where that cannot be seen."""
+    store = found(state_dir)
+    if store is None:
+        raise NotFound(os.path.join(state_dir, STORE), "the store", _NONE_YET)
+    return store
+
+
+def found(state_dir: str) -> Store | None:
+    """The store of this state directory, if it has one. OSError where that cannot be seen."""
     path = os.path.join(state_dir, STORE)
-    if not is_there(state_dir):
-        raise NotFound(path, "the store", _NONE_YET)
-    return Store(path)
-
-
-def is_there(state_dir: str) -> bool:
-    """Whether the state directory has a store. OSError where that cannot be seen."""
     try:
-        os.stat(os.path.join(state_dir, STORE))
+        os.stat(path)
     except FileNotFoundError:
-        return False
-    return True
+        return None
+    return Store(path)
 
 
 class Store(Rows):

@@ -30,10 +30,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if machine is not None:
         files = list(dict.fromkeys(item.path for item in items))
         turn = int(machine) * len(files) // 2
-        order = sorted(files, key=lambda path: _LONG.index(path.name) if path.name in _LONG else len(_LONG))
-        rest = [path for path in order if path.name not in _LONG]
-        order = [path for path in order if path.name in _LONG] + rest[turn:] + rest[:turn]
-        items.sort(key=lambda item: order.index(item.path))
+        order = {path: place for place, path in enumerate(files[turn:] + files[:turn], len(_LONG))}
+        order |= {path: _LONG.index(path.name) for path in files if path.name in _LONG}
+        items.sort(key=lambda item: order[item.path])
 
 
 @pytest.hookimpl(tryfirst=True)
