@@ -336,8 +336,9 @@ def test_of_too_many_lists_the_one_that_stands_still_makes_room(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(services, "_LISTS", 3)
-    monkeypatch.setattr(services, "_SURELY", 0.3)
-    served.fill(1000)
+    monkeypatch.setattr(services, "_SURELY", 60.0)
+    monkeypatch.setattr(services, "_STILL", 60.0)
+    served.fill(3000)  # 12 MB: 4 MB find room between the two ends, and nothing stands still
     with contextlib.ExitStack() as stack:
         channels = [stack.enter_context(grpc.insecure_channel(served.path, [("grpc.use_local_subchannel_pool", 1)]))
                     for _ in range(3)]  # fmt: skip
@@ -348,8 +349,8 @@ def test_of_too_many_lists_the_one_that_stands_still_makes_room(
         with pytest.raises(grpc.RpcError) as refused:
             list(served.listing())
         assert "3 Lists are being read already" in refused.value.details()
-        time.sleep(0.5)
-        assert sum(len(page.info) for page in served.listing()) == 1002
+        monkeypatch.setattr(services, "_SURELY", 0.0)
+        assert sum(len(page.info) for page in served.listing()) == 3002
 
 
 def test_a_reader_that_is_slow_gets_everything(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
