@@ -10,6 +10,7 @@ import contextlib
 import json
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -73,6 +74,11 @@ def mount_capability(
 
 def block_capability(mode: str = "SINGLE_NODE_WRITER") -> Any:
     return csi_pb2.VolumeCapability(block={}, access_mode={"mode": MODE.Value(mode)})
+
+
+def _is_listened_to(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(path) == 0
 
 
 class Driver:
@@ -139,7 +145,11 @@ class Driver:
         while True:
             if self.process.poll() is not None or time.monotonic() > until:
                 raise RuntimeError(f"the driver did not start: {self.log.read_text()[-3000:]}")
-            client = Client(endpoints[names[0]].removeprefix("unix://"))
+            path = endpoints[names[0]].removeprefix("unix://")
+            if not _is_listened_to(path):  # gRPC asking on its own takes half of a user-mode kernel's processor
+                time.sleep(0.05)
+                continue
+            client = Client(path)
             try:
                 client.Probe(timeout=1.0)
                 self.client = client
@@ -150,7 +160,7 @@ class Driver:
         # It serves at once; what its last process left is put right behind.
         told = self.environment.get("RUNVOL_LOG_LEVEL", "info") in ("info", "debug")
         while repaired and told and self._repairs() <= before and time.monotonic() < until + 20:
-            time.sleep(0.01)
+            time.sleep(0.05)
 
     def _repairs(self) -> int:
         return self.log.read_text(errors="replace").count("repairs done") if self.log.exists() else 0
