@@ -51,7 +51,9 @@ _OF_STORAGE = re.compile(
     r"oom-kill|out of memory|hung_task|blocked for more|runvol|project quota"
 )
 _UNITS = ("runvol-csi", "runvol-snapshotter", "runvol-nri", "containerd", "kubelet")
-_LOGS = ("/var/log/runvol/*.log", "/var/log/pods/*_runvol-*/*/*.log", "/var/log/runvol-flexvolume.log")
+_LOGS = ("/var/log/runvol/*.log", "/var/log/runvol-flexvolume.log")
+# Where the documents install, and where a pod reads which namespace is its own.
+_NAMESPACE, _OWN_NAMESPACE = "runvol-system", "/var/run/secrets/kubernetes.io/serviceaccount/namespace"
 # Where they lie in truth: below each of these, or with dockershim, whose names there are links.
 _LOG_PLACES = ("/var/log", "/var/lib/docker/containers")
 _KUBECONFIG_SECRETS = re.compile(
@@ -96,14 +98,16 @@ class Bundle:
 
 
 def collect(
-    config: Config, *, longest: float = _LONGEST, in_all: float = _IN_ALL, more: tuple[Part, ...] = ()
-) -> Bundle:
-    """Everything, masked. `more`: parts besides. WaitExpired where what is secret cannot be read."""
+    config: Config, *, namespace: str = "", longest: float = _LONGEST, in_all: float = _IN_ALL,
+    more: tuple[Part, ...] = (),
+) -> Bundle:  # fmt: skip
+    """Everything, masked. `namespace`: that of runvol's own pods, whose logs are taken; `more`: parts besides.
+    WaitExpired where what is secret cannot be read."""
     until = time.monotonic() + in_all
     known = bounded("reading what is secret here", Deadline.after(longest), lambda: list(known_secrets(config)))
     made, masked = Bundle(), Masked(known)
     size = 0
-    for part in (*_parts(config), *more):
+    for part in (*_parts(config, namespace), *more):
         said = Said(name=part.name)
         made.said.append(said)
         begun = time.monotonic()
@@ -245,7 +249,7 @@ def _said_by(
     return text if status == 0 else f"{text}\n(status {status})\n"
 
 
-def _parts(config: Config) -> Iterator[Part]:
+def _parts(config: Config, namespace: str) -> Iterator[Part]:
     yield Part(name="runvol/version.json", make=_versions)
     diagnoses: list[Diagnosis] = []
     yield Part(name="runvol/doctor.json", make=partial(_doctor, config, diagnoses))
@@ -263,7 +267,7 @@ def _parts(config: Config) -> Iterator[Part]:
         if config.text(key):
             yield Part(name=f"metrics/{key.partition('.')[0]}.txt", make=partial(_metrics, config.text(key)))
     yield from _node(config)
-    yield from _there("logs", _logs)
+    yield from _there("logs", partial(_logs, config, namespace))
 
 
 def _there(what: str, look: Callable[[], Iterable[Part]]) -> Iterator[Part]:
@@ -425,15 +429,19 @@ def _kernel() -> str:
     return "\n".join(lines[-_LINES:]) + "\n"
 
 
-def _logs() -> Iterator[Part]:
+def _logs(config: Config, namespace: str) -> Iterator[Part]:
+    """Of pods only runvol's own: a pod's name is its owner's to choose, its namespace is not."""
     for unit in _UNITS:
         words = ("journalctl", "--no-pager", "-o", "short-iso", "-n", str(_LINES), "--since", "-2d", "-u", unit)
         yield Part(name=f"logs/{unit}.txt", end=True, make=partial(_said_by, *words, end=True))
     said = os.environ.get("RUNVOL_FLEXVOLUME_LOG")
-    names = [path for pattern in _LOGS for path in glob.glob(pattern)] + ([said] if said else [])
+    of_pods = config.text("paths.pod_logs")
+    own = glob.escape(f"{of_pods}/{namespace or _secret(_OWN_NAMESPACE).strip() or _NAMESPACE}_")
+    patterns = (*_LOGS, f"{own}*runvol*/*/*.log")
+    names = [path for pattern in patterns for path in glob.glob(pattern)] + ([said] if said else [])
     newest = sorted(names, key=lambda path: -_changed(path))[:20]
     for number, path in enumerate(newest):
-        within = () if path == said else _LOG_PLACES
+        within = () if path == said else (*_LOG_PLACES, os.path.realpath(of_pods))
         yield Part(name=f"logs/{number}-{os.path.basename(path)}", end=True,
                    make=partial(_named, path, end=True, within=within))  # fmt: skip
 

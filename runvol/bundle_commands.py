@@ -15,8 +15,15 @@ from runvol.sizes import words as size
 
 @click.command("support-bundle", short_help="Pack what a maintainer needs into one file.")
 @click.argument("file", required=False, type=click.Path(dir_okay=False))
+@click.option(
+    "--namespace",
+    default="",
+    metavar="NAME",
+    help="Where runvol's own pods are, of whose logs the newest "
+    "are taken; default: this pod's namespace, else runvol-system.",
+)
 @click.pass_obj
-def support_bundle(load: Loader, file: str | None) -> None:
+def support_bundle(load: Loader, file: str | None, namespace: str) -> None:
     """Pack what a maintainer needs into FILE (default: runvol-NODE-TIME.tar.gz here), secrets left out.
 
     Doctor's findings, settings, lists, claims, hand-offs, containerd's and Kata's configuration, mounts, metrics, logs
@@ -31,7 +38,7 @@ def support_bundle(load: Loader, file: str | None) -> None:
     if os.path.lexists(path):  # which is known before anything is asked
         raise click.ClickException(f"{path} exists, and nothing is written over; name another file")
     with troubles.looking():
-        made = bundle.collect(config)
+        made = bundle.collect(config, namespace=namespace)
     try:
         count = bundle.pack(made, path, name)
     except FileExistsError:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib
+import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -52,7 +54,18 @@ def _told() -> Iterator[None]:
         said = troubles.sentence(error)
         if said is None:
             raise
+        _unsaid()
         raise _failed(said, troubles.status(error)) from error
+
+
+def _unsaid() -> None:
+    """What could not be written out is not tried once more at the end, where nobody would take the error."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        os.dup2(nowhere, 1)
+        os.close(nowhere)
 
 
 class _Program(click.Group):

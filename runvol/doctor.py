@@ -63,7 +63,7 @@ def _looks(config: Config, node: Node) -> Iterator[tuple[str, Look]]:
     yield "the kernel", lambda: doctor_kernel.examine(config, on_node=on_node)
     if on_node:
         yield "kubelet's directory", lambda: doctor_kubelet.directories(config)
-        yield "mounts", lambda: doctor_kubelet.reach(node)
+        yield "mounts", lambda: doctor_kubelet.reach(config, node)
     yield "the driver", lambda: doctor_kubelet.examine(config)
     yield "sidecars", lambda: doctor_sidecars.examine(config)
     yield "versions", lambda: doctor_versions.examine(config, on_node=on_node)
@@ -85,5 +85,6 @@ def _looks(config: Config, node: Node) -> Iterator[tuple[str, Look]]:
         yield "Kubernetes", lambda: doctor_cluster.examine(config, assembly.api(config), None)
     yield "backends", lambda: doctor_volumes.backends(node)
     yield "volumes", lambda: doctor_volumes.examine(node)
+    yield "what is left over", lambda: doctor_volumes.left_over(node, doctor_kubelet.silent(config) if on_node else "")
     if on_node:
         yield "root filesystems", lambda: doctor_snapshots.examine(config)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Iterator
 
-from blockdev import durable
+from blockdev import Deadline, WaitExpired, durable
+from blockdev.deadlines import bounded
 from guestmount import Node, drivers
 from guestmount.handoff.kata import LONGEST_TARGET
 from runvol.config import Config
@@ -17,10 +19,27 @@ _DIRECTORY = "kubelet's directory"
 # name it.
 _TARGET = "pods/00000000-0000-0000-0000-000000000000/volumes/kubernetes.io~csi/pvc-00000000-0000-0000-0000-000000000000"
 _MOUNT = "/mount"
+# Seconds for which a directory may let wait for it.
+_LOOKING = 5.0
+
+
+def silent(config: Config) -> str:
+    """The first of kubelet's directories that gives no answer; empty if all do. After the first time it is known at
+    once."""
+    for root in config.words("node.roots"):
+        try:
+            bounded(f"looking at {root}", Deadline.after(_LOOKING), functools.partial(os.path.isdir, root))
+        except WaitExpired:
+            return root
+    return ""
 
 
 def directories(config: Config) -> Iterator[Diagnosis]:
+    dead = silent(config)
     for root in config.words("node.roots"):
+        if root == dead:
+            yield unknown("kubelet.root-silent", _DIRECTORY, f"{root} gives no answer within {_LOOKING:.0f} seconds")
+            return
         if not os.path.isdir(root):
             yield warning("kubelet.root-missing", _DIRECTORY, f"{root} does not exist: no kubelet has run here, or its "
                           "--root-dir is another one", "set `node.roots` to kubelet's --root-dir")  # fmt: skip
@@ -35,8 +54,11 @@ def directories(config: Config) -> Iterator[Diagnosis]:
             yield good("kubelet.root", _DIRECTORY, root)
 
 
-def reach(node: Node) -> Iterator[Diagnosis]:
+def reach(config: Config, node: Node) -> Iterator[Diagnosis]:
     """Of this command's own mount namespace; the plugin says the same of its own in its health and its log."""
+    if dead := silent(config):
+        yield unknown("kubelet.mounts-unproved", "mounts", f"{dead} gives no answer")
+        return
     doubt = node.reach.doubt() if node.reach is not None else None
     if doubt is None:
         yield good("kubelet.mounts", "mounts", "what is mounted here is seen by kubelet")
@@ -52,6 +74,9 @@ def examine(config: Config) -> Iterator[Diagnosis]:
     from csi import kubelet, server
 
     nodes = "node" in config.words("csi.services")
+    if nodes and (dead := silent(config)):
+        yield unknown("doctor.not-looked", "the driver", f"{dead} gives no answer, where kubelet looks for sockets")
+        return
     registry = kubelet.registry(config.text("csi.plugins_registry"), config.words("node.roots"))
     for name, endpoint in (
         (drivers.NODES, config.text("csi.endpoint")),

@@ -79,6 +79,11 @@ _KUBELET = {
         "kubelet's directory does not exist: no kubelet has run here, or its --root-dir is another one",
         "set `node.roots` to kubelet's --root-dir",
     ),
+    "kubelet.root-silent": _ill(
+        "kubelet's directory gives no answer: its disk hangs, or a server that it lies on is gone",
+        "see with `findmnt -T PATH` and `dmesg` which disk or server does not answer, and put that right; kubelet "
+        "waits for it too",
+    ),
     "kubelet.root-too-long": _ill(
         "below kubelet's directory a pod's volume has a path of more than the 189 bytes by which Kata finds it",
         "give kubelet a shorter --root-dir, and set `node.roots` to it",

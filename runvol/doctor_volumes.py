@@ -68,7 +68,6 @@ def examine(node: Node) -> Iterator[Diagnosis]:
     files = dict(node.catalog.images())
     for _seq, volume in listed:
         yield from _problems(node, volume.volume_id, files.get(volume.volume_id, ""))
-    yield from _left_over(node)
 
 
 def _problems(node: Node, volume_id: str, file: str) -> Iterator[Diagnosis]:
@@ -89,11 +88,15 @@ def _of(volume_id: str, problem: Problem, file: str) -> Diagnosis:
                      finding=problem.message, fix=fix)  # fmt: skip
 
 
-def _left_over(node: Node) -> Iterator[Diagnosis]:
+def left_over(node: Node, silent: str) -> Iterator[Diagnosis]:
+    """`silent`: a directory of kubelet's that gives no answer, below which all would be looked for."""
     found = False
     for one in node.catalog.unfinished():
         found = True
         yield warning("left.volume", f"volume {one.name}", one.why)
+    if silent:
+        yield unknown("left.unlooked", "left over", f"cannot be looked for: {silent} gives no answer")
+        return
     try:
         for finding in repair.collect(node, Deadline.after(_COLLECTING), dry_run=True):
             found = True

@@ -73,6 +73,7 @@ TROUBLE: dict[str, dict[str, str]] = {
     "RunvolPoolNeedsCheck": {f"runvol_pool_needs_check{{{_OF}}}": "1x600"},
     "RunvolPoolIdsAlmostGone": {f"runvol_pool_device_ids_given_ratio{{{_OF}}}": "0.8x600"},
     "RunvolStoreOfAnotherPast": {f"runvol_store_past{{{_OF}}}": "1x600"},
+    "RunvolStoreRowsDamaged": {f"runvol_store_rows_damaged{{{_OF}}}": "2x600"},
     "RunvolBackgroundTrouble": {f"runvol_background_troubles{{{_OF}}}": "1x600"},
     "RunvolGaugeDoesNotFollow": {f"runvol_gauge_trouble{{{_OF}}}": "1x600"},
     "RunvolNriDisconnected": {f"runvol_nri_connected{{{_OF}}}": "0x600"},

@@ -309,6 +309,22 @@ def test_what_pods_have_and_where_links_lead_is_not_in_it(tmp_path: Path, monkey
     }
 
 
+@pytest.mark.parametrize(("said", "taken"), [("", "runvol-system"), ("storage", "storage")])
+def test_of_pods_logs_only_those_of_runvols_own_namespace_are_in_it(said: str, taken: str, tmp_path: Path) -> None:
+    """Whoever may make a pod may call it runvol-node-abcde."""
+    logs = tmp_path / "pods"
+    for namespace in ("tenant", "runvol-system", "storage", "a_storage"):
+        place = logs / f"{namespace}_runvol-node-abcde_0f7c" / "runvol"
+        place.mkdir(parents=True)
+        (place / "0.log").write_text(f"told in {namespace}.\n")
+    with Installation() as it:
+        it.set(paths__pod_logs=str(logs))
+        made = bundle.collect(it.loaded, namespace=said)
+    told = b"".join(made.content.values())
+    assert [one for one in (b"tenant", b"runvol-system", b"storage", b"a_storage") if b"told in " + one + b"." in told
+            ] == [taken.encode()]  # fmt: skip
+
+
 def test_a_kind_of_parts_that_cannot_be_listed_costs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> None:
         raise ValueError("of nobody's making")

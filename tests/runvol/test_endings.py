@@ -388,3 +388,25 @@ def test_doctor_goes_on_past_a_directory_that_never_answers(dead: Path, setting:
     assert done.returncode in (1, 3), done.stderr
     assert "did not end within 2.0 s" in done.stdout and "Traceback" not in done.stderr
     assert "volumes on this node" in done.stdout or "on this node" in done.stdout, "the rest is told"
+
+
+def test_doctor_names_a_directory_of_kubelets_that_never_answers_and_does_not_wait_for_it_again(
+    dead: Path, tmp_path: Path
+) -> None:
+    settings = {
+        "RUNVOL_PATHS_STATE_DIR": str(tmp_path), "RUNVOL_PATHS_RUN_DIR": str(tmp_path / "run"),
+        "RUNVOL_NODE_ROOTS": str(dead), "RUNVOL_CRI_ENDPOINT": "",
+    }  # fmt: skip
+    code = (
+        "import sys; from runvol import doctor_kubelet, entry\n"
+        "doctor_kubelet._LOOKING = 2.0\nsys.argv = ['runvol', 'doctor', '--json']\nentry.main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={"PATH": os.environ["PATH"], **settings}, capture_output=True,
+        text=True, check=False, timeout=100,
+    )  # fmt: skip
+    assert done.returncode in (1, 3) and "Traceback" not in done.stderr, done.stderr
+    found = [one for one in json.loads(done.stdout)["items"] if one["state"] == "unknown"]
+    told = {one["id"]: one["finding"] for one in found if str(dead) in one["finding"]}
+    assert told.keys() >= {"kubelet.root-silent", "kubelet.mounts-unproved", "doctor.not-looked"}, found
+    assert not [one["finding"] for one in found if "did not end within 60" in one["finding"]]
