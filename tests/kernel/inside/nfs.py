@@ -10,12 +10,14 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from blockdev import syscalls
 from tests import ganesha
+from tests.driver import Driver
 
 ROOT = Path("/srv/export")
 VERSIONS = ("3", "4.0", "4.1", "4.2")
@@ -125,6 +127,34 @@ class KernelNfs:
                 return
             time.sleep(0.2)
         raise RuntimeError(f"{ROOT} is still in use")
+
+
+class Drivers:
+    """One driver for the tests of a file, as its start takes seconds here; after a test that left something, another."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory, self._running = directory, list[Driver]()
+        self._count = 0
+
+    def lent(self) -> Iterator[Driver]:
+        """For one test, which fails if it leaves something mounted."""
+        if not self._running:
+            self._count += 1
+            driver = Driver(self._directory / str(self._count))
+            driver.start()
+            self._running.append(driver)
+        (driver,) = self._running
+        yield driver
+        mounted = driver.mounts()
+        if driver.process is None or driver.process.poll() is not None or any(driver.left_over().values()):
+            self.end()
+        assert not mounted, "left mounted"
+
+    def end(self) -> None:
+        while self._running:
+            driver = self._running.pop()
+            driver.stop()
+            driver.remove()
 
 
 class Ganesha(ganesha.Ganesha):

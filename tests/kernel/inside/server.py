@@ -12,10 +12,13 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
+
+from click.testing import CliRunner
 
 from blockdev import Deadline
 from blockdev.devicemapper import Mapper
-from runvol import schemas
+from runvol import cli, schemas
 from snapshotter import assembly
 
 MIB = 1 << 20
@@ -119,14 +122,21 @@ class Server:
         return self.directory / "pool" / f"{self.pool_name}.data"
 
     def snapshots(self) -> list[dict[str, object]]:
-        found = json.loads(self.runvol("snapshots", "--json"))["items"]
-        assert isinstance(found, list)
-        return found
+        return self._told("snapshots")
 
     def pool(self) -> dict[str, object]:
-        (one,) = json.loads(self.runvol("pool", "status", "--json"))["items"]
-        assert isinstance(one, dict)
+        (one,) = self._told("pool", "status")
         return one
+
+    def _told(self, *words: str) -> list[dict[str, object]]:
+        """What a command lists, asked in this process: it is asked again and again, and Python starts slowly here."""
+        with mock.patch("runvol.logs.start"):
+            done = CliRunner().invoke(cli.main, [*words, "--json"], env=self.environment)
+        assert done.exit_code == 0, (done.output, done.exception)
+        found = json.loads(done.stdout)
+        schemas.read(found)
+        assert isinstance(found["items"], list)
+        return found["items"]
 
     def settled(self, snapshots: int, *, within: float = 60) -> None:
         """Wait until there are this many snapshots, nothing is doomed, and only active ones are mapped."""

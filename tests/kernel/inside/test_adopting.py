@@ -266,8 +266,11 @@ def test_two_files_of_others(mapper: Mapper, tmp_path: Path, others: Others) -> 
     _apart(mapper, state)
 
 
-@pytest.mark.parametrize(("option", "name"), [("--data-file", "data"), ("--metadata-file", "meta")])
-@pytest.mark.parametrize("how", ["-o64K", "-r"])
+@pytest.mark.parametrize(("option", "name", "how"), [
+    ("--data-file", "data", "-o64K"), ("--metadata-file", "meta", "-r"),
+    pytest.param("--data-file", "data", "-r", marks=pytest.mark.long),
+    pytest.param("--metadata-file", "meta", "-o64K", marks=pytest.mark.long),
+])  # fmt: skip
 def test_a_file_that_somebody_looks_inside_is_adopted_once_he_lets_it_go(
     mapper: Mapper, tmp_path: Path, others: Others, option: str, name: str, how: str
 ) -> None:

@@ -199,7 +199,7 @@ _LONG = (
     "prepare of a parent that is still mapped", "prepare of a larger child", "view of a sealed layer",
     "remove of a sealed layer's view, and of the layer", "commit of what somebody has open",
     "prepare of a layer that another namespace has", "unmapping an idle view of a sealed layer",
-    "remove of a committed one",
+    "remove of a committed one", "a start",
 )  # fmt: skip
 
 

@@ -153,7 +153,7 @@ def test_two_at_once_both_count(make_lab: Callable[..., Lab], mapper: Mapper) ->
 
 
 def test_what_is_made_while_the_pool_is_extended_again_and_again_is_made(make_lab: Callable[..., Lab]) -> None:
-    lab = make_lab(data=128 * MIB)
+    lab, count = make_lab(data=128 * MIB), int(os.environ.get("RUNVOL_ROUNDS", "15"))
     lab.layer("layer", files={"f": b"content"})
     extender, stop = lab.extender(), threading.Event()
     failed: list[Exception] = []
@@ -169,7 +169,7 @@ def test_what_is_made_while_the_pool_is_extended_again_and_again_is_made(make_la
     another = threading.Thread(target=extend)
     another.start()
     try:
-        for number in range(40):
+        for number in range(count):
             with mounted(lab.prepare(f"a{number}", "layer")) as root:
                 (root / "mine").write_bytes(b"%d" % number)
             lab.commit(f"l{number}", f"a{number}")
@@ -177,7 +177,7 @@ def test_what_is_made_while_the_pool_is_extended_again_and_again_is_made(make_la
         stop.set()
         another.join()
     assert not failed
-    assert [lab.read(f"l{number}", "mine") for number in range(40)] == [b"%d" % number for number in range(40)]
+    assert [lab.read(f"l{number}", "mine") for number in range(count)] == [b"%d" % number for number in range(count)]
 
 
 def test_while_a_pool_is_left_suspended_nothing_hangs_and_it_is_said(lab: Lab) -> None:

@@ -160,7 +160,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[[str], Server]]:
         server.__exit__()
 
 
-@pytest.mark.parametrize("version", [*OLDER, "v2.4.2"])
+@pytest.mark.parametrize("version", [*(pytest.param(one, marks=pytest.mark.long) for one in OLDER), "v2.4.2"])
 def test_the_default_snapshotter_is_what_kubelet_calls_imagefs(
     version: str, serve: Callable[..., Server], tmp_path: Path
 ) -> None:

@@ -18,7 +18,7 @@ import pytest
 from blockdev import Deadline, idmapped, selinux
 from volumes import export_ids
 from tests.driver import POD, Driver, mount_capability
-from tests.kernel.inside.nfs import ROOT, VERSIONS, KernelNfs
+from tests.kernel.inside.nfs import ROOT, VERSIONS, Drivers, KernelNfs
 
 SERVER = "127.0.0.1"
 RWX = mount_capability("MULTI_NODE_MULTI_WRITER")
@@ -34,13 +34,19 @@ def nfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KernelNfs]:
     server.close()
 
 
+@pytest.fixture(scope="module")
+def drivers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drivers]:
+    made = Drivers(tmp_path_factory.mktemp("d"))
+    yield made
+    made.end()
+
+
 @pytest.fixture
-def driver(nfs: KernelNfs, tmp_path: Path) -> Iterator[Driver]:
+def driver(nfs: KernelNfs, drivers: Drivers) -> Iterator[Driver]:
     nfs.start()
-    with Driver(tmp_path / "d") as running:
+    for running in drivers.lent():
         yield running
         nfs.start()
-        assert not running.mounts(), "left mounted"
 
 
 def create(driver: Driver, name: str = "one", capability=RWX, **parameters: str):

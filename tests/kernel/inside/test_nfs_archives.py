@@ -21,7 +21,7 @@ from blockdev.nfs import Export, opened
 from volumes import StoreFailed, archives, export_ids, share
 from volumes.jobs import Progress
 from tests.driver import POD, Driver, mount_capability
-from tests.kernel.inside.nfs import ROOT, KernelNfs
+from tests.kernel.inside.nfs import ROOT, Drivers, KernelNfs
 
 RWX = mount_capability("MULTI_NODE_MULTI_WRITER")
 SHARE = ROOT / "share"
@@ -37,9 +37,16 @@ def nfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KernelNfs]:
     server.close()
 
 
+@pytest.fixture(scope="module")
+def drivers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drivers]:
+    made = Drivers(tmp_path_factory.mktemp("d"))
+    yield made
+    made.end()
+
+
 @pytest.fixture
-def driver(nfs: KernelNfs, tmp_path: Path) -> Iterator[Driver]:
-    with Driver(tmp_path / "d") as running:
+def driver(nfs: KernelNfs, drivers: Drivers) -> Iterator[Driver]:
+    for running in drivers.lent():
         yield running
         for entry in running.client.ListSnapshots().entries:
             running.client.DeleteSnapshot(snapshot_id=entry.snapshot.snapshot_id)

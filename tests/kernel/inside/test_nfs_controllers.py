@@ -75,7 +75,7 @@ class Controllers:
 
 
 def test_three_controllers_killed_and_started_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rounds, seed = int(os.environ.get("RUNVOL_ROUNDS", "4")), 20261127
+    rounds, seed = int(os.environ.get("RUNVOL_ROUNDS", "3")), 20261127
     server = KernelNfs(tmp_path / "exported")
     server.start()
     SHARE.mkdir(mode=0o777)

@@ -23,7 +23,7 @@ DEADLINE = 8.0
 
 
 def test_a_server_killed_and_frozen_at_random(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rounds, seed = int(os.environ.get("RUNVOL_ROUNDS", "5")), 20261124
+    rounds, seed = int(os.environ.get("RUNVOL_ROUNDS", "3")), 20261124
     chance, outcomes, slowest = random.Random(seed), Counter[str](), 0.0
     server = Ganesha(tmp_path / "server")
     server.start()
@@ -107,7 +107,7 @@ def test_statistics_of_a_server_that_dies_and_freezes_hold_up_nobody(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Forty of them at a time, of ten volumes; beside them Probe, and a publish of a volume of the node."""
-    rounds, chance = int(os.environ.get("RUNVOL_ROUNDS", "3")), random.Random(20261127)
+    rounds, chance = int(os.environ.get("RUNVOL_ROUNDS", "2")), random.Random(20261127)
     server, probes, publishes, outcomes = Ganesha(tmp_path / "server"), [], [], Counter[str]()
     server.start()
     try:

@@ -25,7 +25,7 @@ from guestmount.cri import Sandboxes
 from guestmount import registration
 from tests.driver import POD, Driver, mount_capability
 from tests.units import confined
-from tests.kernel.inside.nfs import ROOT, KernelNfs
+from tests.kernel.inside.nfs import ROOT, Drivers, KernelNfs
 from tests.kernel.inside.server import program
 from tests.kernel.inside.test_containerd import IMAGE, layers, oci_archive
 
@@ -153,6 +153,7 @@ class Plugin:
 
     def __init__(self, driver: Driver, socket: str) -> None:
         self.driver, self.log = driver, driver.directory / "nri.log"
+        self.log.unlink(missing_ok=True)
         # As its unit starts it.
         self.prefix = confined("runvol-nri.service")
         self.environment = {**os.environ, **driver.environment, "RUNVOL_NRI_SOCKET": socket}
@@ -203,10 +204,16 @@ def cri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cri]:
     shutil.rmtree(one.directory, ignore_errors=True)
 
 
+@pytest.fixture(scope="module")
+def drivers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drivers]:
+    made = Drivers(tmp_path_factory.mktemp("d"))
+    yield made
+    made.end()
+
+
 @pytest.fixture
-def driver(tmp_path: Path, nfs: KernelNfs) -> Iterator[Driver]:
-    with Driver(tmp_path / "d") as running:
-        yield running
+def driver(nfs: KernelNfs, drivers: Drivers) -> Iterator[Driver]:
+    yield from drivers.lent()
 
 
 @pytest.fixture
@@ -265,8 +272,10 @@ def test_read_only_and_a_second_container_of_the_pod(driver, plugin, cri):
     taken_back(driver, volume, POD.format(1))
 
 
-@pytest.mark.parametrize("handler", ["kata", "runc", ""])
-@pytest.mark.parametrize("below", ["", "/RUNVOL-PLACEHOLDER"])
+@pytest.mark.parametrize(("handler", "below"), [
+    ("kata", ""), ("runc", "/RUNVOL-PLACEHOLDER"), ("", ""), pytest.param("kata", "/RUNVOL-PLACEHOLDER", marks=pytest.mark.long),
+    pytest.param("runc", "", marks=pytest.mark.long), pytest.param("", "/RUNVOL-PLACEHOLDER", marks=pytest.mark.long),
+])  # fmt: skip
 def test_a_container_of_another_pod_is_refused_by_containerd(driver, plugin, cri, handler, below):
     name = f"foreign-{handler or 'default'}{'-below' if below else ''}"
     volume, target = published(driver, name, POD.format(1))

@@ -35,7 +35,7 @@ def nfs(tmp_path: Path) -> Iterator[KernelNfs]:
     server.close()
 
 
-@pytest.fixture(params=["folder", "NFS"])
+@pytest.fixture(params=[pytest.param("folder", marks=pytest.mark.long), "NFS"])
 def directory(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
     """Where the share lies."""
     place = tmp_path / "images"

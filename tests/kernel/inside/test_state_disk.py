@@ -225,7 +225,10 @@ def _answers(work: Callable[[], None]) -> bool:
     return True
 
 
-@pytest.mark.parametrize("how", ["fails", "refuses_writes"])
+@pytest.mark.parametrize(("disk", "how"), [
+    ("ext4", "fails"), ("xfs", "refuses_writes"), pytest.param("ext4", "refuses_writes", marks=pytest.mark.long),
+    pytest.param("xfs", "fails", marks=pytest.mark.long),
+], indirect=["disk"])  # fmt: skip
 def test_the_disk_fails_at_each_write_of_each_call(lab: Lab, disk: StateDisk, how: str) -> None:
     life, number, failed = _Life(lab, disk), 0, Counter[str]()
     for name, ready in life.calls().items():
@@ -325,7 +328,7 @@ def _well_at_the_end(disk: StateDisk, server: Server) -> Iterator[None]:
         disk.remount()
 
 
-@pytest.mark.parametrize("fstype", ["ext4", "xfs"])
+@pytest.mark.parametrize("fstype", ["ext4", pytest.param("xfs", marks=pytest.mark.long)])
 def test_it_is_said_and_a_remount_is_enough(tmp_path: Path, fstype: str) -> None:
     size = _XFS if fstype == "xfs" else 32 * MIB
     with (
