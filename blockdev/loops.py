@@ -14,6 +14,7 @@ import os
 import stat
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from blockdev import holders
 from blockdev.deadlines import Deadline
@@ -134,12 +135,14 @@ def find(path: str) -> list[str]:
     return found
 
 
-def whole(path: str, *, writable: bool = False) -> str | None:
+def whole(path: str, *, writable: bool = False, through_cache: bool = False) -> str | None:
     """A loop device on the whole file `path` that goes on standing on it, of several one that others are mapped over;
     None if there is none. One with an offset shows the file shifted, and one that is read-only takes no writes: those
-    are left to whoever has made them to look inside."""
+    are left to whoever has made them to look inside. `through_cache`: one that takes reads of 512 bytes, as `cached`
+    makes it."""
     there = sorted(find(path), key=lambda device: not _holders(device))
-    return next((one for one in there if not (writable and _is_read_only(one)) and be_kept(one, path)), None)
+    fit = (one for one in there if not (writable and _is_read_only(one)) and not (through_cache and _is_direct(one)))
+    return next((one for one in fit if be_kept(one, path)), None)
 
 
 def _holders(device: str) -> list[str]:
@@ -152,6 +155,16 @@ def _holders(device: str) -> list[str]:
 def _is_read_only(device: str) -> bool:
     under = backing(device)
     return under is None or under.read_only
+
+
+def _is_direct(device: str) -> bool:
+    """Whether it goes past the page cache, or has blocks of more than 512 bytes."""
+    under = backing(device)
+    try:
+        block = int(Path(f"/sys/block/{os.path.basename(device)}/queue/logical_block_size").read_text())
+    except FileNotFoundError:
+        return True
+    return under is None or under.direct_io or block != 512
 
 
 def stands_on(device: str, path: str) -> bool:

@@ -267,7 +267,8 @@ def _parts(config: Config, namespace: str) -> Iterator[Part]:
         if config.text(key):
             yield Part(name=f"metrics/{key.partition('.')[0]}.txt", make=partial(_metrics, config.text(key)))
     yield from _node(config)
-    yield from _there("logs", partial(_logs, config, namespace))
+    yield from _there("logs", _logs)
+    yield from _there("pods", partial(_pod_logs, config, namespace))
 
 
 def _there(what: str, look: Callable[[], Iterable[Part]]) -> Iterator[Part]:
@@ -291,7 +292,7 @@ def _versions() -> str:
 
 def _doctor(config: Config, found: list[Diagnosis]) -> str:
     """`found` has them afterwards."""
-    found += doctor.examine(config, assembly.build(config, looking=True))
+    found += doctor.examine_all(config)
     return schemas.written(schemas.Diagnosis, doctor_shown.items(found)).decode()
 
 
@@ -429,21 +430,32 @@ def _kernel() -> str:
     return "\n".join(lines[-_LINES:]) + "\n"
 
 
-def _logs(config: Config, namespace: str) -> Iterator[Part]:
-    """Of pods only runvol's own: a pod's name is its owner's to choose, its namespace is not."""
+def _logs() -> Iterator[Part]:
     for unit in _UNITS:
         words = ("journalctl", "--no-pager", "-o", "short-iso", "-n", str(_LINES), "--since", "-2d", "-u", unit)
         yield Part(name=f"logs/{unit}.txt", end=True, make=partial(_said_by, *words, end=True))
     said = os.environ.get("RUNVOL_FLEXVOLUME_LOG")
-    of_pods = config.text("paths.pod_logs")
-    own = glob.escape(f"{of_pods}/{namespace or _secret(_OWN_NAMESPACE).strip() or _NAMESPACE}_")
-    patterns = (*_LOGS, f"{own}*runvol*/*/*.log")
-    names = [path for pattern in patterns for path in glob.glob(pattern)] + ([said] if said else [])
-    newest = sorted(names, key=lambda path: -_changed(path))[:20]
-    for number, path in enumerate(newest):
-        within = () if path == said else (*_LOG_PLACES, os.path.realpath(of_pods))
+    names = [path for pattern in _LOGS for path in glob.glob(pattern)] + ([said] if said else [])
+    for number, path in enumerate(_newest(names)):
+        within = () if path == said else _LOG_PLACES
         yield Part(name=f"logs/{number}-{os.path.basename(path)}", end=True,
                    make=partial(_named, path, end=True, within=within))  # fmt: skip
+
+
+def _pod_logs(config: Config, namespace: str) -> Iterator[Part]:
+    """Of runvol's own pods: a pod's name is its owner's to choose, its namespace is not."""
+    place = config.text("paths.pod_logs")
+    pattern = glob.escape(f"{place}/{namespace or _secret(_OWN_NAMESPACE).strip() or _NAMESPACE}_") + "*runvol*/*/*.log"
+    found = _newest(glob.glob(pattern))
+    for number, path in enumerate(found):
+        yield Part(name=f"pods/{number}-{os.path.basename(path)}", end=True,
+                   make=partial(_named, path, end=True, within=(*_LOG_PLACES, os.path.realpath(place))))  # fmt: skip
+    if not found:
+        yield Part(name="pods/none.txt", make=partial(_file, pattern))
+
+
+def _newest(paths: Iterable[str]) -> list[str]:
+    return sorted(paths, key=lambda path: -_changed(path))[:20]
 
 
 def _changed(path: str) -> float:

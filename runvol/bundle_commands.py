@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 
@@ -11,6 +12,8 @@ import click
 from runvol import tables, troubles
 from runvol.cli import Loader
 from runvol.sizes import words as size
+
+_NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 
 
 @click.command("support-bundle", short_help="Pack what a maintainer needs into one file.")
@@ -32,6 +35,10 @@ def support_bundle(load: Loader, file: str | None, namespace: str) -> None:
     """
     from runvol import bundle
 
+    if namespace and not _NAMESPACE.fullmatch(namespace):
+        raise click.BadParameter(
+            "it is no name of a namespace: a to z, 0 to 9 and -, 63 at most", param_hint="--namespace"
+        )
     config = load()
     name = f"runvol-{config.node_id}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
     path = file or f"{name}.tar.gz"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from blockdev import Deadline, WaitExpired, durable
 from blockdev.deadlines import bounded
@@ -23,19 +23,18 @@ _MOUNT = "/mount"
 _LOOKING = 5.0
 
 
-def silent(config: Config) -> str:
-    """The first of kubelet's directories that gives no answer; empty if all do. After the first time it is known at
-    once."""
-    for root in config.words("node.roots"):
+def silent(places: Iterable[str]) -> str:
+    """The first of these directories that gives no answer; empty if all do. Asked once more it is known at once."""
+    for place in places:
         try:
-            bounded(f"looking at {root}", Deadline.after(_LOOKING), functools.partial(os.path.isdir, root))
+            bounded(f"looking at {place}", Deadline.after(_LOOKING), functools.partial(os.path.isdir, place))
         except WaitExpired:
-            return root
+            return place
     return ""
 
 
 def directories(config: Config) -> Iterator[Diagnosis]:
-    dead = silent(config)
+    dead = silent(config.words("node.roots"))
     for root in config.words("node.roots"):
         if root == dead:
             yield unknown("kubelet.root-silent", _DIRECTORY, f"{root} gives no answer within {_LOOKING:.0f} seconds")
@@ -56,7 +55,7 @@ def directories(config: Config) -> Iterator[Diagnosis]:
 
 def reach(config: Config, node: Node) -> Iterator[Diagnosis]:
     """Of this command's own mount namespace; the plugin says the same of its own in its health and its log."""
-    if dead := silent(config):
+    if dead := silent(config.words("node.roots")):
         yield unknown("kubelet.mounts-unproved", "mounts", f"{dead} gives no answer")
         return
     doubt = node.reach.doubt() if node.reach is not None else None
@@ -74,10 +73,12 @@ def examine(config: Config) -> Iterator[Diagnosis]:
     from csi import kubelet, server
 
     nodes = "node" in config.words("csi.services")
-    if nodes and (dead := silent(config)):
-        yield unknown("doctor.not-looked", "the driver", f"{dead} gives no answer, where kubelet looks for sockets")
-        return
     registry = kubelet.registry(config.text("csi.plugins_registry"), config.words("node.roots"))
+    sockets = [server.socket_path(config.text(key)) for key in ("csi.endpoint", "csi.nfs_endpoint") if config.text(key)]
+    roots = config.words("node.roots") if nodes else ()
+    if dead := silent((*roots, *map(os.path.dirname, sockets), *([registry] if nodes and registry else []))):
+        yield unknown("doctor.not-looked", "the driver", f"{dead} gives no answer, where its sockets are looked for")
+        return
     for name, endpoint in (
         (drivers.NODES, config.text("csi.endpoint")),
         (drivers.NFS, config.text("csi.nfs_endpoint")),

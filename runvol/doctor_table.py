@@ -73,6 +73,12 @@ _KERNEL = {
         "run Linux 5.14 or later, with CAP_SYS_ADMIN",
     ),
 }
+_STATE = {
+    "state.silent": _ill(
+        "the directory of runvol's state gives no answer: its disk hangs, or a server that it lies on is gone",
+        "see with `findmnt -T PATH` and `dmesg` which disk or server does not answer, and put that right",
+    ),
+}
 _KUBELET = {
     "kubelet.root": _well("kubelet's directory is there"),
     "kubelet.root-missing": _ill(
@@ -479,5 +485,16 @@ _WHOLE = {
     "doctor.not-looked": _ill("a check came to no end", "put right what its message says, then ask again"),
 }
 TABLE: Mapping[str, Known] = (
-    _PROGRAMS | _KERNEL | _KUBELET | _KUBERNETES | _CONTAINERD | _KATA | _VOLUMES | _LEFT | _POOL | _IMAGES | _WHOLE
+    _PROGRAMS
+    | _KERNEL
+    | _STATE
+    | _KUBELET
+    | _KUBERNETES
+    | _CONTAINERD
+    | _KATA
+    | _VOLUMES
+    | _LEFT
+    | _POOL
+    | _IMAGES
+    | _WHOLE
 )

@@ -37,15 +37,21 @@ def plain(words: Sequence[str]) -> dict[str, str] | None:
     return found if named else None
 
 
-def _streams() -> None:
+def open_descriptors() -> None:
     """Who began this process may have closed what it reads and writes: then the next file that is opened would be that,
     and what a program says would be written into it. What is said to nobody is an error, as it is for ls and cat, but
-    for errors themselves. A name that the terminal's encoding has no signs for is told in escapes."""
-    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+    for errors themselves."""
+    for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDONLY if name == "stdout" else os.O_RDWR)  # the lowest number that is free
+            os.open(os.devnull, os.O_RDONLY if number == 1 else os.O_RDWR)  # the lowest number that is free
+
+
+def _streams() -> None:
+    """A name that the terminal's encoding has no signs for is told in escapes."""
+    open_descriptors()
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(number, mode, closefd=False))
     for stream in (sys.stdout, sys.stderr):

@@ -18,6 +18,8 @@ import sys
 import time
 from collections.abc import Sequence
 
+from runvol.entry import open_descriptors
+
 _LOG = "/var/log/runvol/flexvolume.log"
 _LOG_LIMIT = 2 << 20
 _GRACE = 5.0
@@ -30,6 +32,7 @@ INIT = ('{"status": "Success", "capabilities": {"attach": false, "fsGroup": fals
 
 def main() -> None:
     """The console script."""
+    open_descriptors()
     out = os.dup(1)
     os.set_inheritable(out, False)
     log = _open_log(os.environ.get("RUNVOL_FLEXVOLUME_LOG", _LOG))
@@ -39,9 +42,14 @@ def main() -> None:
     started = time.monotonic()
     # init is asked at every change of the plugin directory, also by the controller manager, which has no node.
     text = INIT if words == ["init"] else _in_child(words, out)
-    _write_all(out, text.encode() + b"\n")
+    heard = True
+    try:
+        _write_all(out, text.encode() + b"\n")
+    except OSError as error:
+        heard = False
+        os.write(log, f"nobody heard the reply: {error.strerror}\n".encode())
     _note(log, words, text, time.monotonic() - started)
-    os._exit(0 if json.loads(text)["status"] == "Success" else 1)
+    os._exit(0 if heard and json.loads(text)["status"] == "Success" else 1)
 
 
 def _in_child(words: Sequence[str], out: int) -> str:

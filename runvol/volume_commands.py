@@ -9,7 +9,6 @@ import sys
 import click
 
 from blockdev import Deadline
-from blockdev.deadlines import bounded
 from blockdev.printable import printable
 from guestmount import Node, PodRef, repair
 from guestmount.claims import Claim, Target
@@ -336,9 +335,7 @@ def doctor(load: Loader, as_json: bool) -> None:
     from runvol.diagnosis import status
 
     with troubles.looking():
-        loaded = load()
-        node = bounded("opening the stores", Deadline.after(_CALL), lambda: assembly.build(loaded, looking=True))
-        found = list(examination.examine(loaded, node))
+        found = list(examination.examine_all(load()))
     doctor_shown.show(found, as_json=as_json)
     sys.exit(status(found))
 

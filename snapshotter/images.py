@@ -137,7 +137,7 @@ class Images:
             found = self.share.ask(f"reading image {chain}", lambda: _superblock(path), deadline)
             if found is None:
                 raise SnapshotterError(f"the image of {chain} holds no filesystem; `runvol images check {chain}`")
-            return loops.whole(path) or loops.cached(path, deadline=deadline)
+            return loops.whole(path, through_cache=True) or loops.cached(path, deadline=deadline)
 
     def _is_mapped(self, chain: str, deadline: Deadline) -> bool:
         """Whether it is; what a killed process has left without a table goes."""

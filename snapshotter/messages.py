@@ -7,6 +7,7 @@ a message away, so a `create_thin` on failing metadata says yes and makes nothin
 from __future__ import annotations
 
 import errno
+import threading
 import time
 from collections.abc import Callable
 
@@ -37,6 +38,7 @@ class ToldPool:
         self.limits, self.remedies = limits or Limits(), Remedies()
         self._block = 0
         self._seen: tuple[float, PoolStatus] | None = None
+        self._seeing = threading.Lock()
 
     # -- messages ---------------------------------------------------------------------------------------------------
 
@@ -99,9 +101,13 @@ class ToldPool:
     # -- status -----------------------------------------------------------------------------------------------------
 
     def status(self) -> PoolStatus:
+        # A status is as old as the question: whoever asks may be held up before it has the answer, and after.
+        asked = time.monotonic()
         try:
             status = self.mapper.pool_status(self.name)
-            self._seen = time.monotonic(), status
+            with self._seeing:
+                if self._seen is None or self._seen[0] <= asked:
+                    self._seen = asked, status
             return status
         except MapperError as error:
             if error.errno == errno.ENXIO:
@@ -110,8 +116,13 @@ class ToldPool:
 
     def _recent(self) -> PoolStatus:
         """The status as it was a moment ago; each message looks again."""
+        kept = self._kept(_FRESH)
+        return self.status() if kept is None else kept[1]
+
+    def _kept(self, seconds: float) -> tuple[float, PoolStatus] | None:
+        """The last status and when it was asked for, if that is not longer ago."""
         seen = self._seen
-        return seen[1] if seen is not None and time.monotonic() - seen[0] < _FRESH else self.status()
+        return seen if seen is not None and time.monotonic() - seen[0] < seconds else None
 
     @property
     def _watermarks(self) -> Watermarks:
@@ -141,15 +152,17 @@ class ToldPool:
     def _judged(self, judge: Callable[[PoolStatus], None]) -> PoolStatus:
         """The status a moment ago, which the judge admits. Nobody is refused for what was: the pool may have been
         extended since, or put right."""
-        status = self._recent()
-        try:
-            judge(status)
-        except (PoolFull, Unavailable):
-            seen = self._seen
-            if seen is not None and time.monotonic() - seen[0] < _JUST_NOW:
-                raise
-            status = self.status()
-            judge(status)
+        kept = self._kept(_FRESH)
+        if kept is not None:
+            asked, status = kept
+            try:
+                judge(status)
+                return status
+            except (PoolFull, Unavailable):
+                if time.monotonic() - asked < _JUST_NOW:
+                    raise
+        status = self.status()
+        judge(status)
         return status
 
     def block_bytes(self) -> int:

@@ -102,12 +102,12 @@ class Seals:
         if (found := self._mapper.find(name)) is not None and not found.active:
             self._mapper.remove(name)  # a killed process had made it without a table
             found = None
-        if found is not None and (between := loops.whole(node(name))):
+        if found is not None and (between := loops.whole(node(name), through_cache=True)):
             return between
         with aside():
             if found is None:
                 self._map(view, layer, seal, deadline)
-            return loops.whole(node(name)) or loops.cached(node(name), deadline=deadline)
+            return loops.whole(node(name), through_cache=True) or loops.cached(node(name), deadline=deadline)
 
     def _map(self, view: Snapshot, layer: int, seal: tuple[str, str], deadline: Deadline) -> None:
         path, name = self._path(layer), self._name(view.device)

@@ -298,7 +298,7 @@ class Service:
                 with aside():
                     yield page
                 running.until, running.sending = now + self._limit, False
-        except SnapshotterError as error:
+        except Exception as error:
             self._refuse("List", "", number, time.monotonic() - started, error, context)
         finally:
             self._ended(number, running)

@@ -69,6 +69,14 @@ def test_a_read_only_device_is_taken_by_who_only_reads(image, strangers):
     assert loops.whole(path) == theirs
 
 
+@pytest.mark.parametrize("options", [["-r", "--direct-io=on"], ["-r", "-b", "4096"]])
+def test_what_takes_no_small_reads_through_the_cache_is_not_taken_for_what_does(image, soon, strangers, options):
+    path = image()
+    theirs = strangers(path, *options)
+    assert loops.whole(path, through_cache=True) is None
+    assert loops.whole(path) == theirs
+
+
 def test_a_whole_device_stays_although_whoever_made_it_lets_it_go(image, strangers):
     path = image()
     theirs = strangers(path)

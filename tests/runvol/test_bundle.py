@@ -325,6 +325,21 @@ def test_of_pods_logs_only_those_of_runvols_own_namespace_are_in_it(said: str, t
             ] == [taken.encode()]  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["../../etc", "*", "[a]", "a\nb", "A", "-a", "a" * 64])
+def test_what_is_no_namespace_is_refused(name: str, tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "runvol", "support-bundle", f"--namespace={name}", tmp_path / "x"],
+                          cwd=ROOT, capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 2 and "--namespace" in done.stderr and not (tmp_path / "x").exists()
+
+
+def test_a_namespace_without_logs_is_told(tmp_path: Path) -> None:
+    with Installation() as it:
+        it.set(paths__pod_logs=str(tmp_path))
+        made = bundle.collect(it.loaded, namespace="another")
+    assert f"{tmp_path}/another_*runvol*" in made.content["pods/none.txt"].decode()
+    assert [one.absent for one in made.said if one.name == "pods/none.txt"] == [True]
+
+
 def test_a_kind_of_parts_that_cannot_be_listed_costs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> None:
         raise ValueError("of nobody's making")

@@ -377,7 +377,7 @@ FORM = {
     "pip install .", "ln -s /opt/runvol/bin/runvol /usr/local/bin/runvol", "install -d /etc/runvol", "cat",
     "apt-get install python3-venv e2fsprogs xfsprogs util-linux tar",
     "apt-get install thin-provisioning-tools e2fsprogs xfsprogs lvm2", "modprobe -a dm_mod dm_thin_pool", "modprobe dm_thin_pool",
-    "modprobe loop", "modprobe nfs", "rm FILE", "rm -r", "chattr -i", "chattr +A", "blkdiscard -z DEVICE", "truncate -s 0 FILE",
+    "modprobe loop", "modprobe nfs", "rm FILE", "rm -r", "chattr -i", "chattr +A", "blkdiscard -z DEVICE", "findmnt -T PATH", "truncate -s 0 FILE",
     "truncate -s BYTES FILE", "losetup -l", "journalctl -u runvol-csi", "sh -c nc -w 3 SERVER 2049 < /dev/null && echo reached",
     "skopeo copy oci-archive:runvol-image.tar docker://REGISTRY/runvol:0.1.0",
     "ctr -n k8s.io images import runvol-image.tar", "ctr -n NAMESPACE images check --snapshotter runvol",

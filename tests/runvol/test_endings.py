@@ -390,12 +390,16 @@ def test_doctor_goes_on_past_a_directory_that_never_answers(dead: Path, setting:
     assert "volumes on this node" in done.stdout or "on this node" in done.stdout, "the rest is told"
 
 
-def test_doctor_names_a_directory_of_kubelets_that_never_answers_and_does_not_wait_for_it_again(
-    dead: Path, tmp_path: Path
+@pytest.mark.parametrize(("setting", "ids"), [
+    ("RUNVOL_NODE_ROOTS", {"kubelet.root-silent", "kubelet.mounts-unproved", "doctor.not-looked"}),
+    ("RUNVOL_PATHS_STATE_DIR", {"state.silent"}), ("RUNVOL_CSI_PLUGINS_REGISTRY", {"doctor.not-looked"}),
+])  # fmt: skip
+def test_doctor_names_a_directory_that_never_answers_and_does_not_wait_for_it_again(
+    dead: Path, tmp_path: Path, setting: str, ids: set[str]
 ) -> None:
     settings = {
         "RUNVOL_PATHS_STATE_DIR": str(tmp_path), "RUNVOL_PATHS_RUN_DIR": str(tmp_path / "run"),
-        "RUNVOL_NODE_ROOTS": str(dead), "RUNVOL_CRI_ENDPOINT": "",
+        "RUNVOL_NODE_ROOTS": str(tmp_path / "kubelet"), "RUNVOL_CRI_ENDPOINT": "", setting: str(dead),
     }  # fmt: skip
     code = (
         "import sys; from runvol import doctor_kubelet, entry\n"
@@ -408,5 +412,6 @@ def test_doctor_names_a_directory_of_kubelets_that_never_answers_and_does_not_wa
     assert done.returncode in (1, 3) and "Traceback" not in done.stderr, done.stderr
     found = [one for one in json.loads(done.stdout)["items"] if one["state"] == "unknown"]
     told = {one["id"]: one["finding"] for one in found if str(dead) in one["finding"]}
-    assert told.keys() >= {"kubelet.root-silent", "kubelet.mounts-unproved", "doctor.not-looked"}, found
+    assert told.keys() >= ids, found
+    assert '"id": "containerd.' in done.stdout, "the rest is told"
     assert not [one["finding"] for one in found if "did not end within 60" in one["finding"]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -351,6 +352,20 @@ def test_of_too_many_lists_the_one_that_stands_still_makes_room(
         assert "3 Lists are being read already" in refused.value.details()
         monkeypatch.setattr(services, "_SURELY", 0.0)
         assert sum(len(page.info) for page in served.listing()) == 3002
+
+
+@pytest.mark.parametrize("error", [OSError(28, "full"), MemoryError(), RuntimeError("€" * 30000), Unavailable("later")],
+                         ids=lambda error: type(error).__name__)  # fmt: skip
+def test_a_list_that_fails_ends_with_the_words_that_another_call_has(served: Served, error: Exception) -> None:
+    def fails(*_: object) -> Any:
+        raise error
+
+    served.verbs.list = served.verbs.stat = fails  # type: ignore[method-assign]
+    with pytest.raises(grpc.RpcError) as listed:
+        list(served.listing())
+    told, wanted = f"{listed.value.code().name}: {listed.value.details()}", served.code("Stat", key="a")
+    assert re.sub(r"call \d+$", "", told) == re.sub(r"call \d+$", "", wanted) and len(told) < 5000
+    assert not served.service._running
 
 
 def test_a_reader_that_is_slow_gets_everything(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -102,3 +103,29 @@ def test_many_who_are_refused_ask_the_kernel_a_few_times(monkeypatch: pytest.Mon
         with pytest.raises(Unavailable):
             pool.admit()
     assert kernel.asked <= 6
+
+
+def test_a_status_is_as_old_as_the_question_and_takes_the_place_of_no_later_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever asks may stand still before it has the answer, while somebody else sees more."""
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    kernel = _Kernel(WELL)
+    pool = ToldPool(kernel, "p")  # type: ignore[arg-type]
+    full = replace(WELL, mode="out_of_data_space")
+
+    class Held(_Kernel):
+        def pool_status(self, name: str) -> PoolStatus:
+            answer = super().pool_status(name)
+            clock[0] += 2.0
+            pool.mapper = later
+            with pytest.raises(PoolFull):
+                pool.admit()
+            return answer
+
+    later: Any = _Kernel(full)
+    pool.mapper = Held(WELL)  # type: ignore[assignment]
+    assert pool.status() == WELL
+    with pytest.raises(PoolFull):
+        pool.admit()
