@@ -227,8 +227,8 @@ class Service:
         if code is grpc.StatusCode.INTERNAL:
             log.error("call failed", extra={**facts, "call": number}, exc_info=error)
             if not isinstance(error, SnapshotterError):
-                where = f"; see the snapshotter's log, call {number}"
-                message = sentences.short(f"{type(error).__name__}: {error}", where)
+                # The same words each time, as kubelet counts equal events: the call's number is for the log.
+                message = sentences.short(f"{type(error).__name__}: {error}", "; see the snapshotter's log")
         elif code is not grpc.StatusCode.NOT_FOUND:
             log.warning("call refused", extra={**facts, "reason": message})
         context.abort(code, message)

@@ -411,6 +411,15 @@ def test_the_log_is_rotated(flex):
     assert Path(f"{log}.1").stat().st_size == 3 << 20
 
 
+@pytest.mark.parametrize("streams", [">&-", "<&- >&- 2>&-", ">/dev/full"])
+@pytest.mark.parametrize("words", ["init", "mount /nowhere {}"])
+def test_a_reply_that_nobody_hears_is_status_1_and_a_line_of_the_log(flex, words, streams):
+    done = subprocess.run(["bash", "-c", f"{flex.program} {words} {streams}"], env=flex.environment, capture_output=True,
+                          text=True, check=False, timeout=60)  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
+    assert "nobody heard the reply" in flex.log and "Traceback" not in flex.log
+
+
 def test_init_loads_nothing_of_the_rooms(flex):
     code = "import sys; from runvol import flexvolume_driver; print([n for n in ('blockdev', 'guestmount', 'sqlite3', 'msgspec') if n in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

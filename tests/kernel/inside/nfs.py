@@ -146,7 +146,7 @@ class Drivers:
         (driver,) = self._running
         yield driver
         mounted = driver.mounts()
-        if driver.process is None or driver.process.poll() is not None or any(driver.left_over().values()):
+        if mounted or driver.process is None or driver.process.poll() is not None or any(driver.left_over().values()):
             self.end()
         assert not mounted, "left mounted"
 

@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from unittest import mock
 
 from click.testing import CliRunner
 
@@ -20,6 +19,7 @@ from blockdev import Deadline
 from blockdev.devicemapper import Mapper
 from runvol import cli, schemas
 from snapshotter import assembly
+from tests.kernel.inside.lab import in_child
 
 MIB = 1 << 20
 _numbers = itertools.count()
@@ -129,11 +129,18 @@ class Server:
         return one
 
     def _told(self, *words: str) -> list[dict[str, object]]:
-        """What a command lists, asked in this process: it is asked again and again, and Python starts slowly here."""
-        with mock.patch("runvol.logs.start"):
+        """What a command lists, asked in a fork of this process: it is asked again and again, and Python starts slowly
+        here."""
+        told = self.directory / f"told-{next(_numbers)}"
+
+        def ask() -> None:
             done = CliRunner().invoke(cli.main, [*words, "--json"], env=self.environment)
-        assert done.exit_code == 0, (done.output, done.exception)
-        found = json.loads(done.stdout)
+            assert done.exit_code == 0, (done.output, done.exception)
+            told.write_text(done.stdout)
+
+        assert in_child(ask) == 0, f"{words} failed; its words are above"
+        found = json.loads(told.read_text())
+        told.unlink()
         schemas.read(found)
         assert isinstance(found["items"], list)
         return found["items"]

@@ -94,10 +94,12 @@ def test_what_a_larger_filesystem_writes_at_once_is_counted_before(
     # As full as it may be for an ordinary snapshot, but for a few blocks.
     kept = after.data_total * lab.node.pool.limits.data_reserve // 100
     full = replace(after, data_used=after.data_total - kept - places)
-    monkeypatch.setattr(lab.node.pool, "_recent", lambda: full)
+    monkeypatch.setattr(lab.node.pool, "_seen", None)
+    monkeypatch.setattr(lab.node.pool, "status", lambda: full)
     with pytest.raises(PoolFull, match="no room for a filesystem of this size"):
         lab.prepare("larger", "layer", size=str(limit))
     lab.prepare("as large as its parent", "layer")
+    monkeypatch.undo()
     assert not lab.leaks()
 
 

@@ -239,10 +239,10 @@ def taken_back(driver: Driver, volume: Any, pod: str) -> None:
 
 
 @pytest.mark.parametrize("version", ["3", pytest.param("4.0", marks=pytest.mark.long), "4.1", "4.2"])
-def test_the_container_mounts_the_export_itself(driver, plugin, cri, version):
+def test_the_container_mounts_the_export_itself(driver, plugin, cri, version, tmp_path):
     volume, target = published(driver, f"v{version}", POD.format(1), parameters={"vers": version})
     assert os.listdir(target) == ["RUNVOL-PLACEHOLDER"]
-    other = driver.directory / "other"
+    other = tmp_path / "other"
     other.mkdir()
     (other / "kept").write_text("as it is")
     pod = cri.pod(POD.format(1), "kata")
