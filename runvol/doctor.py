@@ -85,7 +85,7 @@ def _looks(config: Config, node: Node | None) -> Iterator[tuple[str, Look]]:
     yield "the driver", lambda: doctor_kubelet.examine(config)
     yield "sidecars", lambda: doctor_sidecars.examine(config)
     yield "versions", lambda: doctor_versions.examine(config, on_node=on_node)
-    yield "the clock", lambda: doctor_versions.clock(config, assembly.api(config))
+    yield _with(node, "the clock", lambda _: doctor_versions.clock(config, assembly.api(config)))
     if on_node:
         answers: list[Answer] = []
 
