@@ -116,13 +116,13 @@ class ToldPool:
 
     def _recent(self) -> PoolStatus:
         """The status as it was a moment ago; each message looks again."""
-        kept = self._kept(_FRESH)
+        kept = self._kept()
         return self.status() if kept is None else kept[1]
 
-    def _kept(self, seconds: float) -> tuple[float, PoolStatus] | None:
-        """The last status and when it was asked for, if that is not longer ago."""
+    def _kept(self) -> tuple[float, PoolStatus] | None:
+        """The last status and when it was asked for, if that was a moment ago."""
         seen = self._seen
-        return seen if seen is not None and time.monotonic() - seen[0] < seconds else None
+        return seen if seen is not None and time.monotonic() - seen[0] < _FRESH else None
 
     @property
     def _watermarks(self) -> Watermarks:
@@ -152,7 +152,7 @@ class ToldPool:
     def _judged(self, judge: Callable[[PoolStatus], None]) -> PoolStatus:
         """The status a moment ago, which the judge admits. Nobody is refused for what was: the pool may have been
         extended since, or put right."""
-        kept = self._kept(_FRESH)
+        kept = self._kept()
         if kept is not None:
             asked, status = kept
             try:
